@@ -1,0 +1,1 @@
+"""The engine: requests in, tokens out. ``engine.Engine`` is the loop; ``generator.Generator`` adds text."""

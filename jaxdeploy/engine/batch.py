@@ -1,0 +1,167 @@
+"""Static shapes: the finite list of step shapes, and how a scheduled batch is laid out in one of them.
+
+A step has ``decodes`` rows of one token, then ``prefill_tokens`` tokens in rows of ``row_length``. Everything that the
+device needs to know about it travels as one int32 array, whose fields ``StepShape.fields`` lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.sequence import Sequence
+
+ROW_LENGTH = 32
+"""Most tokens in a row of a prompt chunk; the smallest bucket of prefill tokens."""
+
+Array = np.ndarray[Any, np.dtype[np.int32]]
+
+SAMPLING_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+"""Fields that hold the bit patterns of float32 numbers."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One static shape. ``table_length`` is M, blocks of the longest sequence; ``max_sequences`` bounds the prompts."""
+
+    decodes: int
+    prefill_tokens: int
+    table_length: int
+    max_sequences: int
+
+    @property
+    def row_length(self) -> int:
+        """Q of the prefill rows."""
+        return min(ROW_LENGTH, self.prefill_tokens)
+
+    @property
+    def rows(self) -> int:
+        """Number of prefill rows."""
+        return self.prefill_tokens // self.row_length if self.prefill_tokens else 0
+
+    @property
+    def prompts(self) -> int:
+        """Most sequences that can prefill in one step of this shape."""
+        return min(self.rows, self.max_sequences)
+
+    @property
+    def sequences(self) -> int:
+        """Decoding and prefilling sequences; each gets one row of logits."""
+        return self.decodes + self.prompts
+
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of what the packed array holds, in order. Floats travel as their bit patterns."""
+        per_sequence = (
+            "slot",  # row of the token buffer
+            "prompt_length",
+            "length",  # tokens known: where the new token goes
+            "samples",  # 1 if its new token counts, 0 for padding and unfinished prompts
+            "last_token",  # index in the step of the token whose logits are sampled from
+            "top_k",
+            "seed",
+            *SAMPLING_FLOATS,
+        )
+        layout: dict[str, tuple[int, ...]] = {name: (self.sequences,) for name in per_sequence}
+        layout["block_tables"] = (self.sequences, self.table_length)
+        layout["decode_lengths"] = (self.decodes,)  # 1, or 0 for padding
+        for name in ("row_sequence", "row_start", "row_tokens"):
+            layout[name] = (self.rows,)
+        return layout
+
+
+def step_shapes(max_batch_size: int, max_prefill_tokens: int, table_length: int) -> list[StepShape]:
+    """Every shape that steps can have: decodes in powers of two, prompt chunks alone or beside a full set of decodes."""
+    decodes = _powers(1, max_batch_size)
+    prefills = _powers(ROW_LENGTH, max_prefill_tokens)
+    pairs = [(count, 0) for count in decodes] + [(0, tokens) for tokens in prefills]
+    if max_batch_size > 1:
+        pairs += [(decodes[-1], tokens) for tokens in prefills]
+    return [StepShape(count, tokens, table_length, max_batch_size) for count, tokens in pairs]
+
+
+def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
+    """The smallest of ``shapes`` that holds ``batch``."""
+    fitting = [shape for shape in shapes if _fits(shape, batch)]
+    assert fitting, "the scheduler's budget keeps every batch within the largest shape"
+    return min(fitting, key=lambda shape: (shape.prefill_tokens, shape.decodes))
+
+
+def build_inputs(shape: StepShape, batch: ScheduledBatch, block_size: int) -> Array:
+    """Lay ``batch`` out in ``shape``: the packed int32 array. Padding rows have length 0 and sample nothing."""
+    packed = np.zeros(packed_size(shape), np.int32)
+    fields = unpack(packed, shape)
+    for index, sequence in enumerate(batch.decodes):
+        _fill_sequence(fields, index, sequence)
+        fields["decode_lengths"][index] = 1
+        fields["last_token"][index] = index
+    row = 0
+    for index, chunk in enumerate(batch.chunks, shape.decodes):
+        row = _fill_chunk(fields, shape, index, row, chunk)
+    return packed
+
+
+def packed_size(shape: StepShape) -> int:
+    """Number of int32 in the packed array of ``shape``."""
+    return sum(int(np.prod(size)) for size in shape.fields().values())
+
+
+def unpack(packed: Any, shape: StepShape) -> dict[str, Any]:
+    """The fields of a packed array by name: views of a numpy array, slices of a jax one."""
+    fields, start = {}, 0
+    for name, size in shape.fields().items():
+        end = start + int(np.prod(size))
+        fields[name] = packed[start:end].reshape(size)
+        start = end
+    return fields
+
+
+def _fill_sequence(fields: Mapping[str, Array], index: int, sequence: Sequence) -> None:
+    sampling = sequence.sampling
+    assert sequence.slot is not None, "a scheduled sequence has a slot"
+    fields["slot"][index] = sequence.slot
+    fields["prompt_length"][index] = sequence.prompt_length
+    fields["length"][index] = len(sequence.token_ids)
+    fields["samples"][index] = 1
+    fields["block_tables"][index, : len(sequence.blocks)] = [block.index for block in sequence.blocks]
+    fields["top_k"][index] = 1 if sampling.greedy else sampling.top_k
+    fields["seed"].view(np.uint32)[index] = sampling.seed & 0xFFFFFFFF
+    for name in SAMPLING_FLOATS:
+        fields[name].view(np.float32)[index] = getattr(sampling, name)
+
+
+def _fill_chunk(fields: Mapping[str, Array], shape: StepShape, index: int, row: int, chunk: Chunk) -> int:
+    """Cut ``chunk`` into rows from ``row`` on; returns the next free row."""
+    _fill_sequence(fields, index, chunk.sequence)
+    fields["samples"][index] = chunk.last
+    for offset in range(0, chunk.length, shape.row_length):
+        fields["row_sequence"][row] = index
+        fields["row_start"][row] = chunk.start + offset
+        fields["row_tokens"][row] = tokens = min(shape.row_length, chunk.length - offset)
+        row += 1
+    fields["last_token"][index] = shape.decodes + (row - 1) * shape.row_length + tokens - 1
+    return row
+
+
+def _fits(shape: StepShape, batch: ScheduledBatch) -> bool:
+    if len(batch.decodes) > shape.decodes or len(batch.chunks) > shape.prompts:
+        return False
+    return sum(-(-chunk.length // shape.row_length) for chunk in batch.chunks) <= shape.rows
+
+
+def _powers(first: int, last: int) -> list[int]:
+    """``first``, then doubling, up to and including ``last``."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(min(2 * sizes[-1], last))
+    return sizes

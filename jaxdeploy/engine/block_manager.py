@@ -1,0 +1,91 @@
+"""Who holds which KV block. Every block is free, active (held) or cached (let go, its content still valid)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+
+from jaxdeploy.engine.sequence import Block
+
+
+class OutOfBlocksError(Exception):
+    """More blocks were asked for than are free or cached."""
+
+
+class BlockManager:
+    """Hands out ``num_blocks`` blocks. A cached block is taken only when none is free, the least recently used first."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = deque(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._uses = [0] * num_blocks
+        self._stamps = [0] * num_blocks
+
+    @property
+    def available(self) -> int:
+        """Blocks that ``allocate`` can give now."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def active(self) -> int:
+        """Blocks that somebody holds."""
+        return self.num_blocks - self.available
+
+    @property
+    def cached(self) -> int:
+        """Blocks that nobody holds but whose content is still valid."""
+        return len(self._cached)
+
+    def allocate(self, count: int) -> list[Block]:
+        """``count`` blocks with new content. Raises ``OutOfBlocksError`` and takes nothing if there are too few."""
+        if count > self.available:
+            raise OutOfBlocksError(f"{count} blocks wanted, {self.available} available")
+        return [self._take() for _ in range(count)]
+
+    def release(self, blocks: Sequence[Block]) -> None:
+        """Let blocks go whose content nobody will want again: active → free."""
+        for block in blocks:
+            if self._drop(block):
+                self._free.append(block.index)
+
+    def retire(self, blocks: Sequence[Block]) -> None:
+        """Let blocks go whose content may be wanted again: active → cached.
+
+        They are retired from the tail, so that the end of a sequence is evicted before its beginning.
+        """
+        for block in reversed(blocks):
+            if self._drop(block):
+                self._cached[block.index] = None
+
+    def revive(self, blocks: Sequence[Block]) -> list[Block]:
+        """Hold again the longest prefix of ``blocks`` whose content is still valid: cached → active."""
+        held: list[Block] = []
+        for block in blocks:
+            if self._stamps[block.index] != block.stamp or block.index not in self._cached:
+                break
+            del self._cached[block.index]
+            self._uses[block.index] = 1
+            held.append(block)
+        return held
+
+    def check(self) -> None:
+        """Assert that every block is in exactly one state and that counts agree with it."""
+        free, cached = set(self._free), set(self._cached)
+        held = {index for index, uses in enumerate(self._uses) if uses}
+        assert all(uses >= 0 for uses in self._uses), "a block was released more often than it was held"
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not (free & cached or free & held or cached & held), "a block is in two states"
+        assert len(free) + len(cached) + len(held) == self.num_blocks, "a block is in no state"
+
+    def _take(self) -> Block:
+        index = self._free.popleft() if self._free else self._cached.popitem(last=False)[0]
+        self._stamps[index] += 1
+        self._uses[index] = 1
+        return Block(index, self._stamps[index])
+
+    def _drop(self, block: Block) -> bool:
+        """One holder less; whether that was the last."""
+        assert self._stamps[block.index] == block.stamp, "a block was released by somebody who no longer holds it"
+        self._uses[block.index] -= 1
+        return self._uses[block.index] == 0

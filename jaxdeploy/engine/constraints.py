@@ -1,0 +1,29 @@
+"""Tokens that a sequence may not take next: bad words, and its stops before ``min_new_tokens``; as bit masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from jaxdeploy.engine.sequence import Sequence
+
+Mask = np.ndarray[Any, np.dtype[np.uint32]]
+
+
+def forbid(mask: Mask, row: int, sequence: Sequence) -> None:
+    """Clear the bits of the tokens that ``sequence`` may not take next in ``mask[row]`` (uint32 [rows, V / 32])."""
+    for token in _forbidden(sequence):
+        if token < mask.shape[1] * 32:
+            mask[row, token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
+
+
+def _forbidden(sequence: Sequence) -> Iterable[int]:
+    sampling = sequence.sampling
+    if sequence.generated < sampling.min_new_tokens:
+        yield from sampling.stop_token_ids
+    for words in sampling.bad_token_sequences:
+        *start, last = words
+        if not start or sequence.token_ids[-len(start) :] == start:
+            yield last

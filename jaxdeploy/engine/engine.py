@@ -1,0 +1,153 @@
+"""The synchronous engine: add requests, call ``step`` until there is no work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxdeploy.engine.batch import StepShape, build_inputs, choose_shape
+from jaxdeploy.engine.constraints import forbid
+from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.sampler import MAX_LOGPROBS, Sampled
+from jaxdeploy.engine.scheduler import ScheduledBatch, Scheduler
+from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.errors import ContextLengthError, RequestError
+from jaxdeploy.messages import FinishReason, Request, StepOutput, TokenLogprob
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class HostSample:
+    """``Sampled`` on the host."""
+
+    tokens: Array
+    logprobs: Array | None
+    top_tokens: Array | None
+    top_logprobs: Array | None
+
+
+class Engine:
+    """Runs sequences through scheduler and model. One thread calls it; it holds no text, only tokens."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, shapes: list[StepShape], vocab_size: int) -> None:
+        self.scheduler = scheduler
+        self._runner = runner
+        self._shapes = shapes
+        self._vocab_size = vocab_size
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return self.scheduler.has_work
+
+    def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
+        """Compile everything that can run; ``progress`` wraps the list of steps, to show a bar."""
+        self._runner.warm_up(self._shapes, progress)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for a token in ``session_len``.
+            RequestError: an empty prompt, a token outside the vocabulary, too many logprobs, or a name in use.
+        """
+        self._check(request)
+        sequence = Sequence(request)
+        self._sequences[request.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free what it holds; one that has ended, or never was, is no error."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.abort(sequence)
+
+    def step(self) -> list[StepOutput]:
+        """Run one step: schedule, build, run, commit. Returns the new token of every sequence that got one."""
+        batch = self.scheduler.schedule()
+        if not batch:
+            return []
+        for sequence in batch.admitted:
+            assert sequence.slot is not None, "an admitted sequence has a slot"
+            self._runner.write_tokens(sequence.slot, sequence.token_ids)
+        shape = choose_shape(self._shapes, batch)
+        packed = build_inputs(shape, batch, self.scheduler.block_size)
+        sampled = _to_host(self._runner.run(shape, packed, self._mask(shape, batch)))
+        rows = _sampled_rows(shape, batch)
+        self.scheduler.commit(batch, {sequence: int(sampled.tokens[row]) for row, sequence in rows})
+        return [self._output(row, sequence, sampled) for row, sequence in rows]
+
+    def close(self) -> None:
+        """Give the device memory back."""
+        self._runner.close()
+
+    def _check(self, request: Request) -> None:
+        length, limit = len(request.prompt_token_ids), self.scheduler.session_len
+        if request.request_id in self._sequences:
+            raise RequestError(f"request_id={request.request_id} is in use; choose another")
+        if not length:
+            raise RequestError("prompt='' must have at least one token; give some text")
+        if length >= limit:
+            raise ContextLengthError(
+                f"prompt of {length} tokens must be shorter than session_len={limit}; "
+                "shorten it, or start with a larger session_len"
+            )
+        if not all(0 <= token < self._vocab_size for token in request.prompt_token_ids):
+            raise RequestError(f"prompt_token_ids must be between 0 and {self._vocab_size - 1}; check the tokenizer")
+        wanted = request.sampling.logprobs
+        if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
+            raise RequestError(f"logprobs={wanted} must be between 0 and {MAX_LOGPROBS}; ask for fewer")
+
+    def _mask(self, shape: StepShape, batch: ScheduledBatch) -> Array | None:
+        """Allowed tokens of every row where some row needs the full sampler; ``None`` where all are plainly greedy."""
+        rows = _sampled_rows(shape, batch)
+        if not any(_needs_sampler(sequence) for _, sequence in rows):
+            return None
+        mask = self._runner.all_allowed(shape)
+        for row, sequence in rows:
+            forbid(mask, row, sequence)
+        return mask
+
+    def _output(self, row: int, sequence: Sequence, sampled: HostSample) -> StepOutput:
+        if sequence.finish_reason is not None:
+            del self._sequences[sequence.request_id]
+        token = sequence.token_ids[-1]
+        logprobs = _logprob(token, row, sequence.sampling.logprobs, sampled)
+        return StepOutput(sequence.request_id, (token,), sequence.finish_reason, logprobs)
+
+
+def _sampled_rows(shape: StepShape, batch: ScheduledBatch) -> list[tuple[int, Sequence]]:
+    """Row of the sampled tokens → sequence, for those that get a token in this step."""
+    rows = list(enumerate(batch.decodes))
+    return rows + [(row, chunk.sequence) for row, chunk in enumerate(batch.chunks, shape.decodes) if chunk.last]
+
+
+def _needs_sampler(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+    return (
+        not sampling.greedy
+        or penalties != (1.0, 0.0, 0.0)
+        or sampling.logprobs is not None
+        or bool(sampling.bad_token_sequences)
+        or sequence.generated < sampling.min_new_tokens
+    )
+
+
+def _to_host(sampled: Sampled) -> HostSample:
+    return HostSample(*(None if array is None else np.asarray(array) for array in sampled))
+
+
+def _logprob(token: int, row: int, wanted: int | None, sampled: HostSample) -> tuple[TokenLogprob, ...]:
+    if wanted is None:
+        return ()
+    assert sampled.logprobs is not None, "a sequence that wants log-probabilities selects the full sampler"
+    assert sampled.top_tokens is not None, "the full sampler reports the likeliest tokens"
+    assert sampled.top_logprobs is not None, "the full sampler reports the likeliest tokens"
+    ids, values = sampled.top_tokens[row, :wanted].tolist(), sampled.top_logprobs[row, :wanted].tolist()
+    return (TokenLogprob(token, float(sampled.logprobs[row]), tuple(zip(ids, values, strict=True))),)

@@ -1,0 +1,173 @@
+"""The device's side of a step: one jitted function from packed inputs to sampled tokens, with the KV cache donated."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxdeploy.engine.batch import SAMPLING_FLOATS, StepShape, packed_size, unpack
+from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
+from jaxdeploy.models.attention import PagedContext, Rows
+from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.parallel.sharding import replicated
+
+logger = logging.getLogger("jaxdeploy")
+
+Pools = tuple[jax.Array, ...]
+
+
+class ModelRunner:
+    """Weights, KV pools and the token buffer on the device, and the compiled steps over them.
+
+    The token buffer int32 [slots, L] holds the tokens of every running sequence: a step reads its inputs there and
+    writes what it sampled, so the next step needs no token from the host.
+    """
+
+    def __init__(self, decoder: Decoder, pools: Pools, mesh: Mesh, *, slots: int, session_len: int) -> None:
+        graph, weights = nnx.split(decoder)
+        leaves, tree = jax.tree.flatten(weights)
+        self._leaves: tuple[jax.Array, ...] = tuple(leaves)
+        self._pools = pools
+        self._pool_sharding = pools[0].sharding
+        self._replicated = replicated(mesh)
+        self._mask_words = -(-decoder.config.vocab_size // 32)
+        self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
+        self._forward = partial(_forward, graph, tree)
+        self._steps: dict[tuple[StepShape, bool], Callable[..., tuple[Sampled, Pools, jax.Array]]] = {}
+        self._warm = False
+
+    def write_tokens(self, slot: int, token_ids: list[int]) -> None:
+        """Put the tokens of a sequence that begins to run into its row of the buffer."""
+        row = np.zeros((self._buffer.shape[1],), np.int32)
+        row[: len(token_ids)] = token_ids
+        self._buffer = _write_row(self._buffer, np.int32(slot), row)
+
+    def run(self, shape: StepShape, packed: np.ndarray[Any, Any], allowed: np.ndarray[Any, Any] | None) -> Sampled:
+        """Run one step and return what it sampled, as device arrays of ``shape.sequences`` rows.
+
+        ``packed`` comes from ``build_inputs``. ``allowed`` uint32 [rows, mask_words] selects the full sampler (see
+        ``SamplingRows``); ``None`` takes the likeliest tokens.
+        """
+        step = self._step(shape, full=allowed is not None)
+        extra = () if allowed is None else (allowed,)
+        sampled, self._pools, self._buffer = step(self._leaves, self._pools, self._buffer, packed, *extra)
+        return sampled
+
+    def all_allowed(self, shape: StepShape) -> np.ndarray[Any, Any]:
+        """A mask for ``run`` that forbids nothing."""
+        return np.full((shape.sequences, self._mask_words), 0xFFFFFFFF, np.uint32)
+
+    def warm_up(self, shapes: list[StepShape], progress: Callable[[list[Any]], Any]) -> None:
+        """Compile every step and run it on padding until its CUDA graph exists; a later compile logs a warning."""
+        runs = 3 if self._replicated.mesh.devices.flat[0].platform != "cpu" else 1
+        self.write_tokens(0, [])
+        for shape, full in progress([(shape, full) for shape in shapes for full in (False, True)]):
+            for _ in range(runs):
+                packed = np.zeros(packed_size(shape), np.int32)
+                jax.block_until_ready(self.run(shape, packed, self.all_allowed(shape) if full else None))
+        self._warm = True
+
+    def close(self) -> None:
+        """Give the device memory back; the runner is of no use afterwards."""
+        for array in (*self._leaves, *self._pools, self._buffer):
+            array.delete()
+        self._leaves, self._pools = (), ()
+        self._steps.clear()
+
+    def _step(self, shape: StepShape, *, full: bool) -> Callable[..., tuple[Sampled, Pools, jax.Array]]:
+        key = (shape, full)
+        if key not in self._steps:
+            if self._warm:
+                logger.warning("compiling a step after warm-up: %s; this stalls every running request", shape)
+            self._steps[key] = jax.jit(
+                partial(self._forward, shape),
+                donate_argnums=(1, 2),
+                out_shardings=(self._replicated, self._pool_sharding, self._replicated),
+            )
+        return self._steps[key]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_row(buffer: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
+    return buffer.at[slot].set(row)
+
+
+def _forward(
+    graph: nnx.GraphDef[Decoder],
+    tree: jax.tree_util.PyTreeDef,
+    shape: StepShape,
+    leaves: tuple[jax.Array, ...],
+    pools: Pools,
+    buffer: jax.Array,
+    packed: jax.Array,
+    allowed: jax.Array | None = None,
+) -> tuple[Sampled, Pools, jax.Array]:
+    """One step: embed → layers → logits of the last tokens → sample → note the tokens in the buffer."""
+    decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    fields = unpack(packed, shape)
+    layout = _layout(fields, shape, pools[0].shape)
+    tokens = buffer[fields["slot"][layout.sequence], layout.positions]
+    lengths = fields["prompt_length"][layout.sequence]
+    hidden, new_pools = decoder.hidden(tokens, layout.positions, lengths, layout.context, pools)
+    logits = decoder.logits(hidden[fields["last_token"]])
+    sampled = greedy(logits) if allowed is None else sample(logits, _sampling_rows(fields, buffer, allowed))
+    slot = jnp.where(fields["samples"] > 0, fields["slot"], buffer.shape[0])
+    buffer = buffer.at[slot, fields["length"]].set(sampled.tokens, mode="drop")
+    return sampled, new_pools, buffer
+
+
+class _Layout(NamedTuple):
+    """For each of the step's T tokens its sequence (row of the per-sequence fields) and position, and where KV is."""
+
+    sequence: jax.Array
+    positions: jax.Array
+    context: PagedContext
+
+
+def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool_shape: tuple[int, ...]) -> _Layout:
+    blocks, block_size = pool_shape[0], pool_shape[3]
+    regions, sequences, positions, real = [], [], [], []
+    for rows, sequence in _regions(fields, shape):
+        regions.append(rows)
+        offsets = jnp.arange(rows.query_length, dtype=jnp.int32)
+        sequences.append(jnp.repeat(sequence, rows.query_length, total_repeat_length=rows.tokens))
+        positions.append((rows.first_positions[:, None] + offsets).reshape(-1))
+        real.append((offsets < rows.lengths[:, None]).reshape(-1))
+    sequence, position = jnp.concatenate(sequences), jnp.concatenate(positions)
+    block = fields["block_tables"][sequence, position // block_size]
+    slots = jnp.where(jnp.concatenate(real), block * block_size + position % block_size, blocks * block_size)
+    return _Layout(sequence, position, PagedContext(tuple(regions), slots))
+
+
+def _regions(fields: Mapping[str, jax.Array], shape: StepShape) -> Iterator[tuple[Rows, jax.Array]]:
+    """Decode rows, then prefill rows, each with the sequence of every row."""
+    tables = fields["block_tables"]
+    if shape.decodes:
+        lengths = fields["decode_lengths"]
+        first = jnp.maximum(fields["length"][: shape.decodes] - 1, 0)
+        sequence = jnp.arange(shape.decodes, dtype=jnp.int32)
+        yield Rows(tables[: shape.decodes], first, lengths, 1), sequence
+    if shape.prefill_tokens:
+        sequence = fields["row_sequence"]
+        yield Rows(tables[sequence], fields["row_start"], fields["row_tokens"], shape.row_length), sequence
+
+
+def _sampling_rows(fields: Mapping[str, jax.Array], buffer: jax.Array, allowed: jax.Array) -> SamplingRows:
+    floats = {name: jax.lax.bitcast_convert_type(fields[name], jnp.float32) for name in SAMPLING_FLOATS}
+    return SamplingRows(
+        **floats,
+        top_k=fields["top_k"],
+        seed=jax.lax.bitcast_convert_type(fields["seed"], jnp.uint32),
+        history=buffer[fields["slot"]],
+        length=fields["length"],
+        prompt_length=fields["prompt_length"],
+        allowed=allowed,
+    )

@@ -1,0 +1,116 @@
+"""Choosing the next token on the device, each row by its own settings.
+
+Order: penalties, forbidden tokens, temperature, top-k, top-p, min-p, then one draw with noise that depends only on the
+row's seed and position, so a request gets the same tokens whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MAX_LOGPROBS = 20
+"""Most alternatives that are reported with a token."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingRows:
+    """Settings of B rows, each array [B]; see ``jaxdeploy.messages.SamplingParams`` for their meaning.
+
+    ``history`` int32 [B, L] are the row's tokens, of which ``length`` are known and ``prompt_length`` are prompt.
+    ``allowed`` uint32 [B, ceil(V / 32)] has bit ``t % 32`` of word ``t // 32`` set where token t may be chosen.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    repetition_penalty: jax.Array
+    presence_penalty: jax.Array
+    frequency_penalty: jax.Array
+    seed: jax.Array
+    history: jax.Array
+    length: jax.Array
+    prompt_length: jax.Array
+    allowed: jax.Array
+
+
+class Sampled(NamedTuple):
+    """Chosen tokens int32 [B]; their log-probabilities [B] and the likeliest tokens' ids and values [B, MAX_LOGPROBS].
+
+    Log-probabilities are the model's own, before penalties and temperature; ``None`` from ``greedy``.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array | None = None
+    top_tokens: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+
+
+def greedy(logits: jax.Array) -> Sampled:
+    """The likeliest token of each row of ``logits`` float32 [B, V]."""
+    return Sampled(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+def sample(logits: jax.Array, rows: SamplingRows) -> Sampled:
+    """One token for each row of ``logits`` float32 [B, V], with log-probabilities."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    adjusted = jnp.where(_allowed_tokens(rows.allowed, logits.shape[-1]), _penalise(logits, rows), -jnp.inf)
+    likeliest = jnp.argmax(adjusted, axis=-1)
+    drawn = _draw(adjusted, rows)
+    is_greedy = (rows.temperature == 0.0) | (rows.top_k == 1)
+    tokens = jnp.where(is_greedy, likeliest, drawn).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
+    return Sampled(tokens, chosen, top_tokens, top_logprobs)
+
+
+def _penalise(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Repetition (CTRL, arXiv:1909.05858) on prompt and output, presence and frequency (OpenAI) on output alone."""
+    batch, vocab = logits.shape
+    positions = jnp.arange(rows.history.shape[1], dtype=jnp.int32)
+    known = positions < rows.length[:, None]
+    output = known & (positions >= rows.prompt_length[:, None])
+    row = jnp.arange(batch)[:, None]
+    zeros = jnp.zeros((batch, vocab), jnp.int32)
+    seen = zeros.at[row, rows.history].add(known.astype(jnp.int32)) > 0
+    count = zeros.at[row, rows.history].add(output.astype(jnp.int32))
+    repetition = rows.repetition_penalty[:, None]
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(seen, repeated, logits)
+    frequency = rows.frequency_penalty[:, None] * count.astype(logits.dtype)
+    presence = rows.presence_penalty[:, None] * (count > 0).astype(logits.dtype)
+    return logits - frequency - presence
+
+
+def _allowed_tokens(words: jax.Array, vocab: int) -> jax.Array:
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
+    return bits.reshape(words.shape[0], -1)[:, :vocab].astype(bool)
+
+
+def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Sample from the tokens that top-k, top-p and min-p leave, by adding Gumbel noise and taking the largest."""
+    temperature = jnp.where(rows.temperature > 0.0, rows.temperature, 1.0)
+    scaled = logits / temperature[:, None]
+    ordered = -jnp.sort(-scaled, axis=-1)
+    kept = jnp.where(scaled >= _threshold(ordered, rows)[:, None], scaled, -jnp.inf)
+    keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(rows.seed, rows.length)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[-1],), jnp.float32))(keys)
+    return jnp.argmax(kept + noise, axis=-1)
+
+
+def _threshold(ordered: jax.Array, rows: SamplingRows) -> jax.Array:
+    """The smallest kept value [B] of ``ordered`` [B, V], sorted from the largest down."""
+    vocab = ordered.shape[-1]
+    rank = jnp.arange(vocab, dtype=jnp.int32)
+    top_k = jnp.where(rows.top_k > 0, rows.top_k, vocab)[:, None]
+    probabilities = jax.nn.softmax(jnp.where(rank < top_k, ordered, -jnp.inf), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    keep = (rank < top_k) & (before < rows.top_p[:, None])
+    keep &= probabilities >= rows.min_p[:, None] * probabilities[:, :1]
+    last = jnp.maximum(jnp.sum(keep, axis=-1) - 1, 0)
+    return jnp.take_along_axis(ordered, last[:, None], axis=-1)[:, 0]

@@ -1,0 +1,181 @@
+"""What runs in the next step: first come, first served; decodes first, then chunks of prompts in one token budget."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jaxdeploy.engine.block_manager import BlockManager
+from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.messages import FinishReason
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """``length`` tokens of a sequence's prompt, from position ``start`` on."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def last(self) -> bool:
+        """Whether it completes the prefill, so that a token can be sampled."""
+        return self.start + self.length == self.sequence.prefill_end
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """One step: sequences that decode one token, prompt chunks, and sequences that just got their slot."""
+
+    decodes: tuple[Sequence, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+    admitted: tuple[Sequence, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.chunks)
+
+
+class Scheduler:
+    """Holds waiting and running sequences and their blocks.
+
+    ``chunk_multiple``: rows of the batch hold that many tokens, so a chunk costs a multiple of it. ``max_chunks``
+    bounds the prompts of one step.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        block_size: int,
+        max_batch_size: int,
+        max_prefill_tokens: int,
+        chunk_multiple: int,
+        session_len: int,
+    ) -> None:
+        self.blocks = blocks
+        self.block_size = block_size
+        self.max_prefill_tokens = max_prefill_tokens
+        self.chunk_multiple = chunk_multiple
+        self.session_len = session_len
+        self.preemptions = 0
+        self._slots = deque(range(max_batch_size))
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have no slot."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind those that came before it."""
+        self._waiting.append(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is, and free its blocks."""
+        sequence.finish_reason = FinishReason.ABORT
+        if sequence in self._running:
+            self._leave(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def schedule(self) -> ScheduledBatch:
+        """The next step. Blocks for all of its tokens are allocated; those that had to make room wait again."""
+        decodes = self._grow(sequence for sequence in list(self._running) if not sequence.prefilling)
+        budget = self.max_prefill_tokens
+        chunks = []
+        for sequence in self._running:
+            if sequence.prefilling and budget > 0:
+                chunks.append(self._chunk(sequence, budget))
+                budget -= self._cost(chunks[-1].length)
+        admitted = []
+        while budget > 0 and self._waiting and self._slots and self._admit(self._waiting[0]):
+            sequence = self._waiting.popleft()
+            admitted.append(sequence)
+            chunks.append(self._chunk(sequence, budget))
+            budget -= self._cost(chunks[-1].length)
+        return ScheduledBatch(decodes, tuple(chunks), tuple(admitted))
+
+    def commit(self, batch: ScheduledBatch, tokens: dict[Sequence, int]) -> None:
+        """Take note that ``batch`` ran and produced ``tokens``; sequences that ended give back slot and blocks."""
+        for sequence in batch.decodes:
+            sequence.computed += 1
+        for chunk in batch.chunks:
+            chunk.sequence.computed += chunk.length
+        for sequence, token in tokens.items():
+            sequence.append(token, self.session_len)
+            if sequence.finish_reason is not None:
+                self._leave(sequence)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that ``tokens`` tokens take up."""
+        return -(-tokens // self.block_size)
+
+    def _grow(self, decodes: Iterable[Sequence]) -> tuple[Sequence, ...]:
+        """Give every decoding sequence room for its next token; the youngest are preempted if there is none."""
+        ready = []
+        for sequence in decodes:
+            if sequence.slot is not None and self._make_room(sequence):
+                ready.append(sequence)
+        return tuple(ready)
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        missing = self.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        while missing > self.blocks.available:
+            youngest = self._running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.blocks += self.blocks.allocate(missing)
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of it."""
+        kept = self.blocks.revive(sequence.blocks)
+        missing = self.blocks_for(len(sequence.token_ids)) - len(kept)
+        if missing > self.blocks.available:
+            self.blocks.retire(kept)
+            return False
+        sequence.blocks = kept + self.blocks.allocate(missing)
+        sequence.prefill_end = len(sequence.token_ids)
+        sequence.computed = min(sequence.computed, len(kept) * self.block_size, sequence.prefill_end - 1)
+        sequence.slot = self._slots.popleft()
+        self._running.append(sequence)
+        return True
+
+    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
+        return Chunk(sequence, sequence.computed, min(budget, sequence.prefill_end - sequence.computed))
+
+    def _cost(self, tokens: int) -> int:
+        return -(-tokens // self.chunk_multiple) * self.chunk_multiple
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue; its blocks stay cached until others need them, the rest is recomputed."""
+        self.preemptions += 1
+        self._running.remove(sequence)
+        self.blocks.retire(sequence.blocks)
+        self._free_slot(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self.blocks.release(sequence.blocks)
+        sequence.blocks = []
+        self._free_slot(sequence)
+
+    def _free_slot(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None, "only running sequences have a slot to give back"
+        self._slots.append(sequence.slot)
+        sequence.slot = None

@@ -1,0 +1,69 @@
+"""One sequence on its way through the engine: its tokens, and what of it is in the KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxdeploy.messages import FinishReason, Request, SamplingParams
+
+
+class Block(NamedTuple):
+    """A physical KV block as somebody holds it; ``stamp`` tells whether it still has what they put there."""
+
+    index: int
+    stamp: int
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens known so far, and how far they have been computed.
+
+    ``computed`` tokens have keys and values in ``blocks``. ``prefill_end`` tokens were known when the sequence last
+    began to run: up to there it is prefilling, beyond it decodes. ``slot`` is its row on the device while it runs.
+    """
+
+    request: Request
+    token_ids: list[int] = field(init=False)
+    computed: int = 0
+    prefill_end: int = 0
+    slot: int | None = None
+    blocks: list[Block] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def request_id(self) -> str:
+        """Name of the request; unique in an engine."""
+        return self.request.request_id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How its tokens are chosen."""
+        return self.request.sampling
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens that were asked with."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def generated(self) -> int:
+        """Tokens produced so far."""
+        return len(self.token_ids) - self.prompt_length
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether tokens known at the start of its run are still to be computed."""
+        return self.computed < self.prefill_end
+
+    def append(self, token_id: int, session_len: int) -> None:
+        """Take a new token and note whether it ends the sequence."""
+        self.token_ids.append(token_id)
+        sampling = self.sampling
+        if self.generated >= sampling.min_new_tokens and token_id in sampling.stop_token_ids:
+            self.finish_reason = FinishReason.STOP
+        elif self.generated >= sampling.max_new_tokens or len(self.token_ids) >= session_len:
+            self.finish_reason = FinishReason.LENGTH

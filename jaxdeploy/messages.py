@@ -1,0 +1,72 @@
+"""The values that cross layers: a request on its way in, tokens and text on their way out. Plain and picklable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; OpenAI's and LMDeploy's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen, in token ids only: texts were translated before a request reaches the engine.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1.0 keep every token. ``logprobs`` is the number of
+    alternatives reported with each token; ``None`` reports nothing, 0 only the chosen token's own.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    max_new_tokens: int = 512
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+    bad_token_sequences: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0 or self.top_k == 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate. ``n`` alternatives are ``n`` requests that differ in their seed."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a chosen token and of the most likely ones beside it (natural logarithm)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one engine step produced for one request: its new token, or only a finish reason."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()

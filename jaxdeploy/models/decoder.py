@@ -1,0 +1,110 @@
+"""The decoder: embeddings, layers, norm and head, configured by ``ModelConfig``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdeploy.models.attention import Attention, AttentionContext, DenseContext
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.layers import Embedding, Head, RMSNorm
+from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.rope import Rotary, rotary
+
+Pools = tuple[jax.Array | None, ...]
+
+
+class Layer(nnx.Module):
+    """One pre-norm block: attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self, x: jax.Array, rotary: Rotary, context: AttentionContext, pool: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """``x`` [T, D] → ([T, D], updated ``pool``)."""
+        attended, pool = self.attention(self.attention_norm(x), rotary, context, pool)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), pool
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer. Fresh weights are random; ``jaxdeploy.checkpoint`` fills in real ones."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | type = jnp.float32) -> None:
+        dtype = jnp.dtype(dtype)
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
+        self.layers = nnx.List([Layer(config, window, rngs=rngs, dtype=dtype) for window in config.windows])
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        if not config.tie_embeddings:
+            self.head = Head(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Whole sequences without a cache: ``tokens`` int32 [B, T] → logits float32 [B, T, V]."""
+        sequences, length = tokens.shape
+        positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
+        lengths = jnp.full_like(positions, length)
+        pools: Pools = (None,) * len(self.layers)
+        x, _ = self.hidden(tokens.reshape(-1), positions, lengths, DenseContext(sequences), pools)
+        return self.logits(x).reshape(sequences, length, -1)
+
+    def hidden(
+        self, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, context: AttentionContext, pools: Pools
+    ) -> tuple[jax.Array, Pools]:
+        """The normed hidden state of every token.
+
+        ``tokens``, ``positions`` and ``lengths`` (prompt length of the token's sequence) are int32 [T], ``pools`` one
+        KV pool a layer. Returns [T, D] and the updated pools.
+        """
+        x = self.embed(tokens)
+        angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
+        updated = []
+        for layer, pool in zip(self.layers, pools, strict=True):
+            graph, weights = nnx.split(layer)
+            x, pool = _run_layer(graph, weights, x, angles, context, pool)
+            updated.append(pool)
+        return self.norm(x), tuple(updated)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """``x`` [..., D] → float32 [..., V]."""
+        return self.embed.logits(x) if self.config.tie_embeddings else self.head.logits(x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_layer(
+    graph: nnx.GraphDef[Layer],
+    weights: nnx.State,
+    x: jax.Array,
+    rotary: Rotary,
+    context: AttentionContext,
+    pool: jax.Array | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
+    return nnx.merge(graph, weights)(x, rotary, context, pool)
+
+
+def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[tuple[str | int, ...], nnx.Param]:
+    """Every parameter of a decoder by path, as shapes (``.get_value()`` is a ``ShapeDtypeStruct``) with their ``axes``."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return dict(nnx.to_flat_state(nnx.state(decoder, nnx.Param)))
+
+
+def decoder_from(config: ModelConfig, params: dict[tuple[str | int, ...], jax.Array]) -> Decoder:
+    """A decoder that holds the arrays of ``params`` (paths as in ``abstract_params``)."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    nnx.update(decoder, nnx.from_flat_state({path: nnx.Param(value) for path, value in params.items()}))
+    return decoder
+
+
+def parameter_paths(params: Sequence[tuple[str | int, ...]]) -> list[str]:
+    """Dotted names of parameters, for messages."""
+    return [".".join(map(str, path)) for path in params]

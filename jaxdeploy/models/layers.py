@@ -1,0 +1,71 @@
+"""Linear maps, normalisation and embeddings: parameters with logical axes, and the maths on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def parameter(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+    """A weight drawn from N(0, 0.02²) that names its logical axes (``jaxdeploy.parallel.sharding`` maps them)."""
+    value = (0.02 * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype)
+    return nnx.Param(value, axes=axes)
+
+
+def constant(value: float, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+    """A parameter that starts as ``value`` everywhere: norm scales and biases."""
+    return nnx.Param(jnp.full(tuple(shape), value, dtype), axes=axes)
+
+
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, contract: int = 1) -> jax.Array:
+    """``x [..., *in] · weight [*in, *out] + bias [*out]``; ``contract`` is the number of input axes.
+
+    The one place that decides how a weight multiplies: the type of the weight chooses the maths.
+    """
+    y = jnp.tensordot(x, weight, axes=contract)
+    return y if bias is None else y + bias
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation (arXiv:1910.07467) in float32, cast back before the scale is applied."""
+
+    def __init__(self, size: int, eps: float, *, dtype: jnp.dtype) -> None:
+        self.scale = constant(1.0, (size,), ("embed",), dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``x`` [..., D] → [..., D], same dtype."""
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...]
+
+
+class Embedding(nnx.Module):
+    """Token embeddings [V, D]; replicated under tensor parallelism, so that looking a token up needs no traffic."""
+
+    def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.embedding = parameter(rngs, (vocab, size), ("table", "embed"), dtype)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """``tokens`` int32 [...] → [..., D]."""
+        return jnp.take(self.embedding[...], tokens, axis=0)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """``x`` [..., D] → float32 [..., V], through the transposed table (a tied head)."""
+        table = self.embedding[...]
+        axes = (((x.ndim - 1,), (1,)), ((), ()))
+        return jax.lax.dot_general(x, table, axes, preferred_element_type=jnp.float32)
+
+
+class Head(nnx.Module):
+    """Output projection [D, V] of a model whose embeddings are not tied."""
+
+    def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        self.weight = parameter(rngs, (size, vocab), ("embed", "vocab"), dtype)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """``x`` [..., D] → float32 [..., V]."""
+        return jnp.matmul(x, self.weight[...], preferred_element_type=jnp.float32)

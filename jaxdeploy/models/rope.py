@@ -1,0 +1,93 @@
+"""Rotary position embeddings, half-split pairing (i, i + H/2), computed in float32."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxdeploy.models.config import RopeConfig
+
+Rotary = tuple[jax.Array, jax.Array]
+
+
+def rotary(config: RopeConfig, head_dim: int, positions: jax.Array, lengths: jax.Array) -> Rotary:
+    """cos and sin, float32 [T, H/2] each, for tokens at ``positions`` [T].
+
+    ``lengths`` [T] is the prompt length of each token's sequence. Only dynamic NTK reads it: it picks the base once per
+    sequence, so that keys in the cache and later queries agree.
+    """
+    frequencies = _inverse_frequencies(config, head_dim, lengths)
+    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    scale = attention_factor(config)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def apply_rotary(x: jax.Array, rotary: Rotary) -> jax.Array:
+    """Rotate ``x`` [T, heads, H] by its token's angles; same dtype."""
+    cos, sin = (table[:, None, :] for table in rotary)
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+def attention_factor(config: RopeConfig) -> float:
+    """What cos and sin are multiplied by: 1, but for YaRN (arXiv:2309.00071, §3.4)."""
+    if config.kind != "yarn":
+        return 1.0
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.mscale and config.mscale_all_dim:
+        return _yarn_mscale(config.factor, config.mscale) / _yarn_mscale(config.factor, config.mscale_all_dim)
+    return _yarn_mscale(config.factor, 1.0)
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _inverse_frequencies(config: RopeConfig, head_dim: int, lengths: jax.Array) -> jax.Array:
+    """Radians per token, float32 [H/2], or [T, H/2] where they depend on the sequence."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    plain = config.theta**-exponents
+    match config.kind:
+        case "default":
+            return plain
+        case "linear":
+            return plain / config.factor
+        case "dynamic":
+            return _dynamic(config, head_dim, exponents, lengths)
+        case "llama3":
+            return _llama3(config, plain)
+        case "yarn":
+            return _yarn(config, head_dim, plain)
+
+
+def _dynamic(config: RopeConfig, head_dim: int, exponents: jax.Array, lengths: jax.Array) -> jax.Array:
+    """NTK-aware base that grows once a sequence is longer than the model was trained for."""
+    stretch = config.factor * lengths.astype(jnp.float32) / config.original_length - (config.factor - 1.0)
+    base = config.theta * jnp.maximum(stretch, 1.0) ** (head_dim / (head_dim - 2))
+    return base[:, None] ** -exponents
+
+
+def _llama3(config: RopeConfig, plain: jax.Array) -> jax.Array:
+    """Long wavelengths are divided by ``factor``, short ones kept, those between blended (Llama 3.1)."""
+    turns = config.original_length * plain / (2.0 * math.pi)
+    span = config.high_freq_factor - config.low_freq_factor
+    keep = jnp.clip((turns - config.low_freq_factor) / span, 0.0, 1.0)
+    return plain * (keep + (1.0 - keep) / config.factor)
+
+
+def _yarn(config: RopeConfig, head_dim: int, plain: jax.Array) -> jax.Array:
+    """Frequencies below ``beta_slow`` turns are interpolated, above ``beta_fast`` kept, with a ramp between."""
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(config.original_length / (turns * 2.0 * math.pi)) / (2.0 * math.log(config.theta))
+
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001)
+    interpolate = jnp.clip(ramp, 0.0, 1.0)
+    return plain * (1.0 - interpolate + interpolate / config.factor)

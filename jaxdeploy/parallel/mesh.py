@@ -1,0 +1,19 @@
+"""The device mesh of an engine."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdeploy.errors import ConfigError
+
+TP_AXIS = "tp"
+
+
+def make_mesh(tp: int) -> Mesh:
+    """A mesh over the first ``tp`` devices. Raises ``ConfigError`` if there are fewer."""
+    devices = jax.devices()
+    if not 1 <= tp <= len(devices):
+        raise ConfigError(f"tp={tp} must be between 1 and the {len(devices)} devices of this machine; choose fewer")
+    return Mesh(np.array(devices[:tp]), (TP_AXIS,))

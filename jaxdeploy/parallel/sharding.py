@@ -1,0 +1,45 @@
+"""Where an array lives: its logical axes, looked up in one table of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxdeploy.errors import ConfigError
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.parallel.mesh import TP_AXIS
+
+RULES: dict[str, str | None] = {
+    "heads": TP_AXIS,
+    "kv_heads": TP_AXIS,
+    "mlp": TP_AXIS,
+    "vocab": TP_AXIS,
+    "embed": None,
+    "table": None,
+}
+"""Logical axis → mesh axis; ``None`` keeps the axis whole on every device."""
+
+POOL_AXES = (None, None, "kv_heads", None, None)
+"""Logical axes of a KV pool [P, 2, K, S, H]."""
+
+
+def sharding_of(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """The placement of an array with these logical ``axes``; an axis that does not divide evenly stays whole."""
+    mapped = (None if axis is None else RULES[axis] for axis in axes)
+    even = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(mapped, shape, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*even))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_divisible(config: ModelConfig, tp: int) -> None:
+    """Raise ``ConfigError`` unless heads and feed-forward can be cut into ``tp`` equal parts."""
+    sizes = {"num_key_value_heads": config.num_kv_heads, "intermediate_size": config.intermediate_size}
+    for name, size in sizes.items():
+        if size % tp:
+            fits = [n for n in range(1, tp) if all(value % n == 0 for value in sizes.values())]
+            raise ConfigError(f"tp={tp} must divide {name}={size}; choose tp from {fits}")
