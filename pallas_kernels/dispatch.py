@@ -29,9 +29,7 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-def dispatch(
-    op: str, backends: Mapping[str, str], names: Sequence[str], *args: Any, **kwargs: Any
-) -> jax.Array:
+def dispatch(op: str, backends: Mapping[str, str], names: Sequence[str], *args: Any, **kwargs: Any) -> jax.Array:
     """Run ``op`` on the first backend of ``names`` that accepts the call.
 
     Raises ``NoBackendError`` with every reason when all refuse.

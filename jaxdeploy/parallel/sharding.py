@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.parallel.mesh import TP_AXIS
 
 RULES: dict[str, str | None] = {
@@ -36,9 +35,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_divisible(config: ModelConfig, tp: int) -> None:
-    """Raise ``ConfigError`` unless heads and feed-forward can be cut into ``tp`` equal parts."""
-    sizes = {"num_key_value_heads": config.num_kv_heads, "intermediate_size": config.intermediate_size}
+def check_divisible(tp: int, sizes: Mapping[str, int]) -> None:
+    """Raise ``ConfigError`` unless each of ``sizes`` (name in ``config.json`` → number) can be cut into ``tp`` parts."""
     for name, size in sizes.items():
         if size % tp:
             fits = [n for n in range(1, tp) if all(value % n == 0 for value in sizes.values())]

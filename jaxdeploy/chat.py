@@ -1,0 +1,144 @@
+"""Talk with a model in the terminal: ``python -m jaxdeploy.chat [MODEL] [flags]``, or ``jaxdeploy chat``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from jaxdeploy.chat_session import Conversation, Reply, stream_reply
+from jaxdeploy.config import GenerationConfig
+from jaxdeploy.errors import JaxdeployError, ModelNotFoundError, RequestError
+from jaxdeploy.messages import FinishReason
+from jaxdeploy.pipeline import Pipeline
+
+DEMO = Path(__file__).parent / "demo"
+HELP = """\
+/help          show this
+/reset         forget the conversation (also: end)
+/system TEXT   set the system prompt and begin anew; without TEXT, show it
+/save FILE     write the conversation to a JSON file
+/exit          leave (also: exit, Ctrl-D)
+Ctrl-C stops a reply. Alt-Enter, or a backslash at the end of a line, begins a new line."""
+
+
+class Chat:
+    """The conversation loop: replies go to stdout, everything else to stderr."""
+
+    def __init__(self, pipe: Pipeline, gen_config: GenerationConfig, conversation: Conversation) -> None:
+        from rich.console import Console
+
+        self._pipe = pipe
+        self._gen_config = gen_config
+        self._conversation = conversation
+        self._console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._commands: dict[str, Callable[[str], bool]] = {
+            "/help": self._help,
+            "/reset": self._reset,
+            "/system": self._system,
+            "/save": self._save,
+            "/exit": self._exit,
+        }
+
+    def answer_once(self, text: str) -> bool:
+        """Print the reply to ``text`` and one newline; False if Ctrl-C stopped it. Raises ``RequestError``."""
+        return self._reply(text).finish_reason is not FinishReason.ABORT
+
+    def run(self, read: Callable[[], str], model: str) -> None:
+        """Converse until the user leaves."""
+        self.note(f"{model}: /help shows the commands, Ctrl-C stops a reply, /exit leaves")
+        going_on = True
+        while going_on:
+            try:
+                going_on = self.take(read().strip())
+            except EOFError:
+                going_on = False
+            except KeyboardInterrupt:
+                self.note("/exit leaves")
+
+    def take(self, text: str) -> bool:
+        """Obey a command, or answer; False when the user leaves. What goes wrong is one line, and the chat goes on."""
+        word, _, rest = text.partition(" ")
+        word = {"end": "/reset", "exit": "/exit"}.get(text, word)
+        try:
+            if word in self._commands:
+                return self._commands[word](rest.strip())
+            if re.fullmatch(r"/[a-z_]+", word):
+                raise RequestError(_unknown_command(word, self._commands))
+            if text:
+                self._converse(text)
+        except JaxdeployError as error:
+            self._console.print(f"error: {error}", style="red")
+        return True
+
+    def note(self, text: str) -> None:
+        """A dim line on stderr."""
+        self._console.print(text, style="dim")
+
+    def _converse(self, text: str) -> None:
+        reply = self._reply(text)
+        self._conversation.remember(text, reply.text)
+
+    def _reply(self, text: str) -> Reply:
+        reply = stream_reply(self._pipe, self._conversation.prompt(text), self._gen_config, _write)
+        if not reply.text.endswith("\n"):
+            _write("\n")
+        self.note(reply.summary())
+        return reply
+
+    def _help(self, rest: str) -> bool:
+        self.note(HELP)
+        return True
+
+    def _reset(self, rest: str) -> bool:
+        self._conversation.messages.clear()
+        self.note("the conversation begins anew")
+        return True
+
+    def _system(self, rest: str) -> bool:
+        if not rest:
+            self.note(f"system prompt: {self._conversation.system or 'as the chat template has it'}")
+            return True
+        self._conversation.system = rest
+        return self._reset("")
+
+    def _save(self, rest: str) -> bool:
+        if not rest:
+            raise RequestError("/save needs a file's name; e.g. /save chat.json")
+        self._conversation.save(rest)
+        self.note(f"saved to {rest}")
+        return True
+
+    def _exit(self, rest: str) -> bool:
+        return False
+
+
+def bundled_model() -> str:
+    """The folder of the model that comes with jaxdeploy. Raises ``ModelNotFoundError``."""
+    if not (DEMO / "config.json").is_file():
+        raise ModelNotFoundError(f"the bundled model is missing from {DEMO}; name a MODEL, a folder or a hub id")
+    return str(DEMO)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m jaxdeploy.chat`` is ``jaxdeploy chat``."""
+    from jaxdeploy.cli import main as command
+
+    return command(["chat", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _unknown_command(word: str, known: Any) -> str:
+    near = get_close_matches(word, known, n=1, cutoff=0.0)[0]
+    return f"command={word} is unknown, the nearest one is {near}; /help lists them"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

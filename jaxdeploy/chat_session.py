@@ -1,0 +1,112 @@
+"""A conversation in the terminal: what was said, one reply as it streams, and how fast it was."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxdeploy.config import GenerationConfig
+from jaxdeploy.errors import RequestError
+from jaxdeploy.messages import FinishReason
+from jaxdeploy.pipeline import Pipeline
+from jaxdeploy.prompts import Prompt
+from jaxdeploy.response import Session
+
+_ENDINGS = {FinishReason.ABORT: " · stopped", FinishReason.LENGTH: " · cut off: the longest reply is reached"}
+
+
+@dataclass
+class Conversation:
+    """The messages so far. ``remembers`` False: every prompt stands alone, as text to complete does."""
+
+    system: str | None = None
+    remembers: bool = True
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def prompt(self, text: str) -> Prompt:
+        """What the model is given when the user says ``text``."""
+        if not self.remembers:
+            return text
+        begin = [{"role": "system", "content": self.system}] if self.system else []
+        return [*begin, *self.messages, {"role": "user", "content": text}]
+
+    def remember(self, text: str, reply: str) -> None:
+        """Add a turn."""
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+    def save(self, path: str) -> None:
+        """Write the conversation as a JSON list of messages. Raises ``RequestError``."""
+        begin = [{"role": "system", "content": self.system}] if self.system else []
+        text = json.dumps([*begin, *self.messages], ensure_ascii=False, indent=2) + "\n"
+        try:
+            Path(path).expanduser().write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise RequestError(f"path={path!r} cannot be written ({error.strerror}); name another file") from None
+
+
+@dataclass
+class Reply:
+    """A reply with its counts; times in seconds of ``time.perf_counter``."""
+
+    text: str = ""
+    tokens: int = 0
+    finish_reason: FinishReason | None = None
+    started: float = 0.0
+    first: float | None = None
+    ended: float = 0.0
+
+    def summary(self) -> str:
+        """Tokens, time to the first token, and tokens a second after it."""
+        parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"]
+        if self.first is not None:
+            parts.append(f"TTFT {self.first - self.started:.2f} s")
+            if self.tokens > 1 and self.ended > self.first:
+                parts.append(f"{(self.tokens - 1) / (self.ended - self.first):.1f} tok/s")
+        return f"[{' · '.join(parts)}{_ENDINGS.get(self.finish_reason, '') if self.finish_reason else ''}]"
+
+
+def stream_reply(pipe: Pipeline, prompt: Prompt, gen_config: GenerationConfig, write: Callable[[str], Any]) -> Reply:
+    """Generate a reply and ``write`` each piece at once. Ctrl-C ends it, and what was written stays.
+
+    Raises:
+        RequestError: the prompt cannot be served, e.g. ``ContextLengthError``.
+    """
+    session = pipe.session()
+    reply = Reply(started=time.perf_counter())
+    with _stopping_on_interrupt(pipe, session):
+        for piece in pipe.stream_infer(prompt, gen_config, session_id=session.session_id):
+            reply.ended = time.perf_counter()
+            if piece.token_ids and reply.first is None:
+                reply.first = reply.ended
+            reply.text += piece.text
+            reply.tokens, reply.finish_reason = piece.generate_token_len, piece.finish_reason
+            write(piece.text)
+    return reply
+
+
+@contextmanager
+def _stopping_on_interrupt(pipe: Pipeline, session: Session) -> Iterator[None]:
+    """The first Ctrl-C ends the reply after the step that runs; the second one raises ``KeyboardInterrupt``.
+
+    An exception in the middle of a step would leave the engine with buffers that it has given away.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        pipe.stop_session(session)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,203 @@
+"""A weight table and tensor files → parameters on devices, one parameter at a time.
+
+Everything that can be wrong is known from the headers, so it is collected and raised before any weight is read. After
+that the host holds one parameter at a time: its mapped sources, and the array made from them until it is on devices.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxdeploy.checkpoint.tensor_ref import Array
+from jaxdeploy.checkpoint.tensors import TensorFiles
+from jaxdeploy.errors import CheckpointError
+from jaxdeploy.models.weights import IGNORED, ParamPath, Source, WeightTable
+
+Axes = tuple[str | None, ...]
+ShardingOf = Callable[[Axes, tuple[int, ...]], jax.sharding.Sharding | None]
+AbstractParams = Mapping[ParamPath, nnx.Param[Any]]
+
+_TIED_HEADS = (r"lm_head\.weight", r"output\.weight")
+_LISTED = 20
+_ALIGNMENT = 64
+_TITLE = "the checkpoint's files do not fit its config.json; download them again or mend config.json:"
+
+
+def load_params(
+    params: AbstractParams,
+    table: WeightTable,
+    files: TensorFiles,
+    *,
+    dtype: Any = None,
+    sharding_of: ShardingOf | None = None,
+    progress: bool = False,
+) -> dict[ParamPath, jax.Array]:
+    """The parameters of a decoder, read from ``files``.
+
+    ``params`` are the decoder's parameters as shapes (``abstract_params``), ``dtype`` what they are cast to (default:
+    their own), ``sharding_of`` the sharding for a parameter's logical axes and shape (None: the default device), ``progress``
+    shows a bar in bytes on stderr.
+
+    Raises ``CheckpointError`` that lists every missing or damaged file and every missing, unexpected or mis-shaped
+    tensor, before anything is read.
+    """
+    if faults := [*files.faults, *_tensor_faults(table, files)]:
+        raise CheckpointError.collect(_TITLE, faults)
+    loaded = {}
+    with _progress_bar(sum(_bytes_of(source, files) for source in table.values()), progress) as bar:
+        for path in _in_file_order(table, files):
+            loaded[path] = _load(path, params[path], table[path], files, dtype, sharding_of)
+            bar.update(_bytes_of(table[path], files))
+    return loaded
+
+
+def _load(
+    path: ParamPath,
+    param: nnx.Param[Any],
+    source: Source,
+    files: TensorFiles,
+    dtype: Any,
+    sharding_of: ShardingOf | None,
+) -> jax.Array:
+    """One parameter on its devices; its host copy is gone when this returns."""
+    shape = param.get_value().shape
+    value = _host_array(path, source, files, dtype or param.get_value().dtype)
+    assert value.shape == shape, f"{path}: the table makes {value.shape} of a parameter {shape}"
+    placed: jax.Array = jax.device_put(value, _sharding(param, sharding_of))
+    placed.block_until_ready()
+    return placed
+
+
+def dummy_params(
+    params: AbstractParams, *, dtype: Any = None, sharding_of: ShardingOf | None = None, seed: int = 0
+) -> dict[ParamPath, jax.Array]:
+    """Random parameters in place of a checkpoint's: N(0, 0.02²), norm scales 1.
+
+    They are made where they are used, in their own dtype and sharding, and depend on ``seed``, path and shape only.
+    """
+    return {
+        path: _random(param, path, dtype or param.get_value().dtype, _sharding(param, sharding_of), seed)
+        for path, param in params.items()
+    }
+
+
+def _random(
+    param: nnx.Param[Any], path: ParamPath, dtype: Any, sharding: jax.sharding.Sharding | None, seed: int
+) -> jax.Array:
+    draw = _drawing(param.get_value().shape, np.dtype(dtype), sharding, path[-1] == "scale")
+    number = zlib.crc32(".".join(map(str, path)).encode())
+    return draw(jax.random.fold_in(jax.random.key(seed), number))
+
+
+@cache
+def _drawing(
+    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding | None, ones: bool
+) -> Callable[[jax.Array], jax.Array]:
+    """One compiled function for all parameters that look alike: layers share them."""
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jnp.ones(shape, dtype) if ones else 0.02 * jax.random.normal(key, shape, dtype)
+
+    return jax.jit(draw, out_shardings=sharding)
+
+
+def _sharding(param: nnx.Param[Any], sharding_of: ShardingOf | None) -> jax.sharding.Sharding | None:
+    return None if sharding_of is None else sharding_of(param.axes, param.get_value().shape)
+
+
+def _in_file_order(table: WeightTable, files: TensorFiles) -> list[ParamPath]:
+    """Parameters in the order of their first tensor on disk, so that each shard is read once, from front to back."""
+
+    def place(path: ParamPath) -> tuple[str, int]:
+        ref = files[table[path].names[0]]
+        return ref.file.name, ref.offset
+
+    return sorted(table, key=place)
+
+
+def _bytes_of(source: Source, files: TensorFiles) -> int:
+    return sum(files[name].nbytes for name in source.names)
+
+
+def _host_array(path: ParamPath, source: Source, files: TensorFiles, dtype: Any) -> Array:
+    """The parameter in C order and target dtype.
+
+    Always a copy of its own and never a view of a mapped file: a CPU device keeps the very array that it is given
+    where that is aligned, which spares a second copy, and must not depend on the file.
+    """
+    value = source.assemble([files[name].read() for name in source.names])
+    cast = _aligned(value.shape, np.dtype(dtype))
+    with np.errstate(over="ignore"):
+        np.copyto(cast, value, casting="unsafe")
+    if dtype == np.float16 and value.dtype != np.float16 and not np.isfinite(cast).all():
+        name = ".".join(map(str, path))
+        raise CheckpointError(f"dtype=float16 cannot hold the values of {name}; use dtype=bfloat16")
+    return cast
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array that begins where XLA wants buffers of the host to begin."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _tensor_faults(table: WeightTable, files: TensorFiles) -> list[str]:
+    """Every tensor that is missing, has another shape or kind than it should, or should not be there."""
+    wanted = {name: shape for source in table.values() for name, shape in _named_shapes(source)}
+    ignored = (*IGNORED, *(() if ("head", "weight") in table else _TIED_HEADS))
+    return [
+        *_shortened(_missing(wanted, files)),
+        *_shortened(_misfits(wanted, files)),
+        *_shortened(_unexpected(wanted, files, ignored)),
+    ]
+
+
+def _named_shapes(source: Source) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return zip(source.names, source.shapes, strict=True)
+
+
+def _missing(wanted: Mapping[str, tuple[int, ...]], files: TensorFiles) -> list[str]:
+    """Missing tensors; those of a file that is missing itself are no news, nor is any where it may hold them all."""
+    if files.faults and not files.lost:
+        return []
+    return [f"{name}: missing" for name in wanted if name not in files and name not in files.lost]
+
+
+def _misfits(wanted: Mapping[str, tuple[int, ...]], files: TensorFiles) -> list[str]:
+    faults = []
+    for name in filter(files.__contains__, wanted):
+        ref = files[name]
+        if ref.shape != wanted[name]:
+            faults.append(f"{name}: shape {list(ref.shape)}, {list(wanted[name])} expected")
+        elif not jnp.issubdtype(ref.dtype, np.floating):
+            faults.append(f"{name}: dtype {ref.dtype}, floating point expected")
+    return faults
+
+
+def _unexpected(wanted: Mapping[str, tuple[int, ...]], files: TensorFiles, ignored: Sequence[str]) -> list[str]:
+    known = re.compile("|".join(ignored))
+    return [f"{name}: unexpected" for name in files if name not in wanted and not known.fullmatch(name)]
+
+
+def _shortened(faults: list[str]) -> list[str]:
+    rest = len(faults) - _LISTED
+    return faults if rest <= 0 else [*faults[:_LISTED], f"... and {rest} more"]
+
+
+def _progress_bar(total: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    bar = partial(tqdm, desc="loading weights", unit="B", unit_scale=True, unit_divisor=1024)
+    return bar(total=total, disable=not shown)

@@ -1,0 +1,93 @@
+"""The ``jaxdeploy`` command. A module is imported when its command runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import NamedTuple, Protocol, cast
+
+from jaxdeploy.cli.flags import Namespace, Parser
+from jaxdeploy.errors import ConfigError, JaxdeployError
+
+INTERRUPTED = 130
+
+
+class Command(NamedTuple):
+    """Where a command lives, and what it does in a few words."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "chat": Command("jaxdeploy.cli.chat", "talk with a model in the terminal"),
+    "list": Command("jaxdeploy.cli.list", "show model families, architectures and chat templates"),
+    "check_env": Command("jaxdeploy.cli.check_env", "show versions, devices, memory and usable kernels"),
+}
+
+
+class CommandModule(Protocol):
+    """What the module of a command defines."""
+
+    def add_arguments(self, parser: Parser) -> None:
+        """Declare the flags."""
+        ...
+
+    def run(self, args: Namespace) -> int:
+        """Do the work; the exit code comes back."""
+        ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code. Errors that a user can mend are one line on stderr and exit code 2."""
+    try:
+        return _dispatch(sys.argv[1:] if argv is None else argv)
+    except JaxdeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has left. Python would complain once more when it flushes at its own end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def command_parser(name: str) -> Parser:
+    """The parser of one command."""
+    parser = Parser(prog=f"jaxdeploy {name}", description=COMMANDS[name].help)
+    _module(name).add_arguments(parser)
+    return parser
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(_version())
+        return 0
+    name = argv[0].replace("-", "_")
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"command={argv[0]!r} is unknown; did you mean {near!r}? `jaxdeploy --help` lists them")
+    return _module(name).run(command_parser(name).parse_args(argv[1:]))
+
+
+def _module(name: str) -> CommandModule:
+    return cast(CommandModule, importlib.import_module(COMMANDS[name].module))
+
+
+def _overview() -> str:
+    lines = [f"  {name:<12} {command.help}" for name, command in COMMANDS.items()]
+    usage = "usage: jaxdeploy COMMAND [flags]     jaxdeploy COMMAND --help shows a command's flags"
+    return "\n".join([usage, "", *lines, "", "  --version    show the version"])
+
+
+def _version() -> str:
+    from jaxdeploy import __version__
+
+    return f"jaxdeploy {__version__}"

@@ -1,0 +1,108 @@
+"""``jaxdeploy chat``: flags, and what to do with them."""
+
+from __future__ import annotations
+
+import sys
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
+from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
+from jaxdeploy.errors import RequestError
+from jaxdeploy.settings import ignored, setting, settings
+
+if TYPE_CHECKING:
+    from jaxdeploy.pipeline import Pipeline
+
+
+@settings
+class ChatOptions:
+    """Options of the chat."""
+
+    backend: str | None = setting(
+        None, "accepted for LMDeploy's sake: there is one engine", choices=("turbomind", "pytorch")
+    )
+    chat_template: str | None = setting(
+        None, "name (jaxdeploy list), or a JSON or Jinja file; default: the checkpoint's own"
+    )
+    meta_instruction: str | None = setting(None, "the system prompt")
+    cap: str | None = setting(
+        None,
+        "chat, or completion: continue raw text",
+        choices=("chat", "completion", "infilling", "python"),
+    )
+    log_level: str = setting("WARNING", "how much to report", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    device: str | None = ignored("JAX names the device: set JAX_PLATFORMS")
+
+
+def add_arguments(parser: Parser) -> None:
+    """MODEL, and every setting of chat, engine and generation."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, or an id on the hub; default: bundled")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this on stdout and exit")
+    parser.add_argument("--config", metavar="FILE.yaml", help="flags from a file, e.g. `session_len: 4096`")
+    add_settings(parser, ChatOptions, EngineConfig, GenerationConfig)
+
+
+def run(args: Namespace) -> int:
+    """Load the model; answer ``--prompt`` or what is piped in, or else converse."""
+    of_chat, of_engine, of_generation = read_settings(args, ChatOptions, EngineConfig, GenerationConfig)
+    options = ChatOptions(**of_chat)
+    gen_config = GenerationConfig(**of_generation)
+    prompt = _piped() if args.prompt is None and not sys.stdin.isatty() else args.prompt
+    if prompt == "" and options.cap != "completion":
+        raise RequestError("prompt='' says nothing; write some text, or add --cap completion to begin from nothing")
+    with _load(args.model, options, {"max_batch_size": 1, **of_engine}) as pipe:
+        return _chat(pipe, options, gen_config, prompt, args.model)
+
+
+def _load(model: str | None, options: ChatOptions, of_engine: dict[str, Any]) -> Pipeline:
+    config = EngineConfig(**of_engine)
+    template = template_config(options)
+    from jaxdeploy.chat import bundled_model
+    from jaxdeploy.pipeline import pipeline
+
+    return pipeline(
+        model or bundled_model(),
+        backend_config=config,
+        chat_template_config=template,
+        log_level=options.log_level,
+    )
+
+
+def _chat(
+    pipe: Pipeline, options: ChatOptions, gen_config: GenerationConfig, prompt: str | None, model: str | None
+) -> int:
+    from jaxdeploy.chat import Chat
+    from jaxdeploy.chat_input import line_reader
+    from jaxdeploy.chat_session import Conversation
+    from jaxdeploy.cli import INTERRUPTED
+
+    remembers = pipe.chat_template.capability == "chat"
+    chat = Chat(pipe, gen_config, Conversation(options.meta_instruction, remembers))
+    if prompt is not None:
+        return 0 if chat.answer_once(prompt) else INTERRUPTED
+    chat.run(line_reader(), model or "bundled model")
+    return 0
+
+
+def template_config(options: ChatOptions) -> ChatTemplateConfig | str | None:
+    """The chat template that the flags ask for; the system prompt is a message, not part of it."""
+    named = options.chat_template
+    if options.cap is None or named is None:
+        return named if options.cap is None else ChatTemplateConfig(capability=options.cap)
+    if Path(named).suffix == ".json":
+        config = ChatTemplateConfig.from_json(named)
+    elif Path(named).suffix == ".jinja":
+        return named if options.cap == "chat" else ChatTemplateConfig(capability=options.cap)
+    else:
+        config = ChatTemplateConfig(model_name=named)
+    config.capability = options.cap
+    return config
+
+
+def _piped() -> str:
+    """All of stdin, less the newline that ends its last line."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin.read().removesuffix("\n")

@@ -1,0 +1,122 @@
+"""Command-line flags and YAML keys, made from the settings classes of ``jaxdeploy.config``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import MISSING, Field
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeAlias, TypeVar
+
+from jaxdeploy.errors import ConfigError
+from jaxdeploy.settings import Setting, describe, parse_text, read_yaml, type_of, unknown_setting
+
+T = TypeVar("T")
+Namespace: TypeAlias = argparse.Namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes ``_`` for ``-`` in flags, and raises its complaints as ``ConfigError`` instead of leaving the program."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """The flags that were given. Raises ``ConfigError``, naming the nearest flag for one that is unknown."""
+        assert args is not None, "only called with arguments"
+        found, unknown = self.parse_known_args([_with_dashes(arg) for arg in args], namespace)
+        if unknown:
+            raise ConfigError(self._complaint(unknown[0]))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse has to say."""
+        raise ConfigError(f"{message}; `{self.prog} --help` shows what is accepted")
+
+    def _complaint(self, arg: str) -> str:
+        if not arg.startswith("-"):
+            return f"argument={arg!r} is one too many; put quotes around texts with spaces"
+        near = get_close_matches(arg.split("=")[0], self._option_string_actions, n=1, cutoff=0.0)
+        return f"flag={arg!r} is unknown; the nearest one is {near[0]}; `{self.prog} --help` lists them"
+
+
+def add_settings(parser: Parser, *classes: type[Any]) -> None:
+    """One flag for every setting of ``classes``. Only those that are given appear among the parsed arguments."""
+    for cls in classes:
+        group = parser.add_argument_group(_first_line(cls).rstrip("."))
+        for name, (field, about) in describe(cls).items():
+            if about.flag:
+                _add_flag(group, cls, name, field, about)
+
+
+def read_settings(args: Namespace, *classes: type[Any]) -> list[dict[str, Any]]:
+    """The settings that were given, for each class: those of the file ``--config`` under those of the command line.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds a key that is no flag of the command.
+    """
+    given = vars(args)
+    path = given.get("config")
+    from_file = {_field_name(key): value for key, value in read_yaml(path).items()} if path else {}
+    known = [name for cls in classes for name in _flag_names(cls)]
+    for name, value in from_file.items():
+        if name not in known:
+            raise unknown_setting(name, value, known, str(path))
+    return [_of_class(cls, given, from_file) for cls in classes]
+
+
+def _of_class(cls: type[Any], given: dict[str, Any], from_file: dict[str, Any]) -> dict[str, Any]:
+    names = _flag_names(cls)
+    under = {name: value for name, value in from_file.items() if name in names}
+    over = {name: _parsed(cls, name, given[name]) for name in names if name in given}
+    return {**under, **over}
+
+
+def _parsed(cls: type[Any], name: str, value: Any) -> Any:
+    if isinstance(value, str):
+        return parse_text(cls, name, value)
+    return [parse_text(cls, name, item) for item in value] if isinstance(value, list) else value
+
+
+def _add_flag(group: Any, cls: type[Any], name: str, field: Field[Any], about: Setting) -> None:
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field, about)}
+    kind, is_list = type_of(cls, name)
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["metavar"] = _metavar(kind, about)
+    if is_list or kind is dict:
+        options["nargs"] = "+"
+    group.add_argument(f"--{name.rstrip('_').replace('_', '-')}", **options)
+
+
+def _help(field: Field[Any], about: Setting) -> str:
+    if not about.live:
+        return argparse.SUPPRESS
+    if field.default in (None, MISSING):
+        return about.help.replace("%", "%%")
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    return f"{about.help} (default: {default})".replace("%", "%%")
+
+
+def _metavar(kind: type[Any], about: Setting) -> str:
+    if len(about.choices) > 1:
+        return "{" + ",".join(str(choice) for choice in about.choices) + "}"
+    return {int: "N", float: "X"}.get(kind, "TEXT")
+
+
+def _flag_names(cls: type[Any]) -> list[str]:
+    return [name for name, (_, about) in describe(cls).items() if about.flag]
+
+
+def _field_name(key: str) -> str:
+    return "async_" if key == "async" else key
+
+
+def _first_line(cls: type[Any]) -> str:
+    return (cls.__doc__ or cls.__name__).splitlines()[0]
+
+
+def _with_dashes(arg: str) -> str:
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else arg

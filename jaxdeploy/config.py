@@ -1,0 +1,286 @@
+"""Every setting of jaxdeploy: the one source of Python arguments, YAML keys and command-line flags.
+
+Field names are LMDeploy's. A field of LMDeploy's that has no meaning here is accepted and logs one line; one whose
+feature is still to come is accepted by name and raises when it is used; any other name raises and names the nearest.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jaxdeploy.errors import ConfigError
+from jaxdeploy.settings import alias, ignored, missing, setting, settings
+
+_XLA = "XLA chooses how the work is laid out"
+_ONE_ENGINE = "there is one engine, for every device"
+_REAL_NUMBERS = ("auto", "float32", "bfloat16", "float16")
+
+
+def _positive(help: str, default: int | None, advice: str, *, least: int = 1) -> Any:
+    return setting(default, help, holds=lambda value: value >= least, rule=f"must be at least {least}", advice=advice)
+
+
+def _valid_cache_share(value: float) -> bool:
+    return value > 0 and (isinstance(value, int) or value <= 1)
+
+
+@settings
+class EngineConfig:
+    """How the engine holds a model and its KV cache.
+
+    ``None`` leaves the choice to the engine.
+    ``TurbomindEngineConfig`` and ``PytorchEngineConfig`` are this same class.
+
+    Raises:
+        ConfigError: a value breaks its rule, or a name is unknown.
+    """
+
+    dtype: str = setting(
+        "auto", "weights and activations; auto: as stored on GPU, float32 on CPU", choices=_REAL_NUMBERS
+    )
+    tp: int = _positive("devices that share each layer (tensor parallelism)", 1, "give the number of devices")
+    session_len: int | None = _positive(
+        "longest prompt plus reply, in tokens; default: what the model was made for, at most 8192",
+        None,
+        "give a number of tokens",
+    )
+    max_batch_size: int | None = _positive(
+        "sequences that run at the same time; default: 128 on GPU, 8 on CPU", None, "give a number of sequences"
+    )
+    cache_max_entry_count: float = setting(
+        0.8,
+        "share of the device memory free after the weights that the KV cache takes; a whole number: that many blocks",
+        holds=_valid_cache_share,
+        rule="must be a share above 0 and at most 1.0, or a whole number of blocks",
+        advice="0.8 is usual",
+    )
+    num_blocks: int | None = _positive(
+        "KV cache blocks, in place of cache_max_entry_count", None, "give a number of blocks"
+    )
+    block_size: int = setting(
+        64,
+        "tokens in a KV cache block",
+        holds=lambda value: value >= 1 and value & (value - 1) == 0,
+        rule="must be a power of two",
+        advice="64 is usual",
+    )
+    quant_policy: int = setting(
+        0,
+        "KV cache: 0 as dtype says; 4 (int4) and 8 (int8) are not there yet",
+        choices=(0,),
+        words={"none": 0, "int4": 4, "int8": 8},
+        advice="a quantised KV cache is not there yet: leave it out",
+    )
+    model_format: str | None = setting(
+        None,
+        "layout of the checkpoint: hf (Hugging Face), llama (Meta's consolidated.*.pth); default: look",
+        choices=("hf", "llama"),
+        advice="quantised formats are not there yet: leave it out for a float checkpoint",
+    )
+    load_format: str = setting(
+        "auto",
+        "auto: the checkpoint's weights; dummy: random ones from config.json alone, to measure speed",
+        choices=("auto", "dummy"),
+    )
+    max_prefill_token_num: int = _positive("most tokens in one engine step", 8192, "8192 is usual")
+    rope_scaling_factor: float = setting(
+        0.0,
+        "stretch positions by this factor (dynamic NTK); 0: as the model's config.json says",
+        holds=lambda value: value >= 0,
+        rule="must be at least 0",
+        advice="0 leaves positions alone",
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a model on the hub")
+    download_dir: str | None = setting(None, "folder for models from the hub; default: the hub's own cache")
+    warmup: bool = setting(True, "compile and run every shape before the first request")
+    compilation_cache_dir: str | None = setting(
+        None, "folder where compiled programs are kept; default: ~/.cache/jaxdeploy"
+    )
+    model_name: str | None = setting(None, "name of a built-in chat template, as in LMDeploy 0.3")
+
+    cache_block_seq_len: int | None = alias("block_size")
+    num_gpu_blocks: int | None = alias("num_blocks")
+
+    adapters: dict[str, str] | None = missing("merge the LoRA weights into the model and leave adapters out")
+    hf_overrides: dict[str, Any] | None = missing("edit a copy of config.json")
+    speculative_config: Any = missing("leave it out")
+
+    async_: int | None = ignored("steps always overlap as far as the device allows")
+    cache_chunk_size: int | None = ignored("the KV cache is one array per layer")
+    communicator: str | None = ignored("XLA brings its own collectives")
+    cudagraph_capture_batch_sizes: list[int] | None = ignored("shapes are compiled at warm-up")
+    device_type: str | None = ignored("JAX names the device: set JAX_PLATFORMS")
+    devices: list[int] | None = ignored("JAX names the devices: set CUDA_VISIBLE_DEVICES")
+    distributed_executor_backend: str | None = ignored(_ONE_ENGINE)
+    eager_mode: bool | None = ignored("every step is compiled")
+    enable_metrics: bool | None = ignored("metrics belong to the server")
+    enable_mp_engine: bool | None = ignored(_ONE_ENGINE)
+    enable_prefix_caching: bool | None = ignored("prompts that begin alike do not share their cache yet")
+    eviction_type: str | None = ignored("a sequence that lost its blocks is computed again")
+    kernel_block_size: int | None = ignored("kernels take block_size as it is")
+    language_model_only: bool | None = ignored("only language models are loaded")
+    max_log_len: int | None = ignored("prompts are not logged")
+    max_prefill_iters: int | None = ignored("prompts are cut by max_prefill_token_num")
+    mp_engine_backend: str | None = ignored(_ONE_ENGINE)
+    num_cpu_blocks: int | None = ignored("blocks are not swapped to host memory")
+    num_tokens_per_iter: int | None = ignored("prompts are cut by max_prefill_token_num")
+    prefill_interval: int | None = ignored("prompts and replies share every step")
+    thread_safe: bool | None = ignored("calls from several threads are always safe")
+    trust_remote_code: bool | None = ignored("no code from a checkpoint is ever run")
+    use_logn_attn: bool | None = ignored("no family here has it")
+
+
+TurbomindEngineConfig = EngineConfig
+PytorchEngineConfig = EngineConfig
+
+
+def _share(help: str, *, flag: bool = True) -> Any:
+    return setting(None, help, holds=lambda value: 0 <= value <= 1, rule="must lie between 0 and 1", flag=flag)
+
+
+def _penalty(help: str) -> Any:
+    return setting(None, help, holds=lambda value: -2 <= value <= 2, rule="must lie between -2 and 2")
+
+
+@settings
+class GenerationConfig:
+    """How one reply is generated.
+
+    ``None`` means not set: ``jaxdeploy.generation_config`` says what then holds.
+
+    Raises:
+        ConfigError: a value breaks its rule, or a name is unknown.
+    """
+
+    n: int | None = setting(
+        None,
+        "alternative replies to each prompt",
+        holds=lambda value: value >= 1,
+        rule="must be at least 1",
+        advice="give a number of replies",
+        flag=False,
+    )
+    max_new_tokens: int | None = _positive("longest reply, in tokens; default 512", None, "give a number of tokens")
+    do_sample: bool | None = setting(None, "draw tokens at random; false: always the most likely one")
+    top_p: float | None = _share("draw from the likeliest tokens that make up this probability")
+    top_k: int | None = _positive(
+        "draw from this many likeliest tokens; 0: all, 1: greedy", None, "0 keeps all", least=0
+    )
+    min_p: float | None = _share("draw from tokens at least this likely, relative to the likeliest")
+    temperature: float | None = setting(
+        None,
+        "spread of the draw; 0: greedy",
+        holds=lambda value: value >= 0,
+        rule="must be at least 0",
+        advice="0 is greedy, 1 leaves the model's distribution as it is",
+    )
+    repetition_penalty: float | None = setting(
+        None,
+        "make tokens of prompt and reply less likely (above 1)",
+        holds=lambda value: value > 0,
+        rule="must be above 0",
+        advice="1 changes nothing",
+    )
+    presence_penalty: float | None = _penalty("subtract this from the logit of each token already in the reply")
+    frequency_penalty: float | None = _penalty("subtract this for every time a token is already in the reply")
+    ignore_eos: bool | None = setting(None, "go on past the end that the model sets")
+    random_seed: int | None = setting(None, "makes a random reply repeatable; default: another one each time")
+    stop_words: list[str] | None = setting(None, "texts that end the reply")
+    bad_words: list[str] | None = setting(None, "texts that must not appear")
+    stop_token_ids: list[int] | None = setting(None, "tokens that end the reply", flag=False)
+    bad_token_ids: list[int] | None = setting(None, "tokens that must not appear", flag=False)
+    min_new_tokens: int | None = _positive("shortest reply, in tokens", None, "0 sets no minimum", least=0)
+    skip_special_tokens: bool | None = setting(None, "leave special tokens out of the text; default true")
+    spaces_between_special_tokens: bool | None = setting(
+        None, "put spaces between special tokens that are shown; default true", flag=False
+    )
+    logprobs: int | None = setting(
+        None,
+        "alternatives whose log-probabilities are reported with each token",
+        holds=lambda value: value >= 0,
+        rule="must be at least 0",
+        advice="0 reports the chosen token alone",
+        flag=False,
+    )
+    include_stop_str_in_output: bool | None = setting(None, "keep the text that ended the reply", flag=False)
+
+    response_format: dict[str, Any] | None = missing("describe the form in the prompt")
+    logits_processors: list[Any] | None = missing("bad_words and the penalties change logits")
+    output_logits: str | None = missing("logprobs reports log-probabilities")
+    output_last_hidden_state: str | None = missing("leave it out")
+
+    migration_request: Any = ignored("prompts and replies run on the same devices")
+    preserve_cache: bool | None = ignored("the cache is freed when the reply ends")
+    with_cache: bool | None = ignored("the cache is freed when the reply ends")
+    return_routed_experts: bool | None = ignored("no family here has experts")
+
+
+@settings
+class ChatTemplateConfig:
+    """Which chat template, and pieces that replace parts of it.
+
+    ``None`` leaves a piece as it is. ``model_name`` is a name that ``jaxdeploy list`` shows, ``None`` the checkpoint's
+    own template. One turn reads ``system + meta_instruction + eosys + user + text + eoh + assistant + reply + eoa +
+    separator``.
+
+    Raises:
+        ConfigError: a value breaks its rule, or a name is unknown.
+    """
+
+    model_name: str | None = setting(None, "name of a built-in chat template (jaxdeploy list)")
+    system: str | None = setting(None, "before the system prompt")
+    meta_instruction: str | None = setting(None, "the system prompt")
+    eosys: str | None = setting(None, "after the system prompt")
+    user: str | None = setting(None, "before what the user says")
+    eoh: str | None = setting(None, "after what the user says")
+    assistant: str | None = setting(None, "before a reply")
+    eoa: str | None = setting(None, "after a reply")
+    tool: str | None = setting(None, "before a tool's result")
+    eotool: str | None = setting(None, "after a tool's result")
+    separator: str | None = setting(None, "between two turns")
+    capability: str | None = setting(
+        None,
+        "what a text prompt is: a chat message, or raw text to complete",
+        choices=("chat", "completion", "infilling", "python"),
+    )
+    stop_words: list[str] | None = setting(None, "texts that end a reply")
+
+    model_path: str | None = ignored("the template comes from the model that is loaded")
+
+    @classmethod
+    def from_json(cls, file_or_string: str | Path) -> ChatTemplateConfig:
+        """Read LMDeploy's JSON form, from a file or from a text that holds it. Raises ``ConfigError``."""
+        text = str(file_or_string)
+        if not text.lstrip().startswith("{"):
+            text = _read_text(Path(text))
+        try:
+            pieces = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"chat_template={str(file_or_string)!r} is not JSON ({error}); mend it") from None
+        if not isinstance(pieces, dict):
+            raise ConfigError(f"chat_template={str(file_or_string)!r} must hold a JSON object; mend it")
+        return cls(**pieces)
+
+    def to_json(self, file_path: str | Path | None = None) -> str:
+        """The pieces that are set, as JSON; written to ``file_path`` too if it is given. Raises ``ConfigError``."""
+        pieces = {name: value for name, value in vars(self).items() if value is not None}
+        text = json.dumps(pieces, ensure_ascii=False, indent=2)
+        if file_path is not None:
+            _write_text(Path(file_path), text + "\n")
+        return text
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"chat_template={str(path)!r} cannot be read ({error}); name a JSON file") from None
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"file_path={str(path)!r} cannot be written ({error.strerror}); name another file") from None

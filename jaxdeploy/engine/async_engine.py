@@ -1,0 +1,126 @@
+"""The asyncio side: many callers, one engine thread, one stream of outputs per request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from queue import Empty, SimpleQueue
+
+from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.errors import JaxdeployError
+
+logger = logging.getLogger("jaxdeploy")
+
+_Stream = Callable[[TextOutput | Exception], None]
+
+
+class EngineStoppedError(JaxdeployError):
+    """The engine was closed, or its thread died, while a request ran."""
+
+    http_status = 503
+
+
+class AsyncEngine:
+    """Runs a ``Generator`` in a thread of its own; coroutines submit requests and iterate over their outputs."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._thread = threading.Thread(target=self._run, name="jaxdeploy-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine's thread is alive."""
+        return self._thread.is_alive()
+
+    async def generate(self, request: TextRequest) -> AsyncIterator[TextOutput]:
+        """Outputs of ``request`` until it ends. Leaving the iteration early aborts it and frees what it holds.
+
+        Raises:
+            RequestError: it cannot be served. EngineStoppedError: the engine stopped before it ended.
+        """
+        outputs: asyncio.Queue[TextOutput | Exception] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(output: TextOutput | Exception) -> None:
+            loop.call_soon_threadsafe(outputs.put_nowait, output)
+
+        request_id = request.request.request_id
+        self._send(lambda: self._submit(request, deliver))
+        finished = False
+        try:
+            while not finished:
+                output = await outputs.get()
+                finished = isinstance(output, Exception) or output.finish_reason is not None
+                if isinstance(output, Exception):
+                    raise output
+                yield output
+        finally:
+            if not finished:
+                self._commands.put(lambda: self._abort(request_id))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its stream raises ``EngineStoppedError``."""
+        self._commands.put(lambda: self._fail(request_id, EngineStoppedError(f"request {request_id} was aborted")))
+
+    def close(self) -> None:
+        """Stop the thread, fail what still runs and give the device memory back."""
+        self._commands.put(None)
+        self._thread.join()
+        self.generator.close()
+
+    def _send(self, command: Callable[[], None]) -> None:
+        if not self.healthy:
+            raise EngineStoppedError("the engine has stopped; restart it")
+        self._commands.put(command)
+
+    def _run(self) -> None:
+        """The engine thread: take commands, run a step, hand out its outputs."""
+        try:
+            while self._obey_commands():
+                for output in self.generator.step():
+                    self._deliver(output)
+        except Exception:
+            logger.exception("the engine stopped")
+        for request_id in list(self._streams):
+            self._streams.pop(request_id)(EngineStoppedError("the engine stopped while the request ran; try again"))
+
+    def _obey_commands(self) -> bool:
+        """Run what was asked for since the last step, waiting while there is nothing to do; False ends the thread."""
+        while True:
+            try:
+                command = self._commands.get(block=not self.generator.has_work)
+            except Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _submit(self, request: TextRequest, deliver: _Stream) -> None:
+        try:
+            self.generator.submit(request)
+        except JaxdeployError as error:
+            deliver(error)
+        else:
+            self._streams[request.request.request_id] = deliver
+
+    def _deliver(self, output: TextOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is not None:
+            if output.finish_reason is not None:
+                del self._streams[output.request_id]
+            stream(output)
+
+    def _abort(self, request_id: str) -> None:
+        if self._streams.pop(request_id, None) is not None:
+            self.generator.abort(request_id)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self.generator.abort(request_id)
+            stream(error)

@@ -1,0 +1,149 @@
+"""From a model's folder and an ``EngineConfig`` to a running engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxdeploy.checkpoint.loader import dummy_params, load_params
+from jaxdeploy.checkpoint.tensors import open_checkpoint
+from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.batch import ROW_LENGTH, step_shapes
+from jaxdeploy.engine.block_manager import BlockManager
+from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.kv_cache import CachePlan, allocate_pools, plan_cache
+from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.registry import family_of
+from jaxdeploy.parallel.mesh import make_mesh
+from jaxdeploy.parallel.sharding import check_divisible, sharding_of
+
+logger = logging.getLogger("jaxdeploy")
+
+DEFAULT_SESSION_LEN = 8192
+DEFAULT_CACHE_DIR = Path("~/.cache/jaxdeploy/xla")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine is sized for, once the gaps of an ``EngineConfig`` are filled."""
+
+    session_len: int
+    max_batch_size: int
+    max_prefill_tokens: int
+    dtype: jnp.dtype
+
+
+def build_engine(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, progress: bool = False) -> Engine:
+    """Load the model of ``folder`` (its ``config.json`` is ``hf``) and get everything ready that a step needs.
+
+    Raises ``ConfigError``, ``CheckpointError``, ``UnsupportedModelError``, ``CacheTooSmallError``.
+    """
+    _enable_compilation_cache(config)
+    model = _model_config(hf, config)
+    mesh = make_mesh(config.tp)
+    check_divisible(
+        config.tp, {"num_key_value_heads": model.num_kv_heads, "intermediate_size": model.intermediate_size}
+    )
+    limits = resolve_limits(model, config, mesh)
+    decoder = _load_decoder(folder, hf, model, config, mesh, limits.dtype, progress=progress)
+    plan = plan_cache(
+        model, config, mesh, session_len=limits.session_len, max_batch_size=limits.max_batch_size, dtype=limits.dtype
+    )
+    logger.info("%s", plan)
+    engine = _assemble(decoder, plan, limits, mesh)
+    if config.warmup:
+        engine.warm_up(_bar if progress else _silent)
+    return engine
+
+
+def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limits:
+    """Fill the gaps of ``config``: what the model was made for, and what suits the platform."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    stretched = int(model.max_position * max(config.rope_scaling_factor, 1.0))
+    session_len = config.session_len or min(stretched, DEFAULT_SESSION_LEN)
+    if session_len > stretched:
+        logger.warning("session_len=%d is more than the %d tokens the model was made for", session_len, stretched)
+    max_batch_size = config.max_batch_size or (8 if on_cpu else 128)
+    prefill = config.max_prefill_token_num or (512 if on_cpu else 8192)
+    prefill = min(prefill, max_batch_size * session_len)
+    return Limits(session_len, max_batch_size, -(-prefill // ROW_LENGTH) * ROW_LENGTH, _dtype(model, config, on_cpu))
+
+
+def _dtype(model: ModelConfig, config: EngineConfig, on_cpu: bool) -> jnp.dtype:
+    """``auto``: the checkpoint's own on a GPU; float32 on a CPU, where the others are slow."""
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if on_cpu else model.dtype
+    return jnp.dtype(name)
+
+
+def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
+    model = family_of(hf).model_config(hf)
+    return model.with_dynamic_rope(config.rope_scaling_factor) if config.rope_scaling_factor >= 1.0 else model
+
+
+def _load_decoder(
+    folder: Path,
+    hf: Mapping[str, Any],
+    model: ModelConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    *,
+    progress: bool,
+) -> Decoder:
+    abstract = abstract_params(model, dtype)
+    place = partial(sharding_of, mesh)
+    if config.load_format == "dummy":
+        return decoder_from(model, dummy_params(abstract, sharding_of=place))
+    files = open_checkpoint(folder, config.model_format)
+    table = family_of(hf).weights(model)
+    return decoder_from(model, load_params(abstract, table, files, sharding_of=place, progress=progress))
+
+
+def _assemble(decoder: Decoder, plan: CachePlan, limits: Limits, mesh: Mesh) -> Engine:
+    scheduler = Scheduler(
+        BlockManager(plan.num_blocks),
+        block_size=plan.block_size,
+        max_batch_size=limits.max_batch_size,
+        max_prefill_tokens=limits.max_prefill_tokens,
+        chunk_multiple=ROW_LENGTH,
+        session_len=limits.session_len,
+    )
+    pools = allocate_pools(decoder.config, plan, mesh, limits.dtype)
+    runner = ModelRunner(decoder, pools, mesh, slots=limits.max_batch_size, session_len=limits.session_len)
+    table_length = scheduler.blocks_for(limits.session_len)
+    shapes = step_shapes(limits.max_batch_size, limits.max_prefill_tokens, table_length)
+    return Engine(scheduler, runner, shapes, decoder.config.vocab_size)
+
+
+def _enable_compilation_cache(config: EngineConfig) -> None:
+    """Keep compiled programs on disk, unless the user has told JAX where already."""
+    if config.compilation_cache_dir is None and jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = Path(config.compilation_cache_dir or os.environ.get("JAXDEPLOY_CACHE", DEFAULT_CACHE_DIR)).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _bar(steps: list[Any]) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    return tqdm(steps, desc="compiling", unit="step", leave=False)
+
+
+def _silent(steps: list[Any]) -> Iterable[Any]:
+    return steps

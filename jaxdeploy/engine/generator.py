@@ -1,0 +1,158 @@
+"""The engine with text around it: a tokenizer and chat template before, decoded and stop-matched text behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jaxdeploy.chat_template import ChatTemplate
+from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
+from jaxdeploy.config import ChatTemplateConfig, EngineConfig
+from jaxdeploy.engine.build import build_engine
+from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.text_stream import TextStream
+from jaxdeploy.errors import CheckpointError
+from jaxdeploy.generation_config import eos_token_ids
+from jaxdeploy.messages import FinishReason, Request, StepOutput, TokenLogprob
+from jaxdeploy.models.registry import architecture_of
+from jaxdeploy.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A request and what happens to its text: stop words to match, special tokens to show."""
+
+    request: Request
+    stop_words: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop: bool = False
+
+
+@dataclass(frozen=True)
+class TextOutput:
+    """What a step added to a reply: text and tokens since the last output, and how it ended if it did."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+class Generator:
+    """Turns text requests into text outputs, one engine step at a time. One thread calls it.
+
+    ``generation_defaults`` is the checkpoint's ``generation_config.json``; ``eos_token_ids`` are all ids that end a
+    reply; ``session_len`` is in tokens.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        defaults: Mapping[str, Any],
+        eos: frozenset[int],
+    ) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.template = template
+        self.generation_defaults = defaults
+        self.eos_token_ids = eos
+        self.session_len = engine.scheduler.session_len
+        self._streams: dict[str, tuple[TextRequest, TextStream]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        config: EngineConfig,
+        *,
+        chat_template: ChatTemplateConfig | str | None = None,
+        progress: bool = False,
+    ) -> Generator:
+        """Load ``model``, a local folder or a hub id; ``progress`` shows bars on stderr.
+
+        Raises ``ModelNotFoundError``, ``CheckpointError``, ``UnsupportedModelError``, ``ConfigError``.
+        """
+        folder = resolve_model(model, revision=config.revision, download_dir=config.download_dir)
+        hf = read_hf_config(folder, config.model_format)
+        architecture = architecture_of(hf)
+        tokenizer = Tokenizer.load(folder)
+        template = ChatTemplate.resolve(chat_template, tokenizer, architecture)
+        defaults = _generation_defaults(folder)
+        engine = build_engine(folder, hf, config, progress=progress)
+        return cls(engine, tokenizer, template, defaults, eos_token_ids(tokenizer, hf, defaults))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        return self.engine.has_work
+
+    def submit(self, request: TextRequest) -> None:
+        """Queue a request. Raises ``ContextLengthError`` and other ``RequestError``s; nothing is queued then."""
+        self.engine.add(request.request)
+        decoder = self.tokenizer.detokenizer(
+            skip_special_tokens=request.skip_special_tokens,
+            spaces_between_special_tokens=request.spaces_between_special_tokens,
+            prompt_ids=request.request.prompt_token_ids,
+        )
+        stream = TextStream(
+            decoder,
+            request.stop_words,
+            include_stop=request.include_stop,
+            min_new_tokens=request.request.sampling.min_new_tokens,
+        )
+        self._streams[request.request.request_id] = (request, stream)
+
+    def step(self) -> list[TextOutput]:
+        """Run one engine step."""
+        return [self._text_output(output) for output in self.engine.step()]
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free what it holds."""
+        self._streams.pop(request_id, None)
+        self.engine.abort(request_id)
+
+    def close(self) -> None:
+        """Give the device memory back."""
+        self._streams.clear()
+        self.engine.close()
+
+    def __enter__(self) -> Generator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _text_output(self, output: StepOutput) -> TextOutput:
+        request, stream = self._streams[output.request_id]
+        reason = output.finish_reason
+        hidden = reason is FinishReason.STOP and not request.include_stop
+        text = "".join(stream.push(token) for token in output.token_ids if not hidden)
+        if stream.stopped and reason is None:
+            self.engine.abort(output.request_id)
+        reason = FinishReason.STOP if stream.stopped else reason
+        if reason is not None:
+            text += stream.finish()
+            del self._streams[output.request_id]
+        return TextOutput(output.request_id, text, output.token_ids, output.logprobs, reason)
+
+
+def _generation_defaults(folder: Path) -> dict[str, Any]:
+    """The checkpoint's ``generation_config.json``; empty where there is none."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        defaults = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is not JSON ({error}); download it again") from error
+    return defaults if isinstance(defaults, dict) else {}

@@ -1,0 +1,54 @@
+"""One reply to generate: what the generator is asked, and what is made of its answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jaxdeploy.generation_config import ResolvedGeneration
+from jaxdeploy.messages import Request, TokenLogprob
+from jaxdeploy.response import Response
+
+if TYPE_CHECKING:
+    from jaxdeploy.engine.generator import TextOutput, TextRequest
+
+
+@dataclass(frozen=True)
+class Job:
+    """One reply to generate: the ``alternative``-th of ``how.n`` for a prompt."""
+
+    ids: tuple[int, ...]
+    session_id: int
+    index: int
+    how: ResolvedGeneration
+    alternative: int
+
+    def request(self, request_id: str) -> TextRequest:
+        """What the generator is asked for."""
+        from jaxdeploy.engine.generator import TextRequest
+
+        return TextRequest(
+            request=Request(request_id, self.ids, self.how.alternatives()[self.alternative]),
+            stop_words=self.how.stop_words,
+            skip_special_tokens=self.how.skip_special_tokens,
+            spaces_between_special_tokens=self.how.spaces_between_special_tokens,
+            include_stop=self.how.include_stop,
+        )
+
+    def piece(self, output: TextOutput, length: int) -> Response:
+        """The caller's form of an output; ``length`` tokens were generated so far."""
+        wanted = self.how.sampling.logprobs is not None
+        return Response(
+            text=output.text,
+            generate_token_len=length,
+            input_token_len=len(self.ids),
+            session_id=self.session_id,
+            finish_reason=output.finish_reason,
+            token_ids=list(output.token_ids),
+            logprobs=[_logprobs(token) for token in output.logprobs] if wanted else None,
+            index=self.index,
+        )
+
+
+def _logprobs(token: TokenLogprob) -> dict[int, float]:
+    return {**dict(token.top), token.token_id: token.logprob}

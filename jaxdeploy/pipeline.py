@@ -1,0 +1,290 @@
+"""The synchronous Python API: ``pipeline("MODEL")`` gives an object that answers prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
+from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.generation_config import resolve
+from jaxdeploy.jobs import Job
+from jaxdeploy.prompts import Prompt, Prompts, as_list, encode
+from jaxdeploy.response import Response, Session
+from jaxdeploy.streams import Streams
+
+if TYPE_CHECKING:
+    from jaxdeploy.chat_template import ChatTemplate
+    from jaxdeploy.engine.generator import Generator
+    from jaxdeploy.tokenizer import Tokenizer
+
+logger = logging.getLogger("jaxdeploy")
+
+
+def pipeline(
+    model_path: str,
+    model_name: str | None = None,
+    backend_config: EngineConfig | None = None,
+    chat_template_config: ChatTemplateConfig | str | None = None,
+    log_level: str = "WARNING",
+    **settings: Any,
+) -> Pipeline:
+    """Load a model and make it ready to answer.
+
+    Args:
+        model_path: a folder with a checkpoint, or a model's id on the Hugging Face hub.
+        model_name: as in LMDeploy 0.3, the name of a built-in chat template. Other names change nothing.
+        backend_config: how the engine runs.
+        chat_template_config: a config, a built-in template's name, or a JSON or Jinja file; default: the checkpoint's.
+        log_level: DEBUG, INFO, WARNING or ERROR, for the logger ``jaxdeploy``.
+        **settings: fields of ``EngineConfig``, laid over ``backend_config``.
+
+    Raises:
+        JaxdeployError: a setting, the checkpoint or the memory does not fit; the message says what to do.
+    """
+    from jaxdeploy.engine.generator import Generator
+
+    set_log_level(log_level)
+    config = dataclasses.replace(backend_config or EngineConfig(), **settings)
+    template = chat_template_config or _template_named(model_name or config.model_name)
+    return Pipeline(Generator.from_pretrained(str(model_path), config, chat_template=template, progress=True))
+
+
+class Pipeline:
+    """Answers prompts with one loaded model; also a context manager that frees the device memory at its end.
+
+    Several threads may call it at once: their prompts then run in the same batches.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator: Generator | None = generator
+        self._streams = Streams(generator)
+        self._session_ids = itertools.count()
+        self._running: dict[int, list[str]] = {}
+
+    @property
+    def generator(self) -> Generator:
+        """The loaded model. Raises ``RequestError`` after ``close``."""
+        if self._generator is None:
+            raise RequestError("this pipeline is closed; make a new one with pipeline(...)")
+        return self._generator
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer."""
+        return self.generator.tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The chat template in use."""
+        return self.generator.template
+
+    @property
+    def session_len(self) -> int:
+        """Longest prompt plus reply, in tokens."""
+        return self.generator.session_len
+
+    def __call__(
+        self,
+        prompts: Prompts,
+        gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        **options: Any,
+    ) -> Response | list[Response]:
+        """Answer one prompt or many.
+
+        Args:
+            prompts: a text, a list of messages, ``{"prompt_token_ids": [...]}``, or a list of any of these.
+            gen_config: for all prompts, or a list with one for each.
+            use_tqdm: a progress bar on stderr; default: on a terminal, for more than one prompt.
+            options: single fields of ``GenerationConfig`` by their names, ``request_output_len`` (LMDeploy's older
+                name of ``max_new_tokens``), and ``do_preprocess`` (False: texts are not put into the chat template).
+
+        Returns:
+            One ``Response`` for one prompt; a list for a list of prompts, or where ``n`` is above 1.
+
+        Raises:
+            RequestError: a prompt cannot be served; nothing was generated then.
+        """
+        jobs, single = self._jobs(prompts, gen_config, **options)
+        responses = [Response("", 0, len(job.ids), job.session_id, index=job.index) for job in jobs]
+        with _progress_bar(len(jobs), use_tqdm) as bar:
+            for piece in self._stream(jobs):
+                responses[piece.index].extend(piece)
+                bar.update(piece.finish_reason is not None)
+        return responses[0] if single and len(responses) == 1 else responses
+
+    infer = __call__
+    batch_infer = __call__
+
+    def stream_infer(
+        self,
+        prompts: Prompts,
+        gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        **options: Any,
+    ) -> Iterator[Response]:
+        """As a call, but yield each piece as soon as it is there; ``index`` tells the replies of many prompts apart.
+
+        Leaving the loop early drops what is still running. The prompts are queued when the loop starts.
+        """
+        return self._stream(self._jobs(prompts, gen_config, **options)[0])
+
+    def chat(
+        self,
+        prompt: str,
+        session: Session | None = None,
+        gen_config: GenerationConfig | None = None,
+        *,
+        stream_response: bool = False,
+        **options: Any,
+    ) -> Session | Iterator[Response]:
+        """Say ``prompt`` in a conversation and return it with the reply (``session.response``) in its history.
+
+        Without ``session`` a new one begins. With ``stream_response`` the pieces of the reply are yielded instead; the
+        history grows when the last one has come.
+        """
+        session = session or self.session()
+        pieces = self._say(prompt, session, gen_config, options)
+        if stream_response:
+            return pieces
+        for _ in pieces:
+            pass
+        return session
+
+    def session(self) -> Session:
+        """A new, empty conversation."""
+        return Session(next(self._session_ids))
+
+    def stop_session(self, session: Session | int) -> None:
+        """End the replies that run for a session, from another thread or a signal handler."""
+        session_id = session.session_id if isinstance(session, Session) else session
+        self._streams.stop(self._running.get(session_id, []))
+
+    end_session = stop_session
+
+    def close(self) -> None:
+        """Free the model and its KV cache on the device. The pipeline cannot be used afterwards."""
+        if self._generator is not None:
+            self._generator = None
+            self._streams.close()
+            del self._streams
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _say(
+        self, prompt: str, session: Session, gen_config: GenerationConfig | None, options: dict[str, Any]
+    ) -> Iterator[Response]:
+        messages = [*session.messages, {"role": "user", "content": prompt}]
+        jobs, _ = self._jobs(messages, gen_config, session_id=session.session_id, **options)
+        return self._remember(prompt, session, self._stream(jobs[:1]))
+
+    def _remember(self, prompt: str, session: Session, pieces: Iterator[Response]) -> Iterator[Response]:
+        reply: Response | None = None
+        for piece in pieces:
+            reply = dataclasses.replace(piece) if reply is None else reply.extend(piece)
+            yield piece
+        assert reply is not None, "a stream has at least the piece that ends it"
+        session.response = reply
+        session.history.append((prompt, reply.text))
+
+    def _jobs(
+        self,
+        prompts: Prompts,
+        gen_config: GenerationConfig | Sequence[GenerationConfig] | None,
+        *,
+        do_preprocess: bool = True,
+        adapter_name: str | None = None,
+        session_id: int | None = None,
+        **fields: Any,
+    ) -> tuple[list[Job], bool]:
+        if adapter_name is not None:
+            raise ConfigError(f"adapter_name={adapter_name!r} is not there yet; merge the LoRA weights into the model")
+        several, single = as_list(prompts)
+        jobs: list[Job] = []
+        for prompt, config in zip(several, _configs(gen_config, len(several), fields), strict=True):
+            session = next(self._session_ids) if session_id is None else session_id
+            jobs += self._alternatives(prompt, config, do_preprocess, session, len(jobs))
+        return jobs, single
+
+    def _alternatives(
+        self, prompt: Prompt, config: GenerationConfig, do_preprocess: bool, session_id: int, first: int
+    ) -> list[Job]:
+        made = self.generator
+        ids = encode(prompt, made.tokenizer, made.template, do_preprocess=do_preprocess)
+        how = resolve(
+            config,
+            made.generation_defaults,
+            made.tokenizer,
+            eos_token_ids=made.eos_token_ids,
+            template_stops=made.template.stop_words if do_preprocess else (),
+        )
+        return [Job(ids, session_id, first + index, how, index) for index in range(how.n)]
+
+    def _stream(self, jobs: list[Job]) -> Iterator[Response]:
+        by_id = {f"{job.session_id}-{job.index}": job for job in jobs}
+        lengths = dict.fromkeys(by_id, 0)
+        for request_id, job in by_id.items():
+            self._running.setdefault(job.session_id, []).append(request_id)
+        try:
+            for output in self._streams.read([job.request(name) for name, job in by_id.items()]):
+                lengths[output.request_id] += len(output.token_ids)
+                yield by_id[output.request_id].piece(output, lengths[output.request_id])
+        finally:
+            for job in jobs:
+                self._running.pop(job.session_id, None)
+
+
+def set_log_level(level: str) -> None:
+    """Set the level of the logger ``jaxdeploy``, and show its lines on stderr. Raises ``ConfigError``."""
+    names = logging.getLevelNamesMapping()
+    if level.upper() not in names:
+        raise ConfigError(f"log_level={level!r} is not one of DEBUG, INFO, WARNING, ERROR; take one of these")
+    logger.setLevel(names[level.upper()])
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
+
+
+def _template_named(name: str | None) -> str | None:
+    """The built-in template of this name; LMDeploy 0.3 chose templates by the model's name."""
+    if name is None:
+        return None
+    from jaxdeploy.chat_template.builtin import find_builtin
+
+    if find_builtin(name) is not None:
+        return name
+    logger.warning("model_name=%r has no meaning here: the chat template is the checkpoint's own", name)
+    return None
+
+
+def _configs(
+    given: GenerationConfig | Sequence[GenerationConfig] | None, count: int, fields: dict[str, Any]
+) -> list[GenerationConfig]:
+    """One config for each prompt, with single fields laid over it."""
+    if "request_output_len" in fields:
+        fields["max_new_tokens"] = fields.pop("request_output_len")
+    over = {name: value for name, value in fields.items() if value is not None}
+    several = [given or GenerationConfig()] * count if isinstance(given, GenerationConfig | None) else list(given)
+    if len(several) != count:
+        raise ConfigError(
+            f"gen_config has {len(several)} entries for {count} prompts; give one for each, or one for all"
+        )
+    return [dataclasses.replace(config, **over) for config in several]
+
+
+def _progress_bar(total: int, wanted: bool | None) -> Any:
+    """A bar on stderr; where nobody said, only a terminal shows one, and only for several replies."""
+    from tqdm import tqdm
+
+    hidden = (True if total < 2 else None) if wanted is None else not wanted
+    return tqdm(total=total, unit="reply", desc="replies", leave=False, disable=hidden)

@@ -1,0 +1,61 @@
+"""What the Python API gives back: a reply, and a conversation with its history."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxdeploy.messages import FinishReason
+
+
+@dataclass
+class Response:
+    """A reply, or one piece of it while it streams; LMDeploy's names.
+
+    ``index`` is the place in the list that the call gives back: prompts in their order, the ``n`` alternatives of each
+    side by side. ``session_id`` is the prompt's, shared by its alternatives. In a stream ``text``, ``token_ids`` and
+    ``logprobs`` are the new piece and ``generate_token_len`` counts from the start. ``logprobs`` has one dict a token,
+    token id → natural log-probability, the chosen token's among them.
+    """
+
+    text: str
+    generate_token_len: int
+    input_token_len: int
+    session_id: int
+    finish_reason: FinishReason | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] | None = None
+    index: int = 0
+
+    def extend(self, piece: Response) -> Response:
+        """Append the next piece of the stream that this reply began with."""
+        self.text += piece.text
+        self.generate_token_len = piece.generate_token_len
+        self.finish_reason = piece.finish_reason
+        self.token_ids += piece.token_ids
+        if piece.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + piece.logprobs
+        return self
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Session:
+    """A conversation; ``history`` holds what was said, ``response`` the last reply with its counts."""
+
+    session_id: int
+    history: list[tuple[str, str]] = field(default_factory=list)
+    response: Response | None = None
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The history as chat messages."""
+        return [
+            {"role": role, "content": text}
+            for turn in self.history
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        return "\n".join(f"USER: {said}\nASSISTANT: {reply}" for said, reply in self.history)

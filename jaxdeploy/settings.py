@@ -1,0 +1,228 @@
+"""Settings: dataclasses whose one declaration gives Python arguments, YAML keys and command-line flags.
+
+Every assignment, in ``__init__`` or later, is checked on its own and raises ``ConfigError`` with the text
+``field=value rule; what to do``. A name that is not a field raises too and names the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import logging
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jaxdeploy.errors import ConfigError
+
+T = TypeVar("T")
+logger = logging.getLogger("jaxdeploy")
+
+_TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known about one field beside its name, type and default.
+
+    At most one of these is set: ``ignored``, why the field means nothing here (its values are dropped and one line
+    is logged); ``missing``, what to do as long as the feature is not there (its values raise); ``alias``, the field
+    that this is another name of.
+    """
+
+    help: str = ""
+    choices: tuple[Any, ...] = ()
+    rule: str = ""
+    holds: Callable[[Any], bool] | None = None
+    advice: str = ""
+    words: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    flag: bool = True
+    ignored: str = ""
+    missing: str = ""
+    alias: str = ""
+
+    @property
+    def live(self) -> bool:
+        """Whether a value is kept and does something."""
+        return not (self.ignored or self.missing or self.alias)
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] = (),
+    rule: str = "",
+    holds: Callable[[Any], bool] | None = None,
+    advice: str = "",
+    words: Mapping[str, Any] | None = None,
+    flag: bool = True,
+) -> Any:
+    """A field: ``rule`` says in words what ``holds`` checks, ``advice`` what to do when it does not.
+
+    ``words`` are texts accepted in place of values, e.g. ``int8`` for 8; ``flag`` False keeps it off command lines.
+    """
+    about = Setting(help, choices, rule, holds, advice, words or {}, flag)
+    return dataclasses.field(default=default, metadata={"setting": about})
+
+
+def ignored(reason: str) -> Any:
+    """A field of LMDeploy's that means nothing here: accepted, dropped, and one line logged."""
+    return _inert(Setting(help=f"accepted and ignored: {reason}", ignored=reason))
+
+
+def missing(advice: str) -> Any:
+    """A field of LMDeploy's whose feature is not there yet: any value but ``None`` raises."""
+    return _inert(Setting(help="not there yet", missing=advice))
+
+
+def alias(target: str) -> Any:
+    """Another name of the field ``target``; 0 and ``None`` leave the target alone."""
+    return _inert(Setting(help=f"another name of {target}", alias=target))
+
+
+def _inert(about: Setting) -> Any:
+    return dataclasses.field(default=None, repr=False, compare=False, metadata={"setting": about})
+
+
+@typing.dataclass_transform()
+def settings(cls: type[T]) -> type[T]:
+    """Class decorator: a dataclass that checks every value and names the nearest field for an unknown one."""
+    made: Any = dataclass(cls)
+    made.__init__ = _naming_the_unknown(made.__init__, made)
+    made.__setattr__ = _assign
+    return typing.cast("type[T]", made)
+
+
+def describe(cls: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], Setting]]:
+    """Field name → (field, what is known about it), in the order of declaration."""
+    return {field.name: (field, field.metadata["setting"]) for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def type_of(cls: type[Any], name: str) -> tuple[type[Any], bool]:
+    """A field's type without ``None`` (``float`` for ``float | int``), and whether it is a list of it."""
+    hint = typing.get_type_hints(cls)[name]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = tuple(option for option in options if option is not types.NoneType)
+    for option in options:
+        if typing.get_origin(option) is list:
+            return typing.get_args(option)[0], True
+    first = float if float in options else options[0]
+    return typing.get_origin(first) or first, False
+
+
+def unknown_setting(name: str, value: Any, names: Iterable[str], owner: str) -> ConfigError:
+    """The error for a name that is not a setting of ``owner``."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
+    return ConfigError(f"{name}={value!r} is not a setting of {owner}; the nearest one is {near[0]}")
+
+
+def checked(cls: type[Any], name: str, value: Any) -> Any:
+    """``value`` for the field ``name`` of ``cls``, as it will be kept. Raises ``ConfigError``."""
+    field, about = describe(cls)[name]
+    if value is None and field.default is None:
+        return None
+    kind, is_list = type_of(cls, name)
+    if isinstance(value, str):
+        value = about.words.get(value, value)
+    value = _as_list(name, kind, value) if is_list else _as_kind(name, kind, value, value)
+    _check_rule(name, about, value)
+    return value
+
+
+def parse_text(cls: type[Any], name: str, text: str) -> Any:
+    """The value that ``text``, from a command line, means for the field ``name``. Raises ``ConfigError``."""
+    about = describe(cls)[name][1]
+    if text in about.words:
+        return about.words[text]
+    kind, _ = type_of(cls, about.alias or name)
+    if kind is bool and text.lower() in ("true", "false", "1", "0"):
+        return text.lower() in ("true", "1")
+    return _number(text) if kind in (int, float) else text
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file, ``-`` in keys read as ``_``. Raises ``ConfigError``."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"config={path!r} cannot be read ({error.strerror}); name a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config={path!r} is not YAML ({' '.join(str(error).split())}); mend the file") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"config={path!r} must hold `name: value` lines; mend the file")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _naming_the_unknown(init: Callable[..., None], cls: type[Any]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = describe(cls)
+        for name, value in kwargs.items():
+            if name not in known:
+                raise unknown_setting(name, value, known, cls.__name__)
+            target = known[name][1].alias
+            if value and target in kwargs:
+                raise ConfigError(f"{name}={value!r} is another name of {target}; give one of the two")
+        init(self, *args, **kwargs)
+
+    return checked_init
+
+
+def _assign(self: Any, name: str, value: Any) -> None:
+    cls = type(self)
+    known = describe(cls)
+    if name not in known:
+        raise unknown_setting(name, value, known, cls.__name__)
+    about = known[name][1]
+    if about.live:
+        object.__setattr__(self, name, checked(cls, name, value))
+    elif value is None:
+        return
+    elif about.ignored:
+        logger.warning("%s=%r has no meaning here: %s", name, value, about.ignored)
+    elif about.missing:
+        raise ConfigError(f"{name}={value!r} is not there yet; {about.missing}")
+    elif value != 0:
+        setattr(self, about.alias, value)
+
+
+def _as_list(name: str, kind: type[Any], value: Any) -> list[Any]:
+    values = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
+    return [_as_kind(name, kind, item, value) for item in values]
+
+
+def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value) and (kind is float or value == int(value)):
+            return value if kind is float else int(value)
+    elif kind not in (bool, int, float) and isinstance(value, kind):
+        return value
+    raise ConfigError(f"{name}={given!r} must be {_TYPE_WORDS.get(kind, kind.__name__)}; correct it or leave it out")
+
+
+def _check_rule(name: str, about: Setting, value: Any) -> None:
+    if about.choices and value not in about.choices:
+        names = ", ".join(str(choice) for choice in about.choices)
+        raise ConfigError(f"{name}={value!r} is not one of {names}; {about.advice or 'take one of these'}")
+    if about.holds is not None and not about.holds(value):
+        raise ConfigError(f"{name}={value!r} {about.rule}; {about.advice or 'correct it or leave it out'}")
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

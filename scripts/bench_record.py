@@ -1,0 +1,102 @@
+"""Writes what a benchmark or a static check found, in the one form that ``benchmarks/results/`` holds.
+
+Every file has the same top-level keys: ``schema, git_sha, device, versions, config, metrics, ratios``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from jaxdeploy.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("jaxdeploy", "jax", "jaxlib", "flax", "numpy", "transformers", "torch")
+
+
+def write_result(
+    path: str | Path, schema: str, config: Mapping[str, Any], metrics: Mapping[str, Any], ratios: Mapping[str, float]
+) -> dict[str, Any]:
+    """Write one result as JSON, folders made, and return what was written.
+
+    ``schema`` names the layout of ``config`` and ``metrics`` with a version, e.g. ``"generation/1"``. ``metrics`` may
+    nest; its keys say their units (``decode_tok_s``, ``ttft_ms``). ``ratios`` are plain numbers to compare over time.
+
+    Raises:
+        ConfigError: A ratio is no finite number.
+    """
+    _check_ratios(ratios)
+    result = {
+        "schema": schema,
+        "git_sha": git_sha(),
+        "device": device(),
+        "versions": versions(),
+        "config": dict(config),
+        "metrics": dict(metrics),
+        "ratios": dict(ratios),
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    return result
+
+
+def git_sha(root: Path = ROOT) -> str:
+    """The commit that was measured, with ``-dirty`` after it where tracked files differ; ``unknown`` outside git."""
+    sha = _git(root, "rev-parse", "HEAD")
+    if not sha:
+        return "unknown"
+    return f"{sha}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else sha
+
+
+def device() -> dict[str, Any]:
+    """What JAX computes on, and the host beside it."""
+    import jax
+
+    first = jax.devices()[0]
+    return {
+        "type": first.platform,
+        "name": processor() if first.platform == "cpu" else first.device_kind,
+        "count": 1 if first.platform == "cpu" else jax.device_count(),
+        "host_cpus": len(os.sched_getaffinity(0)),
+    }
+
+
+def processor() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Python and those of ``PACKAGES`` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _check_ratios(ratios: Mapping[str, float]) -> None:
+    for name, value in ratios.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"ratios[{name!r}]={value!r} must be a finite number; leave out what was not measured")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        ran = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return ran.stdout.strip() if ran.returncode == 0 else ""

@@ -1,0 +1,186 @@
+"""Training of the bundled demo model: settings, batches by seed and step, one jitted step, a resumable loop."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from demo_dialogues import make_dialogue
+from demo_tokenizer import encode_dialogue
+from flax import nnx
+from tqdm import tqdm
+
+from jaxdeploy.checkpoint.orbax import TrainingCheckpoints
+from jaxdeploy.errors import ConfigError
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+IGNORE = -1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The keys of ``configs/train/demo.yaml``; see there."""
+
+    seed: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position: int
+    rope_theta: float
+    tokenizer_dialogues: int
+    tokens_per_step: int
+    length: int
+    long_length: int
+    long_share: float
+    turns: tuple[int, int]
+    long_turns: tuple[int, int]
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    beta2: float
+    clip_norm: float
+    save_every: int
+    eval_dialogues: int
+
+    @classmethod
+    def read(cls, path: Path, overrides: list[str]) -> TrainConfig:
+        """The YAML file with ``key=value`` overrides. Raises ``ConfigError`` for unknown or missing keys."""
+        import yaml
+
+        settings: dict[str, Any] = yaml.safe_load(path.read_text())
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise ConfigError(f"override={override} is not key=value; write for example steps=1000")
+            settings[key] = yaml.safe_load(value)
+        known = {field.name for field in fields(cls)}
+        if wrong := sorted(known ^ settings.keys()):
+            raise ConfigError(f"{path}: keys {', '.join(wrong)} are unknown or missing; see configs/train/demo.yaml")
+        pairs: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()
+        }
+        return cls(**pairs)
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)
+
+    @property
+    def first_long_step(self) -> int:
+        """The step from which rows are long."""
+        return round(self.steps * (1.0 - self.long_share))
+
+
+def batch(config: TrainConfig, tokenizer: Tokenizer, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of ``step``, int32 [B, T]; targets are ``IGNORE`` outside replies."""
+    long = step >= config.first_long_step
+    length, turns = (config.long_length, config.long_turns) if long else (config.length, config.turns)
+    rng = random.Random(f"{config.seed}/{step}")
+    rows = [_row(rng, tokenizer, length + 1, turns) for _ in range(config.tokens_per_step // length)]
+    tokens = np.array([ids for ids, _ in rows], np.int32)
+    in_reply = np.array([owner for _, owner in rows]) > 0
+    return tokens[:, :-1], np.where(in_reply, tokens, IGNORE)[:, 1:].astype(np.int32)
+
+
+def _row(rng: random.Random, tokenizer: Tokenizer, length: int, turns: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """Whole dialogues one after the other, the last one cut; each begins with ``<s>``."""
+    ids: list[int] = []
+    owner: list[int] = []
+    while len(ids) < length:
+        more, owners = encode_dialogue(tokenizer, make_dialogue(rng, turns=turns))
+        ids += more
+        owner += owners
+    return ids[:length], owner[:length]
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW (arXiv:1711.05101) with clipping; norm scales are not decayed."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, min(config.warmup_steps, config.steps // 2), config.steps
+    )
+    decayed: Callable[[Any], Any] = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
+    adamw = optax.adamw(schedule, b2=config.beta2, weight_decay=config.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def loss_of(graph: nnx.GraphDef[Decoder], params: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean cross-entropy (nats) over the tokens of replies. ``tokens`` and ``targets`` int32 [B, T]."""
+    logits = nnx.merge(graph, params)(tokens)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    counted = targets != IGNORE
+    return jnp.sum(losses * counted) / jnp.maximum(jnp.sum(counted), 1)
+
+
+Step = Callable[[Any, Any, np.ndarray, np.ndarray], tuple[Any, Any, jax.Array]]
+
+
+def make_step(graph: nnx.GraphDef[Decoder], optimizer: optax.GradientTransformation) -> Step:
+    """The jitted training step: (params, optimiser state, tokens, targets) → (params, optimiser state, loss)."""
+
+    def step(params: Any, state: Any, tokens: Any, targets: Any) -> tuple[Any, Any, jax.Array]:
+        loss, gradients = jax.value_and_grad(lambda p: loss_of(graph, p, tokens, targets))(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+def train(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, work_dir: Path) -> tuple[Decoder, list[float]]:
+    """Train to ``config.steps``, going on from the newest checkpoint in ``work_dir``.
+
+    Returns the decoder and the loss of every step.
+    """
+    graph, variables = nnx.split(Decoder(model, rngs=nnx.Rngs(config.seed)))
+    params: Any = nnx.to_pure_dict(variables)
+    optimizer = make_optimizer(config)
+    state = optimizer.init(params)
+    log = work_dir / "losses.json"
+    with TrainingCheckpoints(work_dir / "checkpoints", keep=2) as checkpoints:
+        first, losses = checkpoints.latest() or 0, []
+        if first:
+            params, state = checkpoints.restore(first, (params, state))
+            losses = json.loads(log.read_text())[:first]
+        step = make_step(graph, optimizer)
+        for number, (tokens, targets) in _batches(config, tokenizer, first):
+            params, state, loss = step(params, state, tokens, targets)
+            losses.append(float(loss))
+            if (number + 1) % config.save_every == 0 or number + 1 == config.steps:
+                log.write_text(json.dumps(losses))
+                checkpoints.save(number + 1, (params, state))
+    return merged(graph, params), losses
+
+
+def merged(graph: nnx.GraphDef[Decoder], params: Any) -> Decoder:
+    """The decoder with ``params``, a pure dict."""
+    _, like = nnx.split(nnx.eval_shape(lambda: nnx.merge(graph, params)))
+    nnx.replace_by_pure_dict(like, params)
+    return nnx.merge(graph, like)
+
+
+def _batches(
+    config: TrainConfig, tokenizer: Tokenizer, first: int
+) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    """Numbered batches from step ``first`` on, behind a progress bar in tokens."""
+    todo = config.steps * config.tokens_per_step
+    done = first * config.tokens_per_step
+    with tqdm(total=todo, initial=done, unit="tok", unit_scale=True, desc="training", mininterval=2.0) as bar:
+        for number in range(first, config.steps):
+            yield number, batch(config, tokenizer, number)
+            bar.update(config.tokens_per_step)

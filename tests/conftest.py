@@ -1,0 +1,91 @@
+"""What every test shares: eight fake CPU devices, strict dtypes, the folder beside the checkout, a watch on skips."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+# Read by JAX when it is imported, or at the latest when it opens its first device: so before anything else here.
+DEVICES_FLAG = "--xla_force_host_platform_device_count"
+COMPILATION_CACHE = Path.home() / ".cache/jaxdeploy/test-xla"
+if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+ALLOWED_SKIPS = ("needs ../shared", "needs torch", "needs a GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make JAX refuse to mix dtypes silently, in every thread, and watch what is skipped."""
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    config.pluginmanager.register(SkipAccount())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, saying what is missing."""
+    missing = {}
+    if find_spec("torch") is None:
+        missing["parity"] = pytest.mark.skip(reason="needs torch")
+    if "cuda" not in os.environ["JAX_PLATFORMS"]:
+        missing["gpu"] = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        for name, skip in missing.items():
+            if item.get_closest_marker(name):
+                item.add_marker(skip)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real inputs beside the checkout."""
+    if not (SHARED / "assets").is_dir():
+        pytest.skip("needs ../shared")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lift strict promotion for tests that drive third-party code."""
+    mode = "standard" if request.node.get_closest_marker("standard_promotion") else "strict"
+    with jax.numpy_dtype_promotion(mode):
+        yield
+
+
+class SkipAccount:
+    """Fails the run when a test was skipped for a reason that is not on the list: none may fall silent unnoticed."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Look at a test, or its set-up; an expected failure counts as no skip."""
+        if not hasattr(report, "wasxfail"):
+            self._account(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Look at a whole file."""
+        self._account(report)
+
+    def _account(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple):
+            reason = report.longrepr[2].removeprefix("Skipped: ")
+            if not reason.startswith(ALLOWED_SKIPS):
+                self.notes.append(f"{report.nodeid}: {reason}")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Set the exit status."""
+        if self.notes:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Name the offenders."""
+        for note in self.notes:
+            terminalreporter.write_line(f"skip reason not among {ALLOWED_SKIPS}: {note}", red=True)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxdeploy.checkpoint.tensors import TensorFiles, open_checkpoint
+from jaxdeploy.errors import CheckpointError
+from tests.torch_zip import write_torch_file
+
+A, B, C = (np.full(3, value, np.float32) for value in (1, 2, 3))
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def index(folder: Path, places: dict[str, str], name: str = "model.safetensors.index.json") -> None:
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def values(files: TensorFiles) -> dict[str, float]:
+    return {name: float(ref.read()[0]) for name, ref in files.items()}
+
+
+def test_one_safetensors_file_goes_before_torch_files(tmp_path: Path) -> None:
+    save_file({"a": A, "b": B}, tmp_path / "model.safetensors")
+    write_torch_file(tmp_path / "pytorch_model.bin", {"a": C})
+    files = open_checkpoint(tmp_path)
+    assert values(files) == {"a": 1, "b": 2}
+    assert (files.faults, files.nbytes) == ((), 24)
+
+
+def test_indexed_shards(tmp_path: Path) -> None:
+    save_file({"a": A, "b": C}, tmp_path / FIRST)
+    save_file({"b": B}, tmp_path / SECOND)
+    index(tmp_path, {"a": FIRST, "b": SECOND})
+    assert values(open_checkpoint(tmp_path)) == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_torch_shards_with_and_without_index(tmp_path: Path, indexed: bool) -> None:
+    names = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+    write_torch_file(tmp_path / names[0], {"a": A})
+    write_torch_file(tmp_path / names[1], {"b": B})
+    if indexed:
+        index(tmp_path, {"a": names[0], "b": names[1]}, "pytorch_model.bin.index.json")
+    files = open_checkpoint(tmp_path)
+    assert (values(files), files.faults) == ({"a": 1, "b": 2}, ())
+
+
+def test_missing_and_truncated_shards_are_faults(tmp_path: Path) -> None:
+    third = "model-00003-of-00003.safetensors"
+    save_file({"a": A}, tmp_path / FIRST)
+    save_file({"c": C}, tmp_path / third)
+    whole = (tmp_path / third).read_bytes()
+    (tmp_path / third).write_bytes(whole[:-5])
+    index(tmp_path, {"a": FIRST, "b": SECOND, "c": third})
+    files = open_checkpoint(tmp_path)
+    assert files.faults == (
+        f"{SECOND}: missing; download it again",
+        f"{third}: truncated: {len(whole) - 5} bytes, {len(whole)} expected; download it again",
+    )
+    assert (set(files), files.lost) == ({"a"}, frozenset({"b", "c"}))
+
+
+def test_shards_that_count_themselves(tmp_path: Path) -> None:
+    save_file({"a": A}, tmp_path / "model-00001-of-00003.safetensors")
+    save_file({"c": C}, tmp_path / "model-00003-of-00003.safetensors")
+    assert open_checkpoint(tmp_path).faults == ("model-00002-of-00003.safetensors: missing; download it again",)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"weight_map": []}'])
+def test_index_that_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    faults = open_checkpoint(tmp_path).faults
+    assert faults == ("model.safetensors.index.json: is not an index of shards; download it again",)
+
+
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_index_cannot_name_files_elsewhere(tmp_path: Path, shard: str) -> None:
+    index(tmp_path, {"a": shard})
+    assert open_checkpoint(tmp_path).faults == (
+        f"model.safetensors.index.json: names {shard}, which is not beside it; download it again",
+    )
+
+
+def test_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"^model=.* has no weights; put model.safetensors, its shards .* in$"):
+        open_checkpoint(tmp_path)

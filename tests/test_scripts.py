@@ -1,0 +1,91 @@
+"""The scripts, where they must refuse; what they do when all is well is what CI does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxdeploy.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "scripts" / name), *arguments]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def fake_python(folder: Path, refused: str) -> str:
+    """An interpreter like this one that cannot do what contains ``refused``."""
+    path = folder / "python3"
+    path.write_text(f'#!/bin/sh\ncase "$2" in *"{refused}"*) exit 1 ;; esac\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("script", ["chat", "test"])
+@pytest.mark.parametrize(
+    ("refused", "told"),
+    [("import ensurepip", "apt install python3-venv"), ("version_info", "3.11"), ("", "install Python 3.11")],
+)
+def test_unfit_python_gets_one_line(script: str, refused: str, told: str, tmp_path: Path) -> None:
+    python = fake_python(tmp_path, refused)
+    ran = run_script(script, PYTHON=python, JAXDEPLOY_VENV=str(tmp_path / "venv"))
+    assert ran.returncode != 0
+    assert told in ran.stderr
+    assert (ran.stdout, ran.stderr.count("\n")) == ("", 1)
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "keep").touch()
+    ran = run_script("chat", JAXDEPLOY_VENV=str(tmp_path))
+    assert ran.returncode != 0
+    assert "is no virtual environment" in ran.stderr
+    assert (tmp_path / "keep").exists()
+
+
+def test_unknown_argument_of_the_test_script() -> None:
+    ran = run_script("test", "--fast")
+    assert ran.returncode != 0
+    assert "unknown argument --fast" in ran.stderr
+
+
+def test_gpu_suite_says_when_there_is_no_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "nvidia-smi"
+    path.write_text("#!/bin/sh\nexit 9\n")
+    path.chmod(0o755)
+    ran = run_script("gpu_suite", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert ran.returncode != 0
+    assert ran.stderr == "scripts/gpu_suite needs an NVIDIA GPU, and nvidia-smi shows none here\n"
+
+
+@pytest.mark.parametrize(("driver", "extra"), [("580.65.06", "cuda13"), ("570.12", "cuda12"), ("N/A", "")])
+def test_the_cuda_extra_follows_the_driver(driver: str, extra: str, tmp_path: Path) -> None:
+    path = tmp_path / "nvidia-smi"
+    path.write_text(f"#!/bin/sh\necho {driver}\necho {driver}\n")
+    path.chmod(0o755)
+    command = ["bash", "-c", f"source {ROOT}/scripts/venv.sh && cuda_extra"]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.check_output(command, env=environment, text=True).strip() == extra
+
+
+def test_result_files_have_one_form(tmp_path: Path) -> None:
+    from bench_record import write_result
+
+    path = tmp_path / "results" / "one.json"
+    written = write_result(path, "example/1", {"batch": 8}, {"decode_tok_s": 10.0}, {"decode_vs_peer": 2.5})
+    assert list(written) == ["schema", "git_sha", "device", "versions", "config", "metrics", "ratios"]
+    assert written["device"]["type"] == "cpu"
+    assert '"decode_vs_peer": 2.5' in path.read_text()
+
+
+def test_a_ratio_must_be_a_number(tmp_path: Path) -> None:
+    from bench_record import write_result
+
+    with pytest.raises(ConfigError, match="must be a finite number"):
+        write_result(tmp_path / "x.json", "example/1", {}, {}, {"speedup": float("nan")})
