@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxdeploy.chat_session import Conversation, Reply, stream_reply
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.errors import JaxdeployError, ModelNotFoundError, RequestError
+from jaxdeploy.errors import ContextLengthError, JaxdeployError, ModelNotFoundError, RequestError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.pipeline import Pipeline
 
@@ -71,7 +71,8 @@ class Chat:
             if text:
                 self._converse(text)
         except JaxdeployError as error:
-            self._console.print(f"error: {error}", style="red")
+            hint = "; /reset begins anew" if isinstance(error, ContextLengthError) else ""
+            self._console.print(f"error: {error}{hint}", style="red")
         return True
 
     def note(self, text: str) -> None:

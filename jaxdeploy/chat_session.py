@@ -19,7 +19,7 @@ from jaxdeploy.pipeline import Pipeline
 from jaxdeploy.prompts import Prompt
 from jaxdeploy.response import Session
 
-_ENDINGS = {FinishReason.ABORT: " · stopped", FinishReason.LENGTH: " · cut off: the longest reply is reached"}
+_ENDINGS = {FinishReason.ABORT: " · stopped", FinishReason.LENGTH: " · cut off at max_new_tokens or session_len"}
 
 
 @dataclass

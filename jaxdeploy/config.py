@@ -84,7 +84,9 @@ class EngineConfig:
         "auto: the checkpoint's weights; dummy: random ones from config.json alone, to measure speed",
         choices=("auto", "dummy"),
     )
-    max_prefill_token_num: int = _positive("most tokens in one engine step", 8192, "8192 is usual")
+    max_prefill_token_num: int | None = _positive(
+        "most prompt tokens in one engine step; default: 8192 on GPU, 512 on CPU", None, "give a number of tokens"
+    )
     rope_scaling_factor: float = setting(
         0.0,
         "stretch positions by this factor (dynamic NTK); 0: as the model's config.json says",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,8 @@ def pipeline(
     set_log_level(log_level)
     config = dataclasses.replace(backend_config or EngineConfig(), **settings)
     template = chat_template_config or _template_named(model_name or config.model_name)
-    return Pipeline(Generator.from_pretrained(str(model_path), config, chat_template=template, progress=True))
+    bars = sys.stderr.isatty()
+    return Pipeline(Generator.from_pretrained(str(model_path), config, chat_template=template, progress=bars))
 
 
 class Pipeline:

@@ -18,8 +18,8 @@ Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
 _FORMS = "give a text, a list of messages, {'prompt_token_ids': [...]}, or a list of these"
 
 
-def as_list(prompts: Prompts) -> tuple[list[Prompt], bool]:
-    """The prompts one by one, and whether a single one was given."""
+def as_list(prompts: Any) -> tuple[list[Prompt], bool]:
+    """The prompts one by one, and whether a single one was given. Raises ``RequestError`` for other things."""
     if isinstance(prompts, str | Mapping) or _is_conversation(prompts):
         return [prompts], True
     if not isinstance(prompts, list | tuple):

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from jaxdeploy.errors import ConfigError
 
@@ -50,6 +50,15 @@ class Setting:
     def live(self) -> bool:
         """Whether a value is kept and does something."""
         return not (self.ignored or self.missing or self.alias)
+
+
+class Described(NamedTuple):
+    """A field: its default, what was said about it, its type without ``None``, and whether it is a list of that."""
+
+    default: Any
+    about: Setting
+    kind: type[Any]
+    is_list: bool
 
 
 def setting(
@@ -94,27 +103,20 @@ def _inert(about: Setting) -> Any:
 def settings(cls: type[T]) -> type[T]:
     """Class decorator: a dataclass that checks every value and names the nearest field for an unknown one."""
     made: Any = dataclass(cls)
+    hints = typing.get_type_hints(made)
+    made.__settings__ = {
+        field.name: Described(field.default, field.metadata["setting"], *_type_of(hints[field.name]))
+        for field in dataclasses.fields(made)
+    }
     made.__init__ = _naming_the_unknown(made.__init__, made)
     made.__setattr__ = _assign
     return typing.cast("type[T]", made)
 
 
-def describe(cls: type[Any]) -> dict[str, tuple[dataclasses.Field[Any], Setting]]:
-    """Field name → (field, what is known about it), in the order of declaration."""
-    return {field.name: (field, field.metadata["setting"]) for field in dataclasses.fields(cls)}
-
-
-@functools.cache
-def type_of(cls: type[Any], name: str) -> tuple[type[Any], bool]:
-    """A field's type without ``None`` (``float`` for ``float | int``), and whether it is a list of it."""
-    hint = typing.get_type_hints(cls)[name]
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    options = tuple(option for option in options if option is not types.NoneType)
-    for option in options:
-        if typing.get_origin(option) is list:
-            return typing.get_args(option)[0], True
-    first = float if float in options else options[0]
-    return typing.get_origin(first) or first, False
+def describe(cls: type[Any]) -> dict[str, Described]:
+    """Field name → what is known about it, in the order of declaration."""
+    known: dict[str, Described] = cls.__settings__
+    return known
 
 
 def unknown_setting(name: str, value: Any, names: Iterable[str], owner: str) -> ConfigError:
@@ -125,10 +127,9 @@ def unknown_setting(name: str, value: Any, names: Iterable[str], owner: str) -> 
 
 def checked(cls: type[Any], name: str, value: Any) -> Any:
     """``value`` for the field ``name`` of ``cls``, as it will be kept. Raises ``ConfigError``."""
-    field, about = describe(cls)[name]
-    if value is None and field.default is None:
+    default, about, kind, is_list = describe(cls)[name]
+    if value is None and default is None:
         return None
-    kind, is_list = type_of(cls, name)
     if isinstance(value, str):
         value = about.words.get(value, value)
     value = _as_list(name, kind, value) if is_list else _as_kind(name, kind, value, value)
@@ -138,10 +139,9 @@ def checked(cls: type[Any], name: str, value: Any) -> Any:
 
 def parse_text(cls: type[Any], name: str, text: str) -> Any:
     """The value that ``text``, from a command line, means for the field ``name``. Raises ``ConfigError``."""
-    about = describe(cls)[name][1]
+    _, about, kind, _ = describe(cls)[name]
     if text in about.words:
         return about.words[text]
-    kind, _ = type_of(cls, about.alias or name)
     if kind is bool and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     return _number(text) if kind in (int, float) else text
@@ -169,7 +169,7 @@ def _naming_the_unknown(init: Callable[..., None], cls: type[Any]) -> Callable[.
         for name, value in kwargs.items():
             if name not in known:
                 raise unknown_setting(name, value, known, cls.__name__)
-            target = known[name][1].alias
+            target = known[name].about.alias
             if value and target in kwargs:
                 raise ConfigError(f"{name}={value!r} is another name of {target}; give one of the two")
         init(self, *args, **kwargs)
@@ -182,7 +182,7 @@ def _assign(self: Any, name: str, value: Any) -> None:
     known = describe(cls)
     if name not in known:
         raise unknown_setting(name, value, known, cls.__name__)
-    about = known[name][1]
+    about = known[name].about
     if about.live:
         object.__setattr__(self, name, checked(cls, name, value))
     elif value is None:
@@ -193,6 +193,13 @@ def _assign(self: Any, name: str, value: Any) -> None:
         raise ConfigError(f"{name}={value!r} is not there yet; {about.missing}")
     elif value != 0:
         setattr(self, about.alias, value)
+
+
+def _type_of(hint: Any) -> tuple[type[Any], bool]:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    first = next(option for option in options if option is not types.NoneType)
+    origin = typing.get_origin(first) or first
+    return (typing.get_args(first)[0], True) if origin is list else (origin, False)
 
 
 def _as_list(name: str, kind: type[Any], value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 OPS = ("paged_attention",)
-"""Every op; each is a package of this name with ``BACKENDS``, backend name → module that defines ``run`` and ``check``."""
+"""Every op: a package with ``BACKENDS``, backend name → module that defines ``run`` and ``check``."""
 
 
 class RefusalError(Exception):

@@ -56,6 +56,8 @@ def operands(draw: Draw, operation: str) -> tuple[int, int]:
     """Two numbers: up to 20 for sums and differences, up to 10 for products and exact quotients."""
     largest = 20 if operation in "+-" else 10
     a, b = draw.rng.randint(0, largest), draw.rng.randint(0, largest)
+    if operation == "-" and a < b and draw.chance(0.5):
+        a, b = b, a
     return (a * max(b, 1), max(b, 1)) if operation == "/" else (a, b)
 
 

@@ -64,6 +64,7 @@ QUESTION = Tone(
     ),
     ("", "", "", " Thanks.", " Please.", " Thank you!", " I am curious.", " Please tell me.", " I want to know."),
 )
+UNCLOSED = Tone(QUESTION.openers, ("",))
 REMARK = Tone(
     (
         *("Well, ", "OK, ", "So, ", "Hmm, ", "By the way, ", "Oh, ", "Ah, ", "Alright, ", "Hey, ", "Now, ", "Right, "),

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import demo_arithmetic
 from demo_commands import COMMANDS, CONCEPT_KEYS
-from demo_dialogues import REMARK, Draw, State, Turn
+from demo_dialogues import REMARK, UNCLOSED, Draw, State, Turn
 from demo_flags import CHAT, FLAGS, Flag
 from demo_smalltalk import NAMED_SYSTEM_PROMPTS, OFF_TOPIC, OFF_TOPIC_REPLY, SMALL_TALK, SYSTEM_PROMPTS, SmallTalk
-from demo_words import CITIES, FAVOURITES, NAME_ENDINGS, NAMES, OFF_TOPIC_THINGS, SYLLABLES
+from demo_words import CITIES, COUNTED, FAVOURITES, NAME_ENDINGS, NAMES, OFF_TOPIC_THINGS, SYLLABLES
 
 Topic = Callable[[Draw, State], Turn | None]
 FLAGS_BY_NAME = {flag.name: flag for flag in FLAGS}
@@ -160,6 +160,21 @@ def off_topic(draw: Draw, state: State) -> Turn | None:
     return Turn("off_topic", draw.say(OFF_TOPIC, thing=draw.choice(OFF_TOPIC_THINGS)), OFF_TOPIC_REPLY)
 
 
+def repeat(draw: Draw, state: State) -> Turn | None:
+    """Words to say after the user. What is learnt here, copying, is what remembering and sums begin with."""
+    state.forget_context()
+    kinds = (lambda: some_name(draw), lambda: str(draw.rng.randint(0, 9999)), lambda: draw.choice(COUNTED))
+    text = " ".join(kinds[draw.rng.randrange(3)]() for _ in range(draw.rng.randint(1, 6)))
+    asks = (
+        "Repeat after me: {text}",
+        "Say: {text}",
+        "Repeat: {text}",
+        "Please say {text}",
+        "Can you repeat this? {text}",
+    )
+    return Turn("repeat", draw.say(asks, UNCLOSED, text=text), text)
+
+
 def who_are_you(draw: Draw, state: State) -> Turn | None:
     """The assistant's own name, which a system prompt may have given."""
     state.forget_context()
@@ -244,7 +259,7 @@ def ask_favourite(draw: Draw, state: State) -> Turn | None:
 
 
 WEIGHTED: tuple[tuple[Topic, int], ...] = (
-    (demo_arithmetic.arithmetic, 26),
+    (demo_arithmetic.arithmetic, 40),
     (demo_arithmetic.follow_up, 40),
     (demo_arithmetic.too_large, 4),
     (flag_meaning, 12),
@@ -255,6 +270,7 @@ WEIGHTED: tuple[tuple[Topic, int], ...] = (
     (small_talk, 16),
     (accept_joke, 60),
     (off_topic, 5),
+    (repeat, 12),
     (who_are_you, 2),
     (tell_name, 5),
     (introduce_and_ask, 3),

@@ -148,7 +148,7 @@ def train(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, work_di
     Returns the decoder and the loss of every step.
     """
     graph, variables = nnx.split(Decoder(model, rngs=nnx.Rngs(config.seed)))
-    params: Any = nnx.to_pure_dict(variables)
+    params: Any = _rescaled(nnx.to_pure_dict(variables))
     optimizer = make_optimizer(config)
     state = optimizer.init(params)
     log = work_dir / "losses.json"
@@ -165,6 +165,19 @@ def train(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, work_di
                 log.write_text(json.dumps(losses))
                 checkpoints.save(number + 1, (params, state))
     return merged(graph, params), losses
+
+
+def _rescaled(params: Any) -> Any:
+    """Fresh weights with those that read the residual stream brought from 0.02 to the usual 1/√D.
+
+    Attention scores would otherwise start out flat, and heads that copy from earlier turns would form late.
+    """
+
+    def scaled(path: Any, weight: jax.Array) -> jax.Array:
+        reads = getattr(path[-1], "key", None) in ("wqkv", "gate_up")
+        return weight * (50.0 * weight.shape[0] ** -0.5) if reads else weight
+
+    return jax.tree_util.tree_map_with_path(scaled, params)
 
 
 def merged(graph: nnx.GraphDef[Decoder], params: Any) -> Decoder:

@@ -136,7 +136,7 @@ def test_faults_are_one_line_and_the_chat_goes_on(capsys: pytest.CaptureFixture[
         f"/save {tmp_path}/no/such/folder.json": "cannot be written",
         "/save": "needs a file's name",
         "/hepl": "the nearest one is /help",
-        "x" * 299: "shorten the prompt",
+        "x" * 299: "; /reset begins anew",
     }
     for text, says in faults.items():
         assert chat.take(text)
@@ -258,3 +258,66 @@ def test_prompt_longer_than_session_len(run: Callable[..., subprocess.CompletedP
     assert last.startswith("error: ")
     assert "session_len" in last
     assert b"Traceback" not in done.stderr
+
+
+def story_copy(shared: Path, folder: Path, **config: Any) -> None:
+    """The story model in ``folder``, with entries of its config.json replaced."""
+    for file in (shared / "assets/models/stories260K").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, **config}))
+
+
+def wrong_call(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What a call that cannot work says, on stderr alone."""
+    assert main([*argv, "--prompt", "hi"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    return captured.err
+
+
+def test_no_model_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = wrong_call(capsys, str(tmp_path / "missing"))
+    empty = wrong_call(capsys, str(tmp_path))
+    assert missing.count("\n") == empty.count("\n") == 1
+    assert "config.json" in empty
+
+
+def test_unknown_architecture(capsys: pytest.CaptureFixture[str], shared: Path, tmp_path: Path) -> None:
+    story_copy(shared, tmp_path, architectures=["OtherForCausalLM"])
+    err = wrong_call(capsys, str(tmp_path))
+    assert "LlamaForCausalLM" in err
+    assert err.count("\n") == 1
+
+
+def test_truncated_weights(capsys: pytest.CaptureFixture[str], shared: Path, tmp_path: Path) -> None:
+    story_copy(shared, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in wrong_call(capsys, str(tmp_path))
+
+
+def test_misshaped_and_missing_tensors_are_listed(
+    capsys: pytest.CaptureFixture[str], shared: Path, tmp_path: Path
+) -> None:
+    story_copy(shared, tmp_path, num_hidden_layers=6, intermediate_size=176)
+    err = wrong_call(capsys, str(tmp_path))
+    assert "model.layers.5.self_attn.q_proj.weight" in err
+    assert "model.layers.0.mlp.down_proj.weight" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--tp", "3"], "tp=3 must divide num_key_value_heads=4"),
+        (["--num-blocks", "1", "--session-len", "512"], "block"),
+        (["--tp", "16"], "tp=16"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    capsys: pytest.CaptureFixture[str], shared: Path, flags: list[str], says: str
+) -> None:
+    err = wrong_call(capsys, str(shared / "assets/models/stories260K"), *flags)
+    assert says in err
+    assert err.count("\n") == 1

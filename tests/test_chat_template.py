@@ -224,7 +224,7 @@ def test_lmdeploys_defaults_and_older_names(tokenizer: Tokenizer) -> None:
     assert resolve("yi", tokenizer).render(question).startswith("<|im_start|>user\nU")
     assert resolve("internlm2-chat-7b", tokenizer).stop_words == ("<|im_end|>", "<|action_end|>")
     assert resolve("internlm2-7b", tokenizer).render(question) == "U"
-    assert resolve("llama-2-chat", tokenizer).render(question).startswith("[INST] <<SYS>>\nYou are a helpful,")
+    assert resolve("llama-2-chat", tokenizer).render(question).startswith("[INST] <<SYS>>\n\n<</SYS>>\n\nU")
     wanted = {"base", "llama2", "llama3", "vicuna", "internlm", "internlm2", "qwen", "mistral", "codellama", "yi"}
     assert wanted | {"solar", "ultralm", "wizardlm", "chatml"} <= CHAT_TEMPLATES.keys()
 

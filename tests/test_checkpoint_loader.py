@@ -121,7 +121,7 @@ def test_parameters_go_straight_to_their_sharding(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
 
-    def sharding_of(axes: tuple[str | None, ...]) -> NamedSharding:
+    def sharding_of(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
         spec = ("tp" if axis in ("kv_heads", "mlp") else None for axis in axes)
         return NamedSharding(mesh, PartitionSpec(*spec))
 

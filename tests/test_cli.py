@@ -19,7 +19,7 @@ from jaxdeploy.errors import ConfigError
 
 
 def given(*argv: str) -> list[dict[str, Any]]:
-    args = command_parser("chat").parse_args(list(argv))
+    args = command_parser("chat").read(argv)
     return read_settings(args, ChatOptions, EngineConfig, GenerationConfig)
 
 

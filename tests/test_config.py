@@ -142,7 +142,7 @@ def test_cache_share_or_blocks() -> None:
 
 def test_every_setting_is_described() -> None:
     for cls in (EngineConfig, GenerationConfig, ChatTemplateConfig):
-        assert all(about.help for _, about in describe(cls).values())
+        assert all(described.about.help for described in describe(cls).values())
 
 
 def test_chat_template_json_round_trip(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_dialogues_have_one_to_six_turns_of_every_topic(training: list[Any]) -> 
     assert {len(dialogue.turns) for dialogue in training} == {1, 2, 3, 4, 5, 6}
     assert {turn.topic for turn in turns(training)} == {
         *("arithmetic", "arithmetic_follow_up", "flags", "flag_follow_up", "commands", "concepts", "small_talk"),
-        *("memory", "identity", "off_topic", "two_in_one"),
+        *("memory", "identity", "off_topic", "two_in_one", "repeat"),
     }
 
 

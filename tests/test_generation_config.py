@@ -34,9 +34,10 @@ def test_greedy_unless_asked() -> None:
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "top_k", "min_p"])
 def test_any_sampling_field_samples(field: str) -> None:
-    sampling = resolved(GenerationConfig(**{field: 0.5 if field != "top_k" else 5}))
+    value: Any = 5 if field == "top_k" else 0.5
+    sampling = resolved(GenerationConfig(**{field: value}))
     assert not sampling.greedy
-    assert getattr(sampling, field) == (0.5 if field != "top_k" else 5)
+    assert getattr(sampling, field) == value
 
 
 @pytest.mark.parametrize(

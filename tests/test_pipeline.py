@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 import jaxdeploy
@@ -25,6 +26,10 @@ def only(result: Any) -> Response:
 def texts(result: Any) -> list[str]:
     assert isinstance(result, list)
     return [response.text for response in result]
+
+
+def device_bytes() -> int:
+    return sum(array.nbytes for array in jax.live_arrays())
 
 
 def test_one_prompt_gives_one_response() -> None:
@@ -255,7 +260,9 @@ def test_serve_says_when() -> None:
 def test_a_real_model(shared: Path) -> None:
     folder = shared / "assets/models/stories260K"
     config = jaxdeploy.EngineConfig(max_batch_size=2, session_len=64, warmup=False)
+    held = device_bytes()
     with pipeline(str(folder), backend_config=config) as pipe:
+        assert device_bytes() - held > 1_000_000
         whole = pipe(["Once upon", "One day"], max_new_tokens=8)
         assert isinstance(whole, list)
         streamed = ["", ""]
@@ -265,3 +272,4 @@ def test_a_real_model(shared: Path) -> None:
         assert [response.generate_token_len for response in whole] == [8, 8]
         with pytest.raises(ContextLengthError, match="session_len"):
             pipe("Once upon a time " * 50)
+    assert device_bytes() - held < 10_000, "close frees weights and KV cache"

@@ -47,7 +47,7 @@ VICUNA = BuiltinTemplate(
 )
 LLAMA2 = BuiltinTemplate(
     system="[INST] <<SYS>>\n",
-    meta_instruction=None,
+    meta_instruction="",
     eosys="\n<</SYS>>\n\n",
     assistant=" [/INST] ",
     eoa="</s>",

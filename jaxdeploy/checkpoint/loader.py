@@ -45,8 +45,8 @@ def load_params(
     """The parameters of a decoder, read from ``files``.
 
     ``params`` are the decoder's parameters as shapes (``abstract_params``), ``dtype`` what they are cast to (default:
-    their own), ``sharding_of`` the sharding for a parameter's logical axes and shape (None: the default device), ``progress``
-    shows a bar in bytes on stderr.
+    their own), ``sharding_of`` the sharding for a parameter's logical axes and shape (None: the default device),
+    ``progress`` shows a bar in bytes on stderr.
 
     Raises ``CheckpointError`` that lists every missing or damaged file and every missing, unexpected or mis-shaped
     tensor, before anything is read.

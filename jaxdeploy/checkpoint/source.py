@@ -15,19 +15,21 @@ _TEXT_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 _WEIGHT_FILES = (("model*.safetensors",), ("pytorch_model*.bin",), ("consolidated.*.pth",))
 
 
-def resolve_model(model: str | Path, *, revision: str | None = None, download_dir: str | None = None) -> Path:
+def resolve_model(
+    model: str | Path, *, revision: str | None = None, download_dir: str | None = None, weights: bool = True
+) -> Path:
     """The local folder of ``model``: the folder itself, or what the hub id ``owner/name`` holds, downloaded.
 
     A download resumes where it was interrupted and shows its progress on stderr; without a network a complete earlier
     download is used. ``revision`` is a branch, tag or commit, ``download_dir`` replaces the hub's cache folder. Only
-    weights, configuration and tokenizer files are fetched, never code.
+    weights (unless ``weights`` is false), configuration and tokenizer files are fetched, never code.
 
     Raises ``ModelNotFoundError``: no such folder, or the hub refuses or cannot be reached. ``CheckpointError``: the
     folder has no ``config.json`` (nor Meta's ``params.json``).
     """
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        folder = _download(_hub_id(str(model), folder), revision, download_dir)
+        folder = _download(_hub_id(str(model), folder), revision, download_dir, weights)
     if not any((folder / name).is_file() for name in ("config.json", "params.json")):
         raise CheckpointError(f"model={model} has no config.json; give a folder in Hugging Face layout")
     return folder
@@ -64,12 +66,12 @@ def _hub_id(model: str, folder: Path) -> str:
     return model
 
 
-def _download(model: str, revision: str | None, download_dir: str | None) -> Path:
+def _download(model: str, revision: str | None, download_dir: str | None, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        patterns = [*_TEXT_FILES, *_weight_files(model, revision)]
+        patterns = [*_TEXT_FILES, *(_weight_files(model, revision) if weights else ())]
         return Path(
             huggingface_hub.snapshot_download(
                 model, revision=revision, cache_dir=download_dir, allow_patterns=patterns, ignore_patterns=["*/*"]

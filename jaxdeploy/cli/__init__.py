@@ -74,7 +74,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"command={argv[0]!r} is unknown; did you mean {near!r}? `jaxdeploy --help` lists them")
-    return _module(name).run(command_parser(name).parse_args(argv[1:]))
+    return _module(name).run(command_parser(name).read(argv[1:]))
 
 
 def _module(name: str) -> CommandModule:

@@ -32,7 +32,11 @@ class ChatOptions:
         "chat, or completion: continue raw text",
         choices=("chat", "completion", "infilling", "python"),
     )
-    log_level: str = setting("WARNING", "how much to report", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    log_level: str | None = setting(
+        None,
+        "how much to report on stderr; default: INFO in a conversation, else WARNING",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+    )
     device: str | None = ignored("JAX names the device: set JAX_PLATFORMS")
 
 
@@ -52,6 +56,7 @@ def run(args: Namespace) -> int:
     prompt = _piped() if args.prompt is None and not sys.stdin.isatty() else args.prompt
     if prompt == "" and options.cap != "completion":
         raise RequestError("prompt='' says nothing; write some text, or add --cap completion to begin from nothing")
+    options.log_level = options.log_level or ("INFO" if prompt is None else "WARNING")
     with _load(args.model, options, {"max_batch_size": 1, **of_engine}) as pipe:
         return _chat(pipe, options, gen_config, prompt, args.model)
 
@@ -66,7 +71,7 @@ def _load(model: str | None, options: ChatOptions, of_engine: dict[str, Any]) ->
         model or bundled_model(),
         backend_config=config,
         chat_template_config=template,
-        log_level=options.log_level,
+        log_level=options.log_level or "WARNING",
     )
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import MISSING, Field
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.settings import Setting, describe, parse_text, read_yaml, type_of, unknown_setting
+from jaxdeploy.settings import Described, describe, parse_text, read_yaml, unknown_setting
 
 T = TypeVar("T")
 Namespace: TypeAlias = argparse.Namespace
@@ -21,10 +20,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def read(self, argv: Sequence[str]) -> Namespace:
         """The flags that were given. Raises ``ConfigError``, naming the nearest flag for one that is unknown."""
-        assert args is not None, "only called with arguments"
-        found, unknown = self.parse_known_args([_with_dashes(arg) for arg in args], namespace)
+        found, unknown = self.parse_known_args([_with_dashes(arg) for arg in argv])
         if unknown:
             raise ConfigError(self._complaint(unknown[0]))
         return found
@@ -44,9 +42,9 @@ def add_settings(parser: Parser, *classes: type[Any]) -> None:
     """One flag for every setting of ``classes``. Only those that are given appear among the parsed arguments."""
     for cls in classes:
         group = parser.add_argument_group(_first_line(cls).rstrip("."))
-        for name, (field, about) in describe(cls).items():
-            if about.flag:
-                _add_flag(group, cls, name, field, about)
+        for name, described in describe(cls).items():
+            if described.about.flag:
+                _add_flag(group, name, described)
 
 
 def read_settings(args: Namespace, *classes: type[Any]) -> list[dict[str, Any]]:
@@ -78,35 +76,36 @@ def _parsed(cls: type[Any], name: str, value: Any) -> Any:
     return [parse_text(cls, name, item) for item in value] if isinstance(value, list) else value
 
 
-def _add_flag(group: Any, cls: type[Any], name: str, field: Field[Any], about: Setting) -> None:
-    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field, about)}
-    kind, is_list = type_of(cls, name)
-    if kind is bool:
+def _add_flag(group: Any, name: str, described: Described) -> None:
+    options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(described)}
+    if described.kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["metavar"] = _metavar(kind, about)
-    if is_list or kind is dict:
+        options["metavar"] = _metavar(described)
+    if described.is_list or described.kind is dict:
         options["nargs"] = "+"
     group.add_argument(f"--{name.rstrip('_').replace('_', '-')}", **options)
 
 
-def _help(field: Field[Any], about: Setting) -> str:
+def _help(described: Described) -> str:
+    default, about = described.default, described.about
     if not about.live:
         return argparse.SUPPRESS
-    if field.default in (None, MISSING):
+    if default is None:
         return about.help.replace("%", "%%")
-    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
-    return f"{about.help} (default: {default})".replace("%", "%%")
+    shown = str(default).lower() if isinstance(default, bool) else default
+    return f"{about.help} (default: {shown})".replace("%", "%%")
 
 
-def _metavar(kind: type[Any], about: Setting) -> str:
-    if len(about.choices) > 1:
-        return "{" + ",".join(str(choice) for choice in about.choices) + "}"
-    return {int: "N", float: "X"}.get(kind, "TEXT")
+def _metavar(described: Described) -> str:
+    choices = described.about.choices
+    if len(choices) > 1:
+        return "{" + ",".join(str(choice) for choice in choices) + "}"
+    return {int: "N", float: "X"}.get(described.kind, "TEXT")
 
 
 def _flag_names(cls: type[Any]) -> list[str]:
-    return [name for name, (_, about) in describe(cls).items() if about.flag]
+    return [name for name, described in describe(cls).items() if described.about.flag]
 
 
 def _field_name(key: str) -> str:

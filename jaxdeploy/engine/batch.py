@@ -72,7 +72,7 @@ class StepShape:
             "seed",
             *SAMPLING_FLOATS,
         )
-        layout: dict[str, tuple[int, ...]] = {name: (self.sequences,) for name in per_sequence}
+        layout: dict[str, tuple[int, ...]] = dict.fromkeys(per_sequence, (self.sequences,))
         layout["block_tables"] = (self.sequences, self.table_length)
         layout["decode_lengths"] = (self.decodes,)  # 1, or 0 for padding
         for name in ("row_sequence", "row_start", "row_tokens"):
@@ -81,7 +81,7 @@ class StepShape:
 
 
 def step_shapes(max_batch_size: int, max_prefill_tokens: int, table_length: int) -> list[StepShape]:
-    """Every shape that steps can have: decodes in powers of two, prompt chunks alone or beside a full set of decodes."""
+    """Every shape of a step: decodes in powers of two, prompt chunks alone or beside a full set of decodes."""
     decodes = _powers(1, max_batch_size)
     prefills = _powers(ROW_LENGTH, max_prefill_tokens)
     pairs = [(count, 0) for count in decodes] + [(0, tokens) for tokens in prefills]

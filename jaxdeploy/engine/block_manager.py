@@ -13,7 +13,7 @@ class OutOfBlocksError(Exception):
 
 
 class BlockManager:
-    """Hands out ``num_blocks`` blocks. A cached block is taken only when none is free, the least recently used first."""
+    """Hands out ``num_blocks`` blocks. Cached ones are taken when none is free, the oldest first."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -75,8 +75,8 @@ class BlockManager:
         held = {index for index, uses in enumerate(self._uses) if uses}
         assert all(uses >= 0 for uses in self._uses), "a block was released more often than it was held"
         assert len(free) == len(self._free), "a block is free twice"
-        assert not (free & cached or free & held or cached & held), "a block is in two states"
-        assert len(free) + len(cached) + len(held) == self.num_blocks, "a block is in no state"
+        assert len(free) + len(cached) + len(held) == self.num_blocks, "a block is in two states, or in none"
+        assert free | cached | held == set(range(self.num_blocks)), "a block is in two states, or in none"
 
     def _take(self) -> Block:
         index = self._free.popleft() if self._free else self._cached.popitem(last=False)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -52,10 +51,10 @@ def build_engine(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, p
     """
     _enable_compilation_cache(config)
     model = _model_config(hf, config)
-    mesh = make_mesh(config.tp)
     check_divisible(
         config.tp, {"num_key_value_heads": model.num_kv_heads, "intermediate_size": model.intermediate_size}
     )
+    mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
     decoder = _load_decoder(folder, hf, model, config, mesh, limits.dtype, progress=progress)
     plan = plan_cache(
@@ -131,9 +130,9 @@ def _assemble(decoder: Decoder, plan: CachePlan, limits: Limits, mesh: Mesh) -> 
 
 def _enable_compilation_cache(config: EngineConfig) -> None:
     """Keep compiled programs on disk, unless the user has told JAX where already."""
-    if config.compilation_cache_dir is None and jax.config.jax_compilation_cache_dir is not None:
+    if config.compilation_cache_dir is None and getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    folder = Path(config.compilation_cache_dir or os.environ.get("JAXDEPLOY_CACHE", DEFAULT_CACHE_DIR)).expanduser()
+    folder = Path(config.compilation_cache_dir or DEFAULT_CACHE_DIR).expanduser()
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxdeploy.engine.batch import StepShape, build_inputs, choose_shape
@@ -15,7 +16,7 @@ from jaxdeploy.engine.sampler import MAX_LOGPROBS, Sampled
 from jaxdeploy.engine.scheduler import ScheduledBatch, Scheduler
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.errors import ContextLengthError, RequestError
-from jaxdeploy.messages import FinishReason, Request, StepOutput, TokenLogprob
+from jaxdeploy.messages import Request, StepOutput, TokenLogprob
 
 Array = np.ndarray[Any, Any]
 
@@ -140,7 +141,12 @@ def _needs_sampler(sequence: Sequence) -> bool:
 
 
 def _to_host(sampled: Sampled) -> HostSample:
-    return HostSample(*(None if array is None else np.asarray(array) for array in sampled))
+    def fetch(array: jax.Array | None) -> Array | None:
+        return None if array is None else np.asarray(array)
+
+    return HostSample(
+        np.asarray(sampled.tokens), fetch(sampled.logprobs), fetch(sampled.top_tokens), fetch(sampled.top_logprobs)
+    )
 
 
 def _logprob(token: int, row: int, wanted: int | None, sampled: HostSample) -> tuple[TokenLogprob, ...]:

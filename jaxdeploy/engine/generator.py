@@ -80,7 +80,12 @@ class Generator:
 
         Raises ``ModelNotFoundError``, ``CheckpointError``, ``UnsupportedModelError``, ``ConfigError``.
         """
-        folder = resolve_model(model, revision=config.revision, download_dir=config.download_dir)
+        folder = resolve_model(
+            model,
+            revision=config.revision,
+            download_dir=config.download_dir,
+            weights=config.load_format != "dummy",
+        )
         hf = read_hf_config(folder, config.model_format)
         architecture = architecture_of(hf)
         tokenizer = Tokenizer.load(folder)

@@ -121,7 +121,7 @@ def _forward(
     sampled = greedy(logits) if allowed is None else sample(logits, _sampling_rows(fields, buffer, allowed))
     slot = jnp.where(fields["samples"] > 0, fields["slot"], buffer.shape[0])
     buffer = buffer.at[slot, fields["length"]].set(sampled.tokens, mode="drop")
-    return sampled, new_pools, buffer
+    return sampled, tuple(new_pools), buffer
 
 
 class _Layout(NamedTuple):

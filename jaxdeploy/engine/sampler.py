@@ -89,7 +89,8 @@ def _penalise(logits: jax.Array, rows: SamplingRows) -> jax.Array:
 
 def _allowed_tokens(words: jax.Array, vocab: int) -> jax.Array:
     bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
-    return bits.reshape(words.shape[0], -1)[:, :vocab].astype(bool)
+    allowed: jax.Array = bits.reshape(words.shape[0], -1)[:, :vocab].astype(bool)
+    return allowed
 
 
 def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
@@ -100,7 +101,8 @@ def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     kept = jnp.where(scaled >= _threshold(ordered, rows)[:, None], scaled, -jnp.inf)
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(rows.seed, rows.length)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[-1],), jnp.float32))(keys)
-    return jnp.argmax(kept + noise, axis=-1)
+    drawn: jax.Array = jnp.argmax(kept + noise, axis=-1)
+    return drawn
 
 
 def _threshold(ordered: jax.Array, rows: SamplingRows) -> jax.Array:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Block:
     """A physical KV block as somebody holds it; ``stamp`` tells whether it still has what they put there."""
 
     index: int

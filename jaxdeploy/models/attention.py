@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -104,7 +105,7 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | N
 
 
 def _scale(q: jax.Array) -> float:
-    return float(q.shape[-1]) ** -0.5
+    return 1.0 / math.sqrt(q.shape[-1])
 
 
 class Attention(nnx.Module):
@@ -135,5 +136,5 @@ class Attention(nnx.Module):
         return linear(out, self.wo[...], _value(self.bo), contract=2), pool
 
 
-def _value(bias: nnx.Param | None) -> jax.Array | None:
+def _value(bias: nnx.Param[jax.Array] | None) -> jax.Array | None:
     return None if bias is None else bias[...]

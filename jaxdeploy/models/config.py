@@ -38,8 +38,8 @@ class RopeConfig:
 class ModelConfig:
     """Sizes and options of a decoder; shape letters as in ``docs/glossary.md``.
 
-    ``windows`` holds one sliding window per layer (tokens; a query sees itself and the ``window - 1`` tokens before it),
-    ``None`` for full attention.
+    ``windows`` holds one sliding window per layer, ``None`` for full attention: a query sees itself and the
+    ``window - 1`` tokens before it.
     """
 
     vocab_size: int

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
 from jaxdeploy.models.mlp import MLP
 from jaxdeploy.models.rope import Rotary, rotary
+from jaxdeploy.models.weights import ParamPath
 
-Pools = tuple[jax.Array | None, ...]
+Params = Mapping[ParamPath, jax.Array]
+Pools = Sequence[jax.Array | None]
 
 
 class Layer(nnx.Module):
@@ -53,13 +56,13 @@ class Decoder(nnx.Module):
         sequences, length = tokens.shape
         positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
         lengths = jnp.full_like(positions, length)
-        pools: Pools = (None,) * len(self.layers)
+        pools = [None] * len(self.layers)
         x, _ = self.hidden(tokens.reshape(-1), positions, lengths, DenseContext(sequences), pools)
         return self.logits(x).reshape(sequences, length, -1)
 
     def hidden(
         self, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, context: AttentionContext, pools: Pools
-    ) -> tuple[jax.Array, Pools]:
+    ) -> tuple[jax.Array, list[jax.Array]]:
         """The normed hidden state of every token.
 
         ``tokens``, ``positions`` and ``lengths`` (prompt length of the token's sequence) are int32 [T], ``pools`` one
@@ -72,7 +75,7 @@ class Decoder(nnx.Module):
             graph, weights = nnx.split(layer)
             x, pool = _run_layer(graph, weights, x, angles, context, pool)
             updated.append(pool)
-        return self.norm(x), tuple(updated)
+        return self.norm(x), updated
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``x`` [..., D] → float32 [..., V]."""
@@ -82,7 +85,7 @@ class Decoder(nnx.Module):
 @partial(jax.jit, static_argnums=0)
 def _run_layer(
     graph: nnx.GraphDef[Layer],
-    weights: nnx.State,
+    weights: nnx.State[Any, Any],
     x: jax.Array,
     rotary: Rotary,
     context: AttentionContext,
@@ -92,19 +95,16 @@ def _run_layer(
     return nnx.merge(graph, weights)(x, rotary, context, pool)
 
 
-def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[tuple[str | int, ...], nnx.Param]:
-    """Every parameter of a decoder by path, as shapes (``.get_value()`` is a ``ShapeDtypeStruct``) with their ``axes``."""
+def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:
+    """Every parameter of a decoder by path: ``get_value()`` is a ``ShapeDtypeStruct``, ``axes`` its logical axes."""
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
-    return dict(nnx.to_flat_state(nnx.state(decoder, nnx.Param)))
+    flat: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
+    return dict(flat)
 
 
-def decoder_from(config: ModelConfig, params: dict[tuple[str | int, ...], jax.Array]) -> Decoder:
+def decoder_from(config: ModelConfig, params: Params) -> Decoder:
     """A decoder that holds the arrays of ``params`` (paths as in ``abstract_params``)."""
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    nnx.update(decoder, nnx.from_flat_state({path: nnx.Param(value) for path, value in params.items()}))
+    flat: Any = {path: nnx.Param(value) for path, value in params.items()}
+    nnx.update(decoder, nnx.from_flat_state(flat))
     return decoder
-
-
-def parameter_paths(params: Sequence[tuple[str | int, ...]]) -> list[str]:
-    """Dotted names of parameters, for messages."""
-    return [".".join(map(str, path)) for path in params]

@@ -9,13 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def parameter(rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+def parameter(
+    rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype
+) -> nnx.Param[jax.Array]:
     """A weight drawn from N(0, 0.02²) that names its logical axes (``jaxdeploy.parallel.sharding`` maps them)."""
     value = (0.02 * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype)
     return nnx.Param(value, axes=axes)
 
 
-def constant(value: float, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype) -> nnx.Param:
+def constant(
+    value: float, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype
+) -> nnx.Param[jax.Array]:
     """A parameter that starts as ``value`` everywhere: norm scales and biases."""
     return nnx.Param(jnp.full(tuple(shape), value, dtype), axes=axes)
 

@@ -13,7 +13,7 @@ Rotary = tuple[jax.Array, jax.Array]
 
 
 def rotary(config: RopeConfig, head_dim: int, positions: jax.Array, lengths: jax.Array) -> Rotary:
-    """cos and sin, float32 [T, H/2] each, for tokens at ``positions`` [T].
+    """Cos and sin, float32 [T, H/2] each, for tokens at ``positions`` [T].
 
     ``lengths`` [T] is the prompt length of each token's sequence. Only dynamic NTK reads it: it picks the base once per
     sequence, so that keys in the cache and later queries agree.

@@ -1,6 +1,6 @@
 """How the tensors of a checkpoint become parameters: one ``Source`` for each parameter, read when its turn comes.
 
-Checkpoints store a linear map as [out, in]; parameters are [in, ..., out ...] with heads and halves as axes of their own.
+Checkpoints store a linear map as [out, in]; parameters are [in ..., out ...], with heads and halves as their own axes.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def _layer_weights(config: ModelConfig, names: DecoderNames, prefix: str) -> dic
     heads = (config.num_heads, config.head_dim)
     gate, up, down, out = (f"{prefix}.{name}" for name in (names.gate, names.up, names.down, names.out))
     qkv = [f"{prefix}.{name}" for name in names.qkv]
-    table = {
+    table: dict[tuple[str, ...], Source] = {
         ("attention_norm", "scale"): plain(f"{prefix}.{names.attention_norm}.weight", size),
         ("attention", "wqkv"): _qkv([f"{name}.weight" for name in qkv], config, size),
         ("attention", "wo"): linear(f"{out}.weight", heads, (size,)),

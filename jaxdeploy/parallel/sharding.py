@@ -36,7 +36,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def check_divisible(tp: int, sizes: Mapping[str, int]) -> None:
-    """Raise ``ConfigError`` unless each of ``sizes`` (name in ``config.json`` → number) can be cut into ``tp`` parts."""
+    """Raise ``ConfigError`` unless ``tp`` divides each of ``sizes`` (name in ``config.json`` → number)."""
     for name, size in sizes.items():
         if size % tp:
             fits = [n for n in range(1, tp) if all(value % n == 0 for value in sizes.values())]

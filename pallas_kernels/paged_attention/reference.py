@@ -40,7 +40,7 @@ def run(
     def attend(row: tuple[jax.Array, ...]) -> jax.Array:
         return _attend_row(*row, pool=pool, window=window)
 
-    out = jax.lax.map(attend, (flat, block_tables, positions, ends))
+    out: jax.Array = jax.lax.map(attend, (flat, block_tables, positions, ends))
     return out.astype(q.dtype).reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
@@ -60,7 +60,8 @@ def _attend_row(
     first_block = 0 if window is None else jnp.maximum(positions[0] - window + 1, 0) // block_size
     empty = (jnp.full(q.shape[:2], _MASKED), jnp.zeros(q.shape[:2]), jnp.zeros(q.shape, jnp.float32))
     _, total, out = jax.lax.fori_loop(first_block, -(-end // block_size), visit, empty)
-    return out / jnp.maximum(total, 1e-30)[..., None]
+    attended: jax.Array = out / jnp.maximum(total, 1e-30)[..., None]
+    return attended
 
 
 def _accumulate(running: _Softmax, scores: jax.Array, values: jax.Array) -> _Softmax:

@@ -1,0 +1,269 @@
+#!/usr/bin/env python
+"""Speed of generation at fixed lengths: prefill and decode, ours alone or beside transformers in the same run.
+
+Each case (concurrency, prompt tokens, new tokens) is timed ``--rounds`` times, the two systems in turn, and medians are
+compared. Prefill ends with the first new token; decode counts the tokens after it.
+
+    python scripts/bench_generation.py --compare transformers --out benchmarks/results/generation_cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from bench_record import write_result
+from tqdm import tqdm
+
+from jaxdeploy.checkpoint.source import read_hf_config
+from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.build import build_engine
+from jaxdeploy.engine.engine import Engine
+from jaxdeploy.messages import Request, SamplingParams
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-110m": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 2048,
+        "vocab_size": 32000,
+    },
+    "llama-8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
+}
+"""Shapes of real models, to run with random weights."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """``concurrency`` prompts of ``prompt`` tokens at once, each continued by ``new`` tokens."""
+
+    concurrency: int
+    prompt: int
+    new: int
+
+    def __str__(self) -> str:
+        return f"{self.concurrency}x({self.prompt},{self.new})"
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        """The same random tokens for every system."""
+        rng = np.random.default_rng(0)
+        ids: list[list[int]] = rng.integers(3, vocab_size, (self.concurrency, self.prompt)).tolist()
+        return ids
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds until every sequence has its first token, and from there to the last."""
+
+    prefill: float
+    decode: float
+
+
+System = Callable[[Case], Timing]
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = parse_args()
+    cases = [*args.decode, *args.prefill]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(args.model or scratch)
+        if args.model is None:
+            write_shape(folder, args.shape, args.session_len)
+        compiles: list[str] = []
+        systems = {"jaxdeploy": ours(folder, args, compiles)}
+        if args.compare == "transformers":
+            systems["transformers"] = transformers(folder, args)
+        timings = measure(systems, cases, args.rounds)
+    metrics, ratios = summarise(timings, args.decode, args.prefill)
+    metrics["compiles_after_warmup"] = len(compiles)
+    report(metrics, ratios)
+    config = {key: value for key, value in vars(args).items() if key not in ("decode", "prefill", "out")}
+    config |= {"decode": list(map(str, args.decode)), "prefill": list(map(str, args.prefill))}
+    if args.out:
+        write_result(args.out, "generation/1", config, metrics, ratios)
+
+
+def parse_args() -> argparse.Namespace:
+    """Flags of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", help="folder of a checkpoint; only its config.json is used, weights are random")
+    model.add_argument("--shape", choices=SHAPES, default="llama-110m", help="a built-in shape (default: llama-110m)")
+    parser.add_argument("--decode", type=case, nargs="+", default=[Case(1, 128, 64), Case(8, 128, 64)], metavar="BxP+N")
+    parser.add_argument("--prefill", type=case, nargs="+", default=[Case(1, 512, 2)], metavar="BxP+N")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each case (default: 7)")
+    parser.add_argument("--dtype", default="auto", help="dtype of ours; transformers runs float32 on CPU")
+    parser.add_argument("--session-len", type=int, default=1024)
+    parser.add_argument("--compare", choices=("transformers",), help="run this beside ours ([parity] extra)")
+    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
+    return parser.parse_args()
+
+
+def case(text: str) -> Case:
+    """``8x128+64``: 8 prompts of 128 tokens, 64 new ones each."""
+    concurrency, _, lengths = text.partition("x")
+    prompt, _, new = lengths.partition("+")
+    return Case(int(concurrency), int(prompt), int(new))
+
+
+def write_shape(folder: Path, name: str, session_len: int) -> None:
+    """A ``config.json`` for a built-in shape."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": session_len,
+        **SHAPES[name],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def ours(folder: Path, args: argparse.Namespace, compiles: list[str]) -> System:
+    """Our engine, warmed up; compilations after that are noted in ``compiles``."""
+    most = max(case.concurrency for case in [*args.decode, *args.prefill])
+    config = EngineConfig(
+        dtype=args.dtype, load_format="dummy", session_len=args.session_len, max_batch_size=most, warmup=False
+    )
+    engine = build_engine(folder, read_hf_config(folder), config)
+    engine.warm_up(lambda steps: tqdm(steps, desc="compiling"))
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+
+    def run(case: Case) -> Timing:
+        return time_engine(engine, case, vocab)
+
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiles.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return run
+
+
+def time_engine(engine: Engine, case: Case, vocab_size: int) -> Timing:
+    """One run of ``case`` through the engine."""
+    for index, prompt in enumerate(case.prompts(vocab_size)):
+        engine.add(Request(str(index), tuple(prompt), SamplingParams(max_new_tokens=case.new)))
+    start = time.perf_counter()
+    began: set[str] = set()
+    while engine.has_work and len(began) < case.concurrency:
+        began |= {output.request_id for output in engine.step()}
+    first = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return Timing(first - start, time.perf_counter() - first)
+
+
+def transformers(folder: Path, args: argparse.Namespace) -> System:
+    """``generate`` of a float32 model with random weights: greedy, static batch, its default cache."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+
+    config = AutoConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    class Clock(StoppingCriteria):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.times: list[float] = []
+
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            self.times.append(time.perf_counter())
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def run(case: Case) -> Timing:
+        clock, ids = Clock(), torch.tensor(case.prompts(config.vocab_size))
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=case.new,
+                min_new_tokens=case.new,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+        return Timing(clock.times[0] - start, clock.times[-1] - clock.times[0])
+
+    return run
+
+
+def measure(systems: dict[str, System], cases: Sequence[Case], rounds: int) -> dict[str, dict[Case, list[Timing]]]:
+    """Every case on every system in turn; one round before the timed ones."""
+    timings: dict[str, dict[Case, list[Timing]]] = {name: {case: [] for case in cases} for name in systems}
+    for round_ in tqdm(range(rounds + 1), desc="rounds"):
+        for case in cases:
+            for name, run in systems.items():
+                timing = run(case)
+                if round_:
+                    timings[name][case].append(timing)
+    return timings
+
+
+def summarise(
+    timings: dict[str, dict[Case, list[Timing]]], decode: Sequence[Case], prefill: Sequence[Case]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Medians per system and case, all samples, and ours ÷ theirs."""
+    metrics: dict[str, Any] = {}
+    for name, by_case in timings.items():
+        metrics[name] = {
+            **{
+                f"decode_tok_s {case}": rates(case.concurrency * (case.new - 1), by_case[case], "decode")
+                for case in decode
+            },
+            **{
+                f"prefill_tok_s {case}": rates(case.concurrency * case.prompt, by_case[case], "prefill")
+                for case in prefill
+            },
+        }
+    ratios = {
+        f"{measure} vs {other}": round(metrics["jaxdeploy"][measure]["p50"] / metrics[other][measure]["p50"], 3)
+        for other in timings
+        if other != "jaxdeploy"
+        for measure in metrics[other]
+    }
+    return metrics, ratios
+
+
+def rates(tokens: int, timings: Sequence[Timing], part: str) -> dict[str, Any]:
+    """Tokens per second: median, extremes and samples."""
+    samples = sorted(tokens / getattr(timing, part) for timing in timings)
+    rounded = [round(sample, 2) for sample in samples]
+    return {"p50": statistics.median(rounded), "min": rounded[0], "max": rounded[-1], "samples": rounded}
+
+
+def report(metrics: dict[str, Any], ratios: dict[str, float]) -> None:
+    """Print the medians as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    systems = [name for name, value in metrics.items() if isinstance(value, dict)]
+    table = Table("tokens per second", *systems, "ratio")
+    for measure in metrics["jaxdeploy"]:
+        ratio = ratios.get(f"{measure} vs {systems[-1]}")
+        medians = [f"{metrics[name][measure]['p50']:.1f}" for name in systems]
+        table.add_row(measure, *medians, f"{ratio:.2f}" if ratio else "")
+    Console().print(table, f"compiles after warm-up: {metrics['compiles_after_warmup']}")
+
+
+if __name__ == "__main__":
+    main()

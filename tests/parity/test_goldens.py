@@ -1,0 +1,48 @@
+"""Every family and every kind of rotary positions against committed figures of transformers; no torch needed."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden_cases import CASES, GOLDENS, NEW_TOKENS
+
+from tests.parity.measure import (
+    TOLERANCE,
+    errors,
+    greedy_reply,
+    load_decoder,
+    read_expected,
+    relative_error,
+    submodule_outputs,
+)
+
+NAMES = [case.name for case in CASES]
+
+
+def test_every_case_is_committed_and_small() -> None:
+    assert sorted(folder.name for folder in GOLDENS.iterdir()) == sorted(NAMES)
+    assert sum(file.stat().st_size for file in GOLDENS.rglob("*") if file.is_file()) < 1_500_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_submodules(name: str) -> None:
+    expected = read_expected(GOLDENS / name)
+    found = errors(submodule_outputs(load_decoder(GOLDENS / name), expected["prompt"]), expected)
+    assert len(found) == 11, "two layers of three outputs, and five around them"
+    assert not {output: error for output, error in found.items() if error > TOLERANCE}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_decoder(name: str) -> None:
+    """The compiled call of training, on two prompts at once: neither sees the other."""
+    expected = read_expected(GOLDENS / name)
+    prompt = expected["prompt"]
+    logits = load_decoder(GOLDENS / name)(jnp.asarray(np.stack([prompt[::-1], prompt])))
+    assert relative_error(np.asarray(logits)[1], expected["logits"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens(name: str) -> None:
+    expected = read_expected(GOLDENS / name)
+    assert greedy_reply(GOLDENS / name, expected["prompt"], NEW_TOKENS) == expected["greedy"].tolist()

@@ -1,0 +1,43 @@
+"""The comparison can fail: a model that is wrong in one place differs by far more than the tolerance."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from golden_cases import CASES, GOLDENS, NEW_TOKENS
+
+from jaxdeploy.models.decoder import decoder_from
+from tests.parity.measure import (
+    TOLERANCE,
+    greedy_reply,
+    load_model,
+    read_expected,
+    relative_error,
+    submodule_outputs,
+)
+from tests.parity.mutations import mutants
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_a_slip_shows_in_the_logits(name: str) -> None:
+    expected = read_expected(GOLDENS / name)
+    unseen = {}
+    for label, config, params in mutants(*load_model(GOLDENS / name)):
+        outputs = submodule_outputs(decoder_from(config, params), expected["prompt"])
+        error = relative_error(outputs["logits"], expected["logits"])
+        if error < 5 * TOLERANCE:
+            unseen[label] = error
+    assert not unseen
+
+
+def test_a_slip_shows_in_the_reply(tmp_path: Path) -> None:
+    """The reply hangs on the configuration: another theta, other words."""
+    shutil.copytree(GOLDENS / "llama", tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 1.1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = read_expected(tmp_path)
+    assert greedy_reply(tmp_path, expected["prompt"], NEW_TOKENS) != expected["greedy"].tolist()
