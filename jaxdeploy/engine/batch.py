@@ -6,6 +6,7 @@ device needs to know about it travels as one int32 array, whose fields ``StepSha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,9 @@ class StepShape:
     prefill_tokens: int
     table_length: int
     max_sequences: int
+
+    def __str__(self) -> str:
+        return f"({self.decodes}, {self.prefill_tokens})"
 
     @property
     def row_length(self) -> int:
@@ -113,14 +117,14 @@ def build_inputs(shape: StepShape, batch: ScheduledBatch, block_size: int) -> Ar
 
 def packed_size(shape: StepShape) -> int:
     """Number of int32 in the packed array of ``shape``."""
-    return sum(int(np.prod(size)) for size in shape.fields().values())
+    return sum(math.prod(size) for size in shape.fields().values())
 
 
 def unpack(packed: Any, shape: StepShape) -> dict[str, Any]:
     """The fields of a packed array by name: views of a numpy array, slices of a jax one."""
     fields, start = {}, 0
     for name, size in shape.fields().items():
-        end = start + int(np.prod(size))
+        end = start + math.prod(size)
         fields[name] = packed[start:end].reshape(size)
         start = end
     return fields

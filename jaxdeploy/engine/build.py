@@ -125,6 +125,7 @@ def _assemble(decoder: Decoder, plan: CachePlan, limits: Limits, mesh: Mesh) -> 
     runner = ModelRunner(decoder, pools, mesh, slots=limits.max_batch_size, session_len=limits.session_len)
     table_length = scheduler.blocks_for(limits.session_len)
     shapes = step_shapes(limits.max_batch_size, limits.max_prefill_tokens, table_length)
+    logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     return Engine(scheduler, runner, shapes, decoder.config.vocab_size)
 
 

@@ -15,7 +15,7 @@ Mask = np.ndarray[Any, np.dtype[np.uint32]]
 def forbid(mask: Mask, row: int, sequence: Sequence) -> None:
     """Clear the bits of the tokens that ``sequence`` may not take next in ``mask[row]`` (uint32 [rows, V / 32])."""
     for token in _forbidden(sequence):
-        if token < mask.shape[1] * 32:
+        if 0 <= token < mask.shape[1] * 32:
             mask[row, token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
 
 

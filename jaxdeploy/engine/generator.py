@@ -144,9 +144,9 @@ class Generator:
         text = "".join(stream.push(token) for token in output.token_ids if not hidden)
         if stream.stopped and reason is None:
             self.engine.abort(output.request_id)
-        reason = FinishReason.STOP if stream.stopped else reason
-        if reason is not None:
+        if stream.stopped or reason is not None:
             text += stream.finish()
+            reason = FinishReason.STOP if stream.stopped else reason
             del self._streams[output.request_id]
         return TextOutput(output.request_id, text, output.token_ids, output.logprobs, reason)
 

@@ -27,11 +27,11 @@ class CachePlan:
     reason: str
 
     def __str__(self) -> str:
-        size = _mib(self.num_blocks * self.block_bytes)
+        size = _size(self.num_blocks * self.block_bytes)
         tokens = self.num_blocks * self.block_size
         return (
             f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens = {tokens} tokens, "
-            f"{_mib(self.block_bytes)} a block, {size} in all ({self.reason})"
+            f"{_size(self.block_bytes)} a block, {size} in all ({self.reason})"
         )
 
 
@@ -52,7 +52,7 @@ def plan_cache(
     if count < per_sequence:
         raise CacheTooSmallError(
             f"session_len={session_len} needs {per_sequence} KV blocks of {config.block_size} tokens "
-            f"({per_sequence} x {_mib(block_bytes)} = {_mib(per_sequence * block_bytes)}), but there are {count} "
+            f"({per_sequence} x {_size(block_bytes)} = {_size(per_sequence * block_bytes)}), but there are {count} "
             f"({reason}); lower session_len, or give the cache more room with cache_max_entry_count or num_blocks"
         )
     return CachePlan(count, config.block_size, block_bytes, reason)
@@ -79,10 +79,10 @@ def _count_blocks(config: EngineConfig, mesh: Mesh, block_bytes: int, wanted: in
     free = [_free_bytes(device) for device in mesh.local_devices]
     if None in free:
         count = min(wanted, CPU_LIMIT // block_bytes)
-        return count, f"max_batch_size x session_len = {wanted} blocks, at most {_mib(CPU_LIMIT)} on CPU"
+        return count, f"max_batch_size x session_len = {wanted} blocks, at most {_size(CPU_LIMIT)} on CPU"
     least = min(size for size in free if size is not None)
     share = config.cache_max_entry_count
-    return int(least * share) // block_bytes, f"{share:g} of {_mib(least)} free after weights on each device"
+    return int(least * share) // block_bytes, f"{share:g} of {_size(least)} free after weights on each device"
 
 
 def _free_bytes(device: jax.Device) -> int | None:
@@ -93,5 +93,5 @@ def _free_bytes(device: jax.Device) -> int | None:
     return None if stats is None else int(stats["bytes_limit"]) - int(stats["bytes_in_use"])
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB"
+def _size(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB" if size >= 2**20 else f"{size / 2**10:.2f} KiB"

@@ -51,12 +51,17 @@ class TextStream:
         self._held += text
         if self._uncounted > 0:
             return self._release(len(self._held))
-        found = [(self._held.find(word), word) for word in self._stop_words if word in self._held]
+        found = [self._span(word) for word in self._stop_words if word in self._held]
         if found:
-            start, word = min(found)
+            end, start = min(found)
             self.stopped = True
-            return self._release(start + len(word) if self._include_stop else start)
+            return self._release(end if self._include_stop else start)
         return self._release(len(self._held) - self._forming())
+
+    def _span(self, word: str) -> tuple[int, int]:
+        """End and start of ``word`` in the held text. What ends first wins, so that pieces do not matter."""
+        start = self._held.index(word)
+        return start + len(word), start
 
     def _release(self, length: int) -> str:
         shown, self._held = self._held[:length], self._held[length:]
