@@ -280,16 +280,20 @@ WEIGHTED: tuple[tuple[Topic, int], ...] = (
     (tell_favourite, 2),
     (ask_favourite, 2),
 )
+COPYING: tuple[tuple[Topic, int], ...] = ((repeat, 90),)
 RECALL: tuple[tuple[Topic, int], ...] = ((ask_name, 12), (ask_city, 6), (ask_favourite, 6))
 
 
-def next_turn(draw: Draw, state: State, *, last: bool) -> Turn:
-    """One more turn: a topic by weight, with more recall once there is something to remember."""
+def next_turn(draw: Draw, state: State, *, last: bool, copying: bool = False) -> Turn:
+    """One more turn: a topic by weight, with more recall once there is something to remember.
+
+    ``copying`` adds many turns of :func:`repeat`.
+    """
     if last and draw.chance(0.2):
         topics: tuple[tuple[Topic, int], ...] = ((goodbye, 1),)
     else:
         known = (state.name is not None, state.city is not None, bool(state.favourites))
-        topics = WEIGHTED + tuple(entry for entry, has in zip(RECALL, known, strict=True) if has)
+        topics = WEIGHTED + COPYING * copying + tuple(entry for entry, has in zip(RECALL, known, strict=True) if has)
     while True:
         (topic,) = draw.rng.choices([t for t, _ in topics], [w for _, w in topics])
         turn = topic(draw, state)

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from demo_dialogues import make_dialogue
+import optax.contrib
+from demo_dialogues import Dialogue, make_dialogue
 from demo_tokenizer import encode_dialogue
 from flax import nnx
+from optax.contrib import MuonDimensionNumbers
 from tqdm import tqdm
 
 from jaxdeploy.checkpoint.orbax import TrainingCheckpoints
@@ -51,7 +54,9 @@ class TrainConfig:
     turns: tuple[int, int]
     long_turns: tuple[int, int]
     steps: int
+    copying_steps: int
     learning_rate: float
+    muon_learning_rate: float
     warmup_steps: int
     weight_decay: float
     beta2: float
@@ -93,31 +98,53 @@ def batch(config: TrainConfig, tokenizer: Tokenizer, step: int) -> tuple[np.ndar
     long = step >= config.first_long_step
     length, turns = (config.long_length, config.long_turns) if long else (config.length, config.turns)
     rng = random.Random(f"{config.seed}/{step}")
-    rows = [_row(rng, tokenizer, length + 1, turns) for _ in range(config.tokens_per_step // length)]
+    make = partial(make_dialogue, rng, turns=turns, copying=step < config.copying_steps)
+    rows = [_row(make, tokenizer, length + 1) for _ in range(config.tokens_per_step // length)]
     tokens = np.array([ids for ids, _ in rows], np.int32)
     in_reply = np.array([owner for _, owner in rows]) > 0
     return tokens[:, :-1], np.where(in_reply, tokens, IGNORE)[:, 1:].astype(np.int32)
 
 
-def _row(rng: random.Random, tokenizer: Tokenizer, length: int, turns: tuple[int, int]) -> tuple[list[int], list[int]]:
+def _row(make: Callable[[], Dialogue], tokenizer: Tokenizer, length: int) -> tuple[list[int], list[int]]:
     """Whole dialogues one after the other, the last one cut; each begins with ``<s>``."""
     ids: list[int] = []
     owner: list[int] = []
     while len(ids) < length:
-        more, owners = encode_dialogue(tokenizer, make_dialogue(rng, turns=turns))
+        more, owners = encode_dialogue(tokenizer, make())
         ids += more
         owner += owners
     return ids[:length], owner[:length]
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) with clipping; norm scales are not decayed."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, min(config.warmup_steps, config.steps // 2), config.steps
+    """Muon (kellerjordan.github.io/posts/muon) for the layers' matrices, AdamW (arXiv:1711.05101) for the rest.
+
+    Both follow the same warm-up and cosine; gradients are clipped by their global norm.
+    """
+    warmup = min(config.warmup_steps, config.steps // 2)
+
+    def schedule(peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps)
+
+    muon = optax.contrib.muon(
+        schedule(config.muon_learning_rate),
+        weight_decay=config.weight_decay,
+        adam_learning_rate=schedule(config.learning_rate),
+        adam_b2=config.beta2,
+        muon_weight_dimension_numbers=_matrices,
     )
-    decayed: Callable[[Any], Any] = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)  # noqa: E731
-    adamw = optax.adamw(schedule, b2=config.beta2, weight_decay=config.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), muon)
+
+
+def _matrices(params: Any) -> Any:
+    """For every weight of a layer which axes are its inputs and which its outputs; ``None`` leaves it to AdamW."""
+    axes = {
+        "wqkv": MuonDimensionNumbers((0,), (1, 2, 3)),
+        "wo": MuonDimensionNumbers((0, 1), (2,)),
+        "gate_up": MuonDimensionNumbers((0,), (1, 2)),
+        "down": MuonDimensionNumbers((0,), (1,)),
+    }
+    return jax.tree_util.tree_map_with_path(lambda path, _: axes.get(path[-1].key), params)
 
 
 def loss_of(graph: nnx.GraphDef[Decoder], params: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:

@@ -2,8 +2,8 @@
 
     python scripts/make_goldens.py [case ...]
 
-Each case becomes a folder with config.json, model.safetensors (bfloat16) and expected.safetensors (float32, from the same
-weights): every submodule's output, the logits and the greedy continuation. Weights come from numpy's frozen
+Each case becomes a folder with config.json, model.safetensors (bfloat16) and expected.safetensors (float32, from the
+same weights): every submodule's output, the logits and the greedy continuation. Weights come from numpy's frozen
 ``RandomState``, so that a second run writes the same.
 """
 

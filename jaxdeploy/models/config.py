@@ -109,11 +109,12 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
     if kind not in ROPE_KINDS:
         raise UnsupportedModelError(f"rope_type={kind} is not supported; supported are {', '.join(ROPE_KINDS)}")
-    original = scaling.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings")
+    name = "original_max_position_embeddings"
+    original = (hf.get(name) or scaling.get(name)) if kind in ("llama3", "yarn") else None
     max_position = int(hf.get("max_position_embeddings", 2048))
     factor = scaling.get("factor")
     if factor is None:
-        factor = max_position / int(original) if original and kind == "yarn" else 1.0
+        factor = max_position / int(original) if original else 1.0
     names = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
     known = {name: float(scaling[name]) for name in names if scaling.get(name) is not None}
     attention_factor = scaling.get("attention_factor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from golden_cases import CASES, GOLDENS, NEW_TOKENS
@@ -28,16 +29,19 @@ def test_a_slip_shows_in_the_logits(name: str) -> None:
     for label, config, params in mutants(*load_model(GOLDENS / name)):
         outputs = submodule_outputs(decoder_from(config, params), expected["prompt"])
         error = relative_error(outputs["logits"], expected["logits"])
-        if error < 5 * TOLERANCE:
+        if error < 50 * TOLERANCE:
             unseen[label] = error
     assert not unseen
 
 
-def test_a_slip_shows_in_the_reply(tmp_path: Path) -> None:
-    """The reply hangs on the configuration: another theta, other words."""
-    shutil.copytree(GOLDENS / "llama", tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("llama", {"rope_parameters": {"rope_theta": 11000.0}}), ("mistral_window", {"sliding_window": 7})],
+)
+def test_a_slip_shows_in_the_reply(name: str, change: dict[str, Any], tmp_path: Path) -> None:
+    """The engine's reply hangs on positions and windows: wrong by a little, other tokens."""
+    shutil.copytree(GOLDENS / name, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] *= 1.1
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
     expected = read_expected(tmp_path)
     assert greedy_reply(tmp_path, expected["prompt"], NEW_TOKENS) != expected["greedy"].tolist()

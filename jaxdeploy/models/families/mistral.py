@@ -14,7 +14,7 @@ ARCHITECTURES = ("MistralForCausalLM",)
 
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
-    """``sliding_window`` null means full attention; a file without the key means 4096, the class's default."""
+    """``sliding_window`` null means full attention; files that leave it or the KV heads out mean 4096 and 8."""
     window = hf.get("sliding_window", 4096)
     layers = int(hf.get("num_hidden_layers", 0))
-    return read_decoder(hf, windows=(None if window is None else int(window),) * layers)
+    return read_decoder({"num_key_value_heads": 8, **hf}, windows=(None if window is None else int(window),) * layers)
