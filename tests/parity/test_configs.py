@@ -8,6 +8,7 @@ import pytest
 from golden_cases import CASES, GOLDENS
 
 from jaxdeploy.checkpoint.source import read_hf_config
+from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.registry import read_config
 
@@ -34,13 +35,23 @@ def test_older_rope_spelling(name: str, kind: str) -> None:
 
 
 def _mistral(**options: Any) -> ModelConfig:
-    return read_config({**SIZES, "architectures": ["MistralForCausalLM"], **options})
+    return read_config({**SIZES, "num_attention_heads": 16, "architectures": ["MistralForCausalLM"], **options})
 
 
 def test_mistral_without_the_key_has_a_window_of_4096() -> None:
     assert _mistral().windows == (4096,) * 3
     assert _mistral(sliding_window=None).windows == (None,) * 3
     assert _mistral(sliding_window=7).windows == (7,) * 3
+
+
+def test_mistral_without_kv_heads_has_8() -> None:
+    assert _mistral().num_kv_heads == 8
+    assert _mistral(num_key_value_heads=4).num_kv_heads == 4
+
+
+def test_qwen2_layer_types_of_another_length_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="layer_types has 2 entries for num_hidden_layers=3"):
+        _qwen2(layer_types=["full_attention"] * 2)
 
 
 def _qwen2(**options: Any) -> ModelConfig:
