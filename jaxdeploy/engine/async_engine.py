@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -29,6 +30,8 @@ class AsyncEngine:
         self.generator = generator
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, _Stream] = {}
+        self._stopped = False
+        self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="jaxdeploy-engine", daemon=True)
         self._thread.start()
 
@@ -47,7 +50,8 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
 
         def deliver(output: TextOutput | Exception) -> None:
-            loop.call_soon_threadsafe(outputs.put_nowait, output)
+            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(outputs.put_nowait, output)
 
         request_id = request.request.request_id
         self._send(lambda: self._submit(request, deliver))
@@ -74,9 +78,10 @@ class AsyncEngine:
         self.generator.close()
 
     def _send(self, command: Callable[[], None]) -> None:
-        if not self.healthy:
-            raise EngineStoppedError("the engine has stopped; restart it")
-        self._commands.put(command)
+        with self._sending:
+            if self._stopped:
+                raise EngineStoppedError("the engine has stopped; restart it")
+            self._commands.put(command)
 
     def _run(self) -> None:
         """The engine thread: take commands, run a step, hand out its outputs."""
@@ -86,8 +91,18 @@ class AsyncEngine:
                     self._deliver(output)
         except Exception:
             logger.exception("the engine stopped")
+        self._stop()
+
+    def _stop(self) -> None:
+        """Fail what runs and what was asked for too late; after this nothing more can be asked for."""
+        with self._sending:
+            self._stopped = True
         for request_id in list(self._streams):
             self._streams.pop(request_id)(EngineStoppedError("the engine stopped while the request ran; try again"))
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command()
 
     def _obey_commands(self) -> bool:
         """Run what was asked for since the last step, waiting while there is nothing to do; False ends the thread."""
@@ -102,8 +117,10 @@ class AsyncEngine:
 
     def _submit(self, request: TextRequest, deliver: _Stream) -> None:
         try:
+            if self._stopped:
+                raise EngineStoppedError("the engine has stopped; restart it")
             self.generator.submit(request)
-        except JaxdeployError as error:
+        except Exception as error:  # whatever is wrong with a request is its caller's alone
             deliver(error)
         else:
             self._streams[request.request.request_id] = deliver

@@ -1,0 +1,137 @@
+"""Static shapes, and how a batch is laid out in one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxdeploy.engine.batch import (
+    ROW_LENGTH,
+    SAMPLING_FLOATS,
+    StepShape,
+    build_inputs,
+    choose_shape,
+    packed_size,
+    step_shapes,
+    unpack,
+)
+from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.sequence import Block, Sequence
+from jaxdeploy.messages import Request, SamplingParams
+
+BLOCK_SIZE = 16
+SHAPE = StepShape(decodes=4, prefill_tokens=128, table_length=8, max_sequences=4)
+
+
+def sequence(length: int, *, slot: int = 0, blocks: tuple[int, ...] = (0,), prompt: int = 1, **kw: Any) -> Sequence:
+    """A running one of ``length`` tokens, ``prompt`` of them the prompt."""
+    item = Sequence(Request("a", tuple(range(prompt)), SamplingParams(**kw)))
+    item.token_ids = list(range(length))
+    item.slot, item.prefill_end = slot, length
+    item.blocks = [Block(index, 1) for index in blocks]
+    return item
+
+
+def fields(batch: ScheduledBatch, shape: StepShape = SHAPE) -> dict[str, Any]:
+    return unpack(build_inputs(shape, batch, BLOCK_SIZE), shape)
+
+
+def test_shapes_are_few_and_double() -> None:
+    shapes = [(shape.decodes, shape.prefill_tokens) for shape in step_shapes(6, 96, 8)]
+    decodes = [(1, 0), (2, 0), (4, 0), (6, 0)]
+    assert shapes == [*decodes, (0, 32), (0, 64), (0, 96), (6, 32), (6, 64), (6, 96)]
+
+
+def test_one_sequence_never_decodes_beside_a_prompt() -> None:
+    assert [(shape.decodes, shape.prefill_tokens) for shape in step_shapes(1, 32, 8)] == [(1, 0), (0, 32)]
+
+
+@pytest.mark.parametrize(
+    ("decodes", "lengths", "chosen"),
+    [
+        (1, [], (1, 0)),
+        (3, [], (4, 0)),
+        (0, [32], (0, 32)),
+        (0, [33], (0, 64)),
+        (0, [1, 1], (0, 64)),  # a row belongs to one prompt
+        (0, [1, 1, 1], (0, 128)),
+        (2, [5], (8, 32)),
+        (8, [100], (8, 128)),
+    ],
+)
+def test_the_smallest_shape_that_fits(decodes: int, lengths: list[int], chosen: tuple[int, int]) -> None:
+    chunks = tuple(Chunk(sequence(length), 0, length) for length in lengths)
+    shape = choose_shape(step_shapes(8, 128, 8), ScheduledBatch(tuple(sequence(2) for _ in range(decodes)), chunks))
+    assert (shape.decodes, shape.prefill_tokens) == chosen
+
+
+def test_a_batch_beyond_every_shape_is_our_own_mistake() -> None:
+    with pytest.raises(AssertionError, match="largest shape"):
+        choose_shape([SHAPE], ScheduledBatch(tuple(sequence(2) for _ in range(5))))
+
+
+def test_the_packed_array_holds_every_field_once() -> None:
+    packed = np.arange(packed_size(SHAPE), dtype=np.int32)
+    parts = unpack(packed, SHAPE)
+    assert {name: part.shape for name, part in parts.items()} == SHAPE.fields()
+    assert np.concatenate([part.reshape(-1) for part in parts.values()]).tolist() == packed.tolist()
+
+
+def test_decoding_sequences() -> None:
+    got = fields(ScheduledBatch((sequence(20, slot=3, blocks=(7, 2), prompt=5), sequence(2, slot=1, blocks=(4,)))))
+    assert got["slot"].tolist() == [3, 1, 0, 0, 0, 0, 0, 0]
+    assert got["length"].tolist()[:3] == [20, 2, 0]
+    assert got["prompt_length"].tolist()[:3] == [5, 1, 0]
+    assert got["samples"].tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
+    assert got["decode_lengths"].tolist() == [1, 1, 0, 0]
+    assert got["last_token"].tolist()[:2] == [0, 1]
+    assert got["block_tables"][0].tolist() == [7, 2, 0, 0, 0, 0, 0, 0]
+    assert not got["row_tokens"].any()
+
+
+def test_chunks_are_cut_into_rows() -> None:
+    done, begun = Chunk(sequence(70, slot=2, blocks=(5,)), 30, 40), Chunk(sequence(90, slot=1, blocks=(6,)), 0, 32)
+    got = fields(ScheduledBatch(chunks=(done, begun)))
+    assert got["row_sequence"].tolist() == [4, 4, 5, 0]
+    assert got["row_start"].tolist() == [30, 62, 0, 0]
+    assert got["row_tokens"].tolist() == [32, 8, 32, 0]
+    assert got["samples"].tolist() == [0, 0, 0, 0, 1, 0, 0, 0]  # the second prompt is not complete
+    assert got["slot"].tolist()[4:6] == [2, 1]
+    first_row = SHAPE.decodes
+    assert got["last_token"].tolist()[4:6] == [first_row + 39, first_row + 2 * ROW_LENGTH + 31]
+
+
+def test_settings_travel_bit_by_bit() -> None:
+    values: dict[str, Any] = dict(zip(SAMPLING_FLOATS, (0.7, 0.9, 0.05, 1.1, -0.3, 1e-30), strict=True))
+    got = fields(ScheduledBatch((sequence(2, top_k=40, seed=2**32 - 1, **values),)))
+    for name, value in values.items():
+        assert got[name].view(np.float32)[0] == np.float32(value)
+    assert got["top_k"][0] == 40
+    assert got["seed"].view(np.uint32)[0] == 2**32 - 1
+
+
+def test_greedy_is_top_k_one() -> None:
+    got = fields(ScheduledBatch((sequence(2, temperature=0.0, top_k=40), sequence(2, temperature=1.0, top_k=1))))
+    assert got["top_k"].tolist()[:2] == [1, 1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 100), max_size=4).filter(lambda sizes: sum(-(-size // 32) for size in sizes) <= 4),
+    starts=st.lists(st.integers(0, 60), min_size=4, max_size=4),
+)
+def test_rows_cover_every_token_of_a_chunk_once(lengths: list[int], starts: list[int]) -> None:
+    chunks = tuple(Chunk(sequence(200), start, size) for start, size in zip(starts, lengths, strict=False))
+    got = fields(ScheduledBatch(chunks=chunks))
+    for index, chunk in enumerate(chunks, SHAPE.decodes):
+        rows = [row for row in range(SHAPE.rows) if got["row_sequence"][row] == index and got["row_tokens"][row]]
+        covered = [got["row_start"][row] + offset for row in rows for offset in range(got["row_tokens"][row])]
+        assert covered == list(range(chunk.start, chunk.start + chunk.length))
+        place = got["last_token"][index] - SHAPE.decodes
+        row, offset = divmod(int(place), ROW_LENGTH)
+        assert got["row_start"][row] + offset == chunk.start + chunk.length - 1
+    assert got["row_tokens"].sum() == sum(lengths)

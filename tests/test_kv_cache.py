@@ -1,0 +1,98 @@
+"""How many blocks there are, and where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine import kv_cache
+from jaxdeploy.engine.kv_cache import CPU_LIMIT, CachePlan, allocate_pools, plan_cache
+from jaxdeploy.errors import CacheTooSmallError
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.parallel.mesh import make_mesh
+from tests.tiny_models import CONFIG
+
+BLOCK_BYTES = 2 * 2 * 4 * 8 * 16 * 4
+"""Keys and values · layers · KV heads · head dim · tokens in a block · bytes of a float32."""
+
+
+def plan(
+    model: ModelConfig = CONFIG,
+    *,
+    tp: int = 1,
+    session_len: int = 100,
+    batch: int = 3,
+    dtype: Any = jnp.float32,
+    **kw: Any,
+) -> CachePlan:
+    config = EngineConfig(**{"block_size": 16, **kw})
+    return plan_cache(
+        model, config, make_mesh(tp), session_len=session_len, max_batch_size=batch, dtype=jnp.dtype(dtype)
+    )
+
+
+def test_on_cpu_every_sequence_can_be_full() -> None:
+    made = plan()
+    assert (made.num_blocks, made.block_size, made.block_bytes) == (3 * 7, 16, BLOCK_BYTES)
+    assert "max_batch_size x session_len = 21 blocks, at most 1024.00 MiB on CPU" in made.reason
+
+
+def test_on_cpu_one_gib_is_the_limit() -> None:
+    large = replace(CONFIG, num_layers=64, num_kv_heads=32, head_dim=128)
+    made = plan(large, session_len=512, batch=8)
+    assert made.block_bytes == 2 * 64 * 32 * 128 * 16 * 4
+    assert made.num_blocks == CPU_LIMIT // made.block_bytes < 8 * 32
+
+
+def test_an_explicit_number_of_blocks_wins() -> None:
+    made = plan(num_blocks=9, cache_max_entry_count=5000)
+    assert (made.num_blocks, made.reason) == (9, "num_blocks, as asked")
+
+
+def test_a_whole_number_counts_blocks() -> None:
+    made = plan(cache_max_entry_count=11)
+    assert (made.num_blocks, made.reason) == (11, "cache_max_entry_count, as asked")
+
+
+def test_a_share_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_free_bytes", lambda device: 100 * BLOCK_BYTES)
+    assert plan(cache_max_entry_count=0.5).num_blocks == 50
+    assert plan(cache_max_entry_count=0.5, tp=4).num_blocks == 200  # a device holds a quarter of each block
+    assert "0.5 of 800.00 KiB free after weights" in plan(cache_max_entry_count=0.5).reason
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(jnp.bfloat16, 2), (jnp.float16, 2), (jnp.float32, 1)])
+def test_block_bytes_follow_the_dtype(dtype: Any, share: int) -> None:
+    assert plan(dtype=dtype).block_bytes == BLOCK_BYTES // share
+
+
+def test_a_device_holds_its_heads() -> None:
+    assert plan(tp=4).block_bytes == BLOCK_BYTES // 4
+
+
+def test_too_small_for_one_sequence_shows_the_arithmetic() -> None:
+    with pytest.raises(CacheTooSmallError) as caught:
+        plan(num_blocks=6)
+    text = str(caught.value)
+    assert "session_len=100 needs 7 KV blocks of 16 tokens (7 x 8.00 KiB = 56.00 KiB)" in text
+    assert "but there are 6 (num_blocks, as asked); lower session_len" in text
+    assert "\n" not in text
+    assert plan(num_blocks=7).num_blocks == 7
+
+
+def test_the_plan_reads_as_a_sentence() -> None:
+    expected = "KV cache: 7 blocks of 16 tokens = 112 tokens, 8.00 KiB a block, 56.00 KiB in all (num_blocks, as asked)"
+    assert str(plan(num_blocks=7)) == expected
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_pools_are_zero_and_cut_along_kv_heads(tp: int) -> None:
+    pools = allocate_pools(CONFIG, plan(tp=tp, num_blocks=7), make_mesh(tp), jnp.dtype(jnp.bfloat16))
+    assert [pool.shape for pool in pools] == [(7, 2, 4, 16, 8)] * CONFIG.num_layers
+    assert not any(pool.any() for pool in pools)
+    assert {shard.data.shape for pool in pools for shard in pool.addressable_shards} == {(7, 2, 4 // tp, 16, 8)}
+    assert {pool.dtype for pool in pools} == {jnp.dtype(jnp.bfloat16)}

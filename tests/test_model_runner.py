@@ -1,0 +1,64 @@
+"""The device's side of a step: what stays there, what is updated in place, what is given back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.models.attention import DenseContext
+from jaxdeploy.models.config import RopeConfig
+from jaxdeploy.models.decoder import decoder_from
+from tests.tiny_models import CONFIG, SHAPES, lasting_runner, params, prompt, request, run_one, runner_of, tiny_engine
+
+
+def test_the_device_knows_the_tokens_that_the_host_knows() -> None:
+    """Neither padding rows nor unfinished prompts write into the token buffer."""
+    engine, runner = tiny_engine(max_prefill=32), lasting_runner(1)
+    for length in (40, 20, 3):
+        engine.add(request(f"{length}", prompt(length), temperature=1.0))
+    for _ in range(9):
+        engine.step()
+        for sequence in engine.scheduler._running:
+            known = np.asarray(runner._buffer)[sequence.slot, : len(sequence.token_ids)]
+            assert known.tolist() == sequence.token_ids
+
+
+def test_dynamic_rope_goes_by_the_prompt() -> None:
+    """The base is picked once for a sequence, so that keys in the cache and later queries agree."""
+    config = replace(CONFIG, rope=RopeConfig(kind="dynamic", factor=4.0, original_length=16))
+    runner, decoder = runner_of(ModelRunner, config=config), decoder_from(config, params(config))
+    engine = tiny_engine(runner=runner, shapes=[SHAPES[0], SHAPES[3]], batch=1, max_prefill=32)
+    tokens = [*prompt(50), *run_one(engine, prompt(50))]
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)
+    for prompt_length, same in ((50, True), (len(tokens), False)):
+        lengths = jnp.full_like(positions, prompt_length)
+        x, _ = decoder.hidden(jnp.array(tokens), positions, lengths, DenseContext(1), [None, None])
+        assert (np.asarray(decoder.logits(x)).argmax(axis=-1)[49:-1].tolist() == tokens[50:]) == same
+    engine.close()
+
+
+def test_pools_and_buffer_are_donated() -> None:
+    """They are updated in place, not copied."""
+    engine, runner = tiny_engine(), lasting_runner(1)
+    engine.add(request("a", prompt(5)))
+    for _ in range(2):
+        before = (*runner._pools, runner._buffer)
+        engine.step()
+        assert all(array.is_deleted() for array in before)
+    engine.abort("a")
+
+
+def test_close_gives_the_memory_back() -> None:
+    """Pools and buffer are donated from step to step: none is left behind, and closing frees the last."""
+    run_one(tiny_engine(), prompt(5))
+    before = len(jax.live_arrays())
+    engine = tiny_engine(runner=runner_of(ModelRunner), shapes=[SHAPES[0], SHAPES[3]], batch=1)
+    held = len(jax.live_arrays())
+    assert run_one(engine, prompt(5)) == run_one(tiny_engine(), prompt(5))
+    assert len(jax.live_arrays()) == held
+    engine.close()
+    assert len(jax.live_arrays()) == before

@@ -1,0 +1,295 @@
+"""Scheduling, with a model that only remembers which token's keys and values lie in which block."""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxdeploy.engine.batch import ROW_LENGTH, choose_shape, step_shapes
+from jaxdeploy.engine.block_manager import BlockManager
+from jaxdeploy.engine.scheduler import ScheduledBatch, Scheduler
+from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.messages import FinishReason, Request, SamplingParams
+
+BLOCK_SIZE = 4
+SESSION_LEN = 96
+
+
+def make_scheduler(blocks: int = 64, batch: int = 4, budget: int = 64) -> Scheduler:
+    return Scheduler(
+        BlockManager(blocks),
+        block_size=BLOCK_SIZE,
+        max_batch_size=batch,
+        max_prefill_tokens=budget,
+        chunk_multiple=ROW_LENGTH,
+        session_len=SESSION_LEN,
+    )
+
+
+def sequence(name: str, length: int, new: int = 4, **sampling: object) -> Sequence:
+    params = SamplingParams(max_new_tokens=new, **sampling)  # type: ignore[arg-type]
+    return Sequence(Request(name, tuple(token_at(name, position) for position in range(length)), params))
+
+
+def token_at(name: str, position: int) -> int:
+    """What the model says at a position, prompt or not."""
+    return crc32(f"{name} {position}".encode()) % 1000
+
+
+class FakeModel:
+    """Runs what is scheduled. Every token that a step attends to must lie where the block table says."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.computed = 0
+        self._contents: dict[tuple[int, int], tuple[str, int]] = {}
+
+    def step(self) -> ScheduledBatch:
+        batch = self.scheduler.schedule()
+        spans = [(item, len(item.token_ids) - 1, 1) for item in batch.decodes]
+        spans += [(chunk.sequence, chunk.start, chunk.length) for chunk in batch.chunks]
+        for item, start, length in spans:
+            assert item.computed == start
+            self.computed += length
+            for position in range(start, start + length):
+                self._contents[self._place(item, position)] = (item.request_id, position)
+        for item, start, length in spans:
+            for position in range(start + length):
+                assert self._contents[self._place(item, position)] == (item.request_id, position)
+        samplers = [*batch.decodes, *(chunk.sequence for chunk in batch.chunks if chunk.last)]
+        self.scheduler.commit(batch, {item: token_at(item.request_id, len(item.token_ids)) for item in samplers})
+        self.scheduler.blocks.check()
+        return batch
+
+    def _place(self, item: Sequence, position: int) -> tuple[int, int]:
+        return item.blocks[position // BLOCK_SIZE].index, position % BLOCK_SIZE
+
+
+def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[ScheduledBatch]:
+    """Everything to its end."""
+    model, batches = FakeModel(scheduler), []
+    for item in sequences:
+        scheduler.add(item)
+    while scheduler.has_work:
+        batches.append(model.step())
+        assert batches[-1], "there is work, so something must run"
+    assert scheduler.blocks.active == 0
+    return batches
+
+
+def names(batch: ScheduledBatch) -> tuple[str, str, str]:
+    """Decodes, chunks, admitted: one letter a sequence."""
+    groups = batch.decodes, [chunk.sequence for chunk in batch.chunks], batch.admitted
+    return tuple("".join(item.request_id for item in group) for group in groups)  # type: ignore[return-value]
+
+
+def test_prefill_then_decode() -> None:
+    item = sequence("a", 5, new=3)
+    batches = run(make_scheduler(), [item])
+    assert [names(batch) for batch in batches] == [("", "a", "a"), ("a", "", ""), ("a", "", "")]
+    assert item.token_ids == [token_at("a", position) for position in range(8)]
+    assert item.finish_reason is FinishReason.LENGTH
+    assert item.slot is None
+
+
+def test_nothing_to_do() -> None:
+    scheduler = make_scheduler()
+    assert not scheduler.has_work
+    assert not scheduler.schedule()
+
+
+def test_prompts_are_cut_into_the_budget() -> None:
+    batches = run(make_scheduler(budget=32), [sequence("a", 70, new=1)])
+    cut = [(chunk.start, chunk.length, chunk.last) for batch in batches for chunk in batch.chunks]
+    assert cut == [(0, 32, False), (32, 32, False), (64, 6, True)]
+
+
+def test_a_chunk_costs_whole_rows() -> None:
+    batches = run(make_scheduler(budget=64), [sequence(name, 3, new=1) for name in "abc"])
+    assert [names(batch) for batch in batches] == [("", "ab", "ab"), ("", "c", "c")]
+
+
+def test_decodes_go_on_beside_prompts() -> None:
+    scheduler = make_scheduler(budget=32)
+    model = FakeModel(scheduler)
+    scheduler.add(sequence("a", 3, new=9))
+    model.step()
+    scheduler.add(sequence("b", 50, new=1))
+    assert [names(model.step()) for _ in range(3)] == [("a", "b", "b"), ("a", "b", ""), ("a", "", "")]
+
+
+def test_first_come_first_served() -> None:
+    scheduler = make_scheduler(batch=2, blocks=64)
+    batches = run(scheduler, [sequence("a", 3, new=5), sequence("b", 3, new=2), sequence("c", 3), sequence("d", 3)])
+    assert "".join(names(batch)[2] for batch in batches) == "abcd"
+    assert max(len(batch.decodes) + len(batch.chunks) for batch in batches) == 2
+
+
+def test_a_large_prompt_is_not_overtaken() -> None:
+    scheduler = make_scheduler(blocks=24)
+    model = FakeModel(scheduler)
+    for item in (sequence("a", 40, new=20), sequence("b", 80, new=1), sequence("c", 3, new=1)):
+        scheduler.add(item)
+    assert names(model.step())[2] == "a"
+    assert names(model.step())[2] == ""  # c would fit
+    assert scheduler.waiting == 2
+
+
+@pytest.mark.parametrize(
+    ("sampling", "length", "reason"),
+    [
+        ({"stop_token_ids": frozenset({token_at("a", 5)})}, 6, FinishReason.STOP),
+        ({"stop_token_ids": frozenset({token_at("a", 5)}), "min_new_tokens": 4}, 13, FinishReason.LENGTH),
+        ({"stop_token_ids": frozenset({token_at("a", 2)})}, 13, FinishReason.LENGTH),  # the prompt's own do not count
+    ],
+)
+def test_stop_tokens(sampling: dict[str, object], length: int, reason: FinishReason) -> None:
+    item = sequence("a", 3, new=10, **sampling)
+    run(make_scheduler(), [item])
+    assert (len(item.token_ids), item.finish_reason) == (length, reason)
+
+
+def test_session_len_ends_a_sequence() -> None:
+    item = sequence("a", SESSION_LEN - 2, new=50)
+    run(make_scheduler(), [item])
+    assert (item.generated, item.finish_reason) == (2, FinishReason.LENGTH)
+
+
+def test_the_youngest_makes_room() -> None:
+    scheduler = make_scheduler(blocks=6)
+    model = FakeModel(scheduler)
+    items = [sequence(name, 7, new=12) for name in "abc"]
+    for item in items:
+        scheduler.add(item)
+    while not scheduler.preemptions:
+        batch = model.step()
+    assert names(batch)[0] == "ab"
+    assert items[2].slot is None
+    while scheduler.has_work:
+        model.step()
+    assert [item.token_ids for item in items] == [[token_at(name, p) for p in range(19)] for name in "abc"]
+
+
+def preempted(scheduler: Scheduler) -> Sequence:
+    """A sequence of ten tokens, nine of them computed in three blocks, that has just lost its slot."""
+    model, item = FakeModel(scheduler), sequence("b", 8, new=9)
+    scheduler.add(item)
+    model.step()
+    model.step()
+    scheduler._preempt(item)
+    assert (item.computed, len(item.token_ids), scheduler.blocks.cached) == (9, 10, 3)
+    return item
+
+
+def test_blocks_that_are_still_cached_are_revived() -> None:
+    scheduler = make_scheduler(blocks=24)
+    item = preempted(scheduler)
+    (chunk,) = scheduler.schedule().chunks
+    assert (chunk.sequence, chunk.start, chunk.length) == (item, 9, 1)
+
+
+@pytest.mark.parametrize(("evicted", "start"), [(1, 8), (2, 4), (3, 0)])
+def test_blocks_that_were_evicted_are_computed_again(evicted: int, start: int) -> None:
+    scheduler = make_scheduler(blocks=24)
+    preempted(scheduler)
+    taken = scheduler.blocks.allocate(21 + evicted)
+    scheduler.blocks.release(taken)
+    (chunk,) = scheduler.schedule().chunks
+    assert (chunk.start, chunk.length) == (start, 10 - start)
+
+
+def test_what_waits_for_room_keeps_its_cached_blocks() -> None:
+    scheduler = make_scheduler(blocks=24)
+    preempted(scheduler)
+    taken = scheduler.blocks.allocate(22)  # evicts one of three, and leaves no room for another
+    assert not scheduler.schedule()
+    assert scheduler.blocks.cached == 2
+    scheduler.blocks.release(taken)
+    assert scheduler.schedule().chunks[0].start == 8
+
+
+def test_a_prompt_preempted_half_way_goes_on_where_it_was() -> None:
+    scheduler = make_scheduler(blocks=24, budget=32)
+    model, item = FakeModel(scheduler), sequence("a", 70, new=2)
+    scheduler.add(item)
+    model.step()
+    scheduler._preempt(item)
+    (chunk,) = model.step().chunks
+    assert (chunk.start, chunk.length) == (32, 32)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_abort_frees_everything(steps: int) -> None:
+    scheduler = make_scheduler(budget=32)
+    model, item = FakeModel(scheduler), sequence("a", 40, new=9)
+    scheduler.add(item)
+    for _ in range(steps):
+        model.step()
+    scheduler.abort(item)
+    assert (scheduler.has_work, scheduler.blocks.active, item.slot) == (False, 0, None)
+    assert item.finish_reason is FinishReason.ABORT
+    run(scheduler, [sequence(name, 3) for name in "bcdef"])  # its slot is free again
+
+
+def test_abort_while_preempted() -> None:
+    scheduler = make_scheduler(blocks=24)
+    scheduler.abort(preempted(scheduler))
+    assert (scheduler.has_work, scheduler.blocks.active, scheduler.blocks.available) == (False, 0, 24)
+
+
+REQUEST = st.tuples(
+    st.integers(1, SESSION_LEN - 1),  # prompt length
+    st.integers(1, 30),  # new tokens
+    st.integers(0, 12),  # step at which it comes
+    st.none() | st.integers(0, 25),  # steps until it is aborted
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(REQUEST, min_size=1, max_size=10),
+    blocks=st.integers(SESSION_LEN // BLOCK_SIZE, 60),
+    batch=st.integers(1, 5),
+    budget=st.sampled_from([32, 64, 96]),
+)
+def test_every_request_finishes_in_order_and_within_bounds(
+    requests: list[tuple[int, int, int, int | None]], blocks: int, batch: int, budget: int
+) -> None:
+    scheduler = make_scheduler(blocks, batch, budget)
+    shapes = step_shapes(batch, budget, scheduler.blocks_for(SESSION_LEN))
+    model = FakeModel(scheduler)
+    items = [sequence(f"{index:03}", length, new) for index, (length, new, _, _) in enumerate(requests)]
+    arrival = sorted(range(len(items)), key=lambda index: requests[index][2])
+    position = {items[index]: rank for rank, index in enumerate(arrival)}
+    admitted: list[int] = []
+    for step in range(5000):
+        for index in arrival:
+            _, _, comes, patience = requests[index]
+            if comes == step:
+                scheduler.add(items[index])
+            if patience is not None and step == comes + patience and items[index].finish_reason is None:
+                scheduler.abort(items[index])
+        if step > 12 and not scheduler.has_work:
+            break
+        done = model.step()
+        if done:
+            choose_shape(shapes, done)  # asserts that one fits
+        queue = [position[item] for item in (*scheduler._running, *scheduler._waiting)]
+        assert queue == sorted(queue), "who came first runs first, preempted or not"
+        admitted += [position[item] for item in done.admitted if position[item] not in admitted]
+        running = [position[item] for item in (*done.decodes, *(chunk.sequence for chunk in done.chunks))]
+        assert len(running) == len(set(running)) <= batch
+        assert sum(-(-chunk.length // ROW_LENGTH) * ROW_LENGTH for chunk in done.chunks) <= budget
+    assert admitted == sorted(admitted)
+    assert not scheduler.has_work
+    assert (scheduler.blocks.active, scheduler.blocks.available) == (0, blocks)
+    for item, (length, new, _, patience) in zip(items, requests, strict=True):
+        assert item.finish_reason is not None
+        if item.finish_reason is FinishReason.ABORT:
+            assert patience is not None
+        else:
+            assert len(item.token_ids) == min(length + new, SESSION_LEN)
+        assert item.token_ids == [token_at(item.request_id, p) for p in range(len(item.token_ids))]

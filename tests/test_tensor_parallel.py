@@ -1,0 +1,122 @@
+"""Two and four devices compute what one does, and each holds its share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
+from jaxdeploy.errors import ConfigError
+from jaxdeploy.models.decoder import abstract_params
+from jaxdeploy.parallel.mesh import TP_AXIS, make_mesh
+from jaxdeploy.parallel.sharding import POOL_AXES, RULES, check_divisible, replicated, sharding_of
+from tests.tiny_models import (
+    BLOCK_SIZE,
+    CONFIG,
+    SESSION_LEN,
+    SHAPES,
+    lasting_runner,
+    outputs_of,
+    params,
+    prompt,
+    request,
+    tiny_engine,
+)
+
+TP_SHAPES = [SHAPES[2], SHAPES[4]]
+"""One to prefill, one to decode; all rows take the full sampler, so two programs are compiled for each ``tp``."""
+
+CUT = {"wqkv": 1, "wo": 0, "gate_up": 2, "down": 0, "weight": 1}
+"""Name of a parameter → the axis that tensor parallelism cuts; the others are whole everywhere."""
+
+
+def generate(tp: int) -> tuple[dict[str, list[int]], np.ndarray[Any, Any]]:
+    """Tokens of greedy and sampled requests, chunked and preempted, and their log-probabilities."""
+    engine = tiny_engine(tp=tp, shapes=TP_SHAPES, blocks=14)
+    loaded: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 5}
+    items = [
+        request(str(length), prompt(length), logprobs=3, max_new_tokens=20, **(loaded if length % 2 else {}))
+        for length in (1, 16, 33, 70, 40, 41)
+    ]
+    outputs = outputs_of(engine, items)
+    assert engine.scheduler.preemptions > 0
+    tokens = {name: [step.token_ids[0] for step in steps] for name, steps in outputs.items()}
+    values = [step.logprobs[0].logprob for name in tokens for step in outputs[name]]
+    return tokens, np.array(values)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_several_devices_generate_what_one_does(tp: int) -> None:
+    (tokens, logprobs), (expected, truth) = generate(tp), generate(1)
+    assert tokens == expected
+    np.testing.assert_allclose(logprobs, truth, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_weights_are_cut(tp: int) -> None:
+    cut = 0
+    for path, array in params(tp=tp).items():
+        axis = CUT.get(str(path[-1]))
+        share = [size // tp if index == axis else size for index, size in enumerate(array.shape)]
+        assert [list(shard.data.shape) for shard in array.addressable_shards] == [share] * tp
+        cut += axis is not None
+    assert cut == 4 * CONFIG.num_layers + 1
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_pools_stay_cut_along_kv_heads(tp: int) -> None:
+    """After steps too: the donated pools that come back are where they were."""
+    runner = lasting_runner(tp)
+    outputs_of(tiny_engine(tp=tp, shapes=TP_SHAPES), [request("a", prompt(3), logprobs=0, max_new_tokens=2)])
+    shape = (128, 2, CONFIG.num_kv_heads // tp, BLOCK_SIZE, CONFIG.head_dim)
+    for pool in runner._pools:
+        assert {shard.data.shape for shard in pool.addressable_shards} == {shape}
+        assert len({shard.device for shard in pool.addressable_shards}) == tp
+
+
+def test_pools_take_a_share_of_memory_on_each_device() -> None:
+    mesh, dtype = make_mesh(4), jnp.dtype(jnp.float32)
+    plan = plan_cache(CONFIG, EngineConfig(), mesh, session_len=SESSION_LEN, max_batch_size=1, dtype=dtype)
+    pools = allocate_pools(CONFIG, plan, mesh, dtype)
+    on_one = sum(shard.data.nbytes for pool in pools for shard in pool.addressable_shards if shard.device.id == 0)
+    assert on_one == plan.num_blocks * plan.block_bytes
+
+
+def test_every_logical_axis_has_a_rule() -> None:
+    named = {axis for param in abstract_params(CONFIG, jnp.dtype(jnp.float32)).values() for axis in param.axes}
+    assert {axis for axis in named | set(POOL_AXES) if axis is not None} <= set(RULES)
+
+
+def test_an_axis_that_does_not_divide_stays_whole() -> None:
+    mesh = make_mesh(4)
+    assert sharding_of(mesh, ("embed", "vocab"), (32, 98)).spec == jax.sharding.PartitionSpec(None, None)
+    assert sharding_of(mesh, ("embed", "vocab"), (32, 96)).spec == jax.sharding.PartitionSpec(None, TP_AXIS)
+    assert replicated(mesh).is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("tp", "sizes", "message"),
+    [
+        (3, {"num_key_value_heads": 4}, "tp=3 must divide num_key_value_heads=4; choose tp from [1, 2]"),
+        (8, {"num_key_value_heads": 8, "mlp": 172}, "tp=8 must divide mlp=172; choose tp from [1, 2, 4]"),
+    ],
+)
+def test_tp_must_divide(tp: int, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_divisible(tp, sizes)
+    assert str(caught.value) == message
+
+
+def test_tp_that_divides() -> None:
+    check_divisible(4, {"num_key_value_heads": 4, "intermediate_size": 64})
+
+
+@pytest.mark.parametrize("tp", [0, 9])
+def test_tp_needs_devices(tp: int) -> None:
+    with pytest.raises(ConfigError, match=f"tp={tp} must be between 1 and the 8 devices of this machine"):
+        make_mesh(tp)

@@ -1,0 +1,178 @@
+"""A tiny random decoder and engines over it; they share a runner for each ``tp``, so programs are compiled once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.batch import ROW_LENGTH, StepShape
+from jaxdeploy.engine.block_manager import BlockManager
+from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
+from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.messages import FinishReason, Request, SamplingParams, StepOutput
+from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.weights import ParamPath
+from jaxdeploy.parallel.mesh import make_mesh
+from jaxdeploy.parallel.sharding import sharding_of
+
+Array = np.ndarray[Any, Any]
+
+VOCAB = 96
+SESSION_LEN = 128
+BLOCK_SIZE = 16
+SLOTS = 16
+TABLE_LENGTH = SESSION_LEN // BLOCK_SIZE
+MAX_PREFILL = 64
+SHAPES = [
+    StepShape(decodes, prefill, TABLE_LENGTH, SLOTS)
+    for decodes, prefill in ((1, 0), (4, 0), (SLOTS, 0), (0, 32), (SLOTS, MAX_PREFILL))
+]
+"""Fewer than ``step_shapes`` lists, so that few programs are compiled; every batch still fits one."""
+
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    intermediate_size=64,
+    norm_eps=1e-5,
+    max_position=256,
+    rope=RopeConfig(),
+    windows=(None, 40),
+)
+
+
+class LastingRunner(ModelRunner):
+    """One that outlives the engines over it."""
+
+    def close(self) -> None:
+        """Other tests go on with it."""
+
+
+def params(config: ModelConfig = CONFIG, tp: int = 1) -> dict[ParamPath, jax.Array]:
+    """Random weights, large enough that logits differ by far more than rounding; placed as an engine places them."""
+    random, mesh = np.random.default_rng(0), make_mesh(tp)
+    made = {}
+    for path, param in abstract_params(config, jnp.dtype(jnp.float32)).items():
+        shape = param.get_value().shape
+        value = 1.0 + 0.1 * random.standard_normal(shape) if path[-1] == "scale" else _matrix(random, path, shape)
+        made[path] = jax.device_put(value.astype(np.float32), sharding_of(mesh, param.axes, shape))
+    return made
+
+
+def _matrix(random: np.random.Generator, path: ParamPath, shape: Sequence[int]) -> Array:
+    inputs = {"wo": CONFIG.num_heads * CONFIG.head_dim, "embedding": 1}.get(str(path[-1]), shape[0])
+    matrix: Array = random.standard_normal(shape) * 2.0 / np.sqrt(inputs)
+    return matrix
+
+
+def runner_of(kind: type[ModelRunner], tp: int = 1, config: ModelConfig = CONFIG) -> ModelRunner:
+    """A new runner with weights of its own and pools for whole sessions in every slot."""
+    mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
+    sizes = EngineConfig(block_size=BLOCK_SIZE)
+    plan = plan_cache(config, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
+    pools = allocate_pools(config, plan, mesh, dtype)
+    return kind(decoder_from(config, params(config, tp)), pools, mesh, slots=SLOTS, session_len=SESSION_LEN)
+
+
+@functools.cache
+def lasting_runner(tp: int) -> ModelRunner:
+    """The one that the tests of a session share."""
+    return runner_of(LastingRunner, tp)
+
+
+def tiny_engine(
+    *,
+    blocks: int = SLOTS * TABLE_LENGTH,
+    max_prefill: int = MAX_PREFILL,
+    batch: int = SLOTS,
+    tp: int = 1,
+    shapes: list[StepShape] = SHAPES,
+    runner: ModelRunner | None = None,
+) -> Engine:
+    """A new engine over the shared runner: its own scheduler, slots and blocks."""
+    scheduler = Scheduler(
+        BlockManager(blocks),
+        block_size=BLOCK_SIZE,
+        max_batch_size=batch,
+        max_prefill_tokens=max_prefill,
+        chunk_multiple=ROW_LENGTH,
+        session_len=SESSION_LEN,
+    )
+    return Engine(scheduler, runner or lasting_runner(tp), shapes, VOCAB)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random tokens."""
+    return tuple(np.random.default_rng((seed, length)).integers(0, VOCAB, length).tolist())
+
+
+def request(name: str, prompt_ids: Iterable[int], **sampling: Any) -> Request:
+    """A request with 16 new tokens unless ``sampling`` says otherwise."""
+    return Request(name, tuple(prompt_ids), SamplingParams(**{"max_new_tokens": 16, **sampling}))
+
+
+def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
+    """Generate for all ``requests`` together: name → tokens."""
+    return {name: [output.token_ids[0] for output in outputs] for name, outputs in outputs_of(engine, requests).items()}
+
+
+def run_one(engine: Engine, prompt_ids: Iterable[int], **sampling: Any) -> list[int]:
+    """Tokens generated for one prompt."""
+    return run(engine, [request("one", prompt_ids, **sampling)])["one"]
+
+
+def outputs_of(engine: Engine, requests: Iterable[Request]) -> dict[str, list[StepOutput]]:
+    """All outputs by request; afterwards the engine holds nothing."""
+    collected: dict[str, list[StepOutput]] = {}
+    for item in requests:
+        engine.add(item)
+        collected[item.request_id] = []
+    while engine.has_work:
+        for output in engine.step():
+            collected[output.request_id].append(output)
+        engine.scheduler.blocks.check()
+    assert engine.scheduler.blocks.active == 0
+    return collected
+
+
+def reasons(outputs: Mapping[str, list[StepOutput]]) -> dict[str, FinishReason | None]:
+    """Why each ended."""
+    return {name: steps[-1].finish_reason for name, steps in outputs.items()}
+
+
+@functools.cache
+def dense_decoder() -> Decoder:
+    """The same weights without a cache."""
+    return decoder_from(CONFIG, params())
+
+
+@functools.cache
+def _dense() -> Any:
+    return jax.jit(dense_decoder().__call__)
+
+
+def dense_logits(token_ids: Sequence[int]) -> Array:
+    """Logits [T, V] of the whole sequence at once, without cache or paging. One compiled length serves all."""
+    padded = np.zeros((1, SESSION_LEN), np.int32)
+    padded[0, : len(token_ids)] = token_ids
+    return np.asarray(_dense()(padded))[0, : len(token_ids)]
+
+
+def dense_greedy(prompt_ids: Sequence[int], count: int) -> list[int]:
+    """``count`` greedy tokens, every one from the whole sequence."""
+    tokens = list(prompt_ids)
+    for _ in range(count):
+        tokens.append(int(dense_logits(tokens)[-1].argmax()))
+    return tokens[len(prompt_ids) :]
