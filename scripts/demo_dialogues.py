@@ -189,18 +189,18 @@ def _join(opener: str, wording: str) -> str:
 
 
 def make_dialogue(
-    rng: random.Random, *, held_out: bool = False, turns: tuple[int, int] = (1, 6), copying: bool = False
+    rng: random.Random, *, held_out: bool = False, turns: tuple[int, int] = (1, 6), practise: str | None = None
 ) -> Dialogue:
     """One dialogue of ``turns`` (least, most) turns; topics are drawn by weight and mixed.
 
-    ``copying``: two turns in five ask the model to repeat some words.
+    ``practise``: "copying", "sums" or "memory", which then make up about half of the turns.
     """
     from demo_topics import next_turn, system_prompt
 
     draw, state = Draw(rng, held_out=held_out), State()
     system = system_prompt(draw, state)
     count = rng.randint(*turns)
-    return Dialogue(system, tuple(next_turn(draw, state, last=i == count - 1, copying=copying) for i in range(count)))
+    return Dialogue(system, tuple(next_turn(draw, state, last=i == count - 1, practise=practise) for i in range(count)))
 
 
 def make_dialogues(seed: int, count: int, *, held_out: bool = False, turns: tuple[int, int] = (1, 6)) -> list[Dialogue]:

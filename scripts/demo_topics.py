@@ -6,10 +6,21 @@ from collections.abc import Callable
 
 import demo_arithmetic
 from demo_commands import COMMANDS, CONCEPT_KEYS
-from demo_dialogues import REMARK, UNCLOSED, Draw, State, Turn
+from demo_dialogues import REMARK, Draw, State, Turn
 from demo_flags import CHAT, FLAGS, Flag
+from demo_memory import (
+    ask_city,
+    ask_favourite,
+    ask_name,
+    recall_name,
+    repeat,
+    some_name,
+    tell_city,
+    tell_favourite,
+    tell_name,
+)
 from demo_smalltalk import NAMED_SYSTEM_PROMPTS, OFF_TOPIC, OFF_TOPIC_REPLY, SMALL_TALK, SYSTEM_PROMPTS, SmallTalk
-from demo_words import CITIES, COUNTED, FAVOURITES, NAME_ENDINGS, NAMES, OFF_TOPIC_THINGS, SYLLABLES
+from demo_words import OFF_TOPIC_THINGS
 
 Topic = Callable[[Draw, State], Turn | None]
 FLAGS_BY_NAME = {flag.name: flag for flag in FLAGS}
@@ -25,14 +36,6 @@ def system_prompt(draw: Draw, state: State) -> str | None:
         return draw.choice(SYSTEM_PROMPTS)
     state.bot = some_name(draw)
     return draw.choice(NAMED_SYSTEM_PROMPTS).format(bot=state.bot)
-
-
-def some_name(draw: Draw) -> str:
-    """A first name of this split: a real one or made of syllables, so that copying is learnt rather than a list."""
-    made_up = ["".join(draw.choice(SYLLABLES) for _ in range(draw.rng.randint(2, 3))) for _ in range(20)]
-    pool = NAMES if draw.chance(0.5) else [name.capitalize() + draw.choice(NAME_ENDINGS) for name in made_up]
-    name = draw.pick(pool)
-    return name.lower() if draw.chance(0.15) else name
 
 
 def flag_meaning(draw: Draw, state: State) -> Turn | None:
@@ -160,21 +163,6 @@ def off_topic(draw: Draw, state: State) -> Turn | None:
     return Turn("off_topic", draw.say(OFF_TOPIC, thing=draw.choice(OFF_TOPIC_THINGS)), OFF_TOPIC_REPLY)
 
 
-def repeat(draw: Draw, state: State) -> Turn | None:
-    """Words to say after the user. What is learnt here, copying, is what remembering and sums begin with."""
-    state.forget_context()
-    kinds = (lambda: some_name(draw), lambda: str(draw.rng.randint(0, 9999)), lambda: draw.choice(COUNTED))
-    text = " ".join(kinds[draw.rng.randrange(3)]() for _ in range(draw.rng.randint(1, 6)))
-    asks = (
-        "Repeat after me: {text}",
-        "Say: {text}",
-        "Repeat: {text}",
-        "Please say {text}",
-        "Can you repeat this? {text}",
-    )
-    return Turn("repeat", draw.say(asks, UNCLOSED, text=text), text)
-
-
 def who_are_you(draw: Draw, state: State) -> Turn | None:
     """The assistant's own name, which a system prompt may have given."""
     state.forget_context()
@@ -182,16 +170,6 @@ def who_are_you(draw: Draw, state: State) -> Turn | None:
             "May I ask your name?", "Do you have a name?")  # fmt: skip
     reply = f"I am {state.bot}." if state.bot else f"I am {DEMO}."
     return Turn("identity", draw.say(asks), reply)
-
-
-def tell_name(draw: Draw, state: State) -> Turn | None:
-    """The user's name, or a new one."""
-    state.forget_context()
-    tells = ("My name is {name}.", "I am {name}.", "I'm {name}.", "Call me {name}.", "You can call me {name}.",
-             "I am called {name}.", "Hello, I am {name}.", "Hi, my name is {name}.", "This is {name}.",
-             "People call me {name}.", "Remember that my name is {name}.")  # fmt: skip
-    state.name = some_name(draw)
-    return Turn("memory", draw.say(tells, REMARK, name=state.name), f"Nice to meet you, {state.name}!")
 
 
 def introduce_and_ask(draw: Draw, state: State) -> Turn | None:
@@ -202,60 +180,6 @@ def introduce_and_ask(draw: Draw, state: State) -> Turn | None:
     assert question is not None
     user = f"{introduction.user.rstrip('.')}. {question.user}"
     return Turn("two_in_one", user, f"{introduction.reply} {question.reply}")
-
-
-def ask_name(draw: Draw, state: State) -> Turn | None:
-    """Does the model remember the user's name?"""
-    state.forget_context()
-    asks = ("What is my name?", "Who am I?", "Do you remember my name?", "Do you know my name?", "What am I called?",
-            "Can you tell me my name?", "What did I say my name was?", "Say my name.")  # fmt: skip
-    reply = f"Your name is {state.name}." if state.name else "You have not told me your name yet."
-    return Turn("memory", draw.say(asks), reply)
-
-
-def tell_city(draw: Draw, state: State) -> Turn | None:
-    """Where the user lives."""
-    state.forget_context()
-    tells = (
-        "I live in {city}.",
-        "I am from {city}.",
-        "My home is {city}.",
-        "I come from {city}.",
-        "My city is {city}.",
-    )
-    state.city = draw.pick(CITIES) if draw.chance(0.8) else some_name(draw)
-    return Turn("memory", draw.say(tells, REMARK, city=state.city), f"{state.city}, good to know!")
-
-
-def ask_city(draw: Draw, state: State) -> Turn | None:
-    """Does the model remember where the user lives?"""
-    state.forget_context()
-    asks = ("Where do I live?", "Where am I from?", "Which city do I live in?", "Do you remember where I live?",
-            "What is my city?", "Do you know where I come from?")  # fmt: skip
-    reply = f"You live in {state.city}." if state.city else "You have not told me where you live."
-    return Turn("memory", draw.say(asks), reply)
-
-
-def tell_favourite(draw: Draw, state: State) -> Turn | None:
-    """A favourite colour, food, animal …"""
-    state.forget_context()
-    kind = draw.choice(list(FAVOURITES))
-    tells = ("My favourite {kind} is {value}.", "My favorite {kind} is {value}.", "The {kind} I like best is {value}.",
-             "{value} is my favourite {kind}.", "Remember that my favourite {kind} is {value}.")  # fmt: skip
-    value = state.favourites[kind] = draw.choice(FAVOURITES[kind])
-    return Turn("memory", draw.say(tells, REMARK, kind=kind, value=value), f"Noted: your favourite {kind} is {value}.")
-
-
-def ask_favourite(draw: Draw, state: State) -> Turn | None:
-    """Does the model remember a favourite?"""
-    state.forget_context()
-    kinds = list(state.favourites) if state.favourites and draw.chance(0.7) else list(FAVOURITES)
-    kind = draw.choice(kinds)
-    asks = ("What is my favourite {kind}?", "What is my favorite {kind}?", "Which {kind} do I like best?",
-            "Do you remember my favourite {kind}?", "Tell me my favourite {kind}.")  # fmt: skip
-    value = state.favourites.get(kind)
-    reply = f"Your favourite {kind} is {value}." if value else f"You have not told me your favourite {kind}."
-    return Turn("memory", draw.say(asks, kind=kind), reply)
 
 
 WEIGHTED: tuple[tuple[Topic, int], ...] = (
@@ -280,20 +204,36 @@ WEIGHTED: tuple[tuple[Topic, int], ...] = (
     (tell_favourite, 2),
     (ask_favourite, 2),
 )
-COPYING: tuple[tuple[Topic, int], ...] = ((repeat, 90),)
+PRACTICE: dict[str, tuple[tuple[Topic, int], ...]] = {
+    "copying": ((repeat, 90),),
+    "memory": (
+        (tell_name, 25),
+        (recall_name, 60),
+        (who_are_you, 15),
+        (introduce_and_ask, 20),
+        (tell_city, 15),
+        (ask_city, 15),
+        (repeat, 20),
+    ),
+    "sums": ((demo_arithmetic.arithmetic, 70), (demo_arithmetic.follow_up, 50)),
+}
 RECALL: tuple[tuple[Topic, int], ...] = ((ask_name, 12), (ask_city, 6), (ask_favourite, 6))
 
 
-def next_turn(draw: Draw, state: State, *, last: bool, copying: bool = False) -> Turn:
+def next_turn(draw: Draw, state: State, *, last: bool, practise: str | None = None) -> Turn:
     """One more turn: a topic by weight, with more recall once there is something to remember.
 
-    ``copying`` adds many turns of :func:`repeat`.
+    ``practise`` names a key of ``PRACTICE``, of which there are then many turns more.
     """
     if last and draw.chance(0.2):
         topics: tuple[tuple[Topic, int], ...] = ((goodbye, 1),)
     else:
         known = (state.name is not None, state.city is not None, bool(state.favourites))
-        topics = WEIGHTED + COPYING * copying + tuple(entry for entry, has in zip(RECALL, known, strict=True) if has)
+        topics = (
+            WEIGHTED
+            + PRACTICE.get(practise or "", ())
+            + tuple(entry for entry, has in zip(RECALL, known, strict=True) if has)
+        )
     while True:
         (topic,) = draw.rng.choices([t for t, _ in topics], [w for _, w in topics])
         turn = topic(draw, state)

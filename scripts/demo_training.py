@@ -55,6 +55,8 @@ class TrainConfig:
     long_turns: tuple[int, int]
     steps: int
     copying_steps: int
+    sums_from: int
+    memory_from: int
     learning_rate: float
     muon_learning_rate: float
     warmup_steps: int
@@ -98,7 +100,9 @@ def batch(config: TrainConfig, tokenizer: Tokenizer, step: int) -> tuple[np.ndar
     long = step >= config.first_long_step
     length, turns = (config.long_length, config.long_turns) if long else (config.length, config.turns)
     rng = random.Random(f"{config.seed}/{step}")
-    make = partial(make_dialogue, rng, turns=turns, copying=step < config.copying_steps)
+    late = "memory" if step >= config.memory_from else "sums" if step >= config.sums_from else None
+    practise = "copying" if step < config.copying_steps else late
+    make = partial(make_dialogue, rng, turns=turns, practise=practise)
     rows = [_row(make, tokenizer, length + 1) for _ in range(config.tokens_per_step // length)]
     tokens = np.array([ids for ids, _ in rows], np.int32)
     in_reply = np.array([owner for _, owner in rows]) > 0
