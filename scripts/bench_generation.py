@@ -30,6 +30,9 @@ from jaxdeploy.engine.build import build_engine
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.messages import Request, SamplingParams
 
+PAUSE = 0.5
+"""Seconds before each run: thread pools spin for a while after their last work, and would slow down the other system."""
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-110m": {
         "hidden_size": 768,
@@ -213,6 +216,7 @@ def measure(systems: dict[str, System], cases: Sequence[Case], rounds: int) -> d
     for round_ in tqdm(range(rounds + 1), desc="rounds"):
         for case in cases:
             for name, run in systems.items():
+                time.sleep(PAUSE)
                 timing = run(case)
                 if round_:
                     timings[name][case].append(timing)

@@ -1,7 +1,7 @@
 """The op in plain XLA: any platform, any dtype. Each row visits its blocks in order with a running softmax.
 
-A row visits only the blocks that it sees, so work grows with the context and not with the size of the block table,
-and no block is copied out of the pool. The running softmax is that of arXiv:1805.02867.
+A row visits only the blocks that it sees, so work grows with the context and not with the size of the block table.
+The running softmax is that of arXiv:1805.02867.
 """
 
 from __future__ import annotations
@@ -49,13 +49,16 @@ def _attend_row(
 ) -> jax.Array:
     """One row: ``q`` [K, R, H] at ``positions`` [R] sees keys before ``end`` → float32 [K, R, H]."""
     block_size = pool.shape[3]
+    halves = pool.reshape(
+        -1, *pool.shape[2:]
+    )  # [2P, K, S, H]: taking K and V one by one is what XLA:CPU copies fastest
 
     def visit(index: jax.Array, running: _Softmax) -> _Softmax:
-        block = jax.lax.dynamic_index_in_dim(pool, table[index], keepdims=False)
+        keys, values = (jax.lax.dynamic_index_in_dim(halves, 2 * table[index] + i, keepdims=False) for i in (0, 1))
         age = positions[:, None] - (index * block_size + jnp.arange(block_size, dtype=jnp.int32))
         visible = (age >= 0) if window is None else (age >= 0) & (age < window)
-        scores = jnp.einsum("krh,ksh->krs", q, block[0], preferred_element_type=jnp.float32)
-        return _accumulate(running, jnp.where(visible, scores, _MASKED), block[1])
+        scores = jnp.einsum("krh,ksh->krs", q, keys, preferred_element_type=jnp.float32)
+        return _accumulate(running, jnp.where(visible, scores, _MASKED), values)
 
     first_block = 0 if window is None else jnp.maximum(positions[0] - window + 1, 0) // block_size
     empty = (jnp.full(q.shape[:2], _MASKED), jnp.zeros(q.shape[:2]), jnp.zeros(q.shape, jnp.float32))
