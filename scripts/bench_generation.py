@@ -31,7 +31,7 @@ from jaxdeploy.engine.engine import Engine
 from jaxdeploy.messages import Request, SamplingParams
 
 PAUSE = 0.5
-"""Seconds before each run: thread pools spin for a while after their last work, and would slow down the other system."""
+"""Seconds before each run: thread pools spin for a while after their last work, and would slow the other system."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-110m": {

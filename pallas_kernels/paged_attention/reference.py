@@ -49,12 +49,9 @@ def _attend_row(
 ) -> jax.Array:
     """One row: ``q`` [K, R, H] at ``positions`` [R] sees keys before ``end`` → float32 [K, R, H]."""
     block_size = pool.shape[3]
-    halves = pool.reshape(
-        -1, *pool.shape[2:]
-    )  # [2P, K, S, H]: taking K and V one by one is what XLA:CPU copies fastest
 
     def visit(index: jax.Array, running: _Softmax) -> _Softmax:
-        keys, values = (jax.lax.dynamic_index_in_dim(halves, 2 * table[index] + i, keepdims=False) for i in (0, 1))
+        keys, values = (_half_block(pool, table[index], half) for half in (0, 1))
         age = positions[:, None] - (index * block_size + jnp.arange(block_size, dtype=jnp.int32))
         visible = (age >= 0) if window is None else (age >= 0) & (age < window)
         scores = jnp.einsum("krh,ksh->krs", q, keys, preferred_element_type=jnp.float32)
@@ -65,6 +62,11 @@ def _attend_row(
     _, total, out = jax.lax.fori_loop(first_block, -(-end // block_size), visit, empty)
     attended: jax.Array = out / jnp.maximum(total, 1e-30)[..., None]
     return attended
+
+
+def _half_block(pool: jax.Array, block: jax.Array, half: int) -> jax.Array:
+    """Keys (``half`` 0) or values (1) of a block, [K, S, H]; one slice each is what XLA:CPU copies fastest."""
+    return jax.lax.dynamic_slice(pool, (block, half, 0, 0, 0), (1, 1, *pool.shape[2:]))[0, 0]
 
 
 def _accumulate(running: _Softmax, scores: jax.Array, values: jax.Array) -> _Softmax:
