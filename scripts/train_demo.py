@@ -15,11 +15,11 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "scripts")]
 
-from demo_dialogues import make_dialogues  # noqa: E402
-from demo_evaluation import evaluate, sample_conversation, write_results  # noqa: E402
-from demo_export import export, plot_losses  # noqa: E402
-from demo_tokenizer import IM_END, load_tokenizer, save_tokenizer, train_tokenizer  # noqa: E402
-from demo_training import TrainConfig, train  # noqa: E402
+from demo.dialogues import make_dialogues  # noqa: E402
+from demo.evaluation import evaluate, sample_conversation, write_results  # noqa: E402
+from demo.export import export, plot_losses  # noqa: E402
+from demo.tokenizer import IM_END, load_tokenizer, save_tokenizer, train_tokenizer  # noqa: E402
+from demo.training import TrainConfig, train  # noqa: E402
 
 from jaxdeploy.checkpoint.export import check_writable  # noqa: E402
 from jaxdeploy.errors import JaxdeployError  # noqa: E402

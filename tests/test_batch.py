@@ -23,7 +23,7 @@ from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
 from jaxdeploy.engine.sequence import Block, Sequence
 from jaxdeploy.messages import Request, SamplingParams
 
-BLOCK_SIZE = 16
+VOCAB = 96
 SHAPE = StepShape(decodes=4, prefill_tokens=128, table_length=8, max_sequences=4)
 
 
@@ -37,7 +37,7 @@ def sequence(length: int, *, slot: int = 0, blocks: tuple[int, ...] = (0,), prom
 
 
 def fields(batch: ScheduledBatch, shape: StepShape = SHAPE) -> dict[str, Any]:
-    return unpack(build_inputs(shape, batch, BLOCK_SIZE), shape)
+    return unpack(build_inputs(shape, batch, VOCAB).packed, shape)
 
 
 def test_shapes_are_few_and_double() -> None:

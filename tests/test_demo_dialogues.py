@@ -18,7 +18,7 @@ SCRIPTS = str(Path(__file__).resolve().parents[1] / "scripts")
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Any]:
     sys.path.insert(0, SCRIPTS)
-    yield importlib.import_module("demo_dialogues")
+    yield importlib.import_module("demo.dialogues")
     sys.path.remove(SCRIPTS)
 
 
@@ -110,13 +110,13 @@ def test_held_out_names_and_pairs_do_not_occur_in_training(demo: Any, training: 
 
 @pytest.fixture(scope="module")
 def tokenizer(demo: Any, training: list[Any]) -> Any:
-    return importlib.import_module("demo_tokenizer").train_tokenizer(training, 512)
+    return importlib.import_module("demo.tokenizer").train_tokenizer(training, 512)
 
 
 def test_tokens_of_a_dialogue_are_those_of_its_chat_template(training: list[Any], tokenizer: Any) -> None:
     import jinja2
 
-    module = importlib.import_module("demo_tokenizer")
+    module = importlib.import_module("demo.tokenizer")
     template = jinja2.Environment().from_string(module.CHAT_TEMPLATE)
     for dialogue in training[:20]:
         text = template.render(bos_token="<s>", messages=dialogue.messages())
@@ -124,7 +124,7 @@ def test_tokens_of_a_dialogue_are_those_of_its_chat_template(training: list[Any]
 
 
 def test_only_replies_are_learnt(training: list[Any], tokenizer: Any) -> None:
-    module = importlib.import_module("demo_tokenizer")
+    module = importlib.import_module("demo.tokenizer")
     for dialogue in training[:20]:
         ids, owner = module.encode_dialogue(tokenizer, dialogue)
         for number, turn in enumerate(dialogue.turns, start=1):
@@ -138,7 +138,7 @@ def test_digits_are_single_tokens(tokenizer: Any) -> None:
 
 def test_batches_follow_from_seed_and_step(demo: Any, tokenizer: Any) -> None:
     pytest.importorskip("optax")
-    module = importlib.import_module("demo_training")
+    module = importlib.import_module("demo.training")
     path = Path(SCRIPTS).parent / "configs/train/demo.yaml"
     config = module.TrainConfig.read(path, ["length=64", "tokens_per_step=128", "steps=10"])
     first, again = (module.batch(config, tokenizer, 3) for _ in range(2))
@@ -151,6 +151,6 @@ def test_batches_follow_from_seed_and_step(demo: Any, tokenizer: Any) -> None:
 def test_an_unknown_setting_is_named(demo: Any) -> None:
     from jaxdeploy.errors import ConfigError
 
-    module = importlib.import_module("demo_training")
+    module = importlib.import_module("demo.training")
     with pytest.raises(ConfigError, match="stesp"):
         module.TrainConfig.read(Path(SCRIPTS).parent / "configs/train/demo.yaml", ["stesp=3"])

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from jaxdeploy.engine.batch import StepShape, padding_inputs
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.config import RopeConfig
 from jaxdeploy.models.decoder import decoder_from
-from tests.tiny_models import CONFIG, SHAPES, lasting_runner, params, prompt, request, run_one, runner_of, tiny_engine
+from tests.tiny_models import (
+    CONFIG,
+    SHAPES,
+    VOCAB,
+    lasting_runner,
+    params,
+    prompt,
+    request,
+    run_one,
+    runner_of,
+    tiny_engine,
+)
 
 
 def test_the_device_knows_the_tokens_that_the_host_knows() -> None:
@@ -50,6 +65,18 @@ def test_pools_and_buffer_are_donated() -> None:
         engine.step()
         assert all(array.is_deleted() for array in before)
     engine.abort("a")
+
+
+@pytest.mark.parametrize("full_sampler", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_no_step_copies_a_pool(shape: StepShape, full_sampler: bool) -> None:
+    """XLA may find a copy handy, and then every step would move the whole cache; pools are updated in place."""
+    compiled = lasting_runner(1).compiled(padding_inputs(shape, VOCAB, full_sampler=full_sampler))
+    pools = lasting_runner(1)._pools
+    dims = ",".join(map(str, pools[0].shape))
+    assert not re.findall(rf"f32\[{dims}\]\S* copy\(", str(compiled.as_text()))
+    memory: Any = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(pool.nbytes for pool in pools)
 
 
 def test_close_gives_the_memory_back() -> None:

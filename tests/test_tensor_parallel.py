@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.batch import padding_inputs
 from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.decoder import abstract_params
@@ -20,6 +22,7 @@ from tests.tiny_models import (
     CONFIG,
     SESSION_LEN,
     SHAPES,
+    VOCAB,
     lasting_runner,
     outputs_of,
     params,
@@ -77,6 +80,16 @@ def test_pools_stay_cut_along_kv_heads(tp: int) -> None:
     for pool in runner._pools:
         assert {shard.data.shape for shard in pool.addressable_shards} == {shape}
         assert len({shard.device for shard in pool.addressable_shards}) == tp
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_layer_costs_two_all_reduces(tp: int) -> None:
+    """One after attention, one after the feed-forward, and no other traffic of the activations' size."""
+    inputs = padding_inputs(SHAPES[2], VOCAB, full_sampler=False)
+    compiled = str(lasting_runner(tp).compiled(inputs).as_text())
+    activations = rf"f32\[{SHAPES[2].decodes},{CONFIG.hidden_size}\]\S*"
+    assert len(re.findall(rf"= {activations} all-reduce\(", compiled)) == 2 * CONFIG.num_layers
+    assert not re.findall(rf"= {activations} (all-gather|all-to-all|collective-permute)\(", compiled)
 
 
 def test_pools_take_a_share_of_memory_on_each_device() -> None:

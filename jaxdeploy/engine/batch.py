@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdeploy.engine.constraints import Mask, forbid
 from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
 from jaxdeploy.engine.sequence import Sequence
 
@@ -101,8 +102,48 @@ def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
     return min(fitting, key=lambda shape: (shape.prefill_tokens, shape.decodes))
 
 
-def build_inputs(shape: StepShape, batch: ScheduledBatch, block_size: int) -> Array:
-    """Lay ``batch`` out in ``shape``: the packed int32 array. Padding rows have length 0 and sample nothing."""
+@dataclass(frozen=True)
+class ModelInputs:
+    """One step as the device takes it: its shape, the packed array, and what the full sampler needs beside it.
+
+    ``allowed`` uint32 [rows, ceil(V / 32)] (see ``SamplingRows``) selects the full sampler; with ``None`` the likeliest
+    tokens are taken.
+    """
+
+    shape: StepShape
+    packed: Array
+    allowed: Mask | None = None
+
+
+def build_inputs(shape: StepShape, batch: ScheduledBatch, vocab_size: int) -> ModelInputs:
+    """Lay ``batch`` out in ``shape``. Padding rows have length 0 and sample nothing."""
+    rows = sampled_rows(shape, batch)
+    if not any(sequence.needs_sampler for _, sequence in rows):
+        return ModelInputs(shape, _pack(shape, batch))
+    allowed = _everything(shape, vocab_size)
+    for row, sequence in rows:
+        forbid(allowed, row, sequence)
+    return ModelInputs(shape, _pack(shape, batch), allowed)
+
+
+def padding_inputs(shape: StepShape, vocab_size: int, *, full_sampler: bool) -> ModelInputs:
+    """A step of nothing but padding, to warm up with."""
+    packed = np.zeros(packed_size(shape), np.int32)
+    return ModelInputs(shape, packed, _everything(shape, vocab_size) if full_sampler else None)
+
+
+def sampled_rows(shape: StepShape, batch: ScheduledBatch) -> list[tuple[int, Sequence]]:
+    """Rows of the sampled tokens and their sequences, for those that get a token in this step."""
+    chunks = enumerate(batch.chunks, shape.decodes)
+    return [*enumerate(batch.decodes), *((row, chunk.sequence) for row, chunk in chunks if chunk.last)]
+
+
+def _everything(shape: StepShape, vocab_size: int) -> Mask:
+    """A mask that forbids nothing."""
+    return np.full((shape.sequences, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+
+
+def _pack(shape: StepShape, batch: ScheduledBatch) -> Array:
     packed = np.zeros(packed_size(shape), np.int32)
     fields = unpack(packed, shape)
     for index, sequence in enumerate(batch.decodes):

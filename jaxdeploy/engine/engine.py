@@ -9,11 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdeploy.engine.batch import StepShape, build_inputs, choose_shape
-from jaxdeploy.engine.constraints import forbid
+from jaxdeploy.engine.batch import StepShape, build_inputs, choose_shape, sampled_rows
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.engine.sampler import MAX_LOGPROBS, Sampled
-from jaxdeploy.engine.scheduler import ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.errors import ContextLengthError, RequestError
 from jaxdeploy.messages import Request, StepOutput, TokenLogprob
@@ -77,9 +76,8 @@ class Engine:
             assert sequence.slot is not None, "an admitted sequence has a slot"
             self._runner.write_tokens(sequence.slot, sequence.token_ids)
         shape = choose_shape(self._shapes, batch)
-        packed = build_inputs(shape, batch, self.scheduler.block_size)
-        sampled = _to_host(self._runner.run(shape, packed, self._mask(shape, batch)))
-        rows = _sampled_rows(shape, batch)
+        sampled = _to_host(self._runner.run(build_inputs(shape, batch, self._vocab_size)))
+        rows = sampled_rows(shape, batch)
         self.scheduler.commit(batch, {sequence: int(sampled.tokens[row]) for row, sequence in rows})
         return [self._output(row, sequence, sampled) for row, sequence in rows]
 
@@ -104,40 +102,12 @@ class Engine:
         if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
             raise RequestError(f"logprobs={wanted} must be between 0 and {MAX_LOGPROBS}; ask for fewer")
 
-    def _mask(self, shape: StepShape, batch: ScheduledBatch) -> Array | None:
-        """Allowed tokens of every row where some row needs the full sampler; ``None`` where all are plainly greedy."""
-        rows = _sampled_rows(shape, batch)
-        if not any(_needs_sampler(sequence) for _, sequence in rows):
-            return None
-        mask = self._runner.all_allowed(shape)
-        for row, sequence in rows:
-            forbid(mask, row, sequence)
-        return mask
-
     def _output(self, row: int, sequence: Sequence, sampled: HostSample) -> StepOutput:
         if sequence.finish_reason is not None:
             del self._sequences[sequence.request_id]
         token = sequence.token_ids[-1]
         logprobs = _logprob(token, row, sequence.sampling.logprobs, sampled)
         return StepOutput(sequence.request_id, (token,), sequence.finish_reason, logprobs)
-
-
-def _sampled_rows(shape: StepShape, batch: ScheduledBatch) -> list[tuple[int, Sequence]]:
-    """Row of the sampled tokens → sequence, for those that get a token in this step."""
-    rows = list(enumerate(batch.decodes))
-    return rows + [(row, chunk.sequence) for row, chunk in enumerate(batch.chunks, shape.decodes) if chunk.last]
-
-
-def _needs_sampler(sequence: Sequence) -> bool:
-    sampling = sequence.sampling
-    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
-    return (
-        not sampling.greedy
-        or penalties != (1.0, 0.0, 0.0)
-        or sampling.logprobs is not None
-        or bool(sampling.bad_token_sequences)
-        or sequence.generated < sampling.min_new_tokens
-    )
 
 
 def _to_host(sampled: Sampled) -> HostSample:

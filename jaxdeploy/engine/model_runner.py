@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.engine.batch import SAMPLING_FLOATS, StepShape, packed_size, unpack
+from jaxdeploy.engine.batch import SAMPLING_FLOATS, ModelInputs, StepShape, padding_inputs, unpack
 from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.decoder import Decoder
@@ -38,10 +38,10 @@ class ModelRunner:
         self._pools = pools
         self._pool_sharding = pools[0].sharding
         self._replicated = replicated(mesh)
-        self._mask_words = -(-decoder.config.vocab_size // 32)
+        self._vocab_size = decoder.config.vocab_size
         self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
         self._forward = partial(_forward, graph, tree)
-        self._steps: dict[tuple[StepShape, bool], Callable[..., tuple[Sampled, Pools, jax.Array]]] = {}
+        self._steps: dict[tuple[StepShape, bool], Any] = {}
         self._warm = False
 
     def write_tokens(self, slot: int, token_ids: list[int]) -> None:
@@ -50,30 +50,32 @@ class ModelRunner:
         row[: len(token_ids)] = token_ids
         self._buffer = _write_row(self._buffer, np.int32(slot), row)
 
-    def run(self, shape: StepShape, packed: np.ndarray[Any, Any], allowed: np.ndarray[Any, Any] | None) -> Sampled:
-        """Run one step and return what it sampled, as device arrays of ``shape.sequences`` rows.
-
-        ``packed`` comes from ``build_inputs``. ``allowed`` uint32 [rows, mask_words] selects the full sampler (see
-        ``SamplingRows``); ``None`` takes the likeliest tokens.
-        """
-        step = self._step(shape, full=allowed is not None)
-        extra = () if allowed is None else (allowed,)
-        sampled, self._pools, self._buffer = step(self._leaves, self._pools, self._buffer, packed, *extra)
+    def run(self, inputs: ModelInputs) -> Sampled:
+        """Run one step and return what it sampled, as device arrays of ``inputs.shape.sequences`` rows."""
+        step = self._step(inputs.shape, full=inputs.allowed is not None)
+        extra = () if inputs.allowed is None else (inputs.allowed,)
+        sampled: Sampled
+        sampled, self._pools, self._buffer = step(self._leaves, self._pools, self._buffer, inputs.packed, *extra)
         return sampled
-
-    def all_allowed(self, shape: StepShape) -> np.ndarray[Any, Any]:
-        """A mask for ``run`` that forbids nothing."""
-        return np.full((shape.sequences, self._mask_words), 0xFFFFFFFF, np.uint32)
 
     def warm_up(self, shapes: list[StepShape], progress: Callable[[list[Any]], Any]) -> None:
         """Compile every step and run it on padding until its CUDA graph exists; a later compile logs a warning."""
         runs = 3 if self._replicated.mesh.devices.flat[0].platform != "cpu" else 1
         self.write_tokens(0, [])
         for shape, full in progress([(shape, full) for shape in shapes for full in (False, True)]):
+            inputs = padding_inputs(shape, self._vocab_size, full_sampler=full)
             for _ in range(runs):
-                packed = np.zeros(packed_size(shape), np.int32)
-                jax.block_until_ready(self.run(shape, packed, self.all_allowed(shape) if full else None))
+                jax.block_until_ready(self.run(inputs))
         self._warm = True
+
+    def compiled(self, inputs: ModelInputs) -> jax.stages.Compiled:
+        """The program that ``run`` would use for such inputs, to look at its memory and its instructions."""
+        extra = () if inputs.allowed is None else (inputs.allowed,)
+        step = self._step(inputs.shape, full=inputs.allowed is not None)
+        program: jax.stages.Compiled = step.lower(
+            self._leaves, self._pools, self._buffer, inputs.packed, *extra
+        ).compile()
+        return program
 
     def close(self) -> None:
         """Give the device memory back; the runner is of no use afterwards."""
@@ -82,7 +84,7 @@ class ModelRunner:
         self._leaves, self._pools = (), ()
         self._steps.clear()
 
-    def _step(self, shape: StepShape, *, full: bool) -> Callable[..., tuple[Sampled, Pools, jax.Array]]:
+    def _step(self, shape: StepShape, *, full: bool) -> Any:
         key = (shape, full)
         if key not in self._steps:
             if self._warm:

@@ -40,8 +40,7 @@ class ScheduledBatch:
 class Scheduler:
     """Holds waiting and running sequences and their blocks.
 
-    ``chunk_multiple``: rows of the batch hold that many tokens, so a chunk costs a multiple of it. ``max_chunks``
-    bounds the prompts of one step.
+    ``chunk_multiple``: rows of the batch hold that many tokens, so a chunk costs a multiple of it.
     """
 
     def __init__(

@@ -59,6 +59,19 @@ class Sequence:
         """Whether tokens known at the start of its run are still to be computed."""
         return self.computed < self.prefill_end
 
+    @property
+    def needs_sampler(self) -> bool:
+        """Whether choosing its next token takes more than the largest logit."""
+        sampling = self.sampling
+        penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+        return (
+            not sampling.greedy
+            or penalties != (1.0, 0.0, 0.0)
+            or sampling.logprobs is not None
+            or bool(sampling.bad_token_sequences)
+            or self.generated < sampling.min_new_tokens
+        )
+
     def append(self, token_id: int, session_len: int) -> None:
         """Take a new token and note whether it ends the sequence."""
         self.token_ids.append(token_id)

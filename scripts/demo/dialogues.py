@@ -195,7 +195,7 @@ def make_dialogue(
 
     ``practise``: "copying", "sums" or "memory", which then make up about half of the turns.
     """
-    from demo_topics import next_turn, system_prompt
+    from demo.topics import next_turn, system_prompt
 
     draw, state = Draw(rng, held_out=held_out), State()
     system = system_prompt(draw, state)

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_record import write_result
-from demo_dialogues import Dialogue, make_dialogues
-from demo_export import load
-from demo_tokenizer import BOS, IM_END, IM_START, encode_dialogue, load_tokenizer
-from demo_training import TrainConfig
 from flax import nnx
 from tqdm import tqdm
 
+from demo.dialogues import Dialogue, make_dialogues
+from demo.export import load
+from demo.tokenizer import BOS, IM_END, IM_START, encode_dialogue, load_tokenizer
+from demo.training import TrainConfig
 from jaxdeploy.models.decoder import Decoder
 
 if TYPE_CHECKING:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import demo_arithmetic
-from demo_commands import COMMANDS, CONCEPT_KEYS
-from demo_dialogues import REMARK, Draw, State, Turn
-from demo_flags import CHAT, FLAGS, Flag
-from demo_memory import (
+from demo import arithmetic
+from demo.commands import COMMANDS, CONCEPT_KEYS
+from demo.dialogues import REMARK, Draw, State, Turn
+from demo.flags import CHAT, FLAGS, Flag
+from demo.memory import (
     ask_city,
     ask_favourite,
     ask_name,
@@ -19,8 +19,8 @@ from demo_memory import (
     tell_favourite,
     tell_name,
 )
-from demo_smalltalk import NAMED_SYSTEM_PROMPTS, OFF_TOPIC, OFF_TOPIC_REPLY, SMALL_TALK, SYSTEM_PROMPTS, SmallTalk
-from demo_words import OFF_TOPIC_THINGS
+from demo.smalltalk import NAMED_SYSTEM_PROMPTS, OFF_TOPIC, OFF_TOPIC_REPLY, SMALL_TALK, SYSTEM_PROMPTS, SmallTalk
+from demo.words import OFF_TOPIC_THINGS
 
 Topic = Callable[[Draw, State], Turn | None]
 FLAGS_BY_NAME = {flag.name: flag for flag in FLAGS}
@@ -175,7 +175,7 @@ def who_are_you(draw: Draw, state: State) -> Turn | None:
 def introduce_and_ask(draw: Draw, state: State) -> Turn | None:
     """A name and a question in one message; the reply answers both."""
     introduction = tell_name(draw, state)
-    question = (demo_arithmetic.arithmetic, flag_meaning, who_are_you, command)[draw.rng.randrange(4)](draw, state)
+    question = (arithmetic.arithmetic, flag_meaning, who_are_you, command)[draw.rng.randrange(4)](draw, state)
     assert introduction is not None
     assert question is not None
     user = f"{introduction.user.rstrip('.')}. {question.user}"
@@ -183,9 +183,9 @@ def introduce_and_ask(draw: Draw, state: State) -> Turn | None:
 
 
 WEIGHTED: tuple[tuple[Topic, int], ...] = (
-    (demo_arithmetic.arithmetic, 40),
-    (demo_arithmetic.follow_up, 40),
-    (demo_arithmetic.too_large, 4),
+    (arithmetic.arithmetic, 40),
+    (arithmetic.follow_up, 40),
+    (arithmetic.too_large, 4),
     (flag_meaning, 12),
     (flag_follow_up, 30),
     (flag_task, 9),
@@ -215,7 +215,7 @@ PRACTICE: dict[str, tuple[tuple[Topic, int], ...]] = {
         (ask_city, 15),
         (repeat, 20),
     ),
-    "sums": ((demo_arithmetic.arithmetic, 70), (demo_arithmetic.follow_up, 50)),
+    "sums": ((arithmetic.arithmetic, 70), (arithmetic.follow_up, 50)),
 }
 RECALL: tuple[tuple[Topic, int], ...] = ((ask_name, 12), (ask_city, 6), (ask_favourite, 6))
 

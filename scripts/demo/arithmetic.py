@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from demo_dialogues import Draw, State, Turn, is_held_out
-from demo_words import COUNTED, NUMBERS
+from demo.dialogues import Draw, State, Turn, is_held_out
+from demo.words import COUNTED, NUMBERS
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from demo_flags import CHAT
+from demo.flags import CHAT
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from demo_dialogues import Dialogue, make_dialogue
-from demo_tokenizer import encode_dialogue
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
 from tqdm import tqdm
 
+from demo.dialogues import Dialogue, make_dialogue
+from demo.tokenizer import encode_dialogue
 from jaxdeploy.checkpoint.orbax import TrainingCheckpoints
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.config import ModelConfig

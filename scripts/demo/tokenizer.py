@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from demo_dialogues import Dialogue
+from demo.dialogues import Dialogue
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

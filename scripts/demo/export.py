@@ -8,9 +8,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from demo_training import TrainConfig
 from flax import nnx
 
+from demo.training import TrainConfig
 from jaxdeploy.checkpoint.export import save_checkpoint
 from jaxdeploy.checkpoint.loader import load_params
 from jaxdeploy.checkpoint.tensors import open_checkpoint

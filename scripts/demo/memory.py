@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from demo_dialogues import REMARK, UNCLOSED, Draw, State, Turn
-from demo_words import CITIES, COUNTED, FAVOURITES, NAME_ENDINGS, NAMES, SYLLABLES
+from demo.dialogues import REMARK, UNCLOSED, Draw, State, Turn
+from demo.words import CITIES, COUNTED, FAVOURITES, NAME_ENDINGS, NAMES, SYLLABLES
 
 
 def some_name(draw: Draw) -> str:
