@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -86,16 +87,18 @@ def expected(case: Case, arrays: list[Array]) -> Array:
     return out
 
 
-@partial(jax.jit, static_argnames="window")
-def attend(*arrays: Array, window: int | None) -> jax.Array:
+@partial(jax.jit, static_argnames=("window", "platform"))
+def attend(*arrays: Array, window: int | None, platform: str = "cpu") -> jax.Array:
+    """``platform`` is what the reference takes this machine for; static, so that each has a program of its own."""
     q, pool, tables, contexts, lengths = map(jnp.asarray, arrays)
-    return paged_attention(q, pool, tables, contexts, lengths, scale=HEAD_DIM**-0.5, window=window)
+    with mock.patch("jax.default_backend", return_value=platform):
+        return paged_attention(q, pool, tables, contexts, lengths, scale=HEAD_DIM**-0.5, window=window)
 
 
-def error(case: Case, arrays: list[Array], truth: Array | None = None) -> float:
+def error(case: Case, arrays: list[Array], truth: Array | None = None, platform: str = "cpu") -> float:
     """Largest difference over the real tokens."""
     real = np.arange(case.queries) < arrays[4][:, None]
-    got = np.asarray(attend(*arrays, window=case.window)).astype(np.float64)
+    got = np.asarray(attend(*arrays, window=case.window, platform=platform)).astype(np.float64)
     assert np.isfinite(got).all(), "padding is finite too"
     return float(np.abs(got - (expected(case, arrays) if truth is None else truth))[real].max())
 
@@ -107,9 +110,11 @@ def tolerance(case: Case) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_reference(case: Case) -> None:
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_reference(case: Case, platform: str) -> None:
+    """Row after row, as on a CPU, and all rows at once, as on a GPU."""
     arrays = inputs(case)
-    assert error(case, arrays) < tolerance(case)
+    assert error(case, arrays, platform=platform) < tolerance(case)
 
 
 MUTATED = Case(1, window=20)
