@@ -120,7 +120,6 @@ def _sampling(
         seed=secrets.randbelow(_SEEDS) if config.random_seed is None else config.random_seed % _SEEDS,
         max_new_tokens=value("max_new_tokens", MAX_NEW_TOKENS),
         min_new_tokens=value("min_new_tokens", 0),
-        ignore_eos=bool(config.ignore_eos),
         stop_token_ids=stop_ids,
         bad_token_sequences=bad_token_sequences(config.bad_words or (), tokenizer) + bad_ids,
         logprobs=config.logprobs,

@@ -33,7 +33,6 @@ class SamplingParams:
     seed: int = 0
     max_new_tokens: int = 512
     min_new_tokens: int = 0
-    ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None

@@ -159,9 +159,9 @@ def test_stop_tokens_and_minimum() -> None:
 
 
 def test_without_stop_ids_nothing_but_length_ends() -> None:
-    """``ignore_eos`` leaves the model's ends out of ``stop_token_ids``."""
+    """This is all that ``GenerationConfig.ignore_eos`` does: it leaves the model's ends out of ``stop_token_ids``."""
     stop = dense_greedy(prompt(20), 1)[0]
-    outputs = outputs_of(tiny_engine(), [request("a", prompt(20), ignore_eos=True)])
+    outputs = outputs_of(tiny_engine(), [request("a", prompt(20))])
     assert outputs["a"][0].token_ids == (stop,)
     assert (len(outputs["a"]), reasons(outputs)["a"]) == (16, FinishReason.LENGTH)
 

@@ -74,8 +74,8 @@ def _block_bytes(model: ModelConfig, block_size: int, dtype: jnp.dtype) -> int:
 def _count_blocks(config: EngineConfig, mesh: Mesh, block_bytes: int, wanted: int) -> tuple[int, str]:
     if config.num_blocks:
         return config.num_blocks, "num_blocks, as asked"
-    if config.cache_max_entry_count > 1:
-        return int(config.cache_max_entry_count), "cache_max_entry_count, as asked"
+    if isinstance(config.cache_max_entry_count, int):
+        return config.cache_max_entry_count, "cache_max_entry_count, as asked"
     free = [_free_bytes(device) for device in mesh.local_devices]
     if None in free:
         count = min(wanted, CPU_LIMIT // block_bytes)

@@ -46,7 +46,7 @@ def run(
 
 
 def _one_by_one() -> bool:
-    """A CPU is quickest row after row, out of its caches; a GPU wants all rows at once, and few loops."""
+    """Row after row keeps a CPU in its caches; on a GPU each loop would wait for the host, so all rows share one."""
     return jax.default_backend() == "cpu"
 
 
@@ -71,7 +71,10 @@ def _attend_row(
 
 
 def _half_block(pool: jax.Array, block: jax.Array, half: int) -> jax.Array:
-    """Keys (``half`` 0) or values (1) of a block, [K, S, H]; one slice each is what XLA:CPU copies fastest."""
+    """Keys (``half`` 0) or values (1) of a block, [K, S, H].
+
+    Sliced straight from the pool: where a reshaped pool is sliced, XLA:CPU may copy all of it first.
+    """
     return jax.lax.dynamic_slice(pool, (block, half, 0, 0, 0), (1, 1, *pool.shape[2:]))[0, 0]
 
 

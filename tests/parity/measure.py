@@ -94,7 +94,7 @@ def greedy_reply(folder: Path, prompt: Array, count: int) -> list[int]:
         warmup=False,
     )
     engine = build_engine(folder, read_hf_config(folder), config)
-    sampling = SamplingParams(max_new_tokens=count, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=count)
     engine.add(Request("greedy", tuple(prompt.tolist()), sampling))
     reply: list[int] = []
     while engine.has_work:
