@@ -1,15 +1,24 @@
-"""Which implementation of an op runs: the first of the platform's order that does not refuse."""
+"""Which implementation of an op runs: the first of its ``BACKENDS`` that does not refuse, or the one that is named.
+
+A backend is a module with ``check(target)``, which raises ``RefusalError`` where the device cannot run it, and ``run``,
+which takes the op's arguments and raises ``RefusalError`` for a call that it cannot do. Naming a Pallas backend where there
+is no GPU has it interpreted: slow, and the same numbers.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
+from pallas_kernels.target import Target, current_target
 
 OPS = ("paged_attention",)
-"""Every op: a package with ``BACKENDS``, backend name → module that defines ``run`` and ``check``."""
+"""Every op: a package with ``BACKENDS``, backend name → module, in order of preference."""
+
+ENVIRONMENT = "PALLAS_KERNELS"
+"""Names the backend to use where no argument does: ``NAME`` for every op that has it, or ``op=NAME,op=NAME``."""
 
 
 class RefusalError(Exception):
@@ -29,33 +38,59 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-def dispatch(op: str, backends: Mapping[str, str], names: Sequence[str], *args: Any, **kwargs: Any) -> jax.Array:
-    """Run ``op`` on the first backend of ``names`` that accepts the call.
+def dispatch(op: str, backends: Mapping[str, str], backend: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Run ``op`` on ``backend``, else on the one that the environment names, else on the first that accepts.
 
-    Raises ``NoBackendError`` with every reason when all refuse.
+    Raises ``ValueError`` for a name that the op does not have, ``NoBackendError`` with every reason when all refuse.
     """
-    reasons = []
-    for name in names:
-        run: Callable[..., jax.Array] = importlib.import_module(backends[name]).run
+    target, reasons = current_target(), []
+    named = backend or _from_environment(op, backends)
+    if named is not None and named not in backends:
+        raise ValueError(f"backend={named} is none of {op}'s; choose from {', '.join(backends)}")
+    for name in backends if named is None else [named]:
+        module = importlib.import_module(backends[name])
         try:
-            return run(*args, **kwargs)
+            if named is None or not target.interpret:
+                module.check(target)
+            return module.run(*args, **kwargs)
         except RefusalError as refusal:
-            reasons.append(f"{name}: {refusal}")
-    raise NoBackendError(f"{op}: no backend can do this call; " + "; ".join(reasons))
+            reasons.append(f"{name} {refusal}")
+    raise NoBackendError(f"{op}: {'; '.join(reasons)}")
+
+
+def need_gpu(target: Target, lowest: tuple[int, int] = (8, 0), highest: tuple[int, int] = (99, 0)) -> None:
+    """Raise ``RefusalError`` unless ``target`` is a GPU whose compute capability lies in the range."""
+    if target.capability is None:
+        raise RefusalError(f"needs a GPU, have {target.platform} (where it is named, it is interpreted)")
+    if not lowest <= target.capability <= highest:
+        bounds = f"sm_{lowest[0]}{lowest[1]}" + (" or newer" if highest[0] == 99 else "")
+        raise RefusalError(f"needs {bounds}, have {target}")
 
 
 def backend_report() -> list[BackendStatus]:
     """Every op's backends and whether they are usable here (``jaxdeploy check_env`` prints it)."""
+    target = current_target()
     report = []
     for op in OPS:
         backends: Mapping[str, str] = importlib.import_module(f"pallas_kernels.{op}").BACKENDS
-        report += [_status(op, name, module) for name, module in backends.items()]
+        report += [_status(op, name, module, target) for name, module in backends.items()]
     return report
 
 
-def _status(op: str, name: str, module: str) -> BackendStatus:
+def _status(op: str, name: str, module: str, target: Target) -> BackendStatus:
     try:
-        importlib.import_module(module).check(jax.default_backend())
+        importlib.import_module(module).check(target)
     except RefusalError as refusal:
         return BackendStatus(op, name, False, str(refusal))
     return BackendStatus(op, name, True, "")
+
+
+def _from_environment(op: str, backends: Mapping[str, str]) -> str | None:
+    """The backend that ``PALLAS_KERNELS`` names for ``op``; a bare name counts for the ops that have it."""
+    for entry in filter(None, os.environ.get(ENVIRONMENT, "").split(",")):
+        where, _, name = entry.strip().rpartition("=")
+        if where == op or (not where and name in backends):
+            return name
+        if where and where not in OPS:
+            raise ValueError(f"{ENVIRONMENT}={entry} names no op; choose from {', '.join(OPS)}")
+    return None

@@ -45,9 +45,9 @@ def paged_attention(
         ValueError: shapes that do not fit together. NoBackendError: every backend refused.
     """
     _validate(q, pool, block_tables, first_positions, lengths)
-    names = list(BACKENDS) if backend is None else [backend]
     args = (q, pool, block_tables, first_positions, lengths)
-    return dispatch("paged_attention", BACKENDS, names, *args, scale=scale, window=window)
+    out: jax.Array = dispatch("paged_attention", BACKENDS, backend, *args, scale=scale, window=window)
+    return out
 
 
 def write_kv(pool: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.target import Target, current_target
+
 _MASKED = -1e30
 
 _Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def check(platform: str) -> None:
+def check(target: Target) -> None:
     """Runs everywhere."""
 
 
@@ -47,7 +49,7 @@ def run(
 
 def _one_by_one() -> bool:
     """Row after row keeps a CPU in its caches; on a GPU each loop would wait for the host, so all rows share one."""
-    return jax.default_backend() == "cpu"
+    return current_target().platform == "cpu"
 
 
 def _attend_row(

@@ -1,0 +1,109 @@
+"""A function compiled for a GPU that is not there, and what its program consists of."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceSharding
+
+from pallas_kernels.offline.devices import DEVICES, offline_devices
+from pallas_kernels.offline.sass import KernelCode, assemble
+
+_LAUNCHES = ("kCustomKernel", "kKernel", "kGemm", "kCublasLtMatmul", "kCustomCall", "kMemset", "kCopy", "kMemzero")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One entry of the program's sequence; ``depth`` 0 is the top level, 1 is inside a CUDA graph or a loop."""
+
+    kind: str
+    name: str
+    depth: int
+    grid: tuple[int, ...]
+    threads: int
+    smem_bytes: int
+
+
+class Program:
+    """The compiled function: ``launches``, ``kernels`` by name, memory."""
+
+    def __init__(self, compiled: jax.stages.Compiled, device: str, dump: Path) -> None:
+        self.compiled, self.device = compiled, device
+        texts = sorted(dump.glob("*.thunk_sequence_after_thunk_passes.txt")) or sorted(dump.glob("*.thunk_sequence.txt"))
+        self.launches = [launch for path in texts for launch in _read_launches(path.read_text("utf-8"))]
+        self._ptx = [path.read_text("utf-8") for path in sorted(dump.glob("*.ptx"))]
+        self.hlo: str = compiled.as_text() or ""
+
+    @property
+    def memory(self) -> Any:
+        """XLA's ``CompiledMemoryStats``: temp, argument, output and alias sizes in bytes."""
+        return self.compiled.memory_analysis()
+
+    @cached_property
+    def kernels(self) -> dict[str, KernelCode]:
+        """Every kernel that XLA's emitters and Pallas-Triton made, assembled; equal ones appear once."""
+        arch = DEVICES[self.device].arch
+        codes = [assemble(text, arch) for text in self._ptx if ".entry" in text]
+        return {code.name: code for code in codes}
+
+    def launched(self, name: str) -> Launch:
+        """The first launch of kernel ``name`` (grid, threads, shared memory)."""
+        return next(launch for launch in self.launches if launch.name == name)
+
+    def copies(self, shape: str) -> int:
+        """How often the program copies an array of this HLO shape, e.g. ``bf16[64,2,8,64,128]``."""
+        return len(re.findall(rf"= {re.escape(shape)}\S* (?:copy|copy-start)\(", self.hlo))
+
+
+def compile_for(
+    device: str, function: Callable[..., Any], *args: Any, donate: Sequence[int] = (), options: Any = None
+) -> Program:
+    """Compile ``function`` for one GPU of ``DEVICES``; ``args`` are arrays or ``ShapeDtypeStruct`` trees."""
+    target = offline_devices(device)[0]
+    place = SingleDeviceSharding(target)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+    abstract = AbstractDevice(device_kind=target.device_kind, num_cores=None, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=abstract)
+    with ExitStack() as stack:
+        stack.enter_context(jax.sharding.use_abstract_mesh(mesh))
+        stack.enter_context(jax.default_device(target))
+        lowered = jax.jit(function, donate_argnums=tuple(donate)).trace(*placed).lower(lowering_platforms=("cuda",))
+    return _compile(lowered, device, options)
+
+
+def compile_on_mesh(
+    device: str, mesh: Mesh, function: Callable[..., Any], *args: Any, donate: Sequence[int] = (), options: Any = None
+) -> Program:
+    """Compile ``function`` for a mesh of ``offline_mesh``; every leaf of ``args`` carries its sharding."""
+    with jax.set_mesh(mesh), jax.default_device(mesh.devices.flat[0]):
+        lowered = jax.jit(function, donate_argnums=tuple(donate)).trace(*args).lower(lowering_platforms=("cuda",))
+    return _compile(lowered, device, options)
+
+
+def _compile(lowered: Any, device: str, options: Any) -> Program:
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
+        compiled = lowered.compile(compiler_options={**dump, **(options or {})})
+        return Program(compiled, device, Path(folder))
+
+
+def _read_launches(text: str) -> list[Launch]:
+    pattern = re.compile(
+        r"^(\s*)\d+: (k\w+)\s*\[[^\]]*\]\s*(\S*)(?:.*?grid: \[([\d, ]+)\])?(?:.*?threads: \[(\d+))?"
+        r"(?:.*?shared_memory: (\d+))?",
+        re.MULTILINE,
+    )
+    found = []
+    for match in pattern.finditer(text):
+        grid = tuple(int(size) for size in (match[4] or "0").split(","))
+        depth = len(match[1].expandtabs()) // 2
+        found.append(Launch(match[2], match[3], depth, grid, int(match[5] or 0), int(match[6] or 0)))
+    return found
