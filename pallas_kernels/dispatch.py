@@ -1,8 +1,8 @@
 """Which implementation of an op runs: the first of its ``BACKENDS`` that does not refuse, or the one that is named.
 
 A backend is a module with ``check(target)``, which raises ``RefusalError`` where the device cannot run it, and ``run``,
-which takes the op's arguments and raises ``RefusalError`` for a call that it cannot do. Naming a Pallas backend where there
-is no GPU has it interpreted: slow, and the same numbers.
+which takes the op's arguments and raises ``RefusalError`` for a call that it cannot do. Naming a Pallas backend where
+there is no GPU has it interpreted: slow, and the same numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.target import Target, current_target
 
-OPS = ("paged_attention",)
+OPS = ("decode_layer", "kv_cache_write", "paged_attention", "rms_norm", "w4a16_matmul", "w8a8_matmul")
 """Every op: a package with ``BACKENDS``, backend name → module, in order of preference."""
 
 ENVIRONMENT = "PALLAS_KERNELS"
@@ -58,6 +58,14 @@ def dispatch(op: str, backends: Mapping[str, str], backend: str | None, *args: A
     raise NoBackendError(f"{op}: {'; '.join(reasons)}")
 
 
+def preferred(op: str) -> str | None:
+    """The backend that ``dispatch`` tries first here: the one that the environment names, else the device's first."""
+    target, backends = current_target(), _backends(op)
+    if named := _from_environment(op, backends):
+        return named
+    return next((name for name, module in backends.items() if not _refusal(module, target)), None)
+
+
 def need_gpu(target: Target, lowest: tuple[int, int] = (8, 0), highest: tuple[int, int] = (99, 0)) -> None:
     """Raise ``RefusalError`` unless ``target`` is a GPU whose compute capability lies in the range."""
     if target.capability is None:
@@ -72,17 +80,24 @@ def backend_report() -> list[BackendStatus]:
     target = current_target()
     report = []
     for op in OPS:
-        backends: Mapping[str, str] = importlib.import_module(f"pallas_kernels.{op}").BACKENDS
-        report += [_status(op, name, module, target) for name, module in backends.items()]
+        for name, module in _backends(op).items():
+            reason = _refusal(module, target)
+            report.append(BackendStatus(op, name, not reason, reason))
     return report
 
 
-def _status(op: str, name: str, module: str, target: Target) -> BackendStatus:
+def _backends(op: str) -> Mapping[str, str]:
+    backends: Mapping[str, str] = importlib.import_module(f"pallas_kernels.{op}").BACKENDS
+    return backends
+
+
+def _refusal(module: str, target: Target) -> str:
+    """Why a backend does not work on ``target``; empty where it does."""
     try:
         importlib.import_module(module).check(target)
     except RefusalError as refusal:
-        return BackendStatus(op, name, False, str(refusal))
-    return BackendStatus(op, name, True, "")
+        return str(refusal)
+    return ""
 
 
 def _from_environment(op: str, backends: Mapping[str, str]) -> str | None:

@@ -17,13 +17,16 @@ def unit_roundoff(dtype: DTypeLike) -> float:
     return float(jnp.finfo(dtype).eps) / 2
 
 
-def sum_bound(exact: Array, magnitude: Array, terms: int, out_dtype: DTypeLike, *, operand_roundoff: float = 0.0) -> Array:
+def sum_bound(
+    exact: Array, magnitude: Array, terms: int, out_dtype: DTypeLike, *, operand_roundoff: float = 0.0
+) -> Array:
     """Largest believable error of sums of ``terms`` products, accumulated in float32 and rounded to ``out_dtype``.
 
-    ``exact`` are the sums in float64, ``magnitude`` the sums of the products' absolute values. ``operand_roundoff`` is the
-    relative error that a product may already carry (operands that the kernel itself rounds). Rounding errors of a float32
-    sum grow like the root of its length (Higham, Accuracy and Stability, §4.2); twice that leaves room for the largest of
-    many sums.
+    ``exact`` are the sums in float64, ``magnitude`` the sums of the products' absolute values. ``operand_roundoff`` is
+    the relative error that a product may already carry (operands that the kernel itself rounds). Rounding errors of a
+    float32 sum grow like the root of its length (Higham, Accuracy and Stability of Numerical Algorithms, §4.2); twice
+    that leaves room for the largest of many sums.
     """
     summing = 2 * ACCUMULATOR * np.sqrt(terms) + operand_roundoff
-    return unit_roundoff(out_dtype) * np.abs(exact) + summing * magnitude
+    bound: Array = unit_roundoff(out_dtype) * np.abs(exact) + summing * magnitude
+    return bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -35,7 +36,8 @@ def current_target() -> Target:
 
     A device that only the compiler knows (``pallas_kernels.offline``) counts as what it stands for.
     """
-    device = jax.config.jax_default_device
+    config: Any = jax.config
+    device = config.jax_default_device
     if device is None or isinstance(device, str):
         device = jax.local_devices(backend=device)[0]
     if device.platform not in ("gpu", "cuda"):

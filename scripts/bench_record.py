@@ -22,12 +22,19 @@ PACKAGES = ("jaxdeploy", "jax", "jaxlib", "flax", "numpy", "transformers", "torc
 
 
 def write_result(
-    path: str | Path, schema: str, config: Mapping[str, Any], metrics: Mapping[str, Any], ratios: Mapping[str, float]
+    path: str | Path,
+    schema: str,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    ratios: Mapping[str, float],
+    *,
+    tables: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write one result as JSON, folders made, and return what was written.
 
     ``schema`` names the layout of ``config`` and ``metrics`` with a version, e.g. ``"generation/1"``. ``metrics`` may
-    nest; its keys say their units (``decode_tok_s``, ``ttft_ms``). ``ratios`` are plain numbers to compare over time.
+    nest; its keys say their units (``decode_tok_s``, ``ttft_ms``). ``ratios`` are plain numbers to compare over time,
+    ``tables`` top-level keys of this schema's own.
 
     Raises:
         ConfigError: A ratio is no finite number.
@@ -41,6 +48,7 @@ def write_result(
         "config": dict(config),
         "metrics": dict(metrics),
         "ratios": dict(ratios),
+        **(tables or {}),
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

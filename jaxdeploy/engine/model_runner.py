@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class ModelRunner:
         self._replicated = replicated(mesh)
         self._vocab_size = decoder.config.vocab_size
         self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
-        self._forward = partial(_forward, graph, tree)
+        self._forward = partial(_forward, graph, tree, mesh)
         self._steps: dict[tuple[StepShape, bool], Any] = {}
         self._warm = False
 
@@ -105,6 +105,7 @@ def _write_row(buffer: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
 def _forward(
     graph: nnx.GraphDef[Decoder],
     tree: jax.tree_util.PyTreeDef,
+    mesh: Mesh,
     shape: StepShape,
     leaves: tuple[jax.Array, ...],
     pools: Pools,
@@ -115,7 +116,7 @@ def _forward(
     """One step: embed → layers → logits of the last tokens → sample → note the tokens in the buffer."""
     decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
     fields = unpack(packed, shape)
-    layout = _layout(fields, shape, pools[0].shape)
+    layout = _layout(fields, shape, pools[0], mesh)
     tokens = buffer[fields["slot"][layout.sequence], layout.positions]
     lengths = fields["prompt_length"][layout.sequence]
     hidden, new_pools = decoder.hidden(tokens, layout.positions, lengths, layout.context, pools)
@@ -123,7 +124,7 @@ def _forward(
     sampled = greedy(logits) if allowed is None else sample(logits, _sampling_rows(fields, buffer, allowed))
     slot = jnp.where(fields["samples"] > 0, fields["slot"], buffer.shape[0])
     buffer = buffer.at[slot, fields["length"]].set(sampled.tokens, mode="drop")
-    return sampled, tuple(new_pools), buffer
+    return sampled, cast(Pools, tuple(new_pools)), buffer
 
 
 class _Layout(NamedTuple):
@@ -134,8 +135,8 @@ class _Layout(NamedTuple):
     context: PagedContext
 
 
-def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool_shape: tuple[int, ...]) -> _Layout:
-    blocks, block_size = pool_shape[0], pool_shape[3]
+def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: jax.Array, mesh: Mesh) -> _Layout:
+    blocks, block_size = pool.shape[0], pool.shape[3]
     regions, sequences, positions, real = [], [], [], []
     for rows, sequence in _regions(fields, shape):
         regions.append(rows)
@@ -146,7 +147,7 @@ def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool_shape: tuple
     sequence, position = jnp.concatenate(sequences), jnp.concatenate(positions)
     block = fields["block_tables"][sequence, position // block_size]
     slots = jnp.where(jnp.concatenate(real), block * block_size + position % block_size, blocks * block_size)
-    return _Layout(sequence, position, PagedContext(tuple(regions), slots))
+    return _Layout(sequence, position, PagedContext(tuple(regions), slots, mesh))
 
 
 def _regions(fields: Mapping[str, jax.Array], shape: StepShape) -> Iterator[tuple[Rows, jax.Array]]:

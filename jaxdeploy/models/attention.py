@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from pallas_kernels.kv_cache_write import kv_cache_write
 
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.layers import constant, linear, parameter
+from jaxdeploy.models.layers import constant, linear, parameter, value_of
 from jaxdeploy.models.rope import Rotary, apply_rotary
-from pallas_kernels.paged_attention import paged_attention, write_kv
+from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
+from pallas_kernels.kv_pool import Pool
+from pallas_kernels.paged_attention import paged_attention
 
 
 class AttentionContext(Protocol):
     """Where a step's tokens find the keys and values they attend to."""
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array | None, window: int | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """``q`` [T, N, H], ``k`` and ``v`` [T, K, H] of the step's tokens → ([T, N, H], updated ``pool``)."""
+        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+    ) -> tuple[jax.Array, Pool | None]:
+        """``qkv`` [T, K, N / K + 2, H] (a KV head's queries, key, value) → ([T, N, H], updated ``pool``)."""
         ...
 
 
@@ -37,9 +42,12 @@ class DenseContext:
     sequences: int = field(metadata={"static": True})
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array | None, window: int | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+    ) -> tuple[jax.Array, Pool | None]:
         """See ``AttentionContext``."""
+        tokens, _, _, size = qkv.shape
+        q = apply_rotary(qkv[:, :, :-2].reshape(tokens, -1, size), rotary)
+        k, v = apply_rotary(qkv[:, :, -2], rotary), qkv[:, :, -1]
         batched = (x.reshape(self.sequences, -1, *x.shape[1:]) for x in (q, k, v))
         return dense_attention(*batched, window=window).reshape(q.shape), pool
 
@@ -67,30 +75,42 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedContext:
-    """Keys and values in the blocks of a pool [P, 2, K, S, H].
+    """Keys and values in the blocks of a pool.
 
     ``regions`` are laid out one after the other along T (decode rows of one token, then rows of prefill chunks).
-    ``slots`` int32 [T] is block · S + offset of each token; a slot beyond the pool writes nothing (padding).
+    ``slots`` int32 [T] is block · S + offset of each token; a slot beyond the pool writes nothing (padding). On each
+    device of ``mesh`` the kernels see its own KV heads.
     """
 
     regions: tuple[Rows, ...]
     slots: jax.Array
+    mesh: Mesh = field(metadata={"static": True})
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array | None, window: int | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+    ) -> tuple[jax.Array, Pool | None]:
         """See ``AttentionContext``."""
         assert pool is not None, "a paged step needs its KV pool"
-        pool = write_kv(pool, k, v, self.slots)
-        outputs, start = [], 0
-        for rows in self.regions:
-            queries = q[start : start + rows.tokens].reshape(-1, rows.query_length, *q.shape[1:])
-            out = paged_attention(
-                queries, pool, rows.block_tables, rows.first_positions, rows.lengths, scale=_scale(q), window=window
-            )
-            outputs.append(out.reshape(-1, *q.shape[1:]))
-            start += rows.tokens
-        return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0], pool
+        heads, whole, blocks = spec(None, "kv_heads"), spec(), spec(*POOL_AXES)
+        attend = per_device(
+            self.mesh, partial(_attend_paged, window=window), (heads, whole, blocks, whole, whole), (heads, blocks)
+        )
+        attended: tuple[jax.Array, Pool] = attend(qkv, rotary, pool, self.slots, self.regions)
+        return attended
+
+
+def _attend_paged(
+    qkv: jax.Array, rotary: Rotary, pool: Pool, slots: jax.Array, regions: tuple[Rows, ...], *, window: int | None
+) -> tuple[jax.Array, Pool]:
+    """Write the new keys and values, then let every region attend; heads are those of one device."""
+    q, pool = kv_cache_write(qkv, *rotary, pool, slots)
+    outputs, start = [], 0
+    for rows in regions:
+        queries = q[start : start + rows.tokens].reshape(-1, rows.query_length, *q.shape[1:])
+        where = (rows.block_tables, rows.first_positions, rows.lengths)
+        outputs.append(paged_attention(queries, pool, *where, scale=_scale(q), window=window).reshape(-1, *q.shape[1:]))
+        start += rows.tokens
+    return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0], pool
 
 
 def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None) -> jax.Array:
@@ -125,16 +145,9 @@ class Attention(nnx.Module):
         self.bo = constant(0.0, (config.hidden_size,), ("embed",), dtype) if config.o_bias else None
 
     def __call__(
-        self, x: jax.Array, rotary: Rotary, context: AttentionContext, pool: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, rotary: Rotary, context: AttentionContext, pool: Pool | None
+    ) -> tuple[jax.Array, Pool | None]:
         """``x`` [T, D] → ([T, D], updated ``pool``)."""
-        qkv = linear(x, self.wqkv[...], _value(self.bqkv))
-        tokens, _, _, size = qkv.shape
-        q = apply_rotary(qkv[:, :, :-2].reshape(tokens, -1, size), rotary)
-        k = apply_rotary(qkv[:, :, -2], rotary)
-        out, pool = context.attend(q, k, qkv[:, :, -1], pool, self.window)
-        return linear(out, self.wo[...], _value(self.bo), contract=2), pool
-
-
-def _value(bias: nnx.Param[jax.Array] | None) -> jax.Array | None:
-    return None if bias is None else bias[...]
+        qkv = linear(x, self.wqkv[...], value_of(self.bqkv))
+        out, pool = context.attend(qkv, rotary, pool, self.window)
+        return linear(out, self.wo[...], value_of(self.bo), contract=2), pool

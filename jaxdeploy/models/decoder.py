@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,15 +11,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import Attention, AttentionContext, DenseContext
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
 from jaxdeploy.models.mlp import MLP
 from jaxdeploy.models.rope import Rotary, rotary
 from jaxdeploy.models.weights import ParamPath
+from pallas_kernels.dispatch import NoBackendError
+from pallas_kernels.kv_pool import Pool
+
+logger = logging.getLogger("jaxdeploy")
 
 Params = Mapping[ParamPath, jax.Array]
-Pools = Sequence[jax.Array | None]
+Pools = Sequence[Pool | None]
 
 
 class Layer(nnx.Module):
@@ -31,12 +37,12 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x: jax.Array, rotary: Rotary, context: AttentionContext, pool: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, rotary: Rotary, context: AttentionContext, pool: Pool | None
+    ) -> tuple[jax.Array, Pool | None]:
         """``x`` [T, D] → ([T, D], updated ``pool``)."""
         attended, pool = self.attention(self.attention_norm(x), rotary, context, pool)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), pool
+        normed, x = self.mlp_norm.added(attended, x)
+        return x + self.mlp(normed), pool
 
 
 class Decoder(nnx.Module):
@@ -62,7 +68,7 @@ class Decoder(nnx.Module):
 
     def hidden(
         self, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, context: AttentionContext, pools: Pools
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    ) -> tuple[jax.Array, list[Pool | None]]:
         """The normed hidden state of every token.
 
         ``tokens``, ``positions`` and ``lengths`` (prompt length of the token's sequence) are int32 [T], ``pools`` one
@@ -70,6 +76,11 @@ class Decoder(nnx.Module):
         """
         x = self.embed(tokens)
         angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
+        if fused_decode.serves(context):
+            try:
+                return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools)
+            except NoBackendError as refusal:
+                logger.info("decode steps run op by op: %s", refusal)
         updated = []
         for layer, pool in zip(self.layers, pools, strict=True):
             graph, weights = nnx.split(layer)
@@ -89,8 +100,8 @@ def _run_layer(
     x: jax.Array,
     rotary: Rotary,
     context: AttentionContext,
-    pool: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
+    pool: Pool | None,
+) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
     return nnx.merge(graph, weights)(x, rotary, context, pool)
 

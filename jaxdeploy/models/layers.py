@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.rms_norm import rms_norm
+
 
 def parameter(
     rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype
@@ -22,6 +24,11 @@ def constant(
 ) -> nnx.Param[jax.Array]:
     """A parameter that starts as ``value`` everywhere: norm scales and biases."""
     return nnx.Param(jnp.full(tuple(shape), value, dtype), axes=axes)
+
+
+def value_of(bias: nnx.Param[jax.Array] | None) -> jax.Array | None:
+    """The array of a bias that a model may have."""
+    return None if bias is None else bias[...]
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, contract: int = 1) -> jax.Array:
@@ -41,10 +48,12 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """``x`` [..., D] → [..., D], same dtype."""
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * self.scale[...]
+        """``x`` [T, D] → [T, D], same dtype."""
+        return rms_norm(x, self.scale[...], eps=self.eps)
+
+    def added(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The norm of ``x + residual`` and that sum, [T, D] each."""
+        return rms_norm(x, self.scale[...], residual, eps=self.eps)
 
 
 class Embedding(nnx.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.layers import constant, linear, parameter
+from jaxdeploy.models.layers import constant, linear, parameter, value_of
 
 
 class MLP(nnx.Module):
@@ -22,6 +22,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x`` [T, D] → [T, D]."""
-        both = linear(x, self.gate_up[...], None if self.gate_up_bias is None else self.gate_up_bias[...])
+        both = linear(x, self.gate_up[...], value_of(self.gate_up_bias))
         gated = jax.nn.silu(both[:, 0]) * both[:, 1]
-        return linear(gated, self.down[...], None if self.down_bias is None else self.down_bias[...])
+        return linear(gated, self.down[...], value_of(self.down_bias))

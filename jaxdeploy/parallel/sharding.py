@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.parallel.mesh import TP_AXIS
+
+Axes = Sequence[str | None]
+"""One logical axis for each dimension; ``None`` has no name and stays whole."""
 
 RULES: dict[str, str | None] = {
     "heads": TP_AXIS,
@@ -23,11 +28,26 @@ POOL_AXES = (None, None, "kv_heads", None, None)
 """Logical axes of a KV pool [P, 2, K, S, H]."""
 
 
-def sharding_of(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+def sharding_of(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
     """The placement of an array with these logical ``axes``; an axis that does not divide evenly stays whole."""
     mapped = (None if axis is None else RULES[axis] for axis in axes)
     even = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(mapped, shape, strict=True))
     return NamedSharding(mesh, PartitionSpec(*even))
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """Logical axes as mesh axes; those at the end may be left out."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def per_device(mesh: Mesh, function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
+    """``function`` on each device's own part of its arguments: kernels cannot be cut up by the compiler.
+
+    ``ins`` and ``outs`` give a ``spec`` for every argument and result, or one for a whole tree.
+    """
+    if mesh.size == 1:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -74,9 +74,7 @@ def offline_devices(name: str, count: int = 1) -> tuple[Any, ...]:
         raise ValueError(f"device={name} is not known; choose from {', '.join(DEVICES)}")
     spec = DEVICES[name]
     config = _CONFIG.format(spec=spec, interconnect=_NVLINK if count > 1 else "")
-    topology = topologies.get_topology_desc(
-        spec.kind, platform="cuda", target_config=config, topology=f"1x1x{count}"
-    )
+    topology = topologies.get_topology_desc(spec.kind, platform="cuda", target_config=config, topology=f"1x1x{count}")
     return tuple(topology.devices)
 
 

@@ -17,7 +17,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceShardin
 from pallas_kernels.offline.devices import DEVICES, offline_devices
 from pallas_kernels.offline.sass import KernelCode, assemble
 
-_LAUNCHES = ("kCustomKernel", "kKernel", "kGemm", "kCublasLtMatmul", "kCustomCall", "kMemset", "kCopy", "kMemzero")
+_INDENT = 4
+"""Spaces before what is inside an entry of XLA's listing, for each level."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Program:
 
     def __init__(self, compiled: jax.stages.Compiled, device: str, dump: Path) -> None:
         self.compiled, self.device = compiled, device
-        texts = sorted(dump.glob("*.thunk_sequence_after_thunk_passes.txt")) or sorted(dump.glob("*.thunk_sequence.txt"))
+        texts = sorted(dump.glob("*.thunk_sequence_after_thunk_passes.txt")) or sorted(
+            dump.glob("*.thunk_sequence.txt")
+        )
         self.launches = [launch for path in texts for launch in _read_launches(path.read_text("utf-8"))]
         self._ptx = [path.read_text("utf-8") for path in sorted(dump.glob("*.ptx"))]
         self.hlo: str = compiled.as_text() or ""
@@ -97,13 +100,13 @@ def _compile(lowered: Any, device: str, options: Any) -> Program:
 
 def _read_launches(text: str) -> list[Launch]:
     pattern = re.compile(
-        r"^(\s*)\d+: (k\w+)\s*\[[^\]]*\]\s*(\S*)(?:.*?grid: \[([\d, ]+)\])?(?:.*?threads: \[(\d+))?"
+        r"^( *)\d+: (k\w+)[ \t]*\[[^\]]*\][ \t]*(\S*)(?:.*?grid: \[([\d, ]+)\])?(?:.*?threads: \[(\d+))?"
         r"(?:.*?shared_memory: (\d+))?",
         re.MULTILINE,
     )
     found = []
     for match in pattern.finditer(text):
         grid = tuple(int(size) for size in (match[4] or "0").split(","))
-        depth = len(match[1].expandtabs()) // 2
+        depth = len(match[1]) // _INDENT
         found.append(Launch(match[2], match[3], depth, grid, int(match[5] or 0), int(match[6] or 0)))
     return found

@@ -19,7 +19,7 @@ class ToolMissingError(Exception):
 
 @dataclass(frozen=True)
 class KernelCode:
-    """One kernel. ``spills`` is bytes stored to and loaded from local memory; ``code`` is (address, opcode, operands)."""
+    """One kernel. ``spills`` is bytes to and from local memory, ``code`` is (address, opcode, operands)."""
 
     name: str
     registers: int
@@ -28,19 +28,79 @@ class KernelCode:
     code: tuple[tuple[int, str, str], ...]
 
     def loops(self) -> list[list[str]]:
-        """The opcodes of each loop: what lies between a backward branch and its target."""
-        found = []
-        for address, opcode, operands in self.code:
-            target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
-            if target and int(target[1], 16) < address:
-                start = int(target[1], 16)
-                found.append([op for at, op, _ in self.code if start <= at <= address])
-        return found
+        """The opcodes of each loop: all that lies on a way from its first instruction back to it."""
+        return [[self.code[at][1] for at in sorted(body)] for body in self._loops]
 
     def hot_loop(self) -> list[str]:
-        """The opcodes of the longest loop that holds no other long one; empty where there is no loop."""
-        loops = self.loops()
-        return max(loops, key=len) if loops else []
+        """The opcodes of the longest loop that holds no other but those that only wait; empty where there is none."""
+        long = [body for body in self._loops if len(body) > _WAITING]
+        inner = [body for body in long if not any(other < body for other in long)]
+        return [self.code[at][1] for at in sorted(max(inner, key=len, default=()))]
+
+    @cached_property
+    def _loops(self) -> list[frozenset[int]]:
+        """The natural loops, as sets of positions in ``code``.
+
+        A branch backwards closes one only if every way to it leads through its target: the code of rare cases, such as a
+        wait that has to be repeated, stands at the end of a kernel and branches back into the middle.
+        """
+        after = _successors(self.code)
+        before: dict[int, list[int]] = {}
+        for at, following in enumerate(after):
+            for target in following:
+                before.setdefault(target, []).append(at)
+        closing: dict[int, list[int]] = {}
+        for at, following in enumerate(after):
+            for head in following:
+                if head < at and at not in _reachable(0, after, without=head):
+                    closing.setdefault(head, []).append(at)
+        return [
+            frozenset({head}.union(*(_reachable(end, before, without=head) for end in ends)))
+            for head, ends in closing.items()
+        ]
+
+
+_WAITING = 16
+"""Instructions of the longest loop that does nothing but wait for a barrier."""
+
+
+def _successors(code: Sequence[tuple[int, str, str]]) -> list[list[int]]:
+    """For each instruction the positions of those that may follow it."""
+    place = {address: at for at, (address, _, _) in enumerate(code)}
+    meeting: dict[str, str] = {}
+    found = []
+    for at, (address, opcode, operands) in enumerate(code):
+        base = opcode.split(".")[0]
+        target = re.search(r"0x[0-9a-f]+$", operands)
+        barrier = re.search(r"\bB\d+\b", operands)
+        jumps = [int(target[0], 16)] if target and base in ("BRA", "BSSY", "WARPSYNC") else []
+        if base == "BSSY" and barrier and target:
+            meeting[barrier[0]] = target[0]
+        if base == "BSYNC" and barrier and barrier[0] in meeting:
+            jumps = [int(meeting[barrier[0]], 16)]
+        always = base in ("EXIT", "RET", "BSYNC") or (base == "BRA" and jumps != [address])
+        following = [place[jump] for jump in jumps if jump in place and jump != address]
+        if at + 1 < len(code) and (not always or _conditional(operands)):
+            following.append(at + 1)
+        found.append(following)
+    return found
+
+
+def _conditional(operands: str) -> bool:
+    """Whether a branch with these operands depends on a predicate."""
+    return re.search(r"\bU?P\d\b", operands) is not None
+
+
+def _reachable(start: int, edges: Any, *, without: int) -> set[int]:
+    """Positions that ``edges`` lead to from ``start``, itself included, when ``without`` is no way to pass."""
+    seen, waiting = set(), [start] if start != without else []
+    while waiting:
+        at = waiting.pop()
+        if at not in seen:
+            seen.add(at)
+            following = edges.get(at, ()) if isinstance(edges, dict) else edges[at]
+            waiting += [target for target in following if target != without]
+    return seen
 
 
 def assemble(ptx: str, arch: str) -> KernelCode:
@@ -63,9 +123,9 @@ def assemble(ptx: str, arch: str) -> KernelCode:
 
 
 def _instructions(listing: str) -> Iterator[tuple[int, str, str]]:
-    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
+    pattern = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
     for match in pattern.finditer(listing):
-        yield int(match[1], 16), match[2], match[3]
+        yield int(match[1], 16), match[3], f"{match[2] or ''}{match[4]}".strip()
 
 
 def _number(pattern: str, text: str) -> int:

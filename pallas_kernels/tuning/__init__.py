@@ -1,7 +1,7 @@
 """Tile sizes: those the caller gives, else those measured on this device, else what the op's heuristic says.
 
-Measured ones are in ``tuning/<device>/<op>.json``, written by ``scripts/tune_kernels.py``: call key → fields of the op's
-``Tiles``.
+Measured ones are in ``tuning/<device>/<op>.json``, written by ``scripts/tune_kernels.py``: call key → fields of the
+op's ``Tiles``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,145 @@
+"""The decoder over one new token of every sequence, each layer in seven launches (``pallas_kernels.decode_layer``)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxdeploy.models.attention import AttentionContext, PagedContext
+from jaxdeploy.models.layers import RMSNorm, value_of
+from jaxdeploy.models.rope import Rotary
+from jaxdeploy.parallel.mesh import TP_AXIS
+from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
+from pallas_kernels.decode_layer import LayerWeights, decode_layer, padded_rows
+from pallas_kernels.dispatch import preferred
+from pallas_kernels.kv_pool import Pool
+
+if TYPE_CHECKING:
+    from jaxdeploy.models.decoder import Layer
+
+KERNELS = "pallas_triton"
+"""The backend to go this way for; the op's reference is no faster than layer by layer."""
+
+_AXES: dict[str, tuple[str | None, ...]] = {
+    "wqkv": ("embed", "kv_heads"),
+    "bqkv": ("kv_heads",),
+    "wo": ("heads", None, "embed"),
+    "bo": ("embed",),
+    "gate_up": ("embed", None, "mlp"),
+    "gate_up_bias": (None, "mlp"),
+    "down": ("mlp", "embed"),
+    "down_bias": ("embed",),
+    "mlp_norm": ("embed",),
+}
+"""Logical axes of a layer's parameters, in the shapes they have in the modules."""
+
+
+def serves(context: AttentionContext) -> TypeGuard[PagedContext]:
+    """Whether the fused kernels are for such a step on this device: nothing but single tokens over a paged cache."""
+    if not isinstance(context, PagedContext) or [rows.query_length for rows in context.regions] != [1]:
+        return False
+    return preferred("decode_layer") == KERNELS
+
+
+def decode_hidden(
+    layers: Sequence[Layer], norm: RMSNorm, x: jax.Array, rotary: Rotary, context: PagedContext, pools: Sequence[Any]
+) -> tuple[jax.Array, list[Any]]:
+    """The normed hidden state [B, D] of B new tokens whose embeddings are ``x``, and the updated pools.
+
+    Raises ``NoBackendError`` where the kernels do not do such a model: its sizes, its dtype.
+    """
+    (rows,) = context.regions
+    tokens = x.shape[0]
+    where = (rows.block_tables, jnp.where(rows.lengths > 0, rows.first_positions, -1), *rotary)
+    x = jnp.pad(x, ((0, padded_rows(tokens) - tokens), (0, 0)))
+    normed, updated = layers[0].attention_norm(x), []
+    norms = [*(layer.attention_norm for layer in layers[1:]), norm]
+    for layer, next_norm, pool in zip(layers, norms, pools, strict=True):
+        options = _options(layer, context.mesh)
+        x, normed, pool = _run_layer(options, x, normed, _weights(layer), next_norm.scale[...], pool, *where)
+        updated.append(pool)
+    return normed[:tokens], updated
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is static about a layer; ``num_heads`` of one device."""
+
+    num_heads: int
+    scale: float
+    eps: float
+    window: int | None
+    mesh: Mesh
+
+
+def _options(layer: Layer, mesh: Mesh) -> _Options:
+    heads, size, _ = layer.attention.wo.shape
+    return _Options(heads // mesh.size, 1.0 / math.sqrt(size), layer.mlp_norm.eps, layer.attention.window, mesh)
+
+
+def _weights(layer: Layer) -> LayerWeights:
+    attention, mlp = layer.attention, layer.mlp
+    return LayerWeights(
+        wqkv=attention.wqkv[...],
+        bqkv=value_of(attention.bqkv),
+        wo=attention.wo[...],
+        bo=value_of(attention.bo),
+        gate_up=mlp.gate_up[...],
+        gate_up_bias=value_of(mlp.gate_up_bias),
+        down=mlp.down[...],
+        down_bias=value_of(mlp.down_bias),
+        mlp_norm=layer.mlp_norm.scale[...],
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _run_layer(options: _Options, *args: Any) -> tuple[jax.Array, jax.Array, Pool]:
+    """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
+    whole, pool = spec(), spec(*POOL_AXES)
+    specs: dict[str, Any] = {name: spec(*axes) for name, axes in _AXES.items()}
+    ins = (whole, whole, LayerWeights(**specs), whole, pool, whole, whole, whole, whole)
+    layer = per_device(options.mesh, partial(_layer, options), ins, (whole, whole, pool))
+    out: tuple[jax.Array, jax.Array, Pool] = layer(*args)
+    return out
+
+
+def _layer(
+    options: _Options, x: jax.Array, normed: jax.Array, weights: LayerWeights, next_norm: jax.Array, *where: Any
+) -> tuple[jax.Array, jax.Array, Pool]:
+    """One device's share of a layer; its weights become matrices, which moves nothing."""
+    width = x.shape[1]
+    matrices = LayerWeights(
+        wqkv=weights.wqkv.reshape(width, -1),
+        bqkv=_flat(weights.bqkv),
+        wo=weights.wo.reshape(-1, width),
+        bo=weights.bo,
+        gate_up=weights.gate_up.reshape(width, -1),
+        gate_up_bias=_flat(weights.gate_up_bias),
+        down=weights.down,
+        down_bias=weights.down_bias,
+        mlp_norm=weights.mlp_norm,
+    )
+    return decode_layer(
+        x,
+        normed,
+        matrices,
+        next_norm,
+        *where,
+        num_heads=options.num_heads,
+        scale=options.scale,
+        eps=options.eps,
+        window=options.window,
+        axis_name=TP_AXIS if options.mesh.size > 1 else None,
+        backend=KERNELS,
+    )
+
+
+def _flat(bias: jax.Array | None) -> jax.Array | None:
+    return None if bias is None else bias.reshape(-1)

@@ -1,0 +1,138 @@
+"""The layer out of plain jnp operations, one after the other: any platform."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.decode_layer.tiles import Tiles
+from pallas_kernels.decode_layer.weights import LayerWeights, is_packed
+from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, dequantize, pool_bits, quantize
+from pallas_kernels.target import Target
+
+
+def check(target: Target) -> None:
+    """Runs everywhere."""
+
+
+def run(
+    x: jax.Array,
+    normed: jax.Array,
+    weights: LayerWeights,
+    next_norm: jax.Array,
+    pool: Pool,
+    block_tables: jax.Array,
+    positions: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    num_heads: int,
+    scale: float,
+    eps: float,
+    window: int | None,
+    axis_name: str | None,
+    tiles: Tiles | None,
+) -> tuple[jax.Array, jax.Array, Pool]:
+    """See ``pallas_kernels.decode_layer.decode_layer``; ``tiles`` mean nothing here."""
+    tokens, size = positions.shape[0], 2 * cos.shape[1]
+    stream, dtype = x[:tokens].astype(jnp.float32), x.dtype
+
+    def end_branch(rows: jax.Array, weight: jax.Array, bias: jax.Array | None, norm: jax.Array) -> None:
+        nonlocal stream, normed
+        out = product(rows, weight)
+        if axis_name is not None:
+            out = lax.psum(out.astype(dtype), axis_name).astype(jnp.float32)
+        stream = rounded(stream + _with_bias(out, bias), dtype)
+        normed = rms_norm(stream, norm, eps)
+
+    projected = rounded(_with_bias(product(normed[:tokens], weights.wqkv), weights.bqkv), dtype)
+    kv_heads = projected.shape[1] // size - num_heads >> 1
+    grouped = projected.reshape(tokens, kv_heads, -1, size)
+    queries = rotate(grouped[:, :, :-2], cos, sin)
+    key = rounded(rotate(grouped[:, :, -2:-1], cos, sin), dtype)
+    pool = write(pool, jnp.concatenate([key, grouped[:, :, -1:]], axis=2), block_tables, positions)
+    attended = attention(rounded(queries * scale, dtype), pool, block_tables, positions, window)
+    end_branch(attended.reshape(tokens, -1).astype(dtype), weights.wo, weights.bo, weights.mlp_norm)
+    gate, up = jnp.split(_with_bias(product(normed, weights.gate_up), weights.gate_up_bias), 2, axis=1)
+    end_branch((jax.nn.silu(gate) * up).astype(dtype), weights.down, weights.down_bias, next_norm)
+    padding = ((0, x.shape[0] - tokens), (0, 0))
+    return jnp.pad(stream.astype(dtype), padding), jnp.pad(normed, padding), pool
+
+
+def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``x`` [B, rows] · ``weight`` → float32 [B, columns]."""
+    matrix = unpack(weight) if is_packed(weight) else weight.astype(jnp.float32)
+    return jnp.matmul(x.astype(jnp.float32), matrix, precision=lax.Precision.HIGHEST)
+
+
+def unpack(packed: jax.Array) -> jax.Array:
+    """Packed int32 [C, 16 + 128/g, columns] → float32 [128 · C, columns]."""
+    chunks, _, columns = packed.shape
+    words, groups = packed[:, :16], packed[:, 16:]
+    shifts = 4 * jnp.arange(8, dtype=jnp.int32)[:, None, None]
+    q = lax.shift_right_logical(words[:, None], jnp.broadcast_to(shifts, (chunks, 8, 16, columns))) & jnp.int32(15)
+    scales = lax.bitcast_convert_type(groups.astype(jnp.int16), jnp.float16).astype(jnp.float32)
+    zeros = lax.shift_right_logical(groups, jnp.int32(16))
+    per_group = q.reshape(chunks, groups.shape[1], -1, columns)
+    return ((per_group - zeros[:, :, None]).astype(jnp.float32) * scales[:, :, None]).reshape(-1, columns)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding (arXiv:2104.09864) of float32 [B, K, heads, H]; element i is paired with i + H/2."""
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    low, high = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def write(pool: Pool, vectors: jax.Array, block_tables: jax.Array, positions: jax.Array) -> Pool:
+    """Put ``vectors`` float32 [B, K, 2, H], a key and a value for each KV head, where ``positions`` are; −1 is nowhere."""
+    size = block_size(pool)
+    place = jnp.maximum(positions, 0)
+    block = jnp.take_along_axis(block_tables, (place // size)[:, None], axis=1)[:, 0]
+    both = jnp.swapaxes(vectors, 1, 2)
+    if not isinstance(pool, QuantizedPool):
+        block = jnp.where(positions >= 0, block, pool.shape[0])
+        return pool.at[block, :, :, place % size].set(both.astype(pool.dtype), mode="drop")
+    values, scales = quantize(both, pool_bits(pool, both.shape[-1]) or 8)
+    block = jnp.where(positions >= 0, block, pool.values.shape[0])
+    return QuantizedPool(
+        pool.values.at[block, :, :, place % size].set(values, mode="drop"),
+        pool.scales.at[block, :, :, :, place % size].set(scales, mode="drop"),
+    )
+
+
+def attention(
+    queries: jax.Array, pool: Pool, block_tables: jax.Array, positions: jax.Array, window: int | None
+) -> jax.Array:
+    """Softmax over everything that is visible: ``queries`` float32 [B, K, G, H] → the same shape."""
+    tokens, entries = block_tables.shape
+    size, width = block_size(pool), queries.shape[-1]
+    if isinstance(pool, QuantizedPool):
+        gathered = dequantize(pool.values[block_tables], jnp.swapaxes(pool.scales[block_tables], -1, -2), width)
+    else:
+        gathered = pool[block_tables].astype(jnp.float32)
+    keys, values = (
+        jnp.swapaxes(gathered[:, :, half], 1, 2).reshape(tokens, -1, entries * size, width) for half in (0, 1)
+    )
+    age = positions[:, None] - jnp.arange(entries * size, dtype=jnp.int32)
+    visible = (age >= 0) if window is None else (age >= 0) & (age < window)
+    scores = jnp.einsum("bkgh,bkth->bkgt", queries, keys, precision=lax.Precision.HIGHEST)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = jnp.where(visible[:, None, None], jax.nn.softmax(scores, axis=-1), 0.0)
+    return jnp.einsum("bkgt,bkth->bkgh", weights, values, precision=lax.Precision.HIGHEST)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm (arXiv:1910.07467) of float32 [B, D], in the dtype of ``scale``."""
+    normed = x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return normed.astype(scale.dtype) * scale
+
+
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Float32 values that ``dtype`` can represent."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
+def _with_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + bias.astype(jnp.float32)

@@ -1,0 +1,148 @@
+"""How the kernels of a layer are cut up: the parameters, what a call is keyed by, and where to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from pallas_kernels import tuning
+from pallas_kernels.target import Target
+from pallas_kernels.w4a16_matmul.dequant import CHUNK
+
+OP = "decode_layer"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Columns of a program, and splits of the sum, for each of the four products; splits of the context for attention.
+
+    ``gate_up`` is not split: its activation needs the whole sum. ``attend_tokens`` are read at a time. Any number of splits
+    is correct; those that do not divide the 128-row chunks of the weight leave the last program with less to do.
+    """
+
+    qkv_columns: int
+    qkv_splits: int
+    attend_splits: int
+    attend_tokens: int
+    out_columns: int
+    out_splits: int
+    gate_up_columns: int
+    down_columns: int
+    down_splits: int
+    linear_warps: int = 4
+    linear_stages: int = 4
+    attend_warps: int = 4
+    attend_stages: int = 3
+    norm_warps: int = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the tiles depend on. Widths are the device's own; ``weight_bits`` 16 or 4, ``kv_bits`` 16, 8 or 4."""
+
+    tokens: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    block_size: int
+    context: int
+    weight_bits: int
+    kv_bits: int
+    parallel: bool
+
+    @property
+    def qkv(self) -> int:
+        """Columns of the QKV projection."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    @property
+    def key(self) -> str:
+        """The name of this call in the table of measured tiles; B is rounded up to a power of two."""
+        batch = 1 << max(0, self.tokens - 1).bit_length()
+        return (
+            f"b{batch} d{self.hidden} n{self.heads} k{self.kv_heads} h{self.head_dim} f{self.mlp} s{self.block_size} "
+            f"m{self.context} w{self.weight_bits} kv{self.kv_bits}" + (" parallel" if self.parallel else "")
+        )
+
+
+def choose(target: Target, call: Call, explicit: Tiles | None) -> Tiles:
+    """The tiles of a call: explicit, measured, or the heuristic's."""
+    return tuning.choose(OP, target.kind, call.key, explicit, heuristic(target, call))
+
+
+def heuristic(target: Target, call: Call) -> Tiles:
+    """Enough programs to keep memory busy, no more parts to sum up than that takes.
+
+    A product takes the widest columns that still leave two programs a core, and splits its sum until there are about four a
+    core. Attention has two programs a core for every sequence's whole table, and at most eight splits, so that the output
+    projection combines them. In parallel the sum over devices follows directly, so the projections before it are not split:
+    narrow columns give the programs instead.
+    """
+    cores = target.cores or 132
+    splits = max(1, min(8, -(-2 * cores // (call.tokens * call.kv_heads)), -(-call.context * call.block_size // 256)))
+    qkv = _columns(call.qkv, cores)
+    out = _columns(call.hidden, cores, widest=32 if call.parallel else 128)
+    return Tiles(
+        qkv_columns=qkv,
+        qkv_splits=_splits(call.hidden, call.qkv // qkv, cores),
+        attend_splits=splits,
+        attend_tokens=64,
+        out_columns=out,
+        out_splits=1 if call.parallel else _splits(call.heads * call.head_dim, call.hidden // out, cores),
+        gate_up_columns=64 if call.mlp % 64 == 0 and call.mlp // 64 >= cores else 32,
+        down_columns=out,
+        down_splits=1 if call.parallel else _splits(call.mlp, call.hidden // out, cores),
+    )
+
+
+def candidates(target: Target, call: Call) -> Iterator[Tiles]:
+    """The heuristic's tiles and its neighbours, one parameter changed at a time."""
+    start = heuristic(target, call)
+    yield start
+    choices = {
+        "qkv_columns": (64, 128),
+        "qkv_splits": (1, 2, 4, 8),
+        "attend_splits": (1, 2, 4, 8, 16, 32),
+        "attend_tokens": (32, 64, 128),
+        "out_columns": (32, 64, 128),
+        "out_splits": (1, 2, 4, 8, 16),
+        "gate_up_columns": (32, 64, 128),
+        "down_columns": (32, 64, 128),
+        "down_splits": (1, 2, 4, 8, 16),
+        "linear_warps": (4, 8),
+        "linear_stages": (3, 4, 5),
+        "attend_warps": (2, 4),
+        "attend_stages": (2, 3, 4),
+        "norm_warps": (4, 8, 16),
+    }
+    for field, values in choices.items():
+        for value in values:
+            tiles = replace(start, **{field: value})
+            if value != getattr(start, field) and fits(tiles, call):
+                yield tiles
+
+
+def fits(tiles: Tiles, call: Call) -> bool:
+    """Whether ``tiles`` divide the call's columns and blocks."""
+    columns = (
+        (call.qkv, tiles.qkv_columns),
+        (call.hidden, tiles.out_columns),
+        (call.mlp, tiles.gate_up_columns),
+        (call.hidden, tiles.down_columns),
+    )
+    blocks = (call.block_size % tiles.attend_tokens, tiles.attend_tokens % call.block_size)
+    return all(whole % part == 0 for whole, part in columns) and 0 in blocks
+
+
+def _columns(columns: int, cores: int, widest: int = 128) -> int:
+    """The widest tile of columns that divides ``columns``."""
+    return next(tile for tile in (128, 64, 32, 16) if tile <= widest and columns % tile == 0)
+
+
+def _splits(rows: int, programs: int, cores: int) -> int:
+    """The divisor of the weight's chunks that brings ``programs`` closest to four a core, eight at most."""
+    chunks = rows // CHUNK
+    divisors = [splits for splits in range(1, 9) if chunks % splits == 0]
+    return min(divisors, key=lambda splits: (abs(splits * programs - 3 * cores), splits))

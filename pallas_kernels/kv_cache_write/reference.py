@@ -1,0 +1,45 @@
+"""The op in plain jnp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import RefusalError
+from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, quantize
+from pallas_kernels.target import Target
+
+
+def check(target: Target) -> None:
+    """Runs everywhere."""
+
+
+def run(
+    qkv: jax.Array, cos: jax.Array, sin: jax.Array, pool: Pool, slots: jax.Array, *, tiles: Any = None
+) -> tuple[jax.Array, Pool]:
+    """See ``pallas_kernels.kv_cache_write.kv_cache_write``."""
+    if tiles is not None:
+        raise RefusalError("has no tiles")
+    tokens, *_, size = qkv.shape
+    rotated = _rotate(qkv[:, :, :-1], cos[:, None, None], sin[:, None, None])
+    both = jnp.stack([rotated[:, :, -1], qkv[:, :, -1]], axis=1)
+    return rotated[:, :, :-1].reshape(tokens, -1, size), _put(pool, both, slots)
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+def _put(pool: Pool, both: jax.Array, slots: jax.Array) -> Pool:
+    """Keys and values ``both`` [T, 2, K, H] into their slots."""
+    block, offset = slots // block_size(pool), slots % block_size(pool)
+    if not isinstance(pool, QuantizedPool):
+        return pool.at[block, :, :, offset].set(both.astype(pool.dtype), mode="drop")
+    values, scales = quantize(both, pool.bits(both.shape[-1]))
+    return QuantizedPool(
+        pool.values.at[block, :, :, offset].set(values, mode="drop"),
+        pool.scales.at[block, :, :, :, offset].set(scales, mode="drop"),
+    )

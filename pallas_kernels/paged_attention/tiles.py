@@ -1,0 +1,112 @@
+"""How a call is cut into pieces for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import jax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import tuning
+from pallas_kernels.kv_pool import Pool, block_size, pool_bits, stored
+from pallas_kernels.target import Target
+
+_PROGRAMS_PER_CORE = 3
+"""That a heuristic split aims at: so many are in flight at once, and hide one another's waits."""
+
+_LEAST_TILES = 4
+"""Tiles of a full block table that a split has; below that, combining costs more than it gains."""
+
+
+_MOST_SPLITS = 128
+"""That one program combines: each is a row of its matrix."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A program has up to ``tile_m`` rows, query tokens times heads; ``splits`` programs share a context.
+
+    They visit ``tile_n`` tokens of it at a time.
+    """
+
+    tile_m: int
+    tile_n: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    def tokens(self, group: int) -> int:
+        """Query tokens of a program, with ``group`` query heads to a KV head."""
+        return max(1, self.tile_m // int(pl.next_power_of_2(group)))
+
+
+@dataclass(frozen=True)
+class Call:
+    """What tiles depend on. ``context`` is what the block table has room for, ``bits`` what a quantised pool stores."""
+
+    rows: int
+    queries: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    block_size: int
+    context: int
+    bits: int | None
+
+    @classmethod
+    def of(cls, q: jax.Array, pool: Pool, block_tables: jax.Array) -> Call:
+        """The call with these arguments."""
+        rows, queries, heads, size = q.shape
+        kv_heads, tokens = stored(pool).shape[2], block_size(pool)
+        context = block_tables.shape[1] * tokens
+        return cls(rows, queries, kv_heads, heads // kv_heads, size, tokens, context, pool_bits(pool, size))
+
+    @property
+    def key(self) -> str:
+        """Its name in the tuning table: rows, queries and context rounded up to powers of two."""
+        rows, queries, context = (pl.next_power_of_2(n) for n in (self.rows, self.queries, self.context))
+        kv = "float" if self.bits is None else f"int{self.bits}"
+        return f"r{rows} q{queries} k{self.kv_heads}x{self.group} h{self.head_dim} s{self.block_size} c{context} {kv}"
+
+    @property
+    def matrix_rows(self) -> int:
+        """Rows that all query tokens of a KV head would fill."""
+        return self.queries * int(pl.next_power_of_2(self.group))
+
+
+def heuristic(call: Call, cores: int) -> Tiles:
+    """What is taken where nothing was measured.
+
+    Decode: the fewest rows, and the context split until each core has a few programs. Prefill: as many rows as a
+    program's registers hold, so that keys and values are read seldom.
+    """
+    if call.matrix_rows <= 16:
+        tile_n = 64 if call.head_dim <= 128 else 32
+        wanted = pl.cdiv(_PROGRAMS_PER_CORE * cores, call.rows * call.kv_heads)
+        most = min(_MOST_SPLITS, call.context // (tile_n * _LEAST_TILES))
+        splits = int(pl.next_power_of_2(max(1, min(wanted, most))))
+        return Tiles(16, tile_n, splits, 4, 3)
+    wide = call.head_dim > 128
+    tile_m = min(64 if wide else 128, call.matrix_rows)
+    return Tiles(tile_m, 32 if wide else 64, 1, 8 if wide or tile_m == 128 else 4, 3)
+
+
+def candidates(call: Call) -> Iterator[Tiles]:
+    """What the tuner tries: no more than fits the registers of a thread, or fills a large GPU ten times over."""
+    if call.matrix_rows <= 16:
+        programs = call.rows * call.kv_heads
+        splits = [1 << n for n in range(8) if programs << n <= 2048 and call.context >= 64 << n]
+        for tile_n, split, num_warps, num_stages in product((32, 64, 128), splits or [1], (1, 2, 4), (2, 3, 4)):
+            if 16 * num_warps <= tile_n and tile_n * call.head_dim <= 4096 * num_warps:
+                yield Tiles(16, tile_n, split, num_warps, num_stages)
+        return
+    for tile_m, tile_n, num_warps, num_stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)):
+        if tile_m <= call.matrix_rows and tile_m * max(tile_n, call.head_dim) <= 2048 * num_warps:
+            yield Tiles(tile_m, tile_n, 1, num_warps, num_stages)
+
+
+def choose(call: Call, target: Target, explicit: Tiles | None = None) -> Tiles:
+    """The tiles of a call on ``target``: ``explicit``, else measured, else the heuristic's."""
+    return tuning.choose("paged_attention", target.kind, call.key, explicit, heuristic(call, target.cores or 1))

@@ -1,0 +1,71 @@
+"""A program holds whole tokens in its registers: everything is read once and written once. sm_80 and newer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.dispatch import RefusalError, need_gpu
+from pallas_kernels.rms_norm.reference import rounded
+from pallas_kernels.rms_norm.tiles import Tiles, choose
+from pallas_kernels.target import Target, current_target
+
+LARGEST_WIDTH = 32768
+"""D beyond which the registers of one program no longer hold a token."""
+
+
+def check(target: Target) -> None:
+    """Refuse what is no GPU of sm_80 or newer."""
+    need_gpu(target)
+
+
+def run(
+    x: jax.Array, scale: jax.Array, residual: jax.Array | None, *, eps: float, tiles: Tiles | None = None
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """See ``pallas_kernels.rms_norm.rms_norm``; refuses D beyond ``LARGEST_WIDTH``."""
+    tokens, width = x.shape
+    if width > LARGEST_WIDTH:
+        raise RefusalError(f"holds a whole token of at most {LARGEST_WIDTH} elements, have D={width}")
+    target = current_target()
+    chosen = choose(tokens, width, x.dtype, residual is not None, target, tiles)
+    args = [x, scale] if residual is None else [x, scale, residual]
+    outputs = 1 if residual is None else 2
+    call = pl.pallas_call(
+        partial(_kernel, eps=eps, tile_m=chosen.tile_m, added=residual is not None, interpret=target.interpret),
+        grid=(pl.cdiv(tokens, chosen.tile_m),),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * outputs,
+        compiler_params=plt.CompilerParams(num_warps=chosen.num_warps, num_stages=1),
+        interpret=target.interpret,
+        name="rms_norm",
+    )
+    out: list[jax.Array] = call(*args)
+    return out[0] if residual is None else (out[0], out[1])
+
+
+def _kernel(x_ref: Any, scale_ref: Any, *refs: Any, eps: float, tile_m: int, added: bool, interpret: bool) -> None:
+    """Tokens [tile_m, D]; ``refs`` are (residual, normed, sum) where there is a residual, else (normed)."""
+    tokens, width = x_ref.shape
+    columns = jnp.arange(pl.next_power_of_2(width), dtype=jnp.int32)[None, :]
+    rows = (pl.program_id(0) * tile_m + jnp.arange(tile_m, dtype=jnp.int32))[:, None]
+    mask = (rows < tokens) & (columns < width)
+
+    def read(ref: Any) -> jax.Array:
+        return plt.load(ref.at[rows, columns], mask=mask, other=0.0)
+
+    wide, dtype = read(x_ref).astype(jnp.float32), x_ref.dtype
+    if added:
+        residual_ref, out_ref, total_ref = refs
+        total = (wide + read(residual_ref).astype(jnp.float32)).astype(dtype)
+        plt.store(total_ref.at[rows, columns], total, mask=mask)
+        wide = rounded(total.astype(jnp.float32), dtype) if interpret else total.astype(jnp.float32)
+    else:
+        (out_ref,) = refs
+    mean = jnp.sum(wide * wide, axis=1, keepdims=True) / width
+    normed = (wide * jax.lax.rsqrt(mean + eps)).astype(dtype)
+    scale = plt.load(scale_ref.at[columns], mask=columns < width, other=0.0)
+    plt.store(out_ref.at[rows, columns], normed * scale, mask=mask)

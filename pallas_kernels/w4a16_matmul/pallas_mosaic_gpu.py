@@ -1,0 +1,102 @@
+"""Prefill on Hopper: weights are dequantised into the registers from which wgmma reads them. jax 0.11.2 and newer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tuning
+from pallas_kernels.dispatch import RefusalError
+from pallas_kernels.hopper import SHARED_MEMORY, need_hopper, need_jax
+from pallas_kernels.target import Target, current_target
+from pallas_kernels.w4a16_matmul.tiles import key
+
+LEAST_ROWS = 128
+"""Fewest rows of activations: the widest wgmma takes 256, and with fewer the weights' bytes are what takes time."""
+
+WARPGROUPS = 2
+"""That compute; one more only copies."""
+
+COLUMNS = 64
+"""Columns of the result that a compute warpgroup makes at a time: rows of its wgmmas."""
+
+TILE_N = WARPGROUPS * COLUMNS
+
+_CORES = 132
+"""Multiprocessors, where the target does not say."""
+
+
+@dataclass(frozen=True)
+class HopperTiles:
+    """How a product is cut up.
+
+    Attributes:
+        tile_m: rows of the result that a CTA makes at a time, a multiple of 64 up to 256: the N of its wgmmas.
+        chunks: of packed weights in flight.
+        halves: half chunks of activations in flight, 64 columns each.
+        cluster: 2 lets two CTAs that need the same activations fetch half of them each; 1 does not.
+        through_memory: dequantised weights go through shared memory, as Pallas' interpreter needs it.
+    """
+
+    tile_m: int
+    chunks: int
+    halves: int
+    cluster: int = 1
+    through_memory: bool = False
+
+    def shared_memory(self, rows: int) -> int:
+        """Bytes of shared memory, for packed chunks of ``rows`` rows."""
+        packed = 4 * self.chunks * rows * TILE_N
+        activations = 2 * 64 * self.halves * self.tile_m
+        return packed + activations + 2 * 64 * TILE_N * (4 if self.through_memory else 2)
+
+
+def check(target: Target) -> None:
+    """Refuse all but Hopper, and a jax without what the kernel is written with."""
+    need_hopper(target)
+
+
+def run(
+    x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: HopperTiles | Any | None = None
+) -> jax.Array:
+    """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; refuses decode, and other backends' ``tiles``."""
+    need_jax()
+    (m, k), (_, rows, n), target = x.shape, packed.shape, current_target()
+    if m < LEAST_ROWS:
+        raise RefusalError(f"is for prefill: M={m} is below {LEAST_ROWS}")
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise RefusalError(f"multiplies bfloat16 or float16, have {x.dtype}")
+    if tiles is not None and not isinstance(tiles, HopperTiles):
+        raise RefusalError(f"takes HopperTiles, have {tiles}")
+    call = key(m, k, n, 128 // (rows - 16), x.dtype)
+    chosen = tuning.choose("w4a16_matmul_hopper", target.kind, call, tiles, heuristic(m, n, target))
+    if n % (TILE_N * chosen.cluster):
+        raise RefusalError(f"needs a multiple of {TILE_N * chosen.cluster} columns, have N={n}")
+    if chosen.shared_memory(rows) > SHARED_MEMORY:
+        raise ValueError(
+            f"tiles={chosen} need more shared memory than the {SHARED_MEMORY} bytes there are; fewer slots"
+        )
+    if target.interpret:
+        chosen = replace(chosen, through_memory=True)
+    from pallas_kernels.w4a16_matmul.hopper_kernel import matmul
+
+    return matmul(x, packed, bias, chosen, target)
+
+
+def heuristic(m: int, n: int, target: Target) -> HopperTiles:
+    """The widest tiles of which there is one for each multiprocessor; neighbours share activations where N allows it."""
+    cores = target.cores or _CORES
+    tile_m = next((size for size in (256, 192) if m // size * (n // TILE_N) >= cores), 128)
+    return HopperTiles(tile_m, chunks=3, halves=5, cluster=2 if n % 256 == 0 else 1)
+
+
+def candidates(m: int, n: int) -> Iterator[HopperTiles]:
+    """What the tuner tries."""
+    for tile_m, halves in ((256, 5), (256, 4), (192, 6), (128, 8)):
+        for cluster in (1, 2):
+            if tile_m <= max(m, 128) and n % (TILE_N * cluster) == 0:
+                yield HopperTiles(tile_m, 3, halves, cluster)

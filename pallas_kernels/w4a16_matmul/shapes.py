@@ -1,0 +1,137 @@
+"""Calls as real models make them, for bench, tuner and static check; small ones that cover every path, for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.offline.devices import DEVICES
+from pallas_kernels.target import Target
+from pallas_kernels.w4a16_matmul.dequant import CHUNK
+from pallas_kernels.w4a16_matmul.tiles import DECODE_ROWS, Tiles, candidates, choose, key
+
+
+@dataclass(frozen=True)
+class Shape:
+    """[M, K] times [K, N] in groups of g; ``bar`` marks the shapes whose instructions per weight are limited."""
+
+    model: str
+    m: int
+    k: int
+    n: int
+    group_size: int = 128
+    dtype: str = "bfloat16"
+    bias: bool = False
+    symmetric: bool = False
+    bar: bool = False
+
+    @property
+    def phase(self) -> str:
+        """``decode`` or ``prefill``."""
+        return "decode" if self.m <= DECODE_ROWS else "prefill"
+
+    def __str__(self) -> str:
+        marks = f"{' bias' if self.bias else ''}{' symmetric' if self.symmetric else ''}"
+        return f"{self.model} M={self.m} K={self.k} N={self.n} g={self.group_size} {self.dtype}{marks}"
+
+
+# model → hidden width D, columns of query, key and value together, MLP width F
+_WIDTHS = {
+    "Llama-3-8B": (4096, 6144, 14336),
+    "Llama-3-70B": (8192, 10240, 28672),
+    "InternLM2-1.8B": (2048, 4096, 8192),
+    "InternLM2-7B": (4096, 6144, 14336),
+    "InternLM2-20B": (6144, 8192, 16384),
+    "Qwen2.5-7B": (3584, 4608, 18944),
+}
+
+
+def _linears(model: str) -> Iterator[tuple[str, int, int]]:
+    """(name, K, N) of a layer's four products; the attention of all these models is as wide as D."""
+    width, attention, mlp = _WIDTHS[model]
+    yield f"{model} qkv", width, attention
+    yield f"{model} o", width, width
+    yield f"{model} gate_up", width, 2 * mlp
+    yield f"{model} down", mlp, width
+
+
+def _shapes() -> Iterator[Shape]:
+    for m in (1, 16, 64, 4096):
+        for name, k, n in _linears("Llama-3-8B"):
+            yield Shape(name, m, k, n, bar=m <= 16)
+    for model in list(_WIDTHS)[1:]:
+        for m in (1, 4096):
+            for name, k, n in _linears(model):
+                yield Shape(name, m, k, n, bias=name == "Qwen2.5-7B qkv")
+
+
+SHAPES = tuple(_shapes())
+
+TEST_SHAPES = (
+    Shape("one row", 1, 256, 128),
+    Shape("three rows, groups of 32", 3, 256, 64, group_size=32),
+    Shape("a full tile, groups of 64, bias", 16, 384, 128, group_size=64, bias=True),
+    Shape("one row more, float16", 17, 256, 128, dtype="float16", bias=True),
+    Shape("most rows of decode, symmetric", 64, 512, 128, symmetric=True),
+    Shape("prefill, the last tile not full, groups of 32", 257, 256, 128, group_size=32),
+    Shape("prefill, float16, bias", 128, 256, 64, group_size=64, dtype="float16", bias=True, symmetric=True),
+    Shape("narrow tiles", 3, 256, 48),
+    Shape("a group per column", 16, 512, 64, group_size=-1, dtype="float16"),
+)
+
+
+def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
+    """Arguments and keywords for the op, drawn on the device."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    dtype, chunks = jnp.dtype(shape.dtype), shape.k // CHUNK
+    groups = 1 if shape.group_size == -1 else shape.k // shape.group_size
+    x = jax.random.normal(keys[0], (shape.m, shape.k), dtype)
+    words = jax.lax.bitcast_convert_type(jax.random.bits(keys[1], (chunks, 16, shape.n), jnp.uint32), jnp.int32)
+    scales = jax.random.uniform(keys[2], (groups, shape.n), jnp.float16, 0.01, 0.03)
+    zeros = jnp.full((groups, shape.n), 8, jnp.int32)
+    if not shape.symmetric:
+        zeros = jax.random.randint(keys[3], (groups, shape.n), 0, 17, jnp.int32)
+    meta = jax.lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.int32) | (zeros << 16)
+    stored = jnp.repeat(meta, max(1, chunks // groups), axis=0).reshape(chunks, -1, shape.n)
+    packed = jnp.concatenate([words, stored], axis=1)
+    if not shape.bias:
+        return (x, packed), {}
+    return (x, packed, jax.random.normal(keys[4], (shape.n,), dtype)), {}
+
+
+def cost(shape: Shape) -> tuple[int, int]:
+    """(bytes that must move, floating-point operations)."""
+    rows = max(1, CHUNK // shape.group_size) if shape.group_size > 0 else 1
+    packed = 4 * shape.k // CHUNK * (16 + rows) * shape.n
+    activations = jnp.dtype(shape.dtype).itemsize * (shape.m * (shape.k + shape.n) + shape.bias * shape.n)
+    return packed + activations, 2 * shape.m * shape.k * shape.n
+
+
+def tiles_for(shape: Shape, device: str) -> Tiles:
+    """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
+    spec = DEVICES[device]
+    target = Target("gpu", spec.kind, spec.capability, spec.cores)
+    return choose(shape.m, shape.k, shape.n, _stored_group(shape), shape.dtype, target)
+
+
+def key_for(shape: Shape) -> str:
+    """Its name in the tuning table."""
+    return key(shape.m, shape.k, shape.n, _stored_group(shape), shape.dtype)
+
+
+def candidates_for(shape: Shape) -> Iterator[Tiles]:
+    """The tiles worth timing."""
+    return candidates(shape.m, shape.k, shape.n)
+
+
+def elements_per_trip(shape: Shape, tiles: Tiles) -> int:
+    """Weights that one trip of a program's loop consumes: a chunk of its columns."""
+    return CHUNK * tiles.tile_n
+
+
+def _stored_group(shape: Shape) -> int:
+    return CHUNK if shape.group_size == -1 else shape.group_size

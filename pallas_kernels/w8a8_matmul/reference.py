@@ -1,0 +1,38 @@
+"""The op in plain jnp, for any platform and float dtype."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.target import Target
+from pallas_kernels.w8a8_matmul.tiles import Tiles
+
+SMALLEST_PEAK = 1e-30
+"""Tokens whose largest magnitude is below count as zeros: no step may be zero, nor its inverse infinite."""
+
+
+def check(target: Target) -> None:
+    """Runs everywhere."""
+
+
+def run(
+    x: jax.Array, weight: jax.Array, scales: jax.Array, bias: jax.Array | None, *, tiles: Tiles | None = None
+) -> jax.Array:
+    """See ``pallas_kernels.w8a8_matmul.w8a8_matmul``; there are no tiles to choose."""
+    quantized, steps = quantize_tokens(x)
+    sums = quantized.astype(jnp.int32) @ weight.astype(jnp.int32).T
+    return rescale(sums, steps, scales, bias).astype(x.dtype)
+
+
+def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``x`` [M, K] → (int8 [M, K], step of each token float32 [M])."""
+    wide = x.astype(jnp.float32)
+    peaks = jnp.maximum(jnp.abs(wide).max(axis=1), SMALLEST_PEAK)
+    return jnp.round(wide * (127 / peaks)[:, None]).astype(jnp.int8), peaks / 127
+
+
+def rescale(sums: jax.Array, steps: jax.Array, scales: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Integer ``sums`` [M, N], worth ``steps`` [M] × ``scales`` [N], and ``bias`` [N] → float32 [M, N]."""
+    out = sums.astype(jnp.float32) * (steps[:, None] * scales[None, :])
+    return out if bias is None else out + bias.astype(jnp.float32)

@@ -1,0 +1,224 @@
+"""The Triton kernel of paged attention, interpreted (on a GPU: compiled), against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.dispatch import NoBackendError
+from pallas_kernels.kv_pool import QuantizedPool, quantize
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention.shapes import (
+    NOWHERE,
+    SHAPES,
+    TEST_SHAPES,
+    Shape,
+    candidates_for,
+    elements_per_trip,
+    key_for,
+    make_args,
+    tiles_for,
+)
+from pallas_kernels.paged_attention.tiles import Tiles
+from pallas_kernels.paged_attention.words import Words, as_words, from_words
+from tests.paged_attention_truth import Args, elements, worst
+
+BY_NAME = {shape.model: shape for shape in TEST_SHAPES}
+
+
+@partial(
+    jax.jit,
+    static_argnames=("scale", "window", "softcap", "tiles"),
+    compiler_options={"xla_backend_optimization_level": 1},
+)
+def attend(*args: Any, **options: Any) -> jax.Array:
+    """Interpreted kernels are compiled for long and run for short: hence little optimisation."""
+    return paged_attention(*args, **options, backend="pallas_triton")
+
+
+def error(shape: Shape, args: Args | None = None, truth: Args | None = None, **changed: Any) -> float:
+    """Of a call with ``args`` and ``changed`` options, as a multiple of what is believable of ``truth``."""
+    made, options = make_args(shape)
+    args = made if args is None else args
+    return worst(args if truth is None else truth, options, attend(*args, **{**options, **changed}))
+
+
+@pytest.mark.parametrize("shape", TEST_SHAPES, ids=str)
+def test_kernel(shape: Shape) -> None:
+    assert error(shape) < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*TEST_SHAPES, *(shape for shape in SHAPES if max(shape.contexts) < 5000)], ids=str)
+def test_on_a_gpu(shape: Shape) -> None:
+    if shape.dtype == "float32":
+        shape = replace(shape, dtype="bfloat16")
+    args, options = make_args(shape)
+    attended = jax.jit(partial(paged_attention, **options, backend="pallas_triton"))(*args)
+    assert worst(args, options, attended) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.sequences <= 16], ids=str)
+def test_real_shapes(shape: Shape) -> None:
+    """An H200's tiles and splits. Sequences and KV heads are independent, and of a prompt's rows the last see most."""
+    tiles, group = tiles_for(shape, "h200"), shape.heads // shape.kv_heads
+    skipped = (shape.rows - 1) * shape.queries
+    contexts = tuple(min(context + skipped, 4096) for context in shape.contexts)
+    narrow = replace(shape, sequences=1, rows=1, heads=group, kv_heads=1, contexts=contexts)
+    assert error(narrow, tiles=tiles) < 1
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("name", ["blocks gathered", "int4", "chunk"])
+def test_splits(name: str, splits: int) -> None:
+    """More splits than tiles leave some empty."""
+    assert error(BY_NAME[name], tiles=Tiles(16, 32, splits, 4, 3)) < 1
+
+
+@pytest.mark.parametrize("tiles", [Tiles(32, 16, 1, 4, 2), Tiles(128, 128, 1, 8, 2)], ids=str)
+def test_tiles_change_nothing(tiles: Tiles) -> None:
+    """Several tiles of queries; and one that is larger than all of them."""
+    assert error(BY_NAME["chunk"], tiles=tiles) < 1
+
+
+EXTREMES = {
+    "constant": lambda x: jnp.ones_like(x) * x[..., :1],
+    "zero": jnp.zeros_like,
+    "one large element": lambda x: x.at[..., 3].set(300),
+    "one vector in four tiny": lambda x: x.at[:, :, :, ::4].multiply(1e-4),
+    "far from zero": lambda x: x + 50,
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_quantised_extremes(extreme: str, bits: int) -> None:
+    """Scales from the least to the largest, in one context: none divides by zero, no weight is lost."""
+    shape = BY_NAME["quantised chunk" if bits == 8 else "int4"]
+    args, _ = make_args(shape)
+    blocks = args[1].values.shape[0]
+    x = jax.random.normal(jax.random.key(3), (blocks, 2, shape.kv_heads, shape.block_size, shape.head_dim))
+    values, scales = quantize(EXTREMES[extreme](x), bits)
+    assert error(shape, (args[0], QuantizedPool(values, scales.swapaxes(-1, -2)), *args[2:])) < 1
+
+
+def test_rows_without_tokens_are_zero() -> None:
+    for name in ("chunk", "quantised chunk"):
+        (*args, lengths), options = make_args(BY_NAME[name])
+        assert not np.asarray(attend(*args, jnp.zeros_like(lengths), **options)).any()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    name=st.sampled_from(("blocks gathered", "int4", "quantised chunk")),
+    data=st.data(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_any_rows(name: str, data: st.DataObject, seed: int) -> None:
+    """Contexts, lengths and tables of any kind; shapes are few, since each is compiled."""
+    shape = BY_NAME[name]
+    (q, pool, tables, _, _), _ = make_args(shape, seed)
+    room = shape.entries * shape.block_size - shape.queries
+    rows = shape.sequences
+    firsts = np.array(data.draw(st.lists(st.integers(0, room), min_size=rows, max_size=rows)), np.int32)
+    lengths = np.array(data.draw(st.lists(st.integers(0, shape.queries), min_size=rows, max_size=rows)), np.int32)
+    blocks = np.random.default_rng(seed).integers(0, tables.size, tables.shape, np.int32)
+    used = (firsts + lengths)[:, None] > np.arange(shape.entries) * shape.block_size
+    tables = np.where(used, blocks, NOWHERE).astype(np.int32)
+    assert error(shape, (q, pool, *map(jnp.asarray, (tables, firsts, lengths)))) < 1
+
+
+def swap_keys_and_values(args: Args) -> Args:
+    return (args[0], jax.tree.map(lambda x: x[:, ::-1], args[1]), *args[2:])
+
+
+def swap_kv_heads(args: Args) -> Args:
+    return (args[0], jax.tree.map(lambda x: x[:, :, ::-1], args[1]), *args[2:])
+
+
+def shift_block_tables(args: Args) -> Args:
+    return (*args[:2], jnp.roll(args[2][::-1], 1, axis=0), *args[3:])
+
+
+def start_one_earlier(args: Args) -> Args:
+    return (*args[:3], jnp.maximum(args[3] - 1, 0), args[4])
+
+
+def swap_elements(args: Args) -> Args:
+    return (args[0], jax.tree.map(lambda x: x.at[..., :2].set(x[..., 1::-1]), args[1]), *args[2:])
+
+
+def swap_halves_of_bytes(args: Args) -> Args:
+    q = args[1].values
+    return (args[0], replace(args[1], values=(q >> 4) | (q << 4)), *args[2:])
+
+
+def forget_scales(args: Args) -> Args:
+    return (args[0], replace(args[1], scales=args[1].scales.at[..., 0, :].set(0.2)), *args[2:])
+
+
+def forget_zeros(args: Args) -> Args:
+    return (args[0], replace(args[1], scales=args[1].scales.at[..., 1, :].set(0)), *args[2:])
+
+
+ANY = (swap_keys_and_values, swap_kv_heads, shift_block_tables, start_one_earlier, swap_elements)
+QUANTISED = (swap_halves_of_bytes, forget_scales, forget_zeros)
+
+
+@pytest.mark.parametrize(
+    ("name", "mutate"),
+    [("blocks gathered", mutate) for mutate in ANY] + [("int4", mutate) for mutate in (*ANY, *QUANTISED)],
+)
+def test_a_wrong_input_is_noticed(name: str, mutate: Callable[[Args], Args]) -> None:
+    args, _ = make_args(BY_NAME[name])
+    assert error(BY_NAME[name], mutate(args), args) > 10
+
+
+@pytest.mark.parametrize("changed", [{"window": 29}, {"window": 31}, {"scale": 0.12}, {"softcap": 30.0}], ids=str)
+def test_a_wrong_option_is_noticed(changed: dict[str, Any]) -> None:
+    assert error(BY_NAME["int4"], **changed) > 2
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_words_hold_the_elements(bits: int) -> None:
+    """Taken apart and put back in order, words are the integers that the pool's layout says."""
+    shape = BY_NAME["quantised chunk" if bits == 8 else "int4"]
+    (_, pool, *_), _ = make_args(shape)
+    words = Words(bits, shape.head_dim)
+    q = np.zeros((*pool.values.shape[:-1], shape.head_dim))
+    parts = words.unpack(as_words(pool)[0])
+    for part, (values, base) in enumerate(zip(parts, words.bases, strict=True)):
+        q[..., np.asarray(words.elements(part))[: words.count]] = np.asarray(values, np.float64) - base
+    scale, zero = (np.asarray(pool.scales, np.float64)[..., i, :, None] for i in (0, 1))
+    np.testing.assert_array_equal(scale * q + zero, elements(pool, shape.head_dim)[0])
+    jax.tree.map(np.testing.assert_array_equal, from_words(as_words(pool)), pool)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"), [({"head_dim": 24}, "multiple of 16 up to 256, have 24"), ({"block_size": 24}, "have 24")]
+)
+def test_refusals(changed: dict[str, int], reason: str) -> None:
+    args, options = make_args(replace(BY_NAME["blocks gathered"], **changed))
+    with pytest.raises(NoBackendError, match=reason):
+        paged_attention(*args, **options, backend="pallas_triton")
+
+
+def test_every_shape_has_tiles() -> None:
+    for shape in SHAPES:
+        for device in ("a100", "h200"):
+            tiles = tiles_for(shape, device)
+            assert tiles.splits == 1 or tiles.splits * tiles.tile_n * 4 <= 2 * shape.entries * shape.block_size
+            assert elements_per_trip(shape, tiles) == 2 * tiles.tile_n * shape.head_dim
+        assert len(set(candidates_for(shape))) > 3, shape
+        assert key_for(shape) == shape.call.key
+    assert len({key_for(shape) for shape in SHAPES}) > 40
