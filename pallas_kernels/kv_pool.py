@@ -69,12 +69,17 @@ def range_of(low: jax.Array, high: jax.Array, bits: int) -> tuple[jax.Array, jax
     return jnp.where(step > jnp.float16(0), step, jnp.float16(1)), low.astype(jnp.float16)
 
 
+def integers(x: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> jax.Array:
+    """The q, int32, nearest to float32 ``x``, with what ``range_of`` gave broadcast against it."""
+    steps = (x - zero.astype(jnp.float32)) / scale.astype(jnp.float32)
+    return (jnp.clip(steps, 0, 2**bits - 1) + 0.5).astype(jnp.int32)
+
+
 def quantize(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """Quantise vectors ``x`` [..., H] → (values uint8 [..., H · bits / 8], scales float16 [..., 2])."""
     wide = x.astype(jnp.float32)
     scale, zero = range_of(wide.min(axis=-1), wide.max(axis=-1), bits)
-    steps = (wide - zero.astype(jnp.float32)[..., None]) / scale.astype(jnp.float32)[..., None]
-    q = jnp.clip(jnp.round(steps), 0, 2**bits - 1).astype(jnp.uint8)
+    q = integers(wide, scale[..., None], zero[..., None], bits).astype(jnp.uint8)
     if bits == 4:
         first, second = jnp.split(q, 2, axis=-1)
         q = first | (second << 4)

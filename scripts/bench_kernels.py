@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Speed of every kernel on the shapes of real models, against this device's ceilings and against peers, in one run.
 
-Needs a GPU; with --tiny it runs anywhere, to see that it runs. Each backend that works here takes its turn, the reference
-only where the op has no XLA backend, or when it is named.
+Needs a GPU; with --tiny it runs anywhere, to see that it runs. Each backend that works here takes its turn, the
+reference only where the op has no XLA backend, or when it is named.
 
     python scripts/bench_kernels.py --out benchmarks/results/kernels_h200.json --plot docs/images/roofline_h200.png
     python scripts/bench_kernels.py --ops w4a16_matmul --shapes 'Llama-3-8B.* M=1 ' --rounds 9
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,13 +22,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jax.numpy as jnp
 import roofline
 from bench_record import write_result
-from kernel_goals import CUBLAS, LINEARS, goals, torch_name, wanted
-from kernel_timing import Op, Program, calls, ceilings, compile_all, on_gpu, take_turns
+from kernel_goals import CUBLAS, LINEARS, goals, in_turn, torch_name
+from kernel_timing import Op, Program, calls, ceilings, on_gpu, prepare, take_turns
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -59,14 +59,14 @@ def main() -> int:
     if args.plot_from:
         plot(json.loads(args.plot_from.read_text()), args.plot or args.plot_from.with_suffix(".png"), console)
         return 0
+    started = time.monotonic()
     peers = torch_peers(args, console) if args.peers else []
     if not on_gpu() and not args.tiny:
         print(
             "bench_kernels needs a GPU; --tiny runs small shapes anywhere, --plot-from draws a result", file=sys.stderr
         )
         return 2
-    bench = Bench(args, peers, console)
-    result = bench.run()
+    result = Bench(args, peers, console, started).run()
     report(result, console)
     if args.plot:
         plot(result, args.plot, console)
@@ -98,16 +98,14 @@ def parse_args() -> argparse.Namespace:
 class Bench:
     """One run: what was measured so far, and when it began."""
 
-    def __init__(self, args: argparse.Namespace, peers: list[dict[str, Any]], console: Console) -> None:
-        self.args, self.peers, self.console = args, peers, console
-        self.started = time.monotonic()
+    def __init__(self, args: argparse.Namespace, peers: list[dict[str, Any]], console: Console, started: float) -> None:
+        self.args, self.peers, self.console, self.started = args, peers, console, started
         self.rows: list[dict[str, Any]] = []
         self.ceilings: dict[str, float] = {}
 
     def run(self) -> dict[str, Any]:
-        """Measure the ceilings, then every shape, those with goals first; the result as it is written."""
-        tasks = [(Op(name), shape) for name in self.args.ops for shape in self.shapes(Op(name))]
-        tasks.sort(key=lambda task: not wanted(task[0].name, asdict(task[1])))
+        """Measure the ceilings, then every shape; the result as it is written."""
+        tasks = in_turn({Op(name): self.shapes(Op(name)) for name in self.args.ops})
         self.ceilings = ceilings(self.args.rounds, self.args.tiny)
         done = 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -117,7 +115,7 @@ class Bench:
                 if time.monotonic() - self.started > self.args.budget_s:
                     break
                 progress.update(bar, description=op.name)
-                self.rows += self.measure(op, shape)
+                self.rows += self.attempt(op, shape)
                 done += 1
                 progress.advance(bar)
                 self.record(truncated=done < len(tasks))
@@ -135,40 +133,45 @@ class Bench:
             return [name for name in names if name in self.args.backends]
         return [name for name in names if name != "reference" or "xla" not in names]
 
+    def attempt(self, op: Op, shape: Any) -> list[dict[str, Any]]:
+        """``measure``; where a shape as a whole fails, for want of memory say, the others are still measured."""
+        try:
+            return self.measure(op, shape)
+        except Exception as error:
+            return [{**describe(op, shape), "backend": "all", "error": first_line(error)}]
+
     def measure(self, op: Op, shape: Any) -> list[dict[str, Any]]:
         """A row for each backend, and for the plain product beside a matrix product."""
         arguments = op.arguments(shape)
         programs = {name: Program(op.function(shape, name), arguments, op.carry) for name in self.backends(op)}
         if op.name in MATMULS:
-            programs[CUBLAS] = plain_product(shape)
-        outcomes = compile_all(programs, COMPILE_THREADS)
-        failed = {name: error for name, error in outcomes.items() if isinstance(error, Exception)}
+            programs[CUBLAS] = cublas(shape)
+        failed = prepare(programs, COMPILE_THREADS)
         works = {name: program for name, program in programs.items() if name not in failed}
         samples = take_turns(works, self.args.rounds)
-        common = {"op": op.name, "phase": shape.phase, "shape": str(shape), "fields": asdict(shape)}
         rows = []
         for name in programs:
-            row = {**common, "backend": name}
+            row = {**describe(op, shape), "backend": name}
             if name in failed:
                 kind = "refused" if isinstance(failed[name], NoBackendError) else "error"
-                rows.append({**row, kind: (str(failed[name]) or repr(failed[name])).splitlines()[0][:300]})
+                rows.append({**row, kind: first_line(failed[name])})
             else:
-                nbytes, flops = plain_cost(shape) if name == CUBLAS else op.shapes.cost(shape)
+                nbytes, flops = cublas_cost(shape) if name == CUBLAS else op.shapes.cost(shape)
                 rows.append({**row, **self.figures(samples[name], nbytes, flops), "calls": len(arguments)})
+                if CUBLAS in samples:
+                    rows[-1]["vs_jnp_dot"] = median(samples[CUBLAS]) / median(samples[name])
         return rows
 
     def figures(self, seconds: Sequence[float], nbytes: int, flops: int) -> dict[str, Any]:
         """Rates and shares of the ceilings, of the median call."""
-        median = statistics.median(seconds)
+        typical = median(seconds)
         return {
-            "us": {
-                name: round(f(seconds) * 1e6, 3) for name, f in (("p50", statistics.median), ("min", min), ("max", max))
-            },
-            "gb_s": nbytes / median / 1e9,
-            "tflop_s": flops / median / 1e12,
+            "us": {name: round(f(seconds) * 1e6, 3) for name, f in (("p50", median), ("min", min), ("max", max))},
+            "gb_s": nbytes / typical / 1e9,
+            "tflop_s": flops / typical / 1e12,
             "flop_per_byte": flops / nbytes,
-            "copy_share": nbytes / median / self.ceilings["copy_bytes_s"],
-            "matmul_share": flops / median / self.ceilings["matmul_flop_s"],
+            "copy_share": nbytes / typical / self.ceilings["copy_bytes_s"],
+            "matmul_share": flops / typical / self.ceilings["matmul_flop_s"],
         }
 
     def record(self, truncated: bool) -> dict[str, Any]:
@@ -191,8 +194,8 @@ class Bench:
         )
 
 
-def plain_product(shape: Any) -> Program:
-    """bf16 [M, K] · [K, N], which XLA leaves to cuBLAS."""
+def cublas(shape: Any) -> Program:
+    """bf16 [M, K] · [K, N] by cuBLAS; by whatever XLA has where there is no GPU."""
     import jax
 
     def make(seed: Any) -> tuple[Any, Any]:
@@ -202,13 +205,24 @@ def plain_product(shape: Any) -> Program:
         return first, second
 
     made = jax.jit(make)
-    return Program(jnp.dot, [made(seed) for seed in range(calls(plain_cost(shape)[0]))])
+    arguments = [made(seed) for seed in range(calls(cublas_cost(shape)[0]))]
+    return Program(jnp.dot, arguments, options={"xla_gpu_enable_triton_gemm": False} if on_gpu() else None)
 
 
-def plain_cost(shape: Any) -> tuple[int, int]:
+def cublas_cost(shape: Any) -> tuple[int, int]:
     """(bytes, floating-point operations) of that product."""
     m, k, n = shape.m, shape.k, shape.n
     return 2 * (m * k + k * n + m * n), 2 * m * k * n
+
+
+def describe(op: Op, shape: Any) -> dict[str, Any]:
+    """What a row says of its shape."""
+    return {"op": op.name, "phase": shape.phase, "shape": str(shape), "fields": asdict(shape)}
+
+
+def first_line(error: Exception) -> str:
+    """An error in a line."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
 def torch_peers(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
@@ -241,10 +255,10 @@ def report(result: Mapping[str, Any], console: Console) -> None:
     metrics = result["metrics"]
     top = metrics["ceilings"]
     table = Table("op", "shape", "backend", title=f"{result['device']['name']}, {current_target()}")
-    for heading in ("µs", "GB/s", "TFLOP/s", "% copy", "% matmul"):
+    for heading in ("µs", "GB/s", "TFLOP/s", "% copy", "% matmul", "vs jnp.dot"):
         table.add_column(heading, justify="right")
     previous = None
-    for row in metrics["rows"]:
+    for row in sorted(metrics["rows"], key=lambda row: str(row["op"])):
         where = (row["op"], row["shape"])
         cells = [*(where if where != previous else ("", "")), row["backend"]]
         previous = where
@@ -252,7 +266,8 @@ def report(result: Mapping[str, Any], console: Console) -> None:
             table.add_row(*cells, row.get("refused") or f"error: {row['error']}", style="dim")
             continue
         shares = (f"{100 * row[name]:.0f}" for name in ("copy_share", "matmul_share"))
-        table.add_row(*cells, f"{row['us']['p50']:.1f}", f"{row['gb_s']:.0f}", f"{row['tflop_s']:.3g}", *shares)
+        rates = (f"{row['us']['p50']:.1f}", f"{row['gb_s']:.0f}", f"{row['tflop_s']:.3g}")
+        table.add_row(*cells, *rates, *shares, f"{row['vs_jnp_dot']:.2f}" if "vs_jnp_dot" in row else "")
     console.print(table)
     console.print(f"copy {top['copy_bytes_s'] / 1e9:.0f} GB/s, bf16 matmul {top['matmul_flop_s'] / 1e12:.3g} TFLOP/s")
     summary = Table("goal", "at least", "is", "verdict")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 Row = Mapping[str, Any]
 """One measurement of ``bench_kernels.py``, or of the torch peers: a line of its JSON."""
 
+_Op = TypeVar("_Op")
+
 CUBLAS = "jnp.dot bf16"
-"""The peer of every matrix product, timed beside it."""
+"""The peer of every matrix product, timed beside it: cuBLAS on a GPU."""
 
 LINEARS = ((4096, 14336), (14336, 4096))
 """K and N whose W4A16 products have goals."""
@@ -48,6 +50,19 @@ def wanted(op: str, fields: Mapping[str, Any]) -> bool:
     return False
 
 
+def in_turn(shapes: Mapping[_Op, Sequence[Any]]) -> list[tuple[_Op, Any]]:
+    """Every op with each of its shapes: those that goals need, then the first of each op, the second of each, and on.
+
+    A run that stops early has the most important, and something of everything.
+    """
+    ranked = [
+        ((not wanted(str(op), asdict(shape)), index), op, shape)
+        for op, found in shapes.items()
+        for index, shape in enumerate(found)
+    ]
+    return [(op, shape) for _, op, shape in sorted(ranked, key=lambda entry: entry[0])]
+
+
 def goals(rows: Sequence[Row], peers: Sequence[Row]) -> list[Goal]:
     """Every goal, with its value where ``rows`` (ours) and ``peers`` (torch's) have what it needs."""
     return [*_matmul_goals(rows, peers), *_attention_goals(rows, peers)]
@@ -66,11 +81,11 @@ def _matmul_goals(rows: Sequence[Row], peers: Sequence[Row]) -> Iterator[Goal]:
             )
             name = f"w4a16_matmul M={m} K={k} N={n}"
             if m == PREFILL_ROWS:
-                yield Goal(f"{name} vs cuBLAS bf16", 0.85, _speedup(mine, _seconds(cublas)))
+                yield Goal(f"{name} vs {CUBLAS}", 0.85, _speedup(mine, _seconds(cublas)))
                 continue
             torch = _torch_seconds(peers, "linear_int4_tinygemm", f"{torch_name(k, n)} M={m} K={k} N={n}")
             yield Goal(f"{name} share of copy bandwidth", 0.75, _copy_share(mine))
-            yield Goal(f"{name} vs cuBLAS bf16", 3.2, _speedup(mine, _seconds(cublas)))
+            yield Goal(f"{name} vs {CUBLAS}", 3.2, _speedup(mine, _seconds(cublas)))
             yield Goal(f"{name} vs torch int4", 1.0, _speedup(mine, torch))
 
 

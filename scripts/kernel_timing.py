@@ -11,7 +11,7 @@ import importlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
@@ -30,7 +30,7 @@ SAMPLE_SECONDS = 0.02
 _WARM_UP = 4  # XLA records a CUDA graph some runs after the first
 
 Carry = Callable[[tuple[Any, ...], Any], tuple[Any, ...]]
-"""(arguments, result) → arguments of the next call, for an op that updates an argument in place."""
+"""(arguments, result) → arguments of the next call, for ops that update an argument or are used in a chain."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Op:
     """An op of ``pallas_kernels`` and its shapes."""
 
     name: str
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
     def package(self) -> ModuleType:
@@ -51,7 +54,7 @@ class Op:
 
     @property
     def carry(self) -> Carry | None:
-        """``carry`` of its shapes, for ops that update an argument in place."""
+        """``carry`` of its shapes, where they have one."""
         return getattr(self.shapes, "carry", None)
 
     def arguments(self, shape: Any, count: int | None = None) -> list[tuple[Any, ...]]:
@@ -85,64 +88,83 @@ def on_gpu() -> bool:
 
 
 class Program:
-    """``function`` once for each of ``arguments``, compiled as one; call ``warm_up`` before the rest."""
+    """``function`` once for each of ``arguments``, compiled as one.
+
+    With a ``carry`` the arrays are donated and ``arguments`` replaced by what comes back: programs may share a list.
+    ``options`` are XLA's.
+    """
 
     def __init__(
-        self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], carry: Carry | None = None
+        self,
+        function: Callable[..., Any],
+        arguments: list[tuple[Any, ...]],
+        carry: Carry | None = None,
+        options: dict[str, str | bool] | None = None,
     ) -> None:
-        call, self._arguments, self._carried = jax.jit(function), list(arguments), carry is not None
+        call = jax.jit(function)
 
         def run(sets: list[tuple[Any, ...]]) -> list[Any]:
             return [carry(args, call(*args)) if carry else call(*args) for args in sets]
 
-        self._run = jax.jit(run, donate_argnums=(0,) if carry else ())
-        self._starts = 0
-        if carry:  # donated, so this program needs arrays that are its own
-            self._arguments = jax.tree.map(jnp.copy, self._arguments)
+        self._jitted = jax.jit(run, donate_argnums=(0,) if carry else ())
+        self._options = options
+        self._compiled: Callable[..., Any] | None = None
+        self._arguments, self._carried, self._starts = arguments, carry is not None, 0
+
+    def compile(self) -> None:
+        """Compile it; touches no array, so that threads may do it for several programs."""
+        self._compiled = self._jitted.lower(self._arguments).compile(self._options)
 
     def run(self) -> list[Any]:
         """Start it once, without waiting; the result of each call, or its carried arguments."""
-        results: list[Any] = self._run(self._arguments)
+        if self._compiled is None:
+            self.compile()
+        assert self._compiled is not None
+        results: list[Any] = self._compiled(self._arguments)
         if self._carried:
-            self._arguments = results
+            self._arguments[:] = results
         return results
 
-    def warm_up(self) -> Any:
-        """Compile and run a few times; the result of the first call."""
-        first = jax.tree.map(jnp.copy, jax.block_until_ready(self.run())[0])
-        for _ in range(_WARM_UP if on_gpu() else 0):
-            jax.block_until_ready(self.run())
-        return first
+    def first(self) -> Any:
+        """A copy of the first call's result."""
+        return jax.block_until_ready(jax.tree.map(jnp.copy, self.run()[0]))
 
     def sample(self) -> float:
-        """Seconds that a call took; the first sample finds out how many starts make the next ones long enough."""
+        """Seconds that a call took; the first sample warms up, and finds out how many starts make one long enough."""
+        if not self._starts:
+            for _ in range(_WARM_UP):
+                jax.block_until_ready(self.run())
+            self._starts = max(1, math.ceil(SAMPLE_SECONDS / self._elapsed(1)))
+        return self._elapsed(self._starts) / (self._starts * len(self._arguments))
+
+    def _elapsed(self, starts: int) -> float:
         start = time.perf_counter()
-        for _ in range(self._starts or 1):
+        for _ in range(starts):
             results = self.run()
         jax.block_until_ready(results)
-        seconds = (time.perf_counter() - start) / (self._starts or 1)
-        self._starts = self._starts or max(1, math.ceil(SAMPLE_SECONDS / seconds))
-        return seconds / len(self._arguments)
+        return time.perf_counter() - start
 
 
-def compile_all(programs: Mapping[str, Program], threads: int) -> dict[str, Any]:
-    """Warm all up, ``threads`` at a time; name → result of its first call, or the exception that it raised."""
+def prepare(programs: Mapping[str, Program], threads: int) -> dict[str, Exception]:
+    """Compile ``threads`` programs at a time, then sample each once; name → exception of those that failed."""
 
-    def attempt(program: Program) -> Any:
+    def attempt(step: Callable[[], Any]) -> Exception | None:
         try:
-            return program.warm_up()
+            step()
         except Exception as error:
             return error
+        return None
 
     with ThreadPoolExecutor(threads) as pool:
-        return dict(zip(programs, pool.map(attempt, programs.values()), strict=True))
+        outcomes = dict(zip(programs, pool.map(attempt, [p.compile for p in programs.values()]), strict=True))
+    for name, program in programs.items():
+        outcomes[name] = outcomes[name] or attempt(program.sample)
+    return {name: error for name, error in outcomes.items() if error is not None}
 
 
 def take_turns(programs: Mapping[str, Program], rounds: int) -> dict[str, list[float]]:
     """``rounds`` samples of each program, in seconds per call."""
     samples: dict[str, list[float]] = {name: [] for name in programs}
-    for program in programs.values():
-        program.sample()
     for _ in range(rounds):
         for name, program in programs.items():
             samples[name].append(program.sample())
@@ -159,8 +181,6 @@ def ceilings(rounds: int, tiny: bool) -> dict[str, float]:
         "copy_bytes_s": Program(jnp.copy, [(source,)]),
         "matmul_flop_s": Program(jnp.dot, [(factors[0], factors[1])]),
     }
-    for program in programs.values():
-        program.warm_up()
     samples = take_turns(programs, rounds)
     work = {"copy_bytes_s": 2 * nbytes, "matmul_flop_s": 2 * side**3}
     return {name: work[name] / statistics.median(seconds) for name, seconds in samples.items()}

@@ -30,8 +30,12 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     left, right = min(0.5, *intensities) / 2, max(4 * rate / bandwidth, *intensities) * 2
     ridge = rate / bandwidth
     axes.plot([left, ridge, right], [left * bandwidth, rate, rate], color="black", linewidth=1.2, zorder=1)
-    axes.annotate(f"copy: {bandwidth:.2f} TB/s", (left, left * bandwidth), (8, 2), textcoords="offset points")
-    axes.annotate(f"bf16 matmul: {rate:.3g} TFLOP/s", (right, rate), (-4, 5), textcoords="offset points", ha="right")
+    middle = (left * ridge) ** 0.5
+    for text, place in (
+        (f"copy: {bandwidth:.3g} TB/s", (middle, middle * bandwidth)),
+        (f"bf16 matmul: {rate:.3g} TFLOP/s", (ridge, rate)),
+    ):
+        axes.annotate(text, place, (-8, 2), textcoords="offset points", ha="right")
     for index, op in enumerate(sorted({point["op"] for point in points})):
         for phase, marker in PHASES.items():
             mine = [point for point in points if (point["op"], point["phase"]) == (op, phase)]

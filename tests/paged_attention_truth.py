@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.kv_pool import Pool, QuantizedPool
 from pallas_kernels.numerics import ACCUMULATOR, Array, sum_bound, unit_roundoff
+from pallas_kernels.paged_attention.shapes import Shape, make_args
 
 Args = tuple[Any, ...]
 """q, pool, block_tables, first_positions, lengths."""
 
+FAST_COMPILE = {"xla_backend_optimization_level": 0}
+"""For what is compiled for long and run for short, as interpreted kernels are."""
+
 BASE = 1024
 """What a kernel may raise a quantised element by while it multiplies it."""
+
+
+@cache
+def made(shape: Shape, seed: int = 0) -> tuple[Args, dict[str, Any]]:
+    """``make_args`` compiled as one."""
+    options = {}
+
+    def arguments() -> Args:
+        args, keywords = make_args(shape, seed)
+        options.update(keywords)
+        return args
+
+    return jax.jit(arguments, compiler_options=FAST_COMPILE)(), options
 
 
 def worst(args: Args, options: dict[str, Any], got: Any) -> float:
@@ -24,7 +43,7 @@ def worst(args: Args, options: dict[str, Any], got: Any) -> float:
     found = np.asarray(got, np.float64)
     assert np.isfinite(found).all(), "padding is finite too"
     errors = [0.0]
-    for row in np.flatnonzero(lengths):
+    for row in np.flatnonzero(lengths).tolist():
         exact, bound = _row(args, options, row)
         errors.append(float((np.abs(found[row, : lengths[row]] - exact) / bound).max()))
     return max(errors)
@@ -70,8 +89,8 @@ def _row(args: Args, options: dict[str, Any], row: int) -> tuple[Array, Array]:
     exact = np.einsum("qnt,nth->qnh", weights, context(true, 1))
     size_of = np.einsum("qnt,nth->qnh", weights, np.abs(context(true, 1)))
     raised = np.einsum("qnt,nth->qnh", weights, context(seen, 1))
-    # A logit that is off by d puts its weight off by the factor e^d, and the sum of weights by no more. An exponential's
-    # argument is rounded too, and the weights for the product with the values.
+    # A logit that is off by d puts its weight off by the factor e^d, and the sum of weights by no more. Arguments of
+    # exponentials are rounded too, and the weights for their product with the values.
     spread = np.abs(np.where(visible[:, None], scores - scores.max(axis=-1, keepdims=True), 0))
     loose = np.where(visible[:, None], slack + 4 * ACCUMULATOR * (spread + 4), 0).max(axis=-1)[..., None]
     narrow = unit_roundoff(jnp.float16 if isinstance(pool, QuantizedPool) else pool.dtype)

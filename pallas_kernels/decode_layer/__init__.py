@@ -44,15 +44,16 @@ def decode_layer(
 ) -> tuple[jax.Array, jax.Array, Pool]:
     """Attention and gated MLP of a pre-norm layer with rotary positions, over a paged KV cache.
 
-    The activations of a step stay padded to ``padded_rows(B)`` rows from the first layer to the last; rows from B on are
-    never looked at, and come back as zeros.
+    The activations of a step stay padded to ``padded_rows(B)`` rows from the first layer to the last; rows from B on
+    are never looked at, and come back as zeros.
 
     Args:
         x: bfloat16 or float16 [padded_rows(B), D], the residual stream.
         normed: the same shape and dtype, ``x`` after this layer's first norm.
         weights: of this layer; under tensor parallelism this device's share of them.
         next_norm: [D], scale of the RMSNorm that follows: the next layer's first, or the model's last.
-        pool: [P, 2, K, S, H] or ``QuantizedPool``. Finite everywhere, unused slots included. Updated in place if donated.
+        pool: [P, 2, K, S, H] or ``QuantizedPool``; finite everywhere, unused slots included. Updated in place where
+            donated.
         block_tables: int32 [B, M], physical blocks of each sequence; entries beyond its length are not used.
         positions: int32 [B], where the new token stands: as many tokens of the sequence are in the pool already. A row
             with −1 has no token: nothing is written for it, and what it returns means nothing.
@@ -99,8 +100,8 @@ def _validate(
         )
     if {array.shape[0] for array in (block_tables, cos, sin)} != {tokens}:
         raise ValueError(
-            f"block_tables {block_tables.shape}, cos {cos.shape} and sin {sin.shape} must each have one row for each of "
-            f"the {tokens} positions"
+            f"block_tables {block_tables.shape}, cos {cos.shape} and sin {sin.shape} must each have one row for each "
+            f"of the {tokens} positions"
         )
     if num_heads % kv_heads:
         raise ValueError(f"num_heads={num_heads} is not a multiple of the pool's {kv_heads} KV heads")

@@ -1,8 +1,8 @@
 """Matrix products of a few rows: split along the weight's rows, or gate and up together with what follows them.
 
-Kernels 1, 3, 5 and 6 of the set. Every weight is read once, 128 rows (a chunk) at a time, and each product of a chunk goes
-through ``_add_chunk``, which knows both kinds of weight. The output projection may begin with combining the splits of
-attention.
+Kernels 1, 3, 5 and 6 of the set. Every weight is read once, 128 rows (a chunk) at a time, and each product of a chunk
+goes through ``_add_chunk``, which knows both kinds of weight. The output projection may begin with combining the splits
+of attention.
 """
 
 from __future__ import annotations
@@ -135,14 +135,18 @@ def split_k_matmul(
     out, *_ = pl.pallas_call(
         kernel,
         grid=(rows // tile_m, columns // tile.columns, tile.splits),
-        in_specs=[*map(whole, operands), _column_tile(weight, tile.columns)],
-        out_specs=[pl.BlockSpec((None, tile_m, tile.columns), lambda m, n, k: (k, m, n)), *map(whole, scratch)],
+        in_specs=[*(whole(array) for array in operands), _column_tile(weight, tile.columns)],
+        out_specs=[
+            pl.BlockSpec((None, tile_m, tile.columns), lambda m, n, k: (k, m, n)),
+            *(whole(shape) for shape in scratch),
+        ],
         out_shape=[jax.ShapeDtypeStruct((tile.splits, tokens, columns), out_dtype), *scratch],
         compiler_params=plt.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
         interpret=interpret,
         name=name,
     )(*operands, weight)
-    return out
+    partials: jax.Array = out
+    return partials
 
 
 def _combine(
@@ -176,7 +180,7 @@ def _combine(
 
 
 def gated(x: jax.Array, weight: jax.Array, bias: jax.Array | None, tile: Tile, *, name: str) -> jax.Array:
-    """``silu(x · gate) · (x · up)`` [rows, F] for ``x`` [rows, D] and ``weight`` [D, 2 · F] (SwiGLU, arXiv:2002.05202)."""
+    """``silu(x · gate) · (x · up)`` [rows, F], ``weight`` [D, 2 · F] being both (SwiGLU, arXiv:2002.05202)."""
     rows, tile_m = x.shape[0], row_tile(x.shape[0])
     chunks = weight_shape(weight)[0] // CHUNK
     tiles = weight_shape(weight)[1] // 2 // tile.columns
@@ -204,7 +208,7 @@ def gated(x: jax.Array, weight: jax.Array, bias: jax.Array | None, tile: Tile, *
 
     halves = [_column_tile(weight, tile.columns, half * tiles) for half in (0, 1)]
     bias_halves = [pl.BlockSpec((tile.columns,), lambda m, n, half=half: (n + half * tiles,)) for half in (0, 1)]
-    return pl.pallas_call(
+    inner: jax.Array = pl.pallas_call(
         kernel,
         grid=(rows // tile_m, tiles),
         in_specs=[whole(x), *halves, *bias_halves[: len(biases)]],
@@ -214,9 +218,10 @@ def gated(x: jax.Array, weight: jax.Array, bias: jax.Array | None, tile: Tile, *
         interpret=interpret,
         name=name,
     )(x, weight, weight, *biases)
+    return inner
 
 
-def whole(array: jax.Array) -> pl.BlockSpec:
+def whole(array: jax.Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
     """Every program sees all of ``array``: it is a pointer, nothing is copied."""
     return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 

@@ -1,7 +1,7 @@
-"""The new token of a sequence, inside a kernel: its queries, key and value out of the QKV projection, and into the pool.
+"""The new token of a sequence, inside a kernel: its queries, key and value, out of the QKV projection into the pool.
 
-Letters besides the glossary's: A rows of the kernel's matrices, which are the query heads of a KV head; W words of a vector
-(``pallas_kernels.paged_attention.words``), which hold it in parts.
+Letters besides the glossary's: A rows of the kernel's matrices, which are the query heads of a KV head; W words of a
+vector (``pallas_kernels.paged_attention.words``), which hold it in parts.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.kv_pool import range_of
+from pallas_kernels.kv_pool import integers, range_of
 from pallas_kernels.paged_attention.words import Words
-
-_TO_NEAREST = 1.5 * 2**23
-"""Added to a float32 between 0 and 2^22 and taken away again, it rounds to the nearest integer, ties to even."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +47,19 @@ class Projection:
 
     def query(self, part: int, heads: jax.Array) -> jax.Array:
         """A part of the rotated queries ``heads`` (int32 [A]) of the group, float32 [A, W]; zero beyond the group."""
-        return self._rotated(heads[:, None], self.words.elements(part)[None, :])
+        return self._rotated(heads[:, None], self._elements(part)[None, :])
 
     def key(self, part: int) -> jax.Array:
         """A part of the rotated key, float32 [W]."""
-        return self._rotated(jnp.int32(self.group), self.words.elements(part)).astype(self.dtype).astype(jnp.float32)
+        return self._rotated(jnp.int32(self.group), self._elements(part)).astype(self.dtype).astype(jnp.float32)
 
     def value(self, part: int) -> jax.Array:
         """A part of the value, float32 [W]."""
-        return self._load(jnp.int32(self.group + 1), self.words.elements(part))
+        return self._load(jnp.int32(self.group + 1), self._elements(part))
+
+    def _elements(self, part: int) -> jax.Array:
+        """The elements of a part, int32 [W]; H for the words that a vector does not have."""
+        return jnp.where(there(self.words), self.words.elements(part), self.words.head_dim)
 
     def _rotated(self, vector: jax.Array, elements: jax.Array) -> jax.Array:
         """Rotary embedding (arXiv:2104.09864), element i paired with i + H/2."""
@@ -103,15 +104,16 @@ def encode(parts: Sequence[jax.Array], words: Words, dtype: jnp.dtype) -> NewVec
     """What a pool of ``words`` will hold of a vector whose ``parts``, float32 [W], are exact in ``dtype``."""
     if words.bits is None:
         return NewVector(tuple(parts), parts[0].astype(dtype))
-    there = jnp.arange(words.padded, dtype=jnp.int32) < words.count
-    low = functools.reduce(jnp.minimum, [jnp.min(jnp.where(there, part, jnp.inf)) for part in parts])
-    high = functools.reduce(jnp.maximum, [jnp.max(jnp.where(there, part, -jnp.inf)) for part in parts])
-    narrow = range_of(low, high, words.bits)
-    scale, zero = (each.astype(jnp.float32) for each in narrow)
-    counts = [jnp.clip((part - zero) / scale, 0.0, 2.0**words.bits - 1) + _TO_NEAREST - _TO_NEAREST for part in parts]
-    fields = (count.astype(jnp.int32) << (words.bits * index) for index, count in enumerate(counts))
+    real = there(words)
+    low = functools.reduce(jnp.minimum, [jnp.min(jnp.where(real, part, jnp.inf)) for part in parts])
+    high = functools.reduce(jnp.maximum, [jnp.max(jnp.where(real, part, -jnp.inf)) for part in parts])
+    scale, zero = range_of(low, high, words.bits)
+    counts = [integers(part, scale, zero, words.bits) for part in parts]
+    fields = (count << (words.bits * index) for index, count in enumerate(counts))
     stored = functools.reduce(jnp.bitwise_or, fields).astype(jnp.uint16)
-    return NewVector(tuple(count * scale + zero for count in counts), stored, narrow)
+    wide = scale.astype(jnp.float32), zero.astype(jnp.float32)
+    read = tuple(count.astype(jnp.float32) * wide[0] + wide[1] for count in counts)
+    return NewVector(read, stored, (scale, zero))
 
 
 def store(
@@ -134,6 +136,16 @@ def store(
     block, offset = plt.load(table.at[row, lax.div(place, size)]), lax.rem(place, size)
     word = jnp.arange(words.padded, dtype=jnp.int32)
     at = pool[0].at[block, jnp.int32(half), kv_head, offset, word]
-    plt.store(at, new.stored, mask=(word < words.count) & wanted)
+    plt.store(at, new.stored, mask=there(words) & wanted)
     for index, value in enumerate(new.range or ()):
         plt.store(pool[1].at[block, jnp.int32(half), kv_head, jnp.int32(index), offset], value, mask=wanted)
+
+
+def there(words: Words) -> jax.Array:
+    """Bool [W], which words a vector has."""
+    return jnp.arange(words.padded, dtype=jnp.int32) < words.count
+
+
+def added(terms: Sequence[jax.Array]) -> jax.Array:
+    """The sum of ``terms``, from first to last."""
+    return functools.reduce(jnp.add, terms)

@@ -68,7 +68,7 @@ def run(
         tokens,
         linear(chosen.qkv_columns, chosen.qkv_splits),
         out_dtype=jnp.dtype(jnp.float32),
-        name="qkv",
+        name="decode_layer_qkv",
     )
     attended, pool = attend(
         qkv,
@@ -86,10 +86,12 @@ def run(
         tile=AttentionTile(chosen.attend_splits, chosen.attend_tokens, chosen.attend_warps, chosen.attend_stages),
     )
     out_tile = linear(chosen.out_columns, chosen.out_splits)
-    x, normed = end_branch(attended, weights.wo, weights.bo, out_tile, weights.mlp_norm, "out")
-    inner = gated(normed, weights.gate_up, weights.gate_up_bias, linear(chosen.gate_up_columns), name="gate_up")
+    x, normed = end_branch(attended, weights.wo, weights.bo, out_tile, weights.mlp_norm, "decode_layer_out")
+    inner = gated(
+        normed, weights.gate_up, weights.gate_up_bias, linear(chosen.gate_up_columns), name="decode_layer_gate_up"
+    )
     down_tile = linear(chosen.down_columns, chosen.down_splits)
-    x, normed = end_branch(inner, weights.down, weights.down_bias, down_tile, next_norm, "down")
+    x, normed = end_branch(inner, weights.down, weights.down_bias, down_tile, next_norm, "decode_layer_down")
     return x, normed, pool
 
 

@@ -1,4 +1,4 @@
-"""The end of a branch: its partial products are summed and added to the residual stream, and what follows is normalised.
+"""The end of a branch: its partial products are added to the residual stream, and that is normalised for what follows.
 
 Kernels 4 and 7 of the set. One program for each row.
 """

@@ -10,6 +10,7 @@ from pallas_kernels.decode_layer.tiles import Tiles
 from pallas_kernels.decode_layer.weights import LayerWeights, is_packed
 from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, dequantize, pool_bits, quantize
 from pallas_kernels.target import Target
+from pallas_kernels.w4a16_matmul.reference import weight as unpacked
 
 
 def check(target: Target) -> None:
@@ -62,20 +63,8 @@ def run(
 
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """``x`` [B, rows] · ``weight`` → float32 [B, columns]."""
-    matrix = unpack(weight) if is_packed(weight) else weight.astype(jnp.float32)
+    matrix = unpacked(weight) if is_packed(weight) else weight.astype(jnp.float32)
     return jnp.matmul(x.astype(jnp.float32), matrix, precision=lax.Precision.HIGHEST)
-
-
-def unpack(packed: jax.Array) -> jax.Array:
-    """Packed int32 [C, 16 + 128/g, columns] → float32 [128 · C, columns]."""
-    chunks, _, columns = packed.shape
-    words, groups = packed[:, :16], packed[:, 16:]
-    shifts = 4 * jnp.arange(8, dtype=jnp.int32)[:, None, None]
-    q = lax.shift_right_logical(words[:, None], jnp.broadcast_to(shifts, (chunks, 8, 16, columns))) & jnp.int32(15)
-    scales = lax.bitcast_convert_type(groups.astype(jnp.int16), jnp.float16).astype(jnp.float32)
-    zeros = lax.shift_right_logical(groups, jnp.int32(16))
-    per_group = q.reshape(chunks, groups.shape[1], -1, columns)
-    return ((per_group - zeros[:, :, None]).astype(jnp.float32) * scales[:, :, None]).reshape(-1, columns)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -86,7 +75,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def write(pool: Pool, vectors: jax.Array, block_tables: jax.Array, positions: jax.Array) -> Pool:
-    """Put ``vectors`` float32 [B, K, 2, H], a key and a value for each KV head, where ``positions`` are; −1 is nowhere."""
+    """Put ``vectors`` float32 [B, K, 2, H], a key and a value a head, where ``positions`` are; −1 is nowhere."""
     size = block_size(pool)
     place = jnp.maximum(positions, 0)
     block = jnp.take_along_axis(block_tables, (place // size)[:, None], axis=1)[:, 0]
@@ -109,7 +98,8 @@ def attention(
     tokens, entries = block_tables.shape
     size, width = block_size(pool), queries.shape[-1]
     if isinstance(pool, QuantizedPool):
-        gathered = dequantize(pool.values[block_tables], jnp.swapaxes(pool.scales[block_tables], -1, -2), width)
+        scales = jnp.swapaxes(pool.scales[block_tables], -1, -2)
+        gathered = dequantize(pool.values[block_tables], scales, pool_bits(pool, width) or 8)
     else:
         gathered = pool[block_tables].astype(jnp.float32)
     keys, values = (

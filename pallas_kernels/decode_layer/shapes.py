@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_layer import padded_rows
-from pallas_kernels.decode_layer.tiles import Tiles
+from pallas_kernels.decode_layer.tiles import Call, Tiles, choose
 from pallas_kernels.decode_layer.weights import LayerWeights
 from pallas_kernels.kv_pool import Pool, QuantizedPool
+from pallas_kernels.offline.devices import DEVICES
+from pallas_kernels.target import Target
 from pallas_kernels.w4a16_matmul.dequant import CHUNK
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A call: B sequences whose contexts are up to M blocks. ``group`` is g of packed weights, ``None`` for plain ones."""
+    """A call: B sequences with contexts of up to M blocks; ``group`` is g of packed weights, ``None`` if plain."""
 
     model: str
     tokens: int
@@ -40,6 +42,33 @@ class Shape:
     def phase(self) -> str:
         """Always decode."""
         return "decode"
+
+    @property
+    def kv(self) -> str:
+        """What the pool holds."""
+        floats = {"bfloat16": "bf16", "float16": "fp16"}[self.dtype]
+        return {16: floats, 8: "int8", 4: "int4"}[self.kv_bits]
+
+    def __str__(self) -> str:
+        weights = "plain" if self.group is None else f"4-bit g={self.group}"
+        return f"{self.model} B={self.tokens} M={self.entries} S={self.block_size} {weights} weights, {self.kv} KV"
+
+    @property
+    def call(self) -> Call:
+        """What tiles depend on."""
+        return Call(
+            tokens=self.tokens,
+            hidden=self.hidden,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            mlp=self.mlp,
+            block_size=self.block_size,
+            context=self.entries,
+            weight_bits=16 if self.group is None else 4,
+            kv_bits=self.kv_bits,
+            parallel=False,
+        )
 
     @property
     def blocks(self) -> int:
@@ -94,8 +123,8 @@ TEST_SHAPES = (
 
 
 def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of ``decode_layer``: contexts of all lengths up to M · S, every sequence's blocks shuffled over the pool."""
-    keys = iter(jax.random.split(jax.random.key(seed), 32))
+    """Arguments of ``decode_layer``: contexts of all lengths up to M · S, their blocks shuffled over the pool."""
+    keys = iter(jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), 32))
     dtype, rows = jnp.dtype(shape.dtype), padded_rows(shape.tokens)
 
     def normal(*size: int, deviation: float = 1.0) -> jax.Array:
@@ -104,9 +133,7 @@ def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, A
     x = normal(rows, shape.hidden)
     wide = x.astype(jnp.float32)
     normed = (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + 1e-5)).astype(dtype)
-    arrays = {
-        name: make_weight(next(keys), *size, shape.group, dtype) for name, size in shape.linears.items()
-    }
+    arrays = {name: make_weight(next(keys), *size, shape.group, dtype) for name, size in shape.linears.items()}
     biases = {}
     if shape.bias:
         columns = {"bqkv": "wqkv", "bo": "wo", "gate_up_bias": "gate_up", "down_bias": "down"}
@@ -117,7 +144,7 @@ def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, A
     tables = jax.random.permutation(next(keys), shape.blocks - 1).astype(jnp.int32)
     positions = jax.random.randint(next(keys), (shape.tokens,), 0, shape.entries * shape.block_size, jnp.int32)
     cos, sin = rotary(positions, shape.head_dim)
-    pool = make_pool(next(keys), shape)
+    pool = make_pool(next(keys), shape, shape.blocks)
     tables = tables.reshape(shape.tokens, shape.entries)
     args = (x, normed, weights, next_norm.astype(dtype), pool, tables, positions, cos, sin)
     options = {"num_heads": shape.heads, "scale": shape.head_dim**-0.5, "eps": 1e-5, "window": shape.window}
@@ -128,7 +155,8 @@ def make_weight(key: jax.Array, rows: int, columns: int, group: int | None, dtyp
     """A weight of deviation ``rows ** -0.5``, plain or packed with groups of ``group`` rows."""
     first, second, third = jax.random.split(key, 3)
     if group is None:
-        return (jax.random.normal(first, (rows, columns), jnp.float32) * rows**-0.5).astype(dtype)
+        plain: jax.Array = jax.random.normal(first, (rows, columns), jnp.float32) * rows**-0.5
+        return plain.astype(dtype)
     chunks, groups = rows // CHUNK, CHUNK // group
     words = jax.random.bits(first, (chunks, 16, columns), jnp.uint32)
     spread = jax.random.uniform(second, (chunks, groups, columns), jnp.float32, 0.5, 1.5)
@@ -138,9 +166,9 @@ def make_weight(key: jax.Array, rows: int, columns: int, group: int | None, dtyp
     return jax.lax.bitcast_convert_type(jnp.concatenate([words, rows_of_groups], axis=1), jnp.int32)
 
 
-def make_pool(key: jax.Array, shape: Shape) -> Pool:
-    """A pool of normal deviates."""
-    size = (shape.blocks, 2, shape.kv_heads, shape.block_size)
+def make_pool(key: jax.Array, shape: Shape, blocks: int) -> Pool:
+    """A pool of ``blocks`` blocks."""
+    size = (blocks, 2, shape.kv_heads, shape.block_size)
     if shape.kv_bits == 16:
         return jax.random.normal(key, (*size, shape.head_dim), jnp.dtype(shape.dtype))
     values = jax.random.bits(key, (*size, shape.head_dim * shape.kv_bits // 8), jnp.uint8)
@@ -169,12 +197,19 @@ def cost(shape: Shape) -> tuple[int, int]:
     return weight_bytes + kv_bytes, operations
 
 
+def tiles_for(shape: Shape, device: str) -> Tiles:
+    """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
+    spec = DEVICES[device]
+    return choose(Target("gpu", spec.kind, spec.capability, spec.cores), shape.call, None)
+
+
 def elements_per_trip(shape: Shape, tiles: Tiles) -> dict[str, int]:
     """Kernel → weights, or KV elements (keys and values together), that a trip of its hot loop takes."""
-    return {
+    per_trip = {
         "qkv": CHUNK * tiles.qkv_columns,
         "attend": 2 * tiles.attend_tokens * shape.head_dim,
         "out": CHUNK * tiles.out_columns,
         "gate_up": 2 * CHUNK * tiles.gate_up_columns,
         "down": CHUNK * tiles.down_columns,
     }
+    return {f"decode_layer_{name}": elements for name, elements in per_trip.items()}

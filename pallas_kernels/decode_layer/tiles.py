@@ -11,13 +11,18 @@ from pallas_kernels.w4a16_matmul.dequant import CHUNK
 
 OP = "decode_layer"
 
+_CORES = 132
+"""Of a device that does not say."""
+_PROGRAMS_PER_CORE, _ATTENTION_PER_CORE = 3, 2
+_MOST_SPLITS = 8
+
 
 @dataclass(frozen=True)
 class Tiles:
     """Columns of a program, and splits of the sum, for each of the four products; splits of the context for attention.
 
-    ``gate_up`` is not split: its activation needs the whole sum. ``attend_tokens`` are read at a time. Any number of splits
-    is correct; those that do not divide the 128-row chunks of the weight leave the last program with less to do.
+    ``gate_up`` is not split: its activation needs the whole sum. ``attend_tokens`` are read at a time. Any number of
+    splits is correct; those that do not divide the 128-row chunks of the weight leave the last program with less to do.
     """
 
     qkv_columns: int
@@ -73,27 +78,33 @@ def choose(target: Target, call: Call, explicit: Tiles | None) -> Tiles:
 
 
 def heuristic(target: Target, call: Call) -> Tiles:
-    """Enough programs to keep memory busy, no more parts to sum up than that takes.
+    """Enough programs to keep memory busy, and no more parts to add up than that takes.
 
-    A product takes the widest columns that still leave two programs a core, and splits its sum until there are about four a
-    core. Attention has two programs a core for every sequence's whole table, and at most eight splits, so that the output
-    projection combines them. In parallel the sum over devices follows directly, so the projections before it are not split:
-    narrow columns give the programs instead.
+    A product takes the widest columns that divide the weight's (up to 128, or 64 of plain weights, which are four times
+    the bytes), and splits its sum until there are about three programs a core, eight splits at most. Where devices add
+    up their products right away there are no splits, and narrow columns give the programs. Attention has two programs a
+    core, but no split of less than 256 tokens, nor, where the whole table has no more than 8192, more splits than the
+    output projection combines on its way.
     """
-    cores = target.cores or 132
-    splits = max(1, min(8, -(-2 * cores // (call.tokens * call.kv_heads)), -(-call.context * call.block_size // 256)))
-    qkv = _columns(call.qkv, cores)
-    out = _columns(call.hidden, cores, widest=32 if call.parallel else 128)
+    cores = target.cores or _CORES
+    plain = call.weight_bits == 16
+    widest = 64 if plain else 128
+    narrow = 32 if call.parallel else widest
+    qkv, out = _widest(call.qkv, widest), _widest(call.hidden, narrow)
+    gate_up = _widest(call.mlp, 64 if call.mlp >= 64 * cores else 32)
+    context = call.context * call.block_size
+    wanted = -(-_ATTENTION_PER_CORE * cores // (call.tokens * call.kv_heads))
     return Tiles(
         qkv_columns=qkv,
         qkv_splits=_splits(call.hidden, call.qkv // qkv, cores),
-        attend_splits=splits,
+        attend_splits=max(1, min(wanted, context // 256, 8 if context <= 8192 else 32)),
         attend_tokens=64,
         out_columns=out,
         out_splits=1 if call.parallel else _splits(call.heads * call.head_dim, call.hidden // out, cores),
-        gate_up_columns=64 if call.mlp % 64 == 0 and call.mlp // 64 >= cores else 32,
+        gate_up_columns=gate_up,
         down_columns=out,
         down_splits=1 if call.parallel else _splits(call.mlp, call.hidden // out, cores),
+        linear_stages=3 if plain else 4,
     )
 
 
@@ -136,13 +147,14 @@ def fits(tiles: Tiles, call: Call) -> bool:
     return all(whole % part == 0 for whole, part in columns) and 0 in blocks
 
 
-def _columns(columns: int, cores: int, widest: int = 128) -> int:
-    """The widest tile of columns that divides ``columns``."""
-    return next(tile for tile in (128, 64, 32, 16) if tile <= widest and columns % tile == 0)
+def _widest(columns: int, limit: int) -> int:
+    """The widest tile up to ``limit`` that divides ``columns``."""
+    return next(tile for tile in (128, 64, 32, 16) if tile <= limit and columns % tile == 0)
 
 
 def _splits(rows: int, programs: int, cores: int) -> int:
-    """The divisor of the weight's chunks that brings ``programs`` closest to four a core, eight at most."""
+    """As many as make ``programs`` enough; none of them without a chunk of the weight's ``rows``."""
     chunks = rows // CHUNK
-    divisors = [splits for splits in range(1, 9) if chunks % splits == 0]
-    return min(divisors, key=lambda splits: (abs(splits * programs - 3 * cores), splits))
+    wanted = max(1, min(_MOST_SPLITS, _PROGRAMS_PER_CORE * cores // programs))
+    per_split = -(-chunks // wanted)
+    return -(-chunks // per_split)

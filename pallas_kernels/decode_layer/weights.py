@@ -15,12 +15,12 @@ from pallas_kernels.w4a16_matmul.dequant import CHUNK
 class LayerWeights:
     """One pre-norm transformer layer without its first norm, which the layer before has applied.
 
-    A weight is an array [rows, columns] of the activations' dtype, or int32 [rows / 128, 16 + 128/g, columns] in the packed
-    form of ``w4a16_matmul``. Biases and norm have the activations' dtype. Under tensor parallelism every array is the
-    device's share: whole KV heads, and of gate and up the same columns.
+    A weight is an array [rows, columns] of the activations' dtype, or int32 [rows / 128, 16 + 128/g, columns] in the
+    packed form of ``w4a16_matmul``. Biases and norm have the activations' dtype. Under tensor parallelism every array
+    is the device's share: whole KV heads, and of gate and up the same columns.
 
     Attributes:
-        wqkv: [D, K · (N/K + 2) · H]; the columns of a KV head are those of its query heads, then its key, then its value.
+        wqkv: [D, K · (N/K + 2) · H]; a KV head has the columns of its query heads, then of its key, then of its value.
         wo: [N · H, D].
         gate_up: [D, 2 · F]; the columns of the gate, then those of up.
         down: [F, D].

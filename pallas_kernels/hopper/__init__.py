@@ -1,7 +1,7 @@
 """What the Mosaic GPU backends share: where they run, and in ``ring`` how their warpgroups hand data to each other.
 
-This module can be imported anywhere. ``ring`` and the kernels import ``jax.experimental.pallas.mosaic_gpu``, which not every
-jax in our range can do, so backends import them once the call is accepted.
+This module can be imported anywhere. ``ring`` and the kernels import ``jax.experimental.pallas.mosaic_gpu``, which not
+every jax in our range can do: backends import them once they have accepted a call.
 """
 
 from __future__ import annotations

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
+
+plgpu: Any = mosaic_gpu
+"""Untyped: what it has, and with which parameters, is not the same in any two releases."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,12 @@ class Ring:
 
     def slot(self, step: jax.Array) -> jax.Array:
         """Where the data of ``step`` lies."""
-        return lax.rem(step, jax.numpy.int32(self.slots))
+        return lax.rem(step, jnp.int32(self.slots))
 
 
 def swizzled(columns: int, dtype: Any) -> tuple[Any, ...]:
     """How a tile with rows of ``columns`` elements lies in shared memory, so that wgmma and TMA can read it."""
-    bits = 8 * jax.numpy.dtype(dtype).itemsize
+    bits = 8 * jnp.dtype(dtype).itemsize
     width = plgpu.find_swizzle(columns * bits)
     return plgpu.TilingTransform((8, 8 * width // bits)), plgpu.SwizzleTransform(width)
 
@@ -73,7 +77,7 @@ def give_registers(readers: int) -> None:
 
 
 def take_registers(readers: int) -> None:
-    """Of each of the ``readers`` that compute: take what the copying warpgroup leaves. One alone has enough as it is."""
+    """Of each of the ``readers`` that compute: take what the copying warpgroup leaves. One alone has enough."""
     if readers > 1:
         each = (_REGISTERS // (readers + 1) // 8 * 8 * (readers + 1) - _COPYING) // readers // 8 * 8
         plgpu.set_max_registers(each, action="increase")

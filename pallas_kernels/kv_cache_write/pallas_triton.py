@@ -18,14 +18,11 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import RefusalError, need_gpu
 from pallas_kernels.kv_cache_write.tiles import Tiles, choose
-from pallas_kernels.kv_pool import Pool, block_size, pool_bits, range_of
+from pallas_kernels.kv_pool import Pool, block_size, integers, pool_bits, range_of
 from pallas_kernels.paged_attention.words import as_words, from_words
 from pallas_kernels.target import Target, current_target
 
 _KEYS, _VALUES = 0, 1
-
-_NEAREST = 1.5 * 2**23
-"""Added to a float32 of [0, 2^22] and taken off again, it rounds to the nearest integer, ties to even."""
 
 
 def check(target: Target) -> None:
@@ -142,18 +139,12 @@ class _Kernel:
         scale, zero = range_of(low, high, self.bits)
         for which, x in enumerate((scale, zero)):
             plt.store(pool[1].at[block, jnp.int32(half), kv_head, jnp.int32(which), offset], x, mask=inside)
-        (a, b), (c, d) = ([self._integers(x, scale, zero) for x in halves] for halves in pieces)
+        (a, b), (c, d) = ([integers(x, scale[:, None], zero[:, None], self.bits) for x in halves] for halves in pieces)
         if self.bits == 4:
             plt.store(pool[0].at[(*at, lanes[None, :])], _word(a | (b << 4), c | (d << 4)), mask=there)
             return
         for start, word in ((0, _word(a, c)), (self.head_dim // 4, _word(b, d))):
             plt.store(pool[0].at[(*at, (lanes + start)[None, :])], word, mask=there)
-
-    def _integers(self, x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
-        assert self.bits is not None
-        steps = (x - zero.astype(jnp.float32)[:, None]) / scale.astype(jnp.float32)[:, None]
-        limited = jnp.minimum(jnp.maximum(steps, 0), 2**self.bits - 1)
-        return ((limited + _NEAREST) - _NEAREST).astype(jnp.int32)
 
 
 def _over(fold: Any, arrays: list[jax.Array]) -> jax.Array:

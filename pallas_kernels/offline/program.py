@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,12 @@ from pallas_kernels.offline.sass import KernelCode, assemble
 
 _INDENT = 4
 """Spaces before what is inside an entry of XLA's listing, for each level."""
+
+_GROUPS = ("kCommandBuffer", "kAsyncStart", "kAsyncDone", "kSequential", "kWhile", "kConditional")
+"""Entries that hold, or wait for, others, and put no work on the device themselves."""
+
+_MOSAIC = "mosaic"
+"""Folder for what Mosaic GPU writes, within that of XLA."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,21 @@ class Launch:
     threads: int
     smem_bytes: int
 
+    @property
+    def on_device(self) -> bool:
+        """Whether it is a kernel, a copy or a collective, rather than a group of such."""
+        return self.kind not in _GROUPS
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether it is such, and not at the top level."""
+        return self.on_device and self.depth > 0
+
+    @property
+    def ctas(self) -> int:
+        """Programs of the kernel."""
+        return prod(self.grid)
+
 
 class Program:
     """The compiled function: ``launches``, ``kernels`` by name, memory."""
@@ -42,7 +65,9 @@ class Program:
             dump.glob("*.thunk_sequence.txt")
         )
         self.launches = [launch for path in texts for launch in _read_launches(path.read_text("utf-8"))]
-        self._ptx = [path.read_text("utf-8") for path in sorted(dump.glob("*.ptx"))]
+        self._ptx = [path.read_text("utf-8") for path in sorted(dump.glob("**/*.ptx"))]
+        mosaic = (_read_mosaic_launch(path) for path in sorted((dump / _MOSAIC).glob("*.ll")))
+        self._mosaic_launches = {launch.name: launch for launch in mosaic}
         self.hlo: str = compiled.as_text() or ""
 
     @property
@@ -52,14 +77,21 @@ class Program:
 
     @cached_property
     def kernels(self) -> dict[str, KernelCode]:
-        """Every kernel that XLA's emitters and Pallas-Triton made, assembled; equal ones appear once."""
+        """Every kernel that XLA's emitters and Pallas made, assembled; equal ones appear once."""
         arch = DEVICES[self.device].arch
         codes = [assemble(text, arch) for text in self._ptx if ".entry" in text]
         return {code.name: code for code in codes}
 
     def launched(self, name: str) -> Launch:
         """The first launch of kernel ``name`` (grid, threads, shared memory)."""
+        if name in self._mosaic_launches:
+            return self._mosaic_launches[name]
         return next(launch for launch in self.launches if launch.name == name)
+
+    @property
+    def command_buffers(self) -> int:
+        """CUDA graphs at the top level."""
+        return sum(launch.kind == "kCommandBuffer" and launch.depth == 0 for launch in self.launches)
 
     def copies(self, shape: str) -> int:
         """How often the program copies an array of this HLO shape, e.g. ``bf16[64,2,8,64,128]``."""
@@ -92,10 +124,36 @@ def compile_on_mesh(
 
 
 def _compile(lowered: Any, device: str, options: Any) -> Program:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _mosaic_dumps(Path(folder, _MOSAIC)):
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
         compiled = lowered.compile(compiler_options={**dump, **(options or {})})
         return Program(compiled, device, Path(folder))
+
+
+@contextmanager
+def _mosaic_dumps(folder: Path) -> Iterator[None]:
+    """Have Mosaic GPU write what it makes of a kernel to ``folder``: to XLA its kernels are calls into the unknown."""
+    folder.mkdir()
+    wanted = {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_HOST_LLVM": "1"}
+    before = {name: os.environ.pop(name, None) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+def _read_mosaic_launch(path: Path) -> Launch:
+    """From the host's side of a kernel, in LLVM's language."""
+    call = re.search(r"@mosaic_gpu_launch_kernel\(ptr [^,]*((?:, i32 \d+){10})", path.read_text("utf-8"))
+    if call is None:
+        raise ValueError(f"{path.name} launches no kernel")
+    x, y, z, _, _, _, *threads, smem_bytes = (int(number) for number in re.findall(r"i32 (\d+)", call[1]))
+    name = re.sub(r"_\d+$", "_mosaic_gpu_kernel", path.stem)
+    return Launch("kCustomCall", name, 0, (x, y, z), prod(threads), smem_bytes)
 
 
 def _read_launches(text: str) -> list[Launch]:

@@ -6,9 +6,9 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,23 +34,23 @@ class KernelCode:
     def hot_loop(self) -> list[str]:
         """The opcodes of the longest loop that holds no other but those that only wait; empty where there is none."""
         long = [body for body in self._loops if len(body) > _WAITING]
-        inner = [body for body in long if not any(other < body for other in long)]
+        inner = [body for body in self._loops if not any(other < body for other in long)]
         return [self.code[at][1] for at in sorted(max(inner, key=len, default=()))]
 
     @cached_property
     def _loops(self) -> list[frozenset[int]]:
         """The natural loops, as sets of positions in ``code``.
 
-        A branch backwards closes one only if every way to it leads through its target: the code of rare cases, such as a
-        wait that has to be repeated, stands at the end of a kernel and branches back into the middle.
+        A branch backwards closes one only if every way to it leads through its target: what is rare, such as a second
+        try of a wait, stands at the end of a kernel and branches back into the middle.
         """
         after = _successors(self.code)
         before: dict[int, list[int]] = {}
-        for at, following in enumerate(after):
+        for at, following in after.items():
             for target in following:
                 before.setdefault(target, []).append(at)
         closing: dict[int, list[int]] = {}
-        for at, following in enumerate(after):
+        for at, following in after.items():
             for head in following:
                 if head < at and at not in _reachable(0, after, without=head):
                     closing.setdefault(head, []).append(at)
@@ -64,11 +64,11 @@ _WAITING = 16
 """Instructions of the longest loop that does nothing but wait for a barrier."""
 
 
-def _successors(code: Sequence[tuple[int, str, str]]) -> list[list[int]]:
-    """For each instruction the positions of those that may follow it."""
+def _successors(code: Sequence[tuple[int, str, str]]) -> dict[int, list[int]]:
+    """The positions of the instructions that may follow each."""
     place = {address: at for at, (address, _, _) in enumerate(code)}
     meeting: dict[str, str] = {}
-    found = []
+    found = {}
     for at, (address, opcode, operands) in enumerate(code):
         base = opcode.split(".")[0]
         target = re.search(r"0x[0-9a-f]+$", operands)
@@ -78,28 +78,21 @@ def _successors(code: Sequence[tuple[int, str, str]]) -> list[list[int]]:
             meeting[barrier[0]] = target[0]
         if base == "BSYNC" and barrier and barrier[0] in meeting:
             jumps = [int(meeting[barrier[0]], 16)]
-        always = base in ("EXIT", "RET", "BSYNC") or (base == "BRA" and jumps != [address])
-        following = [place[jump] for jump in jumps if jump in place and jump != address]
-        if at + 1 < len(code) and (not always or _conditional(operands)):
-            following.append(at + 1)
-        found.append(following)
+        leaves = base in ("BRA", "BSYNC", "EXIT", "RET") and not re.search(r"\bU?P\d\b", operands)
+        passing = [] if leaves or at + 1 == len(code) else [at + 1]
+        found[at] = [place[jump] for jump in jumps if jump in place and jump != address] + passing
     return found
 
 
-def _conditional(operands: str) -> bool:
-    """Whether a branch with these operands depends on a predicate."""
-    return re.search(r"\bU?P\d\b", operands) is not None
-
-
-def _reachable(start: int, edges: Any, *, without: int) -> set[int]:
+def _reachable(start: int, edges: Mapping[int, Sequence[int]], *, without: int) -> set[int]:
     """Positions that ``edges`` lead to from ``start``, itself included, when ``without`` is no way to pass."""
-    seen, waiting = set(), [start] if start != without else []
+    seen: set[int] = set()
+    waiting = [start] if start != without else []
     while waiting:
         at = waiting.pop()
         if at not in seen:
             seen.add(at)
-            following = edges.get(at, ()) if isinstance(edges, dict) else edges[at]
-            waiting += [target for target in following if target != without]
+            waiting += [target for target in edges.get(at, ()) if target != without]
     return seen
 
 

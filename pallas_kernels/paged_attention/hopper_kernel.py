@@ -1,25 +1,24 @@
 """The kernel of ``pallas_mosaic_gpu``: in each CTA one warpgroup copies keys and values, others attend.
 
-A compute warpgroup has 64 query vectors: a few neighbouring tokens of a row, each with several of the query heads of one KV
-head. Vector i is token i mod T of head i div T, so that a head's tokens come and go in one copy. The softmax is the running
-one of arXiv:1805.02867, with exponents to base 2; warpgroups hide it behind each other's matrix products (arXiv:2407.08608).
+A compute warpgroup has V = 64 query vectors: T neighbouring tokens of a row, with several of the query heads of one KV
+head. Vector i is token i mod T of head i div T, so that a head's tokens come and go in one copy. The softmax is the
+running one of arXiv:1805.02867, with exponents to base 2; warpgroups hide it behind each other's matrix products
+(arXiv:2407.08608).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.ring import Ring, give_registers, swizzled, take_registers
+from pallas_kernels.hopper.ring import Ring, give_registers, plgpu, swizzled, take_registers
 from pallas_kernels.paged_attention.pallas_mosaic_gpu import VECTORS, HopperTiles, tokens_together
 
 _KEYS, _VALUES = 0, 1
@@ -148,17 +147,19 @@ class HopperKernel:
         def _copy() -> None:
             give_registers(self.tiles.warpgroups)
             size = pool.shape[3]
+            parts = self.tiles.tile_n // size
             kv_head = lax.div(head, jnp.int32(q.shape[2] // pool.shape[2]))
             last = lax.div(end - 1, jnp.int32(size))
 
             def tile(index: jax.Array, _: None) -> None:
+                entries = [index * parts + part for part in range(parts)]
+                # A tile may reach beyond the context, where the table says nothing: any block will do.
+                blocks = [tables[row, jnp.minimum(entry, last)] for entry in entries]
                 for half, tiles in ((_KEYS, keys), (_VALUES, values)):
-                    rings[half].fill(index - seen.begin, partial(copy, index, half, tiles))
+                    rings[half].fill(index - seen.begin, partial(copy, blocks, half, tiles))
 
-            def copy(index: jax.Array, half: int, tiles: Any, slot: jax.Array, barrier: Any) -> None:
-                for part in range(self.tiles.tile_n // size):
-                    # A tile may reach beyond the context, where the table says nothing: any block will do.
-                    block = tables[row, jnp.minimum(index * (self.tiles.tile_n // size) + part, last)]
+            def copy(blocks: list[jax.Array], half: int, tiles: Any, slot: jax.Array, barrier: Any) -> None:
+                for part, block in enumerate(blocks):
                     place = tiles.at[slot, pl.ds(part * size, size)]
                     plgpu.copy_gmem_to_smem(pool.at[block, half, kv_head], place, barrier)
 
@@ -219,11 +220,12 @@ class HopperKernel:
         return _Range(begin, begin, stop)
 
     def _visible(self, first: jax.Array, index: jax.Array) -> jax.Array:
-        """Which tokens of tile ``index`` each vector sees, bool [V, tile_n]; ``first`` is the first token's position."""
+        """Which tokens of tile ``index`` each vector sees, bool [V, tile_n]; vector 0 stands at position ``first``."""
         shape = (VECTORS, self.tiles.tile_n)
         vector, column = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_MATRIX) for axis in (0, 1))
         age = (vector & (self.tokens - 1)) - column + (first - index * self.tiles.tile_n)
-        return age >= 0 if self.window is None else (age >= 0) & (age < self.window)
+        visible: jax.Array = age >= 0 if self.window is None else (age >= 0) & (age < self.window)
+        return visible
 
     def _capped(self, scores: jax.Array) -> jax.Array:
         if self.softcap is None:
@@ -233,7 +235,7 @@ class HopperKernel:
     def _softmax(
         self, running: _Running, scores: jax.Array, visible: jax.Array | None
     ) -> tuple[_Running, jax.Array, jax.Array]:
-        """Take in a tile's scores → the state but for its output, the weights, what the output so far shrinks by [V]."""
+        """Take in a tile's scores → the state but for its output, the weights, what that output shrinks by [V]."""
         if visible is not None:
             scores = jnp.where(visible, scores, -jnp.inf)
         factor = _LOG2_E * (self.scale if self.softcap is None else self.softcap)
@@ -244,7 +246,8 @@ class HopperKernel:
 
     def _empty(self, size: int) -> _Running:
         def full(shape: tuple[int, ...], value: float, layout: Any) -> jax.Array:
-            return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+            same: jax.Array = plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+            return same
 
         lowest, nothing = full((VECTORS,), _LOWEST, _PER_ROW), full((VECTORS,), 0.0, _PER_ROW)
         return _Running(lowest, nothing, full((VECTORS, size), 0.0, _MATRIX))
@@ -253,11 +256,12 @@ class HopperKernel:
 def _product(left: Any, right: Any) -> jax.Array:
     """``left`` [V, K], in registers or shared memory, times ``right`` [K, N] in shared memory → float32 [V, N]."""
 
-    def multiply(acc: Any) -> jax.Array:
+    def multiply(acc: Any) -> Any:
         plgpu.wgmma(acc, left, right)
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+    product: jax.Array = pl.run_scoped(multiply, plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
+    return product
 
 
 def _add_product(acc: jax.Array, left: jax.Array, right: Any) -> jax.Array:

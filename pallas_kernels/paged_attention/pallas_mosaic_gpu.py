@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from pallas_kernels import tuning
 from pallas_kernels.dispatch import RefusalError
 from pallas_kernels.hopper import SHARED_MEMORY, need_hopper, need_jax
 from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size
-from pallas_kernels.paged_attention.tiles import Call
+from pallas_kernels.paged_attention.tiles import Call, Tiles
 from pallas_kernels.target import Target, current_target
 
 VECTORS = 64
@@ -57,7 +56,7 @@ def run(
     scale: float,
     window: int | None,
     softcap: float | None,
-    tiles: HopperTiles | Any | None = None,
+    tiles: HopperTiles | Tiles | None = None,
 ) -> jax.Array:
     """See ``pallas_kernels.paged_attention.paged_attention``; the whole pool must be finite, also where no token is.
 
@@ -66,8 +65,11 @@ def run(
     """
     need_jax()
     target = current_target()
-    _refuse(q, pool, tiles)
-    assert not isinstance(pool, QuantizedPool)
+    if isinstance(pool, QuantizedPool):
+        raise RefusalError("needs a plain pool, have a quantised one")
+    if tiles is not None and not isinstance(tiles, HopperTiles):
+        raise RefusalError(f"takes HopperTiles, have {tiles}")
+    _refuse(q, pool)
     call = Call.of(q, pool, block_tables)
     chosen = tuning.choose("paged_attention_hopper", target.kind, call.key, tiles, heuristic(call))
     if chosen.tile_n % call.block_size or chosen.shared_memory(call.head_dim) > SHARED_MEMORY:
@@ -110,10 +112,8 @@ def candidates(call: Call) -> Iterator[HopperTiles]:
                     yield tiles
 
 
-def _refuse(q: jax.Array, pool: Pool, tiles: Any) -> None:
+def _refuse(q: jax.Array, pool: jax.Array) -> None:
     _, queries, heads, size = q.shape
-    if isinstance(pool, QuantizedPool):
-        raise RefusalError("needs a plain pool, have a quantised one")
     if queries == 1:
         raise RefusalError("is for prefill: rows of Q=1 are decode")
     if q.dtype not in (jnp.bfloat16, jnp.float16) or pool.dtype != q.dtype:
@@ -125,5 +125,3 @@ def _refuse(q: jax.Array, pool: Pool, tiles: Any) -> None:
     group = heads // pool.shape[2]
     if queries * heads_together(group) < VECTORS // 2:
         raise RefusalError(f"fills no wgmma: Q={queries} tokens of {group} heads that share keys")
-    if tiles is not None and not isinstance(tiles, HopperTiles):
-        raise RefusalError(f"takes HopperTiles, have {tiles}")

@@ -42,7 +42,7 @@ def run(
     """See ``pallas_kernels.paged_attention.paged_attention``. Queries for a quantised pool become float16."""
     rows, queries, heads, size = q.shape
     target, kv_heads = current_target(), stored(pool).shape[2]
-    _refuse(q, pool, target)
+    _refuse(q, pool, target, tiles)
     chosen = choose(Call.of(q, pool, block_tables), target, tiles)
     kernel = TritonKernel(
         words=Words(pool_bits(pool, size), size),
@@ -72,8 +72,10 @@ def run(
     )
 
 
-def _refuse(q: jax.Array, pool: Pool, target: Target) -> None:
+def _refuse(q: jax.Array, pool: Pool, target: Target, tiles: Any) -> None:
     size, tokens = q.shape[-1], block_size(pool)
+    if tiles is not None and not isinstance(tiles, Tiles):
+        raise RefusalError(f"takes Tiles, have {tiles}")
     if size % 16 or size > 256:
         raise RefusalError(f"needs a head_dim that is a multiple of 16 up to 256, have {size}")
     if tokens < 16 or tokens & (tokens - 1):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import jax
@@ -11,10 +11,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import tuning
 from pallas_kernels.kv_pool import Pool, block_size, pool_bits, stored
+from pallas_kernels.paged_attention.words import Words
 from pallas_kernels.target import Target
-
-_PROGRAMS_PER_CORE = 3
-"""That a heuristic split aims at: so many are in flight at once, and hide one another's waits."""
 
 _LEAST_TILES = 4
 """Tiles of a full block table that a split has; below that, combining costs more than it gains."""
@@ -72,39 +70,44 @@ class Call:
 
     @property
     def matrix_rows(self) -> int:
-        """Rows that all query tokens of a KV head would fill."""
-        return self.queries * int(pl.next_power_of_2(self.group))
+        """Rows that all query tokens of a KV head would fill, as a power of two."""
+        return int(pl.next_power_of_2(self.queries) * pl.next_power_of_2(self.group))
 
 
 def heuristic(call: Call, cores: int) -> Tiles:
     """What is taken where nothing was measured.
 
-    Decode: the fewest rows, and the context split until each core has a few programs. Prefill: as many rows as a
-    program's registers hold, so that keys and values are read seldom.
+    As many rows as there are or as a program's registers hold, so that keys and values are read seldom. The context is
+    split until each core has one program; or three, where programs are so small that they hide one another's waits.
     """
-    if call.matrix_rows <= 16:
-        tile_n = 64 if call.head_dim <= 128 else 32
-        wanted = pl.cdiv(_PROGRAMS_PER_CORE * cores, call.rows * call.kv_heads)
-        most = min(_MOST_SPLITS, call.context // (tile_n * _LEAST_TILES))
-        splits = int(pl.next_power_of_2(max(1, min(wanted, most))))
-        return Tiles(16, tile_n, splits, 4, 3)
-    wide = call.head_dim > 128
-    tile_m = min(64 if wide else 128, call.matrix_rows)
-    return Tiles(tile_m, 32 if wide else 64, 1, 8 if wide or tile_m == 128 else 4, 3)
+    wide, words = call.head_dim > 128, Words(call.bits, call.head_dim)
+    tile_m = max(16, min((32 if call.bits else 64) if wide else 128, call.matrix_rows))
+    lined_up = tile_m >= words.padded  # Then the compiler puts all warps along the rows, 16 rows to each.
+    crowded = call.bits is not None and tile_m > 16 and (words.padded > words.count or (lined_up and tile_m < 64))
+    tile_n = 32 if wide or crowded else 64
+    num_warps = 8 if tile_m == 128 or (wide and tile_m == 64) else 4
+    if lined_up:
+        num_warps = min(num_warps, tile_m // 16)
+    tiles = Tiles(tile_m, tile_n, 1, num_warps, 3)
+    programs = call.rows * call.kv_heads * pl.cdiv(call.queries, tiles.tokens(call.group))
+    wanted = pl.cdiv((3 if tile_m == 16 else 1) * cores, programs)
+    most = min(_MOST_SPLITS, call.context // (tile_n * _LEAST_TILES))
+    return replace(tiles, splits=int(pl.next_power_of_2(max(1, min(wanted, most)))))
 
 
 def candidates(call: Call) -> Iterator[Tiles]:
     """What the tuner tries: no more than fits the registers of a thread, or fills a large GPU ten times over."""
+    programs = call.rows * call.kv_heads
     if call.matrix_rows <= 16:
-        programs = call.rows * call.kv_heads
         splits = [1 << n for n in range(8) if programs << n <= 2048 and call.context >= 64 << n]
         for tile_n, split, num_warps, num_stages in product((32, 64, 128), splits or [1], (1, 2, 4), (2, 3, 4)):
             if 16 * num_warps <= tile_n and tile_n * call.head_dim <= 4096 * num_warps:
                 yield Tiles(16, tile_n, split, num_warps, num_stages)
         return
-    for tile_m, tile_n, num_warps, num_stages in product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)):
+    split = heuristic(call, 132).splits
+    for tile_m, tile_n, num_warps, num_stages in product((32, 64, 128), (32, 64, 128), (2, 4, 8), (2, 3)):
         if tile_m <= call.matrix_rows and tile_m * max(tile_n, call.head_dim) <= 2048 * num_warps:
-            yield Tiles(tile_m, tile_n, 1, num_warps, num_stages)
+            yield Tiles(tile_m, tile_n, split, num_warps, num_stages)
 
 
 def choose(call: Call, target: Target, explicit: Tiles | None = None) -> Tiles:

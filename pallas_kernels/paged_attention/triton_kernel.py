@@ -179,7 +179,7 @@ class TritonKernel:
         Few rows are spread over the warps by tokens of the context: adding those up takes shared memory, and waiting.
         More rows need the registers that unfinished sums would take, and each lies in one warp.
         """
-        return rows < 64
+        return rows < 32
 
     def _visit(
         self, index: jax.Array, running: _Running, *, source: _Source, queries: _Queries, masked: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import RefusalError, need_gpu
+from pallas_kernels.rms_norm import reference
 from pallas_kernels.rms_norm.reference import rounded
 from pallas_kernels.rms_norm.tiles import Tiles, choose
 from pallas_kernels.target import Target, current_target
@@ -43,8 +45,30 @@ def run(
         interpret=target.interpret,
         name="rms_norm",
     )
-    out: list[jax.Array] = call(*args)
-    return out[0] if residual is None else (out[0], out[1])
+
+    def norm(*arrays: jax.Array) -> Any:
+        out = call(*arrays)
+        return out[0] if residual is None else tuple(out)
+
+    out: jax.Array | tuple[jax.Array, jax.Array] = _differentiable(norm, eps)(*args)
+    return out
+
+
+def _differentiable(norm: Callable[..., Any], eps: float) -> Callable[..., Any]:
+    """``norm`` with the derivative of the reference, which training needs; nothing hangs on its speed."""
+
+    def plain(x: jax.Array, scale: jax.Array, residual: jax.Array | None = None) -> Any:
+        return reference.run(x, scale, residual, eps=eps)
+
+    def forward(*arrays: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
+        return norm(*arrays), arrays
+
+    def backward(arrays: tuple[jax.Array, ...], cotangents: Any) -> tuple[jax.Array, ...]:
+        return tuple(jax.vjp(plain, *arrays)[1](cotangents))
+
+    wrapped = jax.custom_vjp(norm)
+    wrapped.defvjp(forward, backward)
+    return wrapped
 
 
 def _kernel(x_ref: Any, scale_ref: Any, *refs: Any, eps: float, tile_m: int, added: bool, interpret: bool) -> None:

@@ -63,6 +63,11 @@ def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict[
     return (x, scale, residual) if shape.residual else (x, scale), {"eps": 1e-5}
 
 
+def carry(args: tuple[jax.Array, ...], out: Any) -> tuple[jax.Array, ...]:
+    """Arguments of the next call, as in a model: the normed tokens change and are added to the sum."""
+    return (out, args[1]) if len(args) == 2 else (out[0], args[1], out[1])
+
+
 def cost(shape: Shape) -> tuple[int, int]:
     """(bytes that must move, floating-point operations)."""
     elements = shape.tokens * shape.width

@@ -1,17 +1,20 @@
 """Product of 16-bit activations with 4-bit weights that have a scale and a zero point for each group of rows.
 
-The weight comes packed for the kernels; ``packing`` makes it from plain integers, or from what AWQ and GPTQ store.
+The weight comes packed for the kernels; ``packing`` makes it from plain integers, or from what AWQ and GPTQ store. M, K
+and N are the letters of a matrix product here: rows of activations, inputs, outputs.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.w4a16_matmul.tiles import Tiles
 
 BACKENDS = {
+    "pallas_mosaic_gpu": "pallas_kernels.w4a16_matmul.pallas_mosaic_gpu",
     "pallas_triton": "pallas_kernels.w4a16_matmul.pallas_triton",
     "xla": "pallas_kernels.w4a16_matmul.xla",
     "reference": "pallas_kernels.w4a16_matmul.reference",
@@ -25,7 +28,7 @@ def w4a16_matmul(
     bias: jax.Array | None = None,
     *,
     backend: str | None = None,
-    tiles: Tiles | None = None,
+    tiles: Any = None,
 ) -> jax.Array:
     """``x · weight + bias``, summed in float32; the weight is ``(q - zero) · scale``.
 
@@ -36,7 +39,8 @@ def w4a16_matmul(
             bits of the scale in the low half, the zero point 0…16 in the high half.
         bias: [N], dtype of ``x``.
         backend: a name of ``BACKENDS``; ``None`` takes the first that accepts the call.
-        tiles: for the Pallas backends; ``None`` takes the measured ones, else the heuristic's.
+        tiles: how a Pallas backend cuts up the call, ``Tiles`` for Triton; ``None`` takes the measured ones, else the
+            heuristic's. A backend refuses those of another.
 
     Returns:
         [M, N], dtype of ``x``.

@@ -1,9 +1,9 @@
 """The kernel of ``pallas_mosaic_gpu``: a persistent grid, one warpgroup that copies and others that compute.
 
-A tile of the result is made transposed, out.T = weight.T · x.T: the left operand of wgmma may come from registers, and the
-weights have just been dequantised there. Each compute warpgroup makes 64 columns of the result. It dequantises half a
-chunk, 64 rows of the weight, while its wgmma of the half before is still running; the tensor cores also have the other
-warpgroups' to do.
+A tile of the result is made transposed, out.T = weight.T · x.T: the left operand of wgmma may come from registers, and
+the weights have just been dequantised there. Each compute warpgroup makes 64 columns of the result. It dequantises half
+a chunk, 64 rows of the weight, while its wgmma of the half before is still running; the tensor cores also have the
+other warpgroup's to do.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper.ring import Ring, give_registers, swizzled, take_registers
+from pallas_kernels.hopper.ring import Ring, give_registers, plgpu, swizzled, take_registers
 from pallas_kernels.target import Target
 from pallas_kernels.w4a16_matmul.pallas_mosaic_gpu import COLUMNS, TILE_N, WARPGROUPS, HopperTiles
-
 
 _CHUNK = 128
 _HALF = 64
@@ -81,7 +79,7 @@ def _kernel(
     chunks_full: Any,
     chunks_empty: Any,
 ) -> None:
-    """``refs`` are (bias, out) where there is a bias, else (out); ``work`` is how many tiles and clusters of them there are."""
+    """``refs`` are (bias, out) where there is a bias, else (out); ``work`` counts tiles in M and clusters in N."""
     *bias, out = refs
     steps = packed.shape[0]
     warpgroup = lax.axis_index("warpgroup")
@@ -91,12 +89,13 @@ def _kernel(
     def each_tile(body: Callable[[jax.Array, jax.Array, jax.Array], None]) -> None:
         """``body`` gets a tile's first row and column, and how many chunks this CTA has seen before it."""
 
-        @plgpu.nd_loop((work[0] * work[1],), collective_axes="cta")
-        def _tile(loop: Any) -> None:
+        def tile(loop: Any) -> None:
             i, j = plgpu.planar_snake(loop.index[0], work, 0, _SWATH)
             if tiles.cluster > 1:
                 j = j * tiles.cluster + lax.axis_index("cluster")
             body(i * tiles.tile_m, j * TILE_N, loop.local_index * steps)
+
+        plgpu.nd_loop((work[0] * work[1],), collective_axes="cta")(tile)
 
     @pl.when(warpgroup == WARPGROUPS)
     def _copy() -> None:
@@ -157,7 +156,8 @@ def _kernel(
             lax.fori_loop(0, steps, chunk, None)
             plgpu.wgmma_wait(0)
             halves.release(2 * (done + steps) - 1)
-            return acc[...]
+            product: jax.Array = acc[...]
+            return product
 
         def store(tile: jax.Array, row: jax.Array, column: jax.Array) -> None:
             for i in range(tiles.tile_m // _HALF):
@@ -190,8 +190,8 @@ def _load_chunk(chunk: Any) -> tuple[jax.Array, list[jax.Array]]:
 def _dequantize(words: jax.Array, groups: list[jax.Array], half: int, dtype: Any) -> jax.Array:
     """Rows 64·half … 64·half + 63 of a chunk of the weight, transposed: [n, 64].
 
-    Nibble j goes where ``128 + q`` is a float32, and one fused multiply-add makes ``(q - zero) · scale`` of it: exactly,
-    since a float16 scale times 128 + q fits into 24 bits.
+    Nibble j goes where ``128 + q`` is a float32, and one fused multiply-add makes ``(q - zero) · scale`` of it. That is
+    exact, since 128 + q times a float16 fits into 24 bits; only then is the weight rounded to ``dtype``.
     """
     tiles = []
     for j in range(4 * half, 4 * half + 4):

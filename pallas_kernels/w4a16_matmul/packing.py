@@ -14,8 +14,8 @@ Array = np.ndarray[Any, Any]
 
 _CHUNK, _STEP, _PER_WORD = 128, 16, 8
 _GROUP_SIZES = (32, 64, 128)
-_AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight neighbouring columns each nibble of an AWQ word holds."""
+_AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Which nibble of an AWQ word holds each of eight neighbouring columns."""
 
 
 def group_size(shape: Sequence[int]) -> int:
@@ -42,7 +42,7 @@ def pack(q: Array, scales: Array, zeros: Array, group_size: int) -> Array:
     rows = k if group_size == -1 else group_size
     if k % _CHUNK:
         raise ValueError(f"K={k} must be a multiple of {_CHUNK}; pad q, and the activations with zeros")
-    if (rows not in _GROUP_SIZES and rows % _CHUNK) or k % rows:
+    if rows <= 0 or (rows not in _GROUP_SIZES and rows % _CHUNK) or k % rows:
         raise ValueError(f"group_size={group_size} must be 32, 64, -1 or a multiple of 128 that divides K={k}")
     if scales.shape != (k // rows, n) or zeros.shape != scales.shape:
         raise ValueError(f"scales {scales.shape} and zeros {zeros.shape} must both be [K / g, N] = {(k // rows, n)}")
@@ -52,10 +52,10 @@ def pack(q: Array, scales: Array, zeros: Array, group_size: int) -> Array:
         halves = scales.astype(np.float16)
     if not np.isfinite(halves).all():
         raise ValueError("scales must be finite in float16; they are stored in it")
-    nibbles = q.reshape(-1, _PER_WORD, _STEP, n).astype(np.uint32)
+    nibbles = q.reshape(-1, _PER_WORD, _STEP, n)
     words = np.zeros((k // _CHUNK, _STEP, n), np.uint32)
     for j in range(_PER_WORD):
-        words |= nibbles[:, j] << np.uint32(4 * j)
+        words |= nibbles[:, j].astype(np.uint32) << np.uint32(4 * j)
     meta = halves.view(np.uint16).astype(np.uint32) | zeros.astype(np.uint32) << np.uint32(16)
     meta = np.repeat(meta, max(1, rows // _CHUNK), axis=0).reshape(k // _CHUNK, -1, n)
     return np.concatenate([words, meta], axis=1).view(np.int32)
@@ -65,10 +65,10 @@ def unpack(packed: Array) -> tuple[Array, Array, Array]:
     """The inverse: int32 [K / 128, 16 + 128 / g, N] → q uint8 [K, N], scales float16 and zeros uint8 [K / g, N]."""
     n = packed.shape[2]
     words, meta = np.split(packed.view(np.uint32), [_STEP], axis=1)
-    q = np.stack([words >> np.uint32(4 * j) & np.uint32(15) for j in range(_PER_WORD)], axis=1)
+    q = _nibbles(words, axis=1)
     scales = meta.astype(np.uint16).view(np.float16)
     zeros = (meta >> np.uint32(16)).astype(np.uint8)
-    return q.astype(np.uint8).reshape(-1, n), scales.reshape(-1, n), zeros.reshape(-1, n)
+    return q.reshape(-1, n), scales.reshape(-1, n), zeros.reshape(-1, n)
 
 
 def from_awq(qweight: Array, qzeros: Array, scales: Array) -> Array:
@@ -82,8 +82,7 @@ def from_awq(qweight: Array, qzeros: Array, scales: Array) -> Array:
     Raises:
         ValueError: see ``pack``.
     """
-    place = np.argsort(_AWQ_COLUMNS)
-    q, zeros = (_nibbles(words)[..., place].reshape(len(words), -1) for words in (qweight, qzeros))
+    q, zeros = (_nibbles(words, order=_AWQ_NIBBLES).reshape(len(words), -1) for words in (qweight, qzeros))
     return pack(q, scales, zeros, _rows_per_group(q, scales))
 
 
@@ -109,22 +108,21 @@ def from_gptq(
         ValueError: groups of different sizes; and see ``pack``.
     """
     n = qweight.shape[1]
-    q = _nibbles(qweight).transpose(0, 2, 1).reshape(-1, n)
+    q = _nibbles(qweight, axis=1).reshape(-1, n)
     zeros = _nibbles(qzeros).reshape(len(qzeros), -1) + np.uint8(zero_offset)
     rows = _rows_per_group(q, scales)
-    order = None if g_idx is None else np.argsort(g_idx, kind="stable").astype(np.int32)
-    if g_idx is not None and order is not None:
-        if g_idx.shape != (len(q),) or not np.array_equal(g_idx[order], np.arange(len(q)) // rows):
-            raise ValueError(f"g_idx must give {rows} of the {len(q)} rows to each of the {len(scales)} groups")
-        q = q[order]
-    in_order = order is None or np.array_equal(order, np.arange(len(q)))
-    return pack(q, scales, zeros, rows), None if in_order else order
+    if g_idx is None:
+        return pack(q, scales, zeros, rows), None
+    order, places = np.argsort(g_idx, kind="stable").astype(np.int32), np.arange(len(q))
+    if g_idx.shape != places.shape or not np.array_equal(g_idx[order], places // rows):
+        raise ValueError(f"g_idx must give {rows} of the {len(q)} rows to each of the {len(scales)} groups")
+    return pack(q[order], scales, zeros, rows), None if np.array_equal(order, places) else order
 
 
-def _nibbles(words: Array) -> Array:
-    """int32 [...] → uint8 [..., 8], the lowest nibble first."""
-    shifts = np.arange(0, 32, 4, dtype=np.uint32)
-    return (words.view(np.uint32)[..., None] >> shifts & np.uint32(15)).astype(np.uint8)
+def _nibbles(words: Array, axis: int = -1, order: Sequence[int] = range(_PER_WORD)) -> Array:
+    """The eight of each 32-bit word in ``order``, 0 the lowest: uint8 along a new ``axis``."""
+    shifted = (words.view(np.uint32) >> np.uint32(4 * i) for i in order)
+    return np.stack([(word & np.uint32(15)).astype(np.uint8) for word in shifted], axis=axis)
 
 
 def _rows_per_group(q: Array, scales: Array) -> int:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import product
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import RefusalError
 from pallas_kernels.hopper import SHARED_MEMORY, need_hopper, need_jax
 from pallas_kernels.target import Target, current_target
-from pallas_kernels.w4a16_matmul.tiles import key
+from pallas_kernels.w4a16_matmul.tiles import Tiles, key
 
 LEAST_ROWS = 128
-"""Fewest rows of activations: the widest wgmma takes 256, and with fewer the weights' bytes are what takes time."""
+"""Fewest rows of activations: with fewer, fetching and dequantising the weights is what takes time."""
 
 WARPGROUPS = 2
 """That compute; one more only copies."""
@@ -25,6 +26,14 @@ COLUMNS = 64
 """Columns of the result that a compute warpgroup makes at a time: rows of its wgmmas."""
 
 TILE_N = WARPGROUPS * COLUMNS
+
+_HALVES = {256: 5, 192: 6, 128: 8}
+"""Rows of a tile → half chunks of activations that shared memory has room for."""
+
+_CHUNKS = 3
+
+_FIXED = 32
+"""What does not shrink with a tile, above all dequantising, in rows that would take as long."""
 
 _CORES = 132
 """Multiprocessors, where the target does not say."""
@@ -37,7 +46,8 @@ class HopperTiles:
     Attributes:
         tile_m: rows of the result that a CTA makes at a time, a multiple of 64 up to 256: the N of its wgmmas.
         chunks: of packed weights in flight.
-        halves: half chunks of activations in flight, 64 columns each.
+        halves: half chunks of activations in flight, 64 columns each: 2 or more, for one is released when the next is
+            in use.
         cluster: 2 lets two CTAs that need the same activations fetch half of them each; 1 does not.
         through_memory: dequantised weights go through shared memory, as Pallas' interpreter needs it.
     """
@@ -61,7 +71,7 @@ def check(target: Target) -> None:
 
 
 def run(
-    x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: HopperTiles | Any | None = None
+    x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: HopperTiles | Tiles | None = None
 ) -> jax.Array:
     """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; refuses decode, and other backends' ``tiles``."""
     need_jax()
@@ -76,10 +86,8 @@ def run(
     chosen = tuning.choose("w4a16_matmul_hopper", target.kind, call, tiles, heuristic(m, n, target))
     if n % (TILE_N * chosen.cluster):
         raise RefusalError(f"needs a multiple of {TILE_N * chosen.cluster} columns, have N={n}")
-    if chosen.shared_memory(rows) > SHARED_MEMORY:
-        raise ValueError(
-            f"tiles={chosen} need more shared memory than the {SHARED_MEMORY} bytes there are; fewer slots"
-        )
+    if chosen.halves < 2 or chosen.shared_memory(rows) > SHARED_MEMORY:
+        raise ValueError(f"tiles={chosen} must have 2 halves or more and fit into {SHARED_MEMORY} bytes; change halves")
     if target.interpret:
         chosen = replace(chosen, through_memory=True)
     from pallas_kernels.w4a16_matmul.hopper_kernel import matmul
@@ -88,15 +96,21 @@ def run(
 
 
 def heuristic(m: int, n: int, target: Target) -> HopperTiles:
-    """The widest tiles of which there is one for each multiprocessor; neighbours share activations where N allows it."""
-    cores = target.cores or _CORES
-    tile_m = next((size for size in (256, 192) if m // size * (n // TILE_N) >= cores), 128)
-    return HopperTiles(tile_m, chunks=3, halves=5, cluster=2 if n % 256 == 0 else 1)
+    """The tile whose rounds over all multiprocessors take least. Neighbours share activations where N allows it."""
+    cluster = 2 if n % (2 * TILE_N) == 0 else 1
+    at_once = (target.cores or _CORES) // cluster
+
+    def time(tile_m: int) -> int:
+        rounds = pl.cdiv(pl.cdiv(m, tile_m) * (n // (TILE_N * cluster)), at_once)
+        return int(rounds * (tile_m + _FIXED))
+
+    tile_m = min(_HALVES, key=time)
+    return HopperTiles(tile_m, _CHUNKS, _HALVES[tile_m], cluster)
 
 
 def candidates(m: int, n: int) -> Iterator[HopperTiles]:
     """What the tuner tries."""
-    for tile_m, halves in ((256, 5), (256, 4), (192, 6), (128, 8)):
-        for cluster in (1, 2):
-            if tile_m <= max(m, 128) and n % (TILE_N * cluster) == 0:
-                yield HopperTiles(tile_m, 3, halves, cluster)
+    for tile_m, most in _HALVES.items():
+        for halves, cluster in product((most - 1, most), (1, 2)):
+            if tile_m <= max(m, LEAST_ROWS) and n % (TILE_N * cluster) == 0:
+                yield HopperTiles(tile_m, _CHUNKS, halves, cluster)

@@ -30,9 +30,11 @@ def check(target: Target) -> None:
     need_gpu(target)
 
 
-def run(x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: Tiles | None = None) -> jax.Array:
-    """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; refuses float32, and an N that no tile divides."""
+def run(x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: Any = None) -> jax.Array:
+    """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; refuses float32, odd N, and other backends' ``tiles``."""
     (m, k), n = x.shape, packed.shape[2]
+    if tiles is not None and not isinstance(tiles, Tiles):
+        raise RefusalError(f"takes Tiles, have {tiles}")
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise RefusalError(f"multiplies bfloat16 or float16, have {x.dtype}")
     if n % 16:
@@ -80,10 +82,8 @@ def _kernel(x_ref: Any, packed_ref: Any, *refs: Any, m: int, tiles: Tiles, inter
     """``refs`` are (bias, out) where there is a bias, else (out)."""
     *bias_refs, out_ref = refs
     tile_m, tile_n = tiles.tile_m, tiles.tile_n
-    weights_first = tile_m >= _WEIGHTS_FIRST
+    weights_first, ragged = tile_m >= _WEIGHTS_FIRST, m % tile_m != 0
     real = pl.program_id(0) * tile_m + jnp.arange(tile_m, dtype=jnp.int32) < m
-
-    ragged = m % tile_m != 0
 
     def mask(columns: int) -> jax.Array | None:
         return jnp.broadcast_to(real[:, None], (tile_m, columns)) if ragged else None

@@ -63,6 +63,10 @@ def _shapes() -> Iterator[Shape]:
     for m in (1, 16, 64, 4096):
         for name, k, n in _linears("Llama-3-8B"):
             yield Shape(name, m, k, n, bar=m <= 16)
+    for m in (1, 2, 4, 8, 16, 4096):
+        yield Shape("Llama-3-8B gate", m, 4096, 14336)
+    for m in (2, 4, 8):
+        yield Shape("Llama-3-8B down", m, 14336, 4096)
     for model in list(_WIDTHS)[1:]:
         for m in (1, 4096):
             for name, k, n in _linears(model):

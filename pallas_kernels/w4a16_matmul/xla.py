@@ -1,39 +1,40 @@
-"""The op in plain XLA: a slab of the weight at a time is dequantised to the dtype of ``x``, then multiplied.
+"""The op in plain XLA: some columns of the weight at a time are dequantised to the dtype of ``x``, then multiplied.
 
-XLA does not fuse group-wise dequantisation into a product: it writes the weights to memory. Slabs bound how much.
+XLA does not fuse group-wise dequantisation into a product of many rows: it writes the weights to memory. Going by
+columns bounds how much of it that takes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.target import Target
-from pallas_kernels.w4a16_matmul.dequant import CHUNK
 from pallas_kernels.w4a16_matmul.reference import weight
-from pallas_kernels.w4a16_matmul.tiles import Tiles
 
-SLAB = 2**24
-"""Most weights that are dequantised at a time."""
+MOST_WEIGHTS = 2**24
+"""That are dequantised at a time, where a divisor of N allows it."""
 
 
 def check(target: Target) -> None:
     """Runs everywhere."""
 
 
-def run(x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: Tiles | None = None) -> jax.Array:
+def run(x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: Any = None) -> jax.Array:
     """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; there are no ``tiles`` to choose."""
-    chunks, _, n = packed.shape
-    per_slab = max(d for d in range(1, chunks + 1) if chunks % d == 0 and d * CHUNK * n <= max(SLAB, CHUNK * n))
+    (m, k), n = x.shape, packed.shape[2]
+    width = max(size for size in range(1, n + 1) if n % size == 0 and (size == 1 or size * k <= MOST_WEIGHTS))
+    wide_bias = jnp.zeros(n, jnp.float32) if bias is None else bias.astype(jnp.float32)
 
-    def add(slab: jax.Array, acc: jax.Array) -> jax.Array:
-        first = slab * per_slab
-        weights = weight(lax.dynamic_slice_in_dim(packed, first, per_slab)).astype(x.dtype)
-        rows = lax.dynamic_slice_in_dim(x, first * CHUNK, per_slab * CHUNK, axis=1)
-        product = jnp.dot(rows, weights, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
-        total: jax.Array = acc + product
-        return total
+    def add(index: jax.Array, out: jax.Array) -> jax.Array:
+        first = index * width
+        weights = weight(lax.dynamic_slice_in_dim(packed, first, width, axis=2)).astype(x.dtype)
+        product = jnp.dot(x, weights, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)
+        columns = product + lax.dynamic_slice_in_dim(wide_bias, first, width)
+        return lax.dynamic_update_slice_in_dim(out, columns.astype(x.dtype), first, axis=1)
 
-    out: jax.Array = lax.fori_loop(0, chunks // per_slab, add, jnp.zeros((x.shape[0], n), jnp.float32))
-    return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+    filled: jax.Array = lax.fori_loop(0, n // width, add, jnp.zeros((m, n), x.dtype))
+    return filled

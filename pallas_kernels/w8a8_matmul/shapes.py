@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.offline.devices import DEVICES
-from pallas_kernels.target import Target
+from pallas_kernels.target import Target, current_target
 from pallas_kernels.w8a8_matmul.tiles import LARGEST_DECODE, Tiles, candidates, choose, key
 
 
@@ -97,7 +97,7 @@ def key_for(shape: Shape) -> str:
 
 def candidates_for(shape: Shape) -> Iterator[Tiles]:
     """The tiles worth timing."""
-    return candidates(shape.m, shape.k, shape.n)
+    return candidates(shape.m, shape.k, shape.n, current_target().cores or 1)
 
 
 def elements_per_trip(shape: Shape, tiles: Tiles) -> int:

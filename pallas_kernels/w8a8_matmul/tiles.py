@@ -56,17 +56,18 @@ def heuristic(m: int, k: int, n: int, cores: int) -> Tiles:
     return tiles
 
 
-def candidates(m: int, k: int, n: int) -> Iterator[Tiles]:
-    """What the tuner tries."""
+def candidates(m: int, k: int, n: int, cores: int) -> Iterator[Tiles]:
+    """What the tuner tries: splits up to twice those of the heuristic."""
     if m > LARGEST_DECODE:
         for tile_n, tile_k, num_warps, num_stages in product((64, 128, 256), (64, 128), (4, 8), (3, 4)):
             if k % tile_k == 0 and tile_n * 16 <= 512 * num_warps:
                 yield Tiles(128, tile_n, tile_k, 1, num_warps, num_stages)
         return
-    tile_m = max(16, pl.next_power_of_2(m))
-    for tile_n, tile_k, splits, num_stages in product((32, 64, 128), (128, 256), (1, 2, 4, 8), (3, 4, 5)):
-        if k % (tile_k * splits) == 0 and tile_n <= n:
-            yield Tiles(tile_m, tile_n, tile_k, splits, 4, num_stages)
+    guess = heuristic(m, k, n, cores)
+    factors = [splits for splits in (guess.splits // 2, guess.splits, guess.splits * 2) if splits]
+    for tile_n, tile_k, splits, num_stages in product((32, 64, 128), (128, 256), factors, (3, 5)):
+        if k % (tile_k * splits) == 0:
+            yield Tiles(guess.tile_m, tile_n, tile_k, splits, 4, num_stages)
 
 
 def choose(m: int, k: int, n: int, dtype: DTypeLike, target: Target, explicit: Tiles | None = None) -> Tiles:

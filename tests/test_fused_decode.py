@@ -1,0 +1,105 @@
+"""A decode step through the fused kernels (interpreted) against the same step op by op."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdeploy.models.attention import PagedContext, Rows
+from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.parallel.mesh import make_mesh
+from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
+from pallas_kernels.dispatch import ENVIRONMENT
+
+BLOCKS, BLOCK_SIZE, ENTRIES, ROWS = 24, 16, 4, 5
+POSITIONS = (0, 15, 16, 40, 7)
+REAL = (1, 1, 1, 1, 0)  # the last row is padding
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    intermediate_size=256,
+    norm_eps=1e-5,
+    max_position=256,
+    rope=RopeConfig(),
+    windows=(None, 12),
+    qkv_bias=True,
+)
+
+Array = np.ndarray[Any, Any]
+
+
+def decoder_on(tp: int, dtype: str) -> Decoder:
+    random, mesh = np.random.default_rng(0), make_mesh(tp)
+    made = {}
+    for path, param in abstract_params(CONFIG, jnp.dtype(dtype)).items():
+        shape = param.get_value().shape
+        value = 1 + random.standard_normal(shape) / 10 if path[-1] == "scale" else random.standard_normal(shape) / 16
+        made[path] = jax.device_put(value.astype(dtype), sharding_of(mesh, param.axes, shape))
+    return decoder_from(CONFIG, made)
+
+
+def step(backend: str, tp: int = 1, dtype: str = "bfloat16", shift: int = 0) -> tuple[Array, Array]:
+    """Hidden states and pools after one step; ``shift`` moves every new token that many places on."""
+    mesh, random = make_mesh(tp), np.random.default_rng(1)
+    decoder = decoder_on(tp, dtype)
+    shape = (BLOCKS, 2, CONFIG.num_kv_heads, BLOCK_SIZE, CONFIG.head_dim)
+    place = sharding_of(mesh, POOL_AXES, shape)
+    pools = [jax.device_put(random.standard_normal(shape).astype(dtype), place) for _ in range(CONFIG.num_layers)]
+    tables = random.permutation(BLOCKS)[: ROWS * ENTRIES].reshape(ROWS, ENTRIES).astype(np.int32)
+    tokens = random.integers(0, CONFIG.vocab_size, ROWS, np.int32)
+    positions = np.array(POSITIONS, np.int32) + np.int32(shift)
+    slots = tables[np.arange(ROWS), positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    slots = np.where(REAL, slots, BLOCKS * BLOCK_SIZE).astype(np.int32)
+
+    def hidden(pools: list[jax.Array], tokens: Array, positions: Array, tables: Array, slots: Array) -> Any:
+        rows = Rows(jnp.asarray(tables), jnp.asarray(positions), jnp.array(REAL, jnp.int32), 1)
+        context = PagedContext((rows,), jnp.asarray(slots), mesh)
+        return decoder.hidden(jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions), context, pools)
+
+    jax.clear_caches()  # what was traced for another backend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT, backend)
+        x, new_pools = jax.jit(hidden)(pools, tokens, positions, tables, slots)
+    return np.asarray(x, np.float32), np.stack([np.asarray(pool, np.float32) for pool in new_pools])
+
+
+def difference(a: Array, b: Array) -> float:
+    """Relative, over the real rows."""
+    real = np.array(REAL, bool)
+    return float(np.abs(a - b)[real].max() / np.abs(b)[real].max())
+
+
+def test_fused_is_op_by_op() -> None:
+    fused, pools = step("pallas_triton")
+    plain, plain_pools = step("reference")
+    # Two layers of about eight roundings to bfloat16 each, which add up like the root of their number.
+    tolerance = 4 * float(jnp.finfo(jnp.bfloat16).eps)
+    assert difference(fused, plain) < tolerance
+    assert np.abs(pools - plain_pools).max() < tolerance * np.abs(plain_pools).max()
+    moved, _ = step("pallas_triton", shift=1)
+    assert difference(moved, plain) > 4 * tolerance, "a token one place further on is noticed"
+
+
+def test_fused_on_two_devices() -> None:
+    fused, pools = step("pallas_triton", tp=2)
+    plain, plain_pools = step("reference")
+    tolerance = 4 * float(jnp.finfo(jnp.bfloat16).eps)
+    assert difference(fused, plain) < tolerance
+    assert np.abs(pools - plain_pools).max() < tolerance * np.abs(plain_pools).max()
+
+
+def test_what_the_fused_kernels_refuse_runs_op_by_op(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "jaxdeploy"):
+        step("decode_layer=pallas_triton", dtype="float32")
+    assert "run op by op: decode_layer: pallas_triton takes bfloat16 and float16, not float32" in caplog.text

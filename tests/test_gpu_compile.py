@@ -1,0 +1,89 @@
+"""The static check: what it compiles, and what it holds against its bars."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gpu_compile
+import pytest
+
+from pallas_kernels.dispatch import OPS
+
+KERNEL = {
+    "op": "w4a16_matmul",
+    "backend": "pallas_triton",
+    "phase": "decode",
+    "kv": None,
+    "shape": "S",
+    "bar": True,
+    "device": "h200",
+    "spills": 0,
+    "instructions_per_element": 3.2,
+    "temp_bytes": 10,
+    "argument_bytes": 100,
+}
+STEP = {
+    "jax": "0.10.2",
+    "tp": 1,
+    "launches_per_layer": 7,
+    "command_buffers": 1,
+    "outside_command_buffers": 0,
+    "temp_bytes": 16_000_000,
+    "pool_copies": 0,
+    "weight_copies": 0,
+}
+
+
+def test_bars_that_are_just_reached_hold() -> None:
+    assert gpu_compile.failures([KERNEL, {**KERNEL, "refused": "needs sm_90"}], [STEP]) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"spills": 8}, "8 bytes of registers spilled; the bar is 0"),
+        ({"instructions_per_element": 3.21}, "3.21 instructions per element; the bar is 3.2"),
+        ({"instructions_per_element": None}, "None instructions per element; the bar is 3.2"),
+        ({"temp_bytes": 51}, "51 bytes of temporaries beside 100 of arguments"),
+        ({"error": "Boom: no"}, "Boom: no"),
+    ],
+)
+def test_a_kernel_that_breaks_a_bar(change: dict[str, Any], line: str) -> None:
+    assert gpu_compile.failures([{**KERNEL, **change}], []) == [f"w4a16_matmul pallas_triton S on h200: {line}"]
+
+
+def test_instructions_have_a_bar_for_marked_shapes_on_an_h200_alone() -> None:
+    many = {"instructions_per_element": 99.0}
+    kernels = [{**KERNEL, **many, "bar": False}, {**KERNEL, **many, "device": "a100"}]
+    assert gpu_compile.failures(kernels, []) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"launches_per_layer": 7.1}, "7.1 launches a layer; the bar is 7"),
+        ({"tp": 8, "launches_per_layer": 14}, "14 launches a layer; the bar is 13"),
+        ({"command_buffers": 2}, "2 top-level CUDA graphs; the bar is 1"),
+        ({"outside_command_buffers": 1}, "1 launches outside the CUDA graph; the bar is 0"),
+        ({"temp_bytes": 16_000_001}, "16000001 bytes of temporaries; the bar is 16000000"),
+        ({"pool_copies": 1}, "1 pool copies; the bar is 0"),
+        ({"weight_copies": 2}, "2 weight copies; the bar is 0"),
+    ],
+)
+def test_a_step_that_breaks_a_bar(change: dict[str, Any], line: str) -> None:
+    step = {**STEP, **change}
+    assert gpu_compile.failures([], [step]) == [f"decode step, tp={step['tp']}, jax 0.10.2: {line}"]
+
+
+def test_every_pallas_backend_is_compiled_in_every_phase() -> None:
+    h200, a100 = (list(gpu_compile.entries(device)) for device in ("h200", "a100"))
+    assert {entry.op for entry in a100} == set(OPS)
+    assert {("w4a16_matmul", "prefill", None), ("paged_attention", "decode", "int4")} <= {
+        (entry.op, entry.phase, entry.kv) for entry in a100
+    }
+    marked = [entry for entry in h200 if entry.shape.bar and entry.backend == "pallas_triton"]
+    linears = [entry for entry in marked if entry.op == "w4a16_matmul"]
+    assert {(entry.shape.m, entry.shape.k, entry.shape.n) for entry in linears} >= {
+        (m, k, n) for m in (1, 16) for k, n in ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
+    }
+    assert {entry.kv for entry in marked if entry.op == "paged_attention"} >= {"bf16", "int8"}
