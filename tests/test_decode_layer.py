@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.decode_layer import LayerWeights, decode_layer, padded_rows
 from pallas_kernels.decode_layer.shapes import SHAPES, TEST_SHAPES, Shape, make_args, tiles_for
-from pallas_kernels.decode_layer.step import StepParams, decode_step, partition, sharded_decode_step
+from pallas_kernels.decode_layer.step import StepParams, decode_step, jitted_layer, partition, sharded_decode_step
 from pallas_kernels.decode_layer.tiles import Tiles, candidates, fits, heuristic
 from pallas_kernels.dispatch import NoBackendError
 from pallas_kernels.kv_pool import Pool, QuantizedPool, dequantize, pool_bits
@@ -28,9 +28,7 @@ from pallas_kernels.w4a16_matmul.reference import weight as unpacked
 Array = np.ndarray[Any, Any]
 Args = tuple[Any, ...]
 
-STATIC = ("num_heads", "scale", "eps", "window", "axis_name", "backend", "tiles")
 SHAPE = {shape.model: shape for shape in TEST_SHAPES}
-layer = jax.jit(decode_layer, static_argnames=STATIC)
 
 
 def edge_positions(shape: Shape) -> Array:
@@ -62,7 +60,7 @@ def at_positions(args: Args, positions: Array) -> Args:
 
 
 def run(args: Args, backend: str, **options: Any) -> tuple[Array, Array, Pool]:
-    x, normed, pool = layer(*args, **options, backend=backend)
+    x, normed, pool = jitted_layer(*args, **options, backend=backend)
     return np.asarray(x, np.float64), np.asarray(normed, np.float64), pool
 
 
@@ -106,7 +104,8 @@ def exact(args: Args, written: Pool, options: dict[str, Any]) -> tuple[Array, Ar
 
     def rms(rows: Array, scale: jax.Array) -> Array:
         deviation = np.sqrt((rows**2).mean(axis=1, keepdims=True) + options["eps"])
-        return rows / deviation * np.asarray(scale, np.float64)
+        scaled: Array = rows / deviation * np.asarray(scale, np.float64)
+        return scaled
 
     stream = stream + out.reshape(count, -1) @ matrix(weights.wo) + biases["bo"]
     gate, up = np.split(rms(stream, weights.mlp_norm) @ matrix(weights.gate_up) + biases["gate_up_bias"], 2, axis=1)
@@ -123,7 +122,9 @@ def far(got: Array, want: Array, dtype: str, layers: int = 1) -> Array:
     than the result, whose deviation stands for it; five deviations leave room for the largest of thousands.
     """
     unit = unit_roundoff(dtype)
-    return np.abs(got - want) > layers * (2 * unit * np.abs(want) + 5 * unit * math.sqrt(6) * np.std(want))
+    bound: Array = layers * (2 * unit * np.abs(want) + 5 * unit * math.sqrt(6) * np.std(want))
+    beyond: Array = np.abs(got - want) > bound
+    return beyond
 
 
 def assert_layer(name: str, backend: str, **options: Any) -> None:
@@ -165,13 +166,15 @@ def assert_same_writes(shape: Shape, args: Args, pool: Pool, written: Pool) -> N
     assert (got != before)[slots].mean() > 0.5
 
 
-@pytest.mark.parametrize("name", list(SHAPE))
-def test_reference(name: str) -> None:
-    assert_layer(name, "reference")
-
-
 FAST = {"tiny": 4, "tiny 8-bit KV": 9, "tiny 4-bit KV": 1, "tiny plain": 1, "tiny plain 8-bit KV": 4}
 """Shapes of the fast suite → splits of attention: together all kinds of weights and pools, and all three ways to o."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SHAPE]
+)
+def test_reference(name: str) -> None:
+    assert_layer(name, "reference")
 
 
 @pytest.mark.parametrize(("name", "splits"), FAST.items())
@@ -210,11 +213,16 @@ def tiles(shape: Shape, **fields: Any) -> Tiles:
 
 
 def swapped_halves(pool: Pool) -> Pool:
-    return jax.tree.map(lambda leaf: leaf[:, ::-1], pool)
+    swapped: Pool = jax.tree.map(lambda leaf: leaf[:, ::-1], pool)
+    return swapped
 
 
 def changed(args: Args, index: int, change: Callable[[Any], Any]) -> Args:
     return (*args[:index], change(args[index]), *args[index + 1 :])
+
+
+def with_pool(args: Args, pool: Pool) -> Args:
+    return changed(args, 4, lambda _: pool)
 
 
 def weights_changed(args: Args, name: str, change: Callable[[jax.Array], jax.Array]) -> Args:
@@ -245,6 +253,10 @@ def test_what_would_be_wrong_is_seen(mutation: str) -> None:
     assert far(got[: len(real)], want, SHAPE[name].dtype)[real].any()
 
 
+def added_to_row(row: int, change: int, weight: jax.Array) -> jax.Array:
+    return weight.at[:, row].add(change)
+
+
 @pytest.mark.parametrize("row", [16, 17])
 def test_scale_and_zero_of_each_group_count(row: int) -> None:
     """Rows 16 and 17 of a chunk describe its two groups of 64."""
@@ -252,7 +264,7 @@ def test_scale_and_zero_of_each_group_count(row: int) -> None:
     args, options = case(name)
     want, _ = exact(args, reference_pool(name), options)
     for change in (1 << 16, 1 << 8):
-        mutated = weights_changed(args, "down", lambda w, change=change: w.at[:, row].add(change))
+        mutated = weights_changed(args, "down", partial(added_to_row, row, change))
         assert far(run(mutated, "reference", **options)[0][: len(want)], want, SHAPE[name].dtype).any()
 
 
@@ -284,13 +296,15 @@ def step(name: str, **options: Any) -> tuple[Array, list[Array]]:
     """(tokens, pools) of a step over three layers."""
     params, pools, tokens, (tables, positions) = three_layers(name)
     size = SHAPE[name].head_dim
-    found, written = jax.jit(partial(decode_step, head_dim=size, **options))(params, pools, tokens, positions, tables)
+    found, written = decode_step(params, pools, tokens, positions, tables, head_dim=size, **options)
     return np.asarray(found), [elements(pool, size) for pool in written]
 
 
 def test_layers_follow_one_another() -> None:
     """The fused set hands to the next layer what the reference does."""
-    (got, got_pools), (want, want_pools) = (step("tiny", backend=backend) for backend in ("pallas_triton", "reference"))
+    chosen = tiles(SHAPE["tiny"], attend_splits=FAST["tiny"])
+    got, got_pools = step("tiny", backend="pallas_triton", tiles=chosen)
+    want, want_pools = step("tiny", backend="reference")
     real = edge_positions(SHAPE["tiny"]) >= 0
     assert np.array_equal(got[real], want[real])
     for depth, (left, right) in enumerate(zip(got_pools, want_pools, strict=True), 1):
@@ -360,14 +374,15 @@ def test_arguments_that_do_not_fit() -> None:
 
 def test_what_the_fused_set_refuses() -> None:
     args, options = case("tiny")
-    for change, words in (
-        (lambda args: changed(args, 4, lambda pool: pool.astype(jnp.float16)), "takes a pool of x's dtype bfloat16"),
-        (lambda args: changed(args, 4, lambda pool: pool[:, :, :, :8]), "takes a block_size that is a power of two"),
+    pool, other = args[4], {**options, "backend": "pallas_triton"}
+    for refused, words in (
+        (pool.astype(jnp.float16), "takes a pool of x's dtype bfloat16"),
+        (pool[:, :, :, :8], "takes a block_size that is a power of two"),
     ):
         with pytest.raises(NoBackendError, match=words):
-            decode_layer(*change(args), **options, backend="pallas_triton")
+            decode_layer(*with_pool(args, refused), **other)
     with pytest.raises(NoBackendError, match="has no tiles"):
-        decode_layer(*args, **options, backend="pallas_triton", tiles=tiles(SHAPE["tiny"], out_columns=96))
+        decode_layer(*args, **other, tiles=tiles(SHAPE["tiny"], out_columns=96))
 
 
 def test_tiles_of_real_layers() -> None:

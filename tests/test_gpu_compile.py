@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import gpu_compile
 import pytest
+from static_bars import failures
+from static_programs import entries
 
 from pallas_kernels.dispatch import OPS
 
 KERNEL = {
     "op": "w4a16_matmul",
+    "kernel": "w4a16_matmul",
     "backend": "pallas_triton",
     "phase": "decode",
     "kv": None,
@@ -35,7 +37,7 @@ STEP = {
 
 
 def test_bars_that_are_just_reached_hold() -> None:
-    assert gpu_compile.failures([KERNEL, {**KERNEL, "refused": "needs sm_90"}], [STEP]) == []
+    assert failures([KERNEL, {**KERNEL, "refused": "needs sm_90"}], [STEP]) == []
 
 
 @pytest.mark.parametrize(
@@ -49,13 +51,13 @@ def test_bars_that_are_just_reached_hold() -> None:
     ],
 )
 def test_a_kernel_that_breaks_a_bar(change: dict[str, Any], line: str) -> None:
-    assert gpu_compile.failures([{**KERNEL, **change}], []) == [f"w4a16_matmul pallas_triton S on h200: {line}"]
+    assert failures([{**KERNEL, **change}], []) == [f"w4a16_matmul pallas_triton S on h200: {line}"]
 
 
 def test_instructions_have_a_bar_for_marked_shapes_on_an_h200_alone() -> None:
     many = {"instructions_per_element": 99.0}
     kernels = [{**KERNEL, **many, "bar": False}, {**KERNEL, **many, "device": "a100"}]
-    assert gpu_compile.failures(kernels, []) == []
+    assert failures(kernels, []) == []
 
 
 @pytest.mark.parametrize(
@@ -72,11 +74,27 @@ def test_instructions_have_a_bar_for_marked_shapes_on_an_h200_alone() -> None:
 )
 def test_a_step_that_breaks_a_bar(change: dict[str, Any], line: str) -> None:
     step = {**STEP, **change}
-    assert gpu_compile.failures([], [step]) == [f"decode step, tp={step['tp']}, jax 0.10.2: {line}"]
+    assert failures([], [step]) == [f"decode step, tp={step['tp']}, jax 0.10.2: {line}"]
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        ({}, []),
+        ({"step": "mixed", "launches_per_layer": 20.0}, []),
+        ({"launches_per_layer": 7.5}, ["7.5 launches a layer; the bar is 7"]),
+        ({"pool_copies": 2}, ["2 pool copies; the bar is 0"]),
+        ({"outside_command_buffers": 3}, ["1 CUDA graphs and 3 launches outside; the bar is one graph of all"]),
+    ],
+)
+def test_a_step_of_the_engine(change: dict[str, Any], lines: list[str]) -> None:
+    step = {**STEP, "step": "decode", **change}
+    found = failures([], [], [step])
+    assert found == [f"engine's {step['step']} step, jax 0.10.2: {line}" for line in lines]
 
 
 def test_every_pallas_backend_is_compiled_in_every_phase() -> None:
-    h200, a100 = (list(gpu_compile.entries(device)) for device in ("h200", "a100"))
+    h200, a100 = (list(entries(device)) for device in ("h200", "a100"))
     assert {entry.op for entry in a100} == set(OPS)
     assert {("w4a16_matmul", "prefill", None), ("paged_attention", "decode", "int4")} <= {
         (entry.op, entry.phase, entry.kv) for entry in a100

@@ -192,6 +192,7 @@ CALLS = [
         replace(CHUNK, sequences=1, rows=1, heads=16, contexts=(97,), lengths=None, shared=True),
         attention.HopperTiles(1, 128, 1),
     ),
+    (replace(CHUNK, heads=1, rows=1), None),
     (replace(CHUNK, head_dim=128, contexts=(128,), sequences=1, softcap=3.0), None),
     (replace(CHUNK, head_dim=256, contexts=(64,), sequences=1, dtype="bfloat16"), None),
 ]

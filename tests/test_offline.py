@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pallas_kernels.offline.devices import DEVICES
+from pallas_kernels.offline.program import _read_mosaic_launch
 from pallas_kernels.offline.sass import KernelCode, _instructions
 
 LISTING = """
@@ -28,6 +31,48 @@ def test_instructions_and_loops() -> None:
 
 def test_a_kernel_without_a_loop() -> None:
     assert KernelCode("k", 8, 0, 0, tuple(_instructions(LISTING.split("@P1")[0]))).hot_loop() == []
+
+
+WAITING = """
+        /*0000*/                   MOV R0, RZ ;
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R5 ;
+        /*0020*/              @!P0 BRA 0xa0 ;
+        /*0030*/                   HGMMA.64x256x16.F32.BF16 R24, R152, gdesc[UR8], R24 ;
+        /*0040*/                   BSSY B0, 0x70 ;
+        /*0050*/               @P1 BSYNC B0 ;
+        /*0060*/                   BSYNC B0 ;
+        /*0070*/               @P2 BRA 0x10 ;
+        /*0080*/               @P3 BRA 0x0 ;
+        /*0090*/                   EXIT ;
+        /*00a0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R5 ;
+        /*00b0*/              @!P0 BRA 0xa0 ;
+        /*00c0*/                   BRA 0x30 ;
+"""
+
+
+def test_a_branch_back_from_the_end_of_a_kernel_is_no_loop() -> None:
+    """Around the loop over chunks is one over tiles; a wait that fails is repeated after the end, and part of both."""
+    code = KernelCode("k", 168, 0, 0, tuple(_instructions(WAITING)))
+    assert sorted(map(len, code.loops())) == [2, 10, 12]
+
+
+def test_the_hot_loop_may_hold_loops_that_wait() -> None:
+    work = "".join(f"        /*{16 * at:04x}*/   FADD R0, R0, R1 ;\n" for at in range(20))
+    wait = "        /*0140*/   SYNCS.PHASECHK P0, [UR4] ;\n        /*0150*/   @!P0 BRA 0x140 ;\n"
+    code = KernelCode("k", 8, 0, 0, tuple(_instructions(work + wait + "        /*0160*/   @P1 BRA 0x0 ;\n")))
+    assert len(code.hot_loop()) == 23
+
+
+def test_what_mosaic_launches(tmp_path: Path) -> None:
+    path = tmp_path / "paged_attention_0.ll"
+    path.write_text(
+        "declare i32 @mosaic_gpu_launch_kernel(ptr, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, ptr, ptr)\n"
+        "%309 = call i32 @mosaic_gpu_launch_kernel(ptr %0, i32 8, i32 4, i32 16, i32 0, i32 0, i32 0, "
+        "i32 384, i32 1, i32 1, i32 165968, i32 0, ptr %1, ptr %300)\n"
+    )
+    launch = _read_mosaic_launch(path)
+    assert launch.name == "paged_attention_mosaic_gpu_kernel"
+    assert (launch.grid, launch.threads, launch.smem_bytes) == ((8, 4, 16), 384, 165968)
 
 
 @pytest.mark.parametrize(

@@ -32,15 +32,12 @@ class ModelRunner:
     """
 
     def __init__(self, decoder: Decoder, pools: Pools, mesh: Mesh, *, slots: int, session_len: int) -> None:
-        graph, weights = nnx.split(decoder)
-        leaves, tree = jax.tree.flatten(weights)
-        self._leaves: tuple[jax.Array, ...] = tuple(leaves)
+        self._forward, self._leaves = flat_step(decoder, mesh)
         self._pools = pools
         self._pool_sharding = pools[0].sharding
         self._replicated = replicated(mesh)
         self._vocab_size = decoder.config.vocab_size
         self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
-        self._forward = partial(_forward, graph, tree, mesh)
         self._steps: dict[tuple[StepShape, bool], Any] = {}
         self._warm = False
 
@@ -95,6 +92,17 @@ class ModelRunner:
                 out_shardings=(self._replicated, self._pool_sharding, self._replicated),
             )
         return self._steps[key]
+
+
+def flat_step(decoder: Decoder, mesh: Mesh) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
+    """A step as a pure function of arrays, and the decoder's weights as the flat tuple that it takes.
+
+    The function takes ``(shape, weights, pools, buffer, packed[, allowed])`` and gives ``(sampled, pools, buffer)``;
+    donate pools and buffer.
+    """
+    graph, weights = nnx.split(decoder)
+    leaves, tree = jax.tree.flatten(weights)
+    return partial(_forward, graph, tree, mesh), tuple(leaves)
 
 
 @partial(jax.jit, donate_argnums=0)

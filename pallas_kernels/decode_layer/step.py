@@ -45,7 +45,7 @@ class StepParams:
 
 
 _STATIC = ("num_heads", "scale", "eps", "window", "axis_name", "backend", "tiles")
-_layer = jax.jit(decode_layer, static_argnames=_STATIC)
+jitted_layer = jax.jit(decode_layer, static_argnames=_STATIC)
 """Traced and lowered once for all layers, which XLA then inlines."""
 
 
@@ -88,7 +88,7 @@ def decode_step(
     cos, sin = rotary(jnp.maximum(positions, 0), head_dim, THETA)
     written = []
     for weights, pool, norm in zip(params.layers, pools, params.norms[1:], strict=True):
-        x, normed, pool = _layer(
+        x, normed, pool = jitted_layer(
             *(x, normed, weights, norm, pool, block_tables, positions, cos, sin),
             num_heads=weight_shape(weights.wo)[0] // head_dim,
             scale=head_dim**-0.5,

@@ -17,6 +17,9 @@ OLDEST_JAX = (0, 11, 2)
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that a CTA can have."""
 
+ATOM = 8
+"""Rows that are swizzled together: an array with another number of them cannot be copied to swizzled tiles."""
+
 
 def need_hopper(target: Target) -> None:
     """Raise ``RefusalError`` unless ``target`` is of compute capability 9.0 and jax is new enough."""

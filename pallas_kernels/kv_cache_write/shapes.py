@@ -118,6 +118,12 @@ def tiles_for(shape: Shape, device: str) -> Tiles:
     return choose(shape.tokens, shape.kv_heads, shape.group, shape.head_dim, shape.bits, target)
 
 
+def carry(args: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
+    """The arguments of a next call: the pool moves on, updated in place where it is donated."""
+    qkv, cos, sin, _, slots = args
+    return qkv, cos, sin, out[1], slots
+
+
 def key_for(shape: Shape) -> str:
     """Its name in the tuning table."""
     return key(shape.tokens, shape.kv_heads, shape.group, shape.head_dim, shape.bits)

@@ -6,14 +6,15 @@ table: Q is 1 for a decoding sequence, and a chunk of a prompt is cut into rows 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.kv_pool import Pool, fits
-from pallas_kernels.paged_attention.tiles import Tiles
 
 BACKENDS = {
+    "pallas_mosaic_gpu": "pallas_kernels.paged_attention.pallas_mosaic_gpu",
     "pallas_triton": "pallas_kernels.paged_attention.pallas_triton",
     "reference": "pallas_kernels.paged_attention.reference",
 }
@@ -31,7 +32,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     backend: str | None = None,
-    tiles: Tiles | None = None,
+    tiles: Any = None,
 ) -> jax.Array:
     """Causal attention of R rows of Q query tokens.
 
@@ -45,7 +46,8 @@ def paged_attention(
         window: a query sees itself and the ``window - 1`` tokens before it; ``None`` sees all.
         softcap: scaled scores s become ``softcap · tanh(s / softcap)`` (as in arXiv:2408.00118); ``None`` leaves them.
         backend: a name of ``BACKENDS``; ``None`` takes the first that accepts the call.
-        tiles: how the kernel cuts the call up; ``None`` takes what is measured, or a heuristic.
+        tiles: how a Pallas backend cuts up the call, ``Tiles`` for Triton; ``None`` takes the measured ones, else the
+            heuristic's.
 
     Returns:
         [R, Q, N, H], dtype of ``q``.
@@ -64,16 +66,6 @@ def paged_attention(
     options = {"scale": scale, "window": window, "softcap": softcap, "tiles": tiles}
     out: jax.Array = dispatch("paged_attention", BACKENDS, backend, *args, **options)
     return out
-
-
-def write_kv(pool: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
-    """Put the keys and values [T, K, H] of T tokens into their slots (int32 [T], block · S + offset) of ``pool``.
-
-    A slot beyond the pool writes nothing. The pool is updated in place where its buffer is donated.
-    """
-    block_size = pool.shape[3]
-    both = jnp.stack([k, v], axis=1).astype(pool.dtype)
-    return pool.at[slots // block_size, :, :, slots % block_size].set(both, mode="drop")
 
 
 def _validate(

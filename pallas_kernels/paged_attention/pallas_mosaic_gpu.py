@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import RefusalError
-from pallas_kernels.hopper import SHARED_MEMORY, need_hopper, need_jax
+from pallas_kernels.hopper import ATOM, SHARED_MEMORY, need_hopper, need_jax
 from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size
 from pallas_kernels.paged_attention.tiles import Call, Tiles
 from pallas_kernels.target import Target, current_target
@@ -24,7 +24,7 @@ class HopperTiles:
     """How a call is cut up.
 
     Attributes:
-        warpgroups: that compute, each 64 query vectors; one more only copies.
+        warpgroups: that compute, 1 or 2, each 64 query vectors; one more only copies.
         tile_n: tokens of the context that are visited at a time, a multiple of the block size; 64 or 128.
         slots: tiles of keys, and of values, in flight.
         through_memory: softmax weights go through shared memory, as Pallas' interpreter needs it.
@@ -82,7 +82,9 @@ def run(
     from pallas_kernels.paged_attention.hopper_kernel import HopperKernel
 
     kernel = HopperKernel(chosen, heads_together(call.group), scale, window, softcap)
-    return kernel(q, pool, block_tables, first_positions, lengths, interpret=target.interpret)
+    queries = q.shape[1]
+    padded = jnp.pad(q, ((0, 0), (0, -queries % ATOM), (0, 0), (0, 0)))
+    return kernel(padded, pool, block_tables, first_positions, lengths, interpret=target.interpret)[:, :queries]
 
 
 def heads_together(group: int) -> int:
@@ -105,7 +107,7 @@ def heuristic(call: Call) -> HopperTiles:
 def candidates(call: Call) -> Iterator[HopperTiles]:
     """What the tuner tries."""
     for tile_n in (64, 128):
-        for warpgroups in (1, 2, 3):
+        for warpgroups in (1, 2):
             for slots in (2, 3, 4):
                 tiles = HopperTiles(warpgroups, tile_n, slots)
                 if tile_n % call.block_size == 0 and tiles.shared_memory(call.head_dim) <= SHARED_MEMORY:

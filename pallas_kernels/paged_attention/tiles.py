@@ -78,7 +78,7 @@ def heuristic(call: Call, cores: int) -> Tiles:
     """What is taken where nothing was measured.
 
     As many rows as there are or as a program's registers hold, so that keys and values are read seldom. The context is
-    split until each core has one program; or three, where programs are so small that they hide one another's waits.
+    split until each core has about one program; or three, where they are so small that they hide one another's waits.
     """
     wide, words = call.head_dim > 128, Words(call.bits, call.head_dim)
     tile_m = max(16, min((32 if call.bits else 64) if wide else 128, call.matrix_rows))
@@ -90,7 +90,7 @@ def heuristic(call: Call, cores: int) -> Tiles:
         num_warps = min(num_warps, tile_m // 16)
     tiles = Tiles(tile_m, tile_n, 1, num_warps, 3)
     programs = call.rows * call.kv_heads * pl.cdiv(call.queries, tiles.tokens(call.group))
-    wanted = pl.cdiv((3 if tile_m == 16 else 1) * cores, programs)
+    wanted = (3 if tile_m == 16 else 1) * cores // programs
     most = min(_MOST_SPLITS, call.context // (tile_n * _LEAST_TILES))
     return replace(tiles, splits=int(pl.next_power_of_2(max(1, min(wanted, most)))))
 

@@ -29,6 +29,9 @@ _WORDS = 16
 _SWATH = 16
 """Tiles along M that are made one after the other, so that what they read of the weights is still in L2."""
 
+_PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+"""How a vector lies in registers that has one element for each row of a matrix of ``Layout.WGMMA``."""
+
 
 def matmul(x: jax.Array, packed: jax.Array, bias: jax.Array | None, tiles: HopperTiles, target: Target) -> jax.Array:
     """``x`` [M, K] times ``packed`` [C, 16 + 128/g, N] plus ``bias`` [N] → [M, N]."""
@@ -169,10 +172,6 @@ def _kernel(
 
         each_tile(tile)
         plgpu.wait_smem_to_gmem(0)
-
-
-_PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-"""How a vector lies in registers that has one element for each row of a matrix of ``Layout.WGMMA``."""
 
 
 def _load_chunk(chunk: Any) -> tuple[jax.Array, list[jax.Array]]:

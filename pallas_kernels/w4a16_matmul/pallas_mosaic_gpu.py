@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import RefusalError
-from pallas_kernels.hopper import SHARED_MEMORY, need_hopper, need_jax
+from pallas_kernels.hopper import ATOM, SHARED_MEMORY, need_hopper, need_jax
 from pallas_kernels.target import Target, current_target
 from pallas_kernels.w4a16_matmul.tiles import Tiles, key
 
@@ -92,7 +92,8 @@ def run(
         chosen = replace(chosen, through_memory=True)
     from pallas_kernels.w4a16_matmul.hopper_kernel import matmul
 
-    return matmul(x, packed, bias, chosen, target)
+    padded = jnp.pad(x, ((0, -m % ATOM), (0, 0)))
+    return matmul(padded, packed, bias, chosen, target)[:m]
 
 
 def heuristic(m: int, n: int, target: Target) -> HopperTiles:

@@ -1,0 +1,186 @@
+"""What ``gpu_compile.py`` compiles for GPUs that are not here, and what it reads out of each program."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxdeploy.engine.batch import StepShape, packed_size
+from jaxdeploy.engine.model_runner import flat_step
+from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.decoder import Decoder
+from pallas_kernels.decode_layer.step import compile_llama_8b
+from pallas_kernels.dispatch import OPS, NoBackendError
+from pallas_kernels.offline import compile_for
+from pallas_kernels.offline.devices import offline_devices
+
+STEP_BATCH = 8
+
+ENGINE_STEPS = {"decode": (8, 0), "mixed": (8, 512), "prefill": (0, 512)}
+"""Steps of the engine: decoding sequences and prompt tokens."""
+
+ENGINE_POOL = (1024, 2, 8, 64, 128)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One compilation: a backend of an op at one of the op's shapes."""
+
+    op: str
+    backend: str
+    shape: Any
+
+    @property
+    def phase(self) -> str | None:
+        """``decode``, ``prefill``, or nothing where the op knows no such difference."""
+        return getattr(self.shape, "phase", None)
+
+    @property
+    def kv(self) -> str | None:
+        """What the KV pool holds, for attention."""
+        return getattr(self.shape, "kv", None)
+
+
+def entries(device: str) -> Iterator[Entry]:
+    """What is compiled for ``device``: one shape of each phase and pool; on an H200 all that have a bar besides."""
+    for op in OPS:
+        backends = importlib.import_module(f"pallas_kernels.{op}").BACKENDS
+        shapes = importlib.import_module(f"pallas_kernels.{op}.shapes").SHAPES
+        for backend in (name for name in backends if name.startswith("pallas_")):
+            seen = set()
+            for shape in shapes:
+                entry = Entry(op, backend, shape)
+                kind = (entry.phase, entry.kv)
+                if kind not in seen or (device == "h200" and shape.bar):
+                    yield entry
+                seen.add(kind)
+
+
+def measure(entry: Entry, device: str) -> list[dict[str, Any]]:
+    """Compile ``entry`` and describe its kernels; ``refused`` holds the reason where the backend does not do the call.
+
+    ``instructions_per_element`` is for kernels with a loop that all their threads run: not for those of Mosaic GPU,
+    whose warpgroups do different things.
+    """
+    op = getattr(importlib.import_module(f"pallas_kernels.{entry.op}"), entry.op)
+    shapes = importlib.import_module(f"pallas_kernels.{entry.op}.shapes")
+    options: dict[str, Any] = {}
+
+    def arrays() -> Any:
+        args, keywords = shapes.make_args(entry.shape)
+        options.update(keywords)
+        return args
+
+    args = jax.eval_shape(arrays)
+    try:
+        program = compile_for(device, partial(op, backend=entry.backend, **options), *args)
+    except NoBackendError as refusal:
+        return [{**describe(entry, device), "refused": str(refusal)}]
+    per_trip: dict[str, int] = {}
+    if entry.backend == "pallas_triton":
+        elements = shapes.elements_per_trip(entry.shape, shapes.tiles_for(entry.shape, device))
+        per_trip = elements if isinstance(elements, dict) else {entry.op: elements}
+    found = []
+    for name, code in program.kernels.items():
+        if name.startswith(entry.op):
+            launch, trip = program.launched(name), len(code.hot_loop())
+            counted = trip * launch.threads / per_trip[name] if trip and name in per_trip else None
+            figures = {
+                "kernel": name,
+                "registers": code.registers,
+                "spills": code.spills,
+                "smem_bytes": launch.smem_bytes + code.static_smem,
+                "threads": launch.threads,
+                "ctas": math.prod(launch.grid),
+                "instructions_per_element": None if counted is None else round(counted, 3),
+                "temp_bytes": program.memory.temp_size_in_bytes,
+                "argument_bytes": program.memory.argument_size_in_bytes,
+            }
+            found.append({**describe(entry, device), **figures})
+    assert found, f"no kernel of {entry.op} is in {list(program.kernels)}"
+    return found
+
+
+def describe(entry: Entry, device: str) -> dict[str, Any]:
+    """What is compiled; its figures, or why there are none, go beside it."""
+    return {
+        "op": entry.op,
+        "backend": entry.backend,
+        "phase": entry.phase,
+        "kv": entry.kv,
+        "shape": str(entry.shape),
+        "bar": bool(entry.shape.bar),
+        "device": device,
+    }
+
+
+def measure_step(tp: int) -> dict[str, Any]:
+    """Compile the decode step of a Llama-3-8B in W4A16 for ``tp`` H200 and count what it launches."""
+    compiled = compile_llama_8b("h200", batch=STEP_BATCH, tp=tp)
+    program = compiled.program
+    graphs = [launch for launch in program.launches if launch.kind == "kCommandBuffer" and launch.depth == 0]
+    return {
+        "jax": jax.__version__,
+        "tp": tp,
+        "batch": STEP_BATCH,
+        "layers": compiled.layers,
+        "launches_per_layer": round(compiled.launches_per_layer, 2),
+        "command_buffers": len(graphs),
+        "outside_command_buffers": sum(launch.on_device and launch.depth == 0 for launch in program.launches),
+        "temp_bytes": program.memory.temp_size_in_bytes,
+        "alias_bytes": program.memory.alias_size_in_bytes,
+        "pool_copies": compiled.pool_copies,
+        "weight_copies": compiled.weight_copies,
+    }
+
+
+def measure_engine() -> list[dict[str, Any]]:
+    """Compile steps of the engine with layers of a Llama-3-8B: what a layer launches, and what is copied."""
+    return [_measure_engine_step(name, *sizes) for name, sizes in ENGINE_STEPS.items()]
+
+
+def _measure_engine_step(name: str, decodes: int, prompt_tokens: int) -> dict[str, Any]:
+    few, more = (_engine_step(layers, decodes, prompt_tokens) for layers in (2, 4))
+    launches = [sum(launch.on_device for launch in program.launches) for program in (few, more)]
+    return {
+        "jax": jax.__version__,
+        "step": name,
+        "launches_per_layer": (launches[1] - launches[0]) / 2,
+        "command_buffers": more.command_buffers,
+        "outside_command_buffers": sum(launch.on_device and launch.depth == 0 for launch in more.launches),
+        "temp_bytes": more.memory.temp_size_in_bytes,
+        "pool_copies": more.copies(f"bf16[{','.join(map(str, ENGINE_POOL))}]"),
+    }
+
+
+def _engine_step(layers: int, decodes: int, prompt_tokens: int) -> Any:
+    """The engine's step for ``decodes`` sequences and a prompt of ``prompt_tokens``, compiled."""
+    config = ModelConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        num_layers=layers,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        norm_eps=1e-5,
+        max_position=8192,
+        rope=RopeConfig(theta=500000.0),
+        windows=(None,) * layers,
+    )
+    shape = StepShape(decodes, prompt_tokens, table_length=64, max_sequences=256)
+    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    step, weights = flat_step(decoder, Mesh(np.array(offline_devices("h200")), ("tp",)))
+    pools = (jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16),) * layers
+    buffer, packed = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((256, 4096), (packed_size(shape),)))
+    return compile_for("h200", partial(step, shape), weights, pools, buffer, packed, donate=(1, 2))
