@@ -29,6 +29,10 @@ class NoBackendError(Exception):
     """Every backend refused; the text lists each one's reason."""
 
 
+class BackendNameError(ValueError):
+    """An argument or the environment names a backend, or an op, that does not exist."""
+
+
 class BackendStatus(NamedTuple):
     """One line of ``backend_report``: whether a backend of an op works on this machine, and why not."""
 
@@ -41,12 +45,13 @@ class BackendStatus(NamedTuple):
 def dispatch(op: str, backends: Mapping[str, str], backend: str | None, *args: Any, **kwargs: Any) -> Any:
     """Run ``op`` on ``backend``, else on the one that the environment names, else on the first that accepts.
 
-    Raises ``ValueError`` for a name that the op does not have, ``NoBackendError`` with every reason when all refuse.
+    Raises ``BackendNameError`` for a name that the op does not have, and ``NoBackendError`` with all the reasons when
+    all refuse.
     """
     target, reasons = current_target(), []
     named = backend or _from_environment(op, backends)
     if named is not None and named not in backends:
-        raise ValueError(f"backend={named} is none of {op}'s; choose from {', '.join(backends)}")
+        raise BackendNameError(f"backend={named} is none of {op}'s; choose from {', '.join(backends)}")
     for name in backends if named is None else [named]:
         module = importlib.import_module(backends[name])
         try:
@@ -107,5 +112,5 @@ def _from_environment(op: str, backends: Mapping[str, str]) -> str | None:
         if where == op or (not where and name in backends):
             return name
         if where and where not in OPS:
-            raise ValueError(f"{ENVIRONMENT}={entry} names no op; choose from {', '.join(OPS)}")
+            raise BackendNameError(f"{ENVIRONMENT}={entry} names no op; choose from {', '.join(OPS)}")
     return None

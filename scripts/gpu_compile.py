@@ -86,9 +86,9 @@ def show(
     """The figures as tables."""
     table = Table("device", "kernel", "shape", "registers", "spills", "shared memory", "instr / element", box=None)
     for kernel in kernels:
-        if note := kernel.get("error") or kernel.get("refused"):
-            table.add_row(kernel["device"], f"{kernel['op']} {kernel['backend']}", kernel["shape"], note)
-        else:
+        if "error" in kernel:
+            table.add_row(kernel["device"], f"{kernel['op']} {kernel['backend']}", kernel["shape"], kernel["error"])
+        elif "refused" not in kernel:
             names = ("device", "kernel", "shape", "registers", "spills", "smem_bytes", "instructions_per_element")
             figures = ("" if kernel[name] is None else str(kernel[name]) for name in names)
             table.add_row(*figures, style="bold" if kernel["bar"] else "")

@@ -1,16 +1,20 @@
 #!/usr/bin/env python
 """Finds the fastest tiles of every kernel on this GPU, for the shapes of real models.
 
-For each shape all candidates are compiled, compared with the fallback backend, and timed once; the fastest few then
-take turns. What wins is written to pallas_kernels/tuning/<device>/<op>.json after every shape; a later run carries on.
+For each shape and Pallas backend that this device can run, all candidates are compiled, compared with the
+fallback backend, and timed once; the fastest few then take turns. What wins is written to
+pallas_kernels/tuning/<device>/<op>.json after every shape, tiles of a backend that has a kind of its own to the table
+that it names; a later run carries on.
 
     python scripts/tune_kernels.py
+    python scripts/tune_kernels.py --ops w4a16_matmul --backends pallas_mosaic_gpu
     python scripts/tune_kernels.py --ops w4a16_matmul --shapes 'Llama-3-8B' --budget-s 300 --again
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import re
@@ -20,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -31,11 +36,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pallas_kernels import tuning
-from pallas_kernels.dispatch import OPS
+from pallas_kernels.dispatch import OPS, NoBackendError, RefusalError
 from pallas_kernels.numerics import unit_roundoff
 from pallas_kernels.target import current_target
 
-BACKEND = "pallas_triton"
+BACKENDS = ("pallas_mosaic_gpu", "pallas_triton")
 SCHEMA = "tiles/1"
 FINALISTS = 4
 COMPILE_THREADS = min(16, os.cpu_count() or 1)
@@ -47,11 +52,43 @@ and their result, half of the time by half as much.
 
 
 class Task(NamedTuple):
-    """A shape to find tiles for; ``key`` is its call's name in the table."""
+    """A shape to find tiles for.
+
+    Attributes:
+        op: what is called.
+        shape: of the op's ``SHAPES``.
+        backend: one of the op's. Where its module has ``TABLE`` and ``candidates_for``, they count instead of the op's.
+    """
 
     op: Op
     shape: Any
-    key: str
+    backend: str = "pallas_triton"
+
+    def __str__(self) -> str:
+        return f"{self.op.name} {self.backend}"
+
+    @property
+    def module(self) -> ModuleType:
+        """The backend."""
+        return importlib.import_module(self.op.package.BACKENDS[self.backend])
+
+    @property
+    def table(self) -> str:
+        """The name of the table."""
+        return str(getattr(self.module, "TABLE", self.op.name))
+
+    @property
+    def key(self) -> str:
+        """The name of the call in it."""
+        return str(self.op.shapes.key_for(self.shape))
+
+    def candidates(self) -> list[Any]:
+        """The tiles to time; none where the backend does not do the call."""
+        return list(getattr(self.module, "candidates_for", self.op.shapes.candidates_for)(self.shape))
+
+    def program(self, arguments: list[tuple[Any, ...]], tiles: Any) -> Program:
+        """The call with ``tiles``, once for each of ``arguments``."""
+        return Program(self.op.function(self.shape, self.backend, tiles=tiles), arguments, self.op.carry)
 
 
 def main() -> int:
@@ -70,7 +107,7 @@ def main() -> int:
         for task in tasks:
             if time.monotonic() - started > args.budget_s:
                 break
-            progress.update(bar, description=task.op.name)
+            progress.update(bar, description=str(task))
             progress.console.print(tune(task, args.rounds, args.folder))
             done += 1
             progress.advance(bar)
@@ -83,6 +120,7 @@ def parse_args() -> argparse.Namespace:
     """Flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="default: all")
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="default: all")
     parser.add_argument("--shapes", type=re.compile, default=re.compile(""), help="regular expression that a shape has")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each of the fastest (default: 7)")
     parser.add_argument("--budget-s", type=float, default=1500, help="start no shape after this long (default: 1500)")
@@ -96,27 +134,36 @@ def parse_args() -> argparse.Namespace:
 
 def find_tasks(args: argparse.Namespace) -> Iterator[Task]:
     """What the flags ask for and the tables lack, each key once."""
-    ops = [op for op in map(Op, args.ops) if BACKEND in op.package.BACKENDS]
-    known = {op: {} if args.again else read_table(table_path(args.folder, op.name)) for op in ops}
     seen = set()
-    for op, shape in in_turn({op: op.shapes.SHAPES for op in ops}):
-        task = Task(op, shape, op.shapes.key_for(shape))
-        if args.shapes.search(str(shape)) and task.key not in known[op] and (op, task.key) not in seen:
-            seen.add((op, task.key))
-            yield task
+    for op, shape in in_turn({op: op.shapes.SHAPES for op in map(Op, args.ops)}):
+        if not args.shapes.search(str(shape)):
+            continue
+        for backend in (name for name in op.package.BACKENDS if name in args.backends):
+            task = Task(op, shape, backend)
+            known = {} if args.again else read_table(table_path(args.folder, task.table))
+            place = (task.table, task.key)
+            if task.key not in known and place not in seen and runs(task.module) and task.candidates():
+                seen.add(place)
+                yield task
+
+
+def runs(backend: ModuleType) -> bool:
+    """Whether this device can run it. Without a GPU every one is listed, for the dry run to interpret."""
+    try:
+        backend.check(current_target())
+    except RefusalError:
+        return not on_gpu()
+    return True
 
 
 def tune(task: Task, rounds: int, folder: Path) -> str:
     """Find the fastest correct tiles of a shape and write them; a line that says what came out."""
-    op, shape, key = task
+    op, shape = task.op, task.shape
     arguments = op.arguments(shape)
     start = copied(arguments[0])
     truth = expected(op, shape, start)
-    candidates = list(op.shapes.candidates_for(shape))
-    programs = {
-        str(index): Program(op.function(shape, BACKEND, tiles=tiles), arguments, op.carry)
-        for index, tiles in enumerate(candidates)
-    }
+    candidates = task.candidates()
+    programs = {str(index): task.program(arguments, tiles) for index, tiles in enumerate(candidates)}
     failed = prepare(programs, COMPILE_THREADS)
     correct = {}
     for name in programs.keys() - failed.keys():
@@ -126,14 +173,14 @@ def tune(task: Task, rounds: int, folder: Path) -> str:
     wrong = len(candidates) - len(failed) - len(correct)
     counts = f"{len(candidates)} candidates, {len(failed)} failed, {wrong} wrong"
     if not correct:
-        return f"{op.name} {key}: nothing to choose from: {counts}"
+        return f"{task} {task.key}: nothing to choose from: {counts}"
     first = take_turns(correct, 1)
     fastest = sorted(correct, key=lambda name: first[name][0])[:FINALISTS]
     seconds = {name: median(found) for name, found in take_turns({n: correct[n] for n in fastest}, rounds).items()}
     best = min(seconds, key=lambda name: seconds[name])
     tiles = candidates[int(best)]
-    write_tiles(table_path(folder, op.name), key, asdict(tiles))
-    return f"{op.name} {key}: {seconds[best] * 1e6:.1f} µs with {tiles} ({counts})"
+    write_tiles(table_path(folder, task.table), task.key, asdict(tiles))
+    return f"{task} {task.key}: {seconds[best] * 1e6:.1f} µs with {tiles} ({counts})"
 
 
 def expected(op: Op, shape: Any, arguments: tuple[Any, ...]) -> Any:
@@ -162,9 +209,9 @@ def _close(a: jax.Array, b: jax.Array) -> jax.Array:
     return near
 
 
-def table_path(folder: Path, op: str) -> Path:
-    """Where the tiles of ``op`` on this device are kept, under ``folder``."""
-    return folder / tuning.table_path(op, current_target().kind).relative_to(tuning.FOLDER)
+def table_path(folder: Path, table: str) -> Path:
+    """Where a table for this device is kept, under ``folder``."""
+    return folder / tuning.table_path(table, current_target().kind).relative_to(tuning.FOLDER)
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -184,20 +231,27 @@ def write_tiles(path: Path, key: str, fields: dict[str, Any]) -> None:
 
 
 def dry_run(tasks: list[Task], console: Console) -> int:
-    """List the tasks; run the first candidate of each op's first test shape. Exit status 1 where one is wrong."""
-    for op, shape, key in tasks:
-        count = len(list(op.shapes.candidates_for(shape)))
-        console.print(f"{op.name} {shape}: {count} candidates for '{key}'", highlight=False)
-    status = 0
-    for op in dict.fromkeys(task.op for task in tasks):
-        shape = op.shapes.TEST_SHAPES[0]
-        tiles = next(iter(op.shapes.candidates_for(shape)))
-        arguments = op.arguments(shape, 1)
-        truth = expected(op, shape, arguments[0])
-        right = agrees(Program(op.function(shape, BACKEND, tiles=tiles), arguments, op.carry).first(), truth)
-        console.print(f"{op.name} with {tiles} is {'right' if right else 'WRONG'}", highlight=False)
-        status |= not right
-    return status
+    """List the tasks; check a candidate of each backend in use. Exit status 1 where one is wrong."""
+    for task in tasks:
+        count = len(task.candidates())
+        console.print(f"{task} {task.shape}: {count} candidates for '{task.key}'", highlight=False)
+    verdicts = [check_one(op, backend) for op, backend in dict.fromkeys((task.op, task.backend) for task in tasks)]
+    for text, _ in verdicts:
+        console.print(text, highlight=False)
+    return int(not all(right for _, right in verdicts))
+
+
+def check_one(op: Op, backend: str) -> tuple[str, bool]:
+    """Run the first candidate of the first test shape that has one: a line about it, and whether all is well."""
+    tests = (Task(op, shape, backend) for shape in op.shapes.TEST_SHAPES)
+    task, tiles = next((task, candidate) for task in tests for candidate in task.candidates())
+    arguments = op.arguments(task.shape, 1)
+    truth = expected(op, task.shape, arguments[0])
+    try:
+        right = agrees(task.program(arguments, tiles).first(), truth)
+    except NoBackendError as refusal:
+        return f"{refusal}", True
+    return f"{task} with {tiles} is {'right' if right else 'WRONG'}", right
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from jaxdeploy import EngineConfig, GenerationConfig
@@ -20,6 +21,7 @@ from jaxdeploy.chat_input import _key_bindings, read_lines
 from jaxdeploy.chat_session import Conversation, Reply, stream_reply
 from jaxdeploy.errors import ModelNotFoundError
 from jaxdeploy.messages import FinishReason
+from pallas_kernels.dispatch import ENVIRONMENT
 from tests.fake_generator import FakeGenerator, fake_pipeline
 
 
@@ -321,3 +323,37 @@ def test_settings_that_do_not_fit(
     err = wrong_call(capsys, str(shared / "assets/models/stories260K"), *flags)
     assert says in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (
+            "kv_cache_write=pallas_triton",
+            "pallas_triton needs a head_dim that is a multiple of 16, have 8",
+        ),
+        ("attention=reference", "names no op; choose from decode_layer"),
+    ],
+)
+def test_kernels_that_do_not_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shared: Path, value: str, says: str
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, value)
+    err = wrong_call(capsys, str(shared / "assets/models/stories260K"), "--session-len", "64")
+    assert err.startswith(f"error: {ENVIRONMENT}={value} does not fit: ")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_interpreted_kernels_give_the_same_reply(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    replies = []
+    for backend in ("", "pallas_triton"):
+        jax.clear_caches()
+        monkeypatch.setenv(ENVIRONMENT, backend)
+        assert main(["--prompt", "What is 6 times 7?", "--session-len", "128", "--dtype", dtype]) == 0
+        replies.append(capsys.readouterr().out)
+    assert replies[0] == replies[1] == "6 x 7 = 42.\n"

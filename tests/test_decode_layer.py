@@ -182,6 +182,13 @@ def test_fused_set(name: str, splits: int) -> None:
     assert_layer(name, "pallas_triton", tiles=tiles(SHAPE[name], attend_splits=splits))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 4, 9])
+@pytest.mark.parametrize("name", list(SHAPE))
+def test_on_a_gpu(name: str, splits: int) -> None:
+    assert_layer(name, "pallas_triton", tiles=tiles(SHAPE[name], attend_splits=splits))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 4, 9, 17])
 @pytest.mark.parametrize("name", list(SHAPE))

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxdeploy.models import decoder as decoder_module
+from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
@@ -67,7 +69,9 @@ def step(backend: str, tp: int = 1, dtype: str = "bfloat16", shift: int = 0) -> 
         context = PagedContext((rows,), jnp.asarray(slots), mesh)
         return decoder.hidden(jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions), context, pools)
 
-    jax.clear_caches()  # what was traced for another backend
+    jitted: list[Any] = [decoder_module._run_layer, fused_decode._run_layer]
+    for layer in jitted:
+        layer.clear_cache()  # of what was traced for another backend
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENVIRONMENT, backend)
         x, new_pools = jax.jit(hidden)(pools, tokens, positions, tables, slots)

@@ -32,7 +32,7 @@ from tests.test_w4a16_matmul import MUTATIONS, excess
 Array = np.ndarray[Any, Any]
 
 NEW = jax.__version_info__ >= OLDEST_JAX
-HOPPER = Target("gpu", DEVICES["h200"].kind, (9, 0), DEVICES["h200"].cores)
+HOPPER = DEVICES["h200"].target
 
 
 def interpreted(backend: ModuleType, *args: Any, **options: Any) -> Any:

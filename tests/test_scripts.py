@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,25 @@ def test_gpu_suite_says_when_there_is_no_gpu(tmp_path: Path) -> None:
     ran = run_script("gpu_suite", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert ran.returncode != 0
     assert ran.stderr == "scripts/gpu_suite needs an NVIDIA GPU, and nvidia-smi shows none here\n"
+
+
+def test_gpu_suite_runs_numerics_then_the_benchmark(tmp_path: Path) -> None:
+    """With an interpreter that only says what it was asked, and a GPU that is none."""
+    for name, text in (
+        ("nvidia-smi", "echo 580.1"),
+        ("python", 'echo "$@"; case "$*" in *test_rms_norm*) exit 1; esac'),
+    ):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAXDEPLOY_PYTHON": str(tmp_path / "python")}
+    out = tmp_path / "out"
+    ran = run_script("gpu_suite", "--out", str(out), "--peers", "/peers", **environment)
+    assert "-m pytest -q -m gpu tests/test_paged_attention_triton.py" in ran.stdout
+    assert (out / "test_w4a16_matmul.log").read_text() == "-m pytest -q -m gpu tests/test_w4a16_matmul.py\n"
+    assert "=== numerics: FAILED" in ran.stdout
+    assert re.search(rf"scripts/bench_kernels.py --budget-s \d+ --out {out}/kernels_\S+ .* --peers /peers", ran.stdout)
+    assert ran.returncode == 1, "what failed first is not forgotten"
 
 
 @pytest.mark.parametrize(("driver", "extra"), [("580.65.06", "cuda13"), ("570.12", "cuda12"), ("N/A", "")])

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import tune_kernels
 from kernel_timing import Op
-from tune_kernels import Task, agrees, find_tasks, read_table, table_path, tune, write_tiles
+from tune_kernels import BACKENDS, Task, agrees, find_tasks, read_table, table_path, tune, write_tiles
 
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import OPS
+from pallas_kernels.offline import DEVICES
 from pallas_kernels.target import current_target
 from pallas_kernels.w8a8_matmul.tiles import Tiles
 
@@ -57,18 +58,18 @@ def test_the_fastest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     shape = W8A8.shapes.Shape("tuned", 3, 256, 64)
     monkeypatch.setattr(W8A8.shapes, "candidates_for", candidates(REFUSED, *GOOD))
     monkeypatch.setattr(tune_kernels, "take_turns", lambda programs, rounds: {n: [9.0 - int(n)] for n in programs})
-    line = tune(Task(W8A8, shape, "a call"), 1, tmp_path)
+    line = tune(Task(W8A8, shape), 1, tmp_path)
     assert "(3 candidates, 1 failed, 0 wrong)" in line
     table = json.loads(table_path(tmp_path, "w8a8_matmul").read_text())
     assert list(table) == ["schema", "device", "versions", "tiles"]
-    assert Tiles(**table["tiles"]["a call"]) == GOOD[1]
+    assert Tiles(**table["tiles"][W8A8.shapes.key_for(shape)]) == GOOD[1]
 
 
 def test_wrong_tiles_are_never_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = W8A8.shapes.Shape("tuned", 3, 256, 64)
     monkeypatch.setattr(W8A8.shapes, "candidates_for", candidates(GOOD[0]))
     monkeypatch.setattr(tune_kernels, "expected", lambda op, shape, arguments: jnp.ones((3, 64), jnp.bfloat16))
-    line = tune(Task(W8A8, shape, "a call"), 1, tmp_path)
+    line = tune(Task(W8A8, shape), 1, tmp_path)
     assert "nothing to choose from: 1 candidates, 0 failed, 1 wrong" in line
     assert not any(tmp_path.rglob("*.json"))
 
@@ -79,7 +80,7 @@ def test_each_candidate_starts_from_the_same_arrays(tmp_path: Path, monkeypatch:
     shape = op.shapes.TEST_SHAPES[0]
     tiles = list(op.shapes.candidates_for(shape))[:3]
     monkeypatch.setattr(op.shapes, "candidates_for", candidates(*tiles))
-    assert "(3 candidates, 0 failed, 0 wrong)" in tune(Task(op, shape, "a call"), 1, tmp_path)
+    assert "(3 candidates, 0 failed, 0 wrong)" in tune(Task(op, shape), 1, tmp_path)
 
 
 def test_a_table_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +101,8 @@ def test_a_table_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def flags(folder: Path, **given: Any) -> argparse.Namespace:
     shapes = re.compile(given.pop("shapes", ""))
-    return argparse.Namespace(**{"ops": ["w8a8_matmul"], "again": False, "folder": folder, "shapes": shapes, **given})
+    default = {"ops": ["w8a8_matmul"], "backends": list(BACKENDS), "again": False}
+    return argparse.Namespace(**{**default, "folder": folder, "shapes": shapes, **given})
 
 
 def test_a_run_carries_on(tmp_path: Path) -> None:
@@ -113,6 +115,33 @@ def test_a_run_carries_on(tmp_path: Path) -> None:
     assert {task.shape.model for task in find_tasks(flags(tmp_path, shapes="Llama-3-8B down M=16"))} == {
         "Llama-3-8B down"
     }
+
+
+def test_a_backend_with_tiles_of_its_own_has_a_table_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task(W8A8, W8A8.shapes.Shape("tuned", 3, 256, 64))
+    monkeypatch.setattr(task.module, "TABLE", "w8a8_matmul_other", raising=False)
+    monkeypatch.setattr(task.module, "candidates_for", candidates(GOOD[0]), raising=False)
+    assert "(1 candidates, 0 failed, 0 wrong)" in tune(task, 1, tmp_path)
+    assert list(read_table(table_path(tmp_path, "w8a8_matmul_other"))) == [task.key]
+    assert not table_path(tmp_path, "w8a8_matmul").exists()
+
+
+@pytest.mark.parametrize("name", ["paged_attention", "w4a16_matmul"])
+def test_hopper_is_tuned_for_what_it_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = flags(tmp_path, ops=[name], backends=["pallas_mosaic_gpu"])
+    tasks = list(find_tasks(wanted))
+    assert tasks
+    for task in tasks:
+        assert task.table == f"{name}_hopper"
+        assert task.shape.phase == "prefill"
+        assert getattr(task.shape, "kv", "bf16") == "bf16"
+        assert {type(tiles) for tiles in task.candidates()} == {task.module.HopperTiles}
+    monkeypatch.setattr(tune_kernels, "on_gpu", lambda: True)
+    monkeypatch.setattr(tune_kernels, "current_target", lambda: DEVICES["a100"].target)
+    assert not list(find_tasks(wanted))
+    assert list(find_tasks(flags(tmp_path, ops=[name])))
 
 
 def test_agreement_is_within_rounding() -> None:

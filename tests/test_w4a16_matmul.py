@@ -115,6 +115,19 @@ def test_real_shapes(shape: Shape, tiles: Tiles) -> None:
     assert excess(multiply(*args, backend="pallas_triton", tiles=tiles), args, shape.dtype, "pallas_triton") < 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", TEST_SHAPES, ids=str)
+def test_on_a_gpu(shape: Shape) -> None:
+    args, _ = make_args(shape)
+    assert excess(multiply(*args, backend="pallas_triton"), args, shape.dtype, "pallas_triton") < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "tiles"), narrowed(), ids=str)
+def test_real_shapes_on_a_gpu(shape: Shape, tiles: Tiles) -> None:
+    test_real_shapes(shape, tiles)
+
+
 def test_xla_goes_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most weights at a time are what 50 columns have; 128 columns then go in four times 32."""
     monkeypatch.setattr("pallas_kernels.w4a16_matmul.xla.MOST_WEIGHTS", 50 * CUT.k)

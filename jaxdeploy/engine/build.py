@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +23,13 @@ from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.kv_cache import CachePlan, allocate_pools, plan_cache
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible, sharding_of
+from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -63,8 +66,17 @@ def build_engine(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, p
     logger.info("%s", plan)
     engine = _assemble(decoder, plan, limits, mesh)
     if config.warmup:
-        engine.warm_up(_bar if progress else _silent)
+        _warm_up(engine, progress=progress)
     return engine
+
+
+def _warm_up(engine: Engine, *, progress: bool) -> None:
+    try:
+        engine.warm_up(_bar if progress else _silent)
+    except (NoBackendError, BackendNameError) as error:
+        if named := os.environ.get(ENVIRONMENT):
+            raise ConfigError(f"{ENVIRONMENT}={named} does not fit: {error}; name other backends, or none") from None
+        raise
 
 
 def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limits:

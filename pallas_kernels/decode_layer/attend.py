@@ -3,24 +3,27 @@
 Kernel 2 of the set, and the combining kernel that more than ``COMBINED_ON_THE_WAY`` splits need. A program serves one
 KV head of one sequence and one split of its context. It adds up the parts of the QKV projection, rotates, and attends
 to the older tokens; the last split also takes the new token, from registers, and stores it. Splits are combined by
-their log-sum-exp (arXiv:2311.01282). Exponents are to base 2, letters as in ``new_token``.
+their log-sum-exp (arXiv:2311.01282). Exponents are to base 2, letters as in
+``pallas_kernels.paged_attention.context``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.decode_layer.linear import Source, SplitAttention, whole
-from pallas_kernels.decode_layer.new_token import NewVector, Projection, added, encode, store, there
-from pallas_kernels.decode_layer.older_tokens import KEYS, VALUES, Context, OlderTokens, Queries
-from pallas_kernels.kv_pool import Pool, block_size, pool_bits
+from pallas_kernels.decode_layer.new_token import NewVector, Projection, encode, store
+from pallas_kernels.kv_pool import Pool, pool_bits
+from pallas_kernels.paged_attention.context import KEYS, VALUES, Context, Queries, Running, there
 from pallas_kernels.paged_attention.instructions import LOG2_E, exp2, log2
 from pallas_kernels.paged_attention.words import Words, as_words, from_words
 from pallas_kernels.target import current_target
@@ -88,8 +91,7 @@ def attend(
     """
     tokens, arrays = positions.shape[0], as_words(pool)
     words = Words(pool_bits(pool, heads.size), heads.size)
-    older = OlderTokens(words, block_size(pool), tile.tokens, tile.splits, window)
-    body = _Attention(older, heads.group, scale, dtype, has_bias=bias is not None)
+    body = _Attention(words, tile, heads.group, scale, window, dtype, has_bias=bias is not None)
     if tile.splits == 1:
         results = [jax.ShapeDtypeStruct((rows, heads.queries * heads.size), dtype)]
     else:
@@ -134,9 +136,11 @@ def combine(split: SplitAttention) -> jax.Array:
 class _Attention:
     """The kernel, with all that is known when it is compiled."""
 
-    older: OlderTokens
+    words: Words
+    tile: AttentionTile
     group: int
     scale: float
+    window: int | None
     dtype: jnp.dtype
     has_bias: bool
 
@@ -149,12 +153,12 @@ class _Attention:
         row, kv_head, split = (pl.program_id(axis) for axis in range(3))
         position = plt.load(positions.at[row])
         projection = Projection(partials, bias, cos, sin, row, kv_head, self.group, self.words, self.dtype)
-        context = Context(pool, table, row, kv_head, position)
+        context = Context(self.words, self.tile.tokens, pool, table, row, kv_head, position)
 
         queries = self._queries(projection)
-        out, weight = self.older.attend(context, queries, split)
+        out, weight = self._older(context, queries, split).finish(self.words)
 
-        has_new = (split == self.older.splits - 1) & (position >= 0)
+        has_new = (split == self.tile.splits - 1) & (position >= 0)
         parts = range(self.words.parts)
         key = encode([projection.key(part) for part in parts], self.words, self.dtype)
         value = encode([projection.value(part) for part in parts], self.words, self.dtype)
@@ -164,22 +168,31 @@ class _Attention:
             store(outputs[:arrays], half, kv_head, table, row, position, new, self.words, has_new)
 
     @property
-    def words(self) -> Words:
-        """How vectors are taken apart."""
-        return self.older.words
-
-    @property
     def _heads(self) -> jax.Array:
         """Int32 [A]; tensor cores take 16 rows at least, those beyond the group are nobody's."""
         return jnp.arange(max(16, int(pl.next_power_of_2(self.group))), dtype=jnp.int32)
 
     def _queries(self, projection: Projection) -> Queries:
+        """Query heads, times what turns their products with keys into exponents."""
         factor = jnp.float32(self.scale * LOG2_E)
         dtype = self.dtype if self.words.bits is None else jnp.float16
-        parts = tuple((projection.query(part, self._heads) * factor).astype(dtype) for part in range(self.words.parts))
-        sums = [part.astype(jnp.float32).sum(axis=1) for part in parts]
-        raised = [base * part for base, part in zip(self.words.bases, sums, strict=True)]
-        return Queries(parts, added(sums), added(raised))
+        parts = [(projection.query(part, self._heads) * factor).astype(dtype) for part in range(self.words.parts)]
+        return Queries.of(parts, self.words)
+
+    def _older(self, context: Context, queries: Queries, split: jax.Array) -> Running:
+        """Attend to this split of the tokens that are in the pool already."""
+        position = context.end
+
+        def visit(index: jax.Array, running: Running) -> Running:
+            tile = context.tile(index)
+            visible = tile.positions < position
+            if self.window is not None:
+                visible &= tile.positions > position - self.window
+            return running.add(tile, jnp.where(visible[None, :], tile.exponents(queries), -jnp.inf))
+
+        start, stop = context.share(split, self.tile.splits, position, self.window)
+        running: Running = lax.fori_loop(start, stop, visit, context.nothing(queries))
+        return running
 
     def _add_new(
         self,
@@ -191,9 +204,9 @@ class _Attention:
         has_new: jax.Array,
     ) -> tuple[list[jax.Array], jax.Array]:
         """Take the new token in, if this split has it."""
-        products = zip(queries.parts, key.parts, strict=True)
-        exponent = added([(query.astype(jnp.float32) * part[None, :]).sum(axis=1) for query, part in products])
-        exponent = jnp.where(has_new, exponent, -jnp.inf)
+        pairs = zip(queries.parts, key.parts, strict=True)
+        products = [(query.astype(jnp.float32) * part[None, :]).sum(axis=1) for query, part in pairs]
+        exponent = jnp.where(has_new, reduce(jnp.add, products), -jnp.inf)
         peak = jnp.maximum(weight, exponent)
         older, newest = exp2(weight - peak), exp2(exponent - peak)
         total = older + newest
@@ -208,10 +221,10 @@ class _Attention:
         mask = real[:, None] & there(self.words)[None, :]
         for part, values in enumerate(out):
             elements = self.words.elements(part)[None, :]
-            if self.older.splits == 1:
+            if self.tile.splits == 1:
                 at = refs[0].at[context.row, heads[:, None] * self.words.head_dim + elements]
             else:
                 at = refs[0].at[split, context.row, heads[:, None], elements]
             plt.store(at, values.astype(refs[0].dtype), mask=mask)
-        if self.older.splits > 1:
+        if self.tile.splits > 1:
             plt.store(refs[1].at[split, context.row, heads], weight, mask=real)

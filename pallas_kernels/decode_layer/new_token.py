@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.kv_pool import integers, range_of
+from pallas_kernels.paged_attention.context import there
 from pallas_kernels.paged_attention.words import Words
 
 
@@ -139,13 +140,3 @@ def store(
     plt.store(at, new.stored, mask=there(words) & wanted)
     for index, value in enumerate(new.range or ()):
         plt.store(pool[1].at[block, jnp.int32(half), kv_head, jnp.int32(index), offset], value, mask=wanted)
-
-
-def there(words: Words) -> jax.Array:
-    """Bool [W], which words a vector has."""
-    return jnp.arange(words.padded, dtype=jnp.int32) < words.count
-
-
-def added(terms: Sequence[jax.Array]) -> jax.Array:
-    """The sum of ``terms``, from first to last."""
-    return functools.reduce(jnp.add, terms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode_layer import padded_rows
-from pallas_kernels.decode_layer.tiles import Call, Tiles, choose
+from pallas_kernels.decode_layer.tiles import Call, Tiles, candidates, choose
 from pallas_kernels.decode_layer.weights import LayerWeights
 from pallas_kernels.kv_pool import Pool, QuantizedPool
+from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
-from pallas_kernels.target import Target
+from pallas_kernels.target import current_target
 from pallas_kernels.w4a16_matmul.dequant import CHUNK
 
 
@@ -87,24 +89,15 @@ class Shape:
         }
 
 
-_MODELS = {
-    "Llama-3-8B": (4096, 32, 8, 128, 14336, False),
-    "Llama-3-70B": (8192, 64, 8, 128, 28672, False),
-    "InternLM2-1.8B": (2048, 16, 8, 128, 8192, False),
-    "InternLM2-7B": (4096, 32, 8, 128, 14336, False),
-    "InternLM2-20B": (6144, 48, 8, 128, 16384, False),
-    "Qwen2.5-7B": (3584, 28, 4, 128, 18944, True),
-}
-
-
 def model_shape(model: str, tokens: int, **options: Any) -> Shape:
     """A layer of ``model``; ``options`` are further fields of ``Shape``."""
-    hidden, heads, kv_heads, head_dim, mlp, bias = _MODELS[model]
-    return Shape(model, tokens, hidden, heads, kv_heads, head_dim, mlp, bias=bias, **options)
+    sizes = MODELS[model]
+    widths = (sizes.hidden, sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.mlp)
+    return Shape(model, tokens, *widths, bias=sizes.qkv_bias, **options)
 
 
 SHAPES = (
-    *(model_shape(model, tokens) for model in _MODELS for tokens in (1, 16)),
+    *(model_shape(model, tokens) for model in MODELS for tokens in (1, 16)),
     *(model_shape("Llama-3-8B", tokens, kv_bits=bits) for tokens in (1, 64) for bits in (16, 8, 4)),
     *(model_shape("Llama-3-8B", tokens, group=None) for tokens in (1, 64)),
     model_shape("Llama-3-8B", 256, entries=16),
@@ -185,6 +178,13 @@ def rotary(positions: jax.Array, head_dim: int, theta: float = 10000.0) -> tuple
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def carry(args: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
+    """Arguments of the next call: the same layer again, over the pool that it updated in place."""
+    _, _, weights, next_norm, _, *step = args
+    x, normed, pool = out
+    return x, normed, weights, next_norm, pool, *step
+
+
 def cost(shape: Shape) -> tuple[int, int]:
     """(bytes that must move: weights once, every visible key and value once; floating-point operations)."""
     elements = sum(math.prod(size) for size in shape.linears.values())
@@ -199,8 +199,17 @@ def cost(shape: Shape) -> tuple[int, int]:
 
 def tiles_for(shape: Shape, device: str) -> Tiles:
     """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
-    spec = DEVICES[device]
-    return choose(Target("gpu", spec.kind, spec.capability, spec.cores), shape.call, None)
+    return choose(DEVICES[device].target, shape.call, None)
+
+
+def key_for(shape: Shape) -> str:
+    """Its name in the tuning table."""
+    return shape.call.key
+
+
+def candidates_for(shape: Shape) -> Iterator[Tiles]:
+    """The tiles worth timing."""
+    return candidates(current_target(), shape.call)
 
 
 def elements_per_trip(shape: Shape, tiles: Tiles) -> dict[str, int]:

@@ -90,8 +90,9 @@ class _Kernel:
 
         @pl.when(vector == key)
         def _key_and_value() -> None:
-            slots = plt.load(slots_ref.at[tokens], mask=real, other=jnp.int32(0))
-            inside = real & (slots < pool[0].shape[0] * self.block_size)
+            room = pool[0].shape[0] * self.block_size
+            slots = plt.load(slots_ref.at[tokens], mask=real, other=jnp.int32(room))
+            inside = slots < room
             value = self._load(qkv_ref, tokens, kv_head, vector + 1, real)
             for half, pieces in ((_KEYS, rotated), (_VALUES, value)):
                 self._put(pool, half, kv_head, slots, pieces, inside)

@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.kv_cache_write.tiles import Tiles, candidates, choose, key
 from pallas_kernels.kv_pool import Pool, QuantizedPool
+from pallas_kernels.model_sizes import DISTINCT
 from pallas_kernels.offline.devices import DEVICES
-from pallas_kernels.target import Target
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,9 @@ class Shape:
         return f"{self.model} T={self.tokens} heads={heads} S={self.block_size} {self.kv} {self.dtype}"
 
 
-_MODELS = {
-    "Llama-3-8B, InternLM2-7B": (32, 8),
-    "Llama-3-70B": (64, 8),
-    "InternLM2-1.8B": (16, 8),
-    "InternLM2-20B": (48, 8),
-    "Qwen2.5-7B": (28, 4),
-}
-
 SHAPES = tuple(
-    Shape(model, tokens, heads, kv_heads, 128, kv)
-    for model, (heads, kv_heads) in _MODELS.items()
+    Shape(model, tokens, sizes.heads, sizes.kv_heads, sizes.head_dim, kv)
+    for model, sizes in DISTINCT.items()
     for kv in ("bf16", "int8", "int4")
     for tokens in (16, 256, 8192)
 )
@@ -113,9 +105,7 @@ def cost(shape: Shape) -> tuple[int, int]:
 
 def tiles_for(shape: Shape, device: str) -> Tiles:
     """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
-    spec = DEVICES[device]
-    target = Target("gpu", spec.kind, spec.capability, spec.cores)
-    return choose(shape.tokens, shape.kv_heads, shape.group, shape.head_dim, shape.bits, target)
+    return choose(shape.tokens, shape.kv_heads, shape.group, shape.head_dim, shape.bits, DEVICES[device].target)
 
 
 def carry(args: tuple[Any, ...], out: Any) -> tuple[Any, ...]:

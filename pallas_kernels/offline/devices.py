@@ -11,6 +11,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from pallas_kernels.target import Target
+
 KIB, GIB = 2**10, 2**30
 
 
@@ -33,6 +35,11 @@ class DeviceSpec:
         """The name that ``ptxas`` gives it, with the features of just this generation."""
         major, minor = self.capability
         return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
+
+    @property
+    def target(self) -> Target:
+        """What kernels are chosen and tuned for on it."""
+        return Target("gpu", self.kind, self.capability, self.cores)
 
 
 DEVICES = {

@@ -45,16 +45,6 @@ class Launch:
         """Whether it is a kernel, a copy or a collective, rather than a group of such."""
         return self.kind not in _GROUPS
 
-    @property
-    def in_graph(self) -> bool:
-        """Whether it is such, and not at the top level."""
-        return self.on_device and self.depth > 0
-
-    @property
-    def ctas(self) -> int:
-        """Programs of the kernel."""
-        return prod(self.grid)
-
 
 class Program:
     """The compiled function: ``launches``, ``kernels`` by name, memory."""

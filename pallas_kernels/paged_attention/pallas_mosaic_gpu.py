@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,15 @@ import jax.numpy as jnp
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import RefusalError
 from pallas_kernels.hopper import ATOM, SHARED_MEMORY, need_hopper, need_jax
-from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size
+from pallas_kernels.kv_pool import Pool, QuantizedPool
 from pallas_kernels.paged_attention.tiles import Call, Tiles
 from pallas_kernels.target import Target, current_target
+
+if TYPE_CHECKING:
+    from pallas_kernels.paged_attention.shapes import Shape
+
+TABLE = "paged_attention_hopper"
+"""Its tuning table: tiles here are not those of other backends."""
 
 VECTORS = 64
 """Query vectors, tokens times heads, of a compute warpgroup: rows of a wgmma."""
@@ -69,9 +76,12 @@ def run(
         raise RefusalError("needs a plain pool, have a quantised one")
     if tiles is not None and not isinstance(tiles, HopperTiles):
         raise RefusalError(f"takes HopperTiles, have {tiles}")
-    _refuse(q, pool)
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or pool.dtype != q.dtype:
+        raise RefusalError(f"needs queries and keys in bfloat16 or both in float16, have {q.dtype} and {pool.dtype}")
     call = Call.of(q, pool, block_tables)
-    chosen = tuning.choose("paged_attention_hopper", target.kind, call.key, tiles, heuristic(call))
+    if reason := _refusal(call):
+        raise RefusalError(reason)
+    chosen = tuning.choose(TABLE, target.kind, call.key, tiles, heuristic(call))
     if chosen.tile_n % call.block_size or chosen.shared_memory(call.head_dim) > SHARED_MEMORY:
         raise ValueError(
             f"tiles={chosen} must have a tile_n that is a multiple of block_size={call.block_size}, and fit into "
@@ -105,7 +115,9 @@ def heuristic(call: Call) -> HopperTiles:
 
 
 def candidates(call: Call) -> Iterator[HopperTiles]:
-    """What the tuner tries."""
+    """What the tuner tries: nothing for a call that is refused."""
+    if call.bits or _refusal(call):
+        return
     for tile_n in (64, 128):
         for warpgroups in (1, 2):
             for slots in (2, 3, 4):
@@ -114,16 +126,19 @@ def candidates(call: Call) -> Iterator[HopperTiles]:
                     yield tiles
 
 
-def _refuse(q: jax.Array, pool: jax.Array) -> None:
-    _, queries, heads, size = q.shape
-    if queries == 1:
-        raise RefusalError("is for prefill: rows of Q=1 are decode")
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or pool.dtype != q.dtype:
-        raise RefusalError(f"needs queries and keys in bfloat16 or both in float16, have {q.dtype} and {pool.dtype}")
-    if size not in (64, 128, 256):
-        raise RefusalError(f"needs a head_dim of 64, 128 or 256, have {size}")
-    if block_size(pool) not in (64, 128) or (size == 256 and block_size(pool) == 128):
-        raise RefusalError(f"needs blocks of 64 tokens, or of 128 below a head_dim of 256, have {block_size(pool)}")
-    group = heads // pool.shape[2]
-    if queries * heads_together(group) < VECTORS // 2:
-        raise RefusalError(f"fills no wgmma: Q={queries} tokens of {group} heads that share keys")
+def candidates_for(shape: Shape) -> Iterator[HopperTiles]:
+    """``candidates`` of a shape of the op."""
+    return candidates(shape.call)
+
+
+def _refusal(call: Call) -> str:
+    """Why a call over a plain pool cannot be done; empty where it can."""
+    if call.queries == 1:
+        return "is for prefill: rows of Q=1 are decode"
+    if call.head_dim not in (64, 128, 256):
+        return f"needs a head_dim of 64, 128 or 256, have {call.head_dim}"
+    if call.block_size not in (64, 128) or (call.head_dim == 256 and call.block_size == 128):
+        return f"needs blocks of 64 tokens, or of 128 below a head_dim of 256, have {call.block_size}"
+    if call.queries * heads_together(call.group) < VECTORS // 2:
+        return f"fills no wgmma: Q={call.queries} tokens of {call.group} heads that share keys"
+    return ""

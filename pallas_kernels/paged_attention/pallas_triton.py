@@ -46,7 +46,6 @@ def run(
     chosen = choose(Call.of(q, pool, block_tables), target, tiles)
     kernel = TritonKernel(
         words=Words(pool_bits(pool, size), size),
-        block_size=block_size(pool),
         group=heads // kv_heads,
         tokens=chosen.tokens(heads // kv_heads),
         tile_n=chosen.tile_n,

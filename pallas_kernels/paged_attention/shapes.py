@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.kv_pool import Pool, QuantizedPool
+from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.paged_attention.tiles import Call, Tiles, candidates, choose
-from pallas_kernels.target import Target
 
 NOWHERE = 10**6
 """What block tables hold beyond a row's context."""
@@ -77,27 +77,29 @@ class Shape:
         return f"{self.model} {rows} at {context} heads={heads} S={self.block_size} {self.kv} {self.dtype}"
 
 
-_MODELS = {
-    "Llama-3-70B": (64, 8),
-    "InternLM2-1.8B": (16, 8),
-    "InternLM2-7B": (32, 8),
-    "InternLM2-20B": (48, 8),
-    "Qwen2.5-7B": (28, 4),
-}
-_KINDS = ("bf16", "int8", "int4")
+def _decode(model: str, batch: int, context: int, kv: str, bar: bool = False) -> Shape:
+    """One token of each of ``batch`` sequences."""
+    sizes = MODELS[model]
+    return Shape(model, batch, 1, sizes.heads, sizes.kv_heads, sizes.head_dim, (context,), kv, bar=bar)
+
+
+def _prefill(model: str, queries: int, context: int, kv: str) -> Shape:
+    """2048 tokens of one sequence, after a context, in rows of ``queries``."""
+    sizes = MODELS[model]
+    heads = (sizes.heads, sizes.kv_heads, sizes.head_dim)
+    return Shape(model, 1, queries, *heads, (context,), kv, rows=2048 // queries)
 
 
 def _real() -> Iterator[Shape]:
-    for kv in _KINDS:
+    for kv in ("bf16", "int8", "int4"):
         for batch in (1, 64, 16, 256):
-            yield Shape("Llama-3-8B", batch, 1, 32, 8, 128, (4095,), kv, bar=batch in (1, 64))
-        yield Shape("Llama-3-8B", 16, 1, 32, 8, 128, (32767,), kv)
+            yield _decode("Llama-3-8B", batch, 4095, kv, bar=batch in (1, 64))
+        yield _decode("Llama-3-8B", 16, 32767, kv)
         for queries, context in ((32, 2048), (64, 2048), (128, 2048), (32, 0)):
-            rows = 2048 // queries
-            yield Shape("Llama-3-8B", 1, queries, 32, 8, 128, (context,), kv, rows=rows)
-        for model, (heads, kv_heads) in _MODELS.items():
-            yield Shape(model, 16, 1, heads, kv_heads, 128, (4095,), kv)
-            yield Shape(model, 1, 32, heads, kv_heads, 128, (2048,), kv, rows=64)
+            yield _prefill("Llama-3-8B", queries, context, kv)
+        for model in list(MODELS)[1:]:
+            yield _decode(model, 16, 4095, kv)
+            yield _prefill(model, 32, 2048, kv)
 
 
 SHAPES = tuple(_real())
@@ -114,6 +116,7 @@ TEST_SHAPES = (
     Shape("widest", 3, 1, 4, 1, 256, (0, 31, 70), "int4", softcap=2.0),
     Shape("long", 2, 1, 2, 1, 64, (900, 513), "int8", block_size=16),
     Shape("chunk", 4, 20, 6, 2, 80, (0, 15, 16, 77), block_size=16, lengths=(20, 1, 0, 13)),
+    Shape("chunk, large blocks", 2, 24, 6, 2, 64, (0, 100)),  # No padding: the tuner compares whole results.
     Shape("rows of a chunk", 2, 32, 4, 2, 64, (0, 40), rows=2, block_size=32, window=25, softcap=3.0),
     Shape("quantised chunk", 3, 20, 4, 1, 96, (0, 50, 63), "int8", lengths=(20, 7, 0), softcap=2.0),
     Shape("multi-head chunk", 3, 64, 2, 2, 64, (0, 1, 30), "int4", block_size=16, window=33, dtype="float16"),
@@ -169,8 +172,7 @@ def cost(shape: Shape) -> tuple[int, int]:
 
 def tiles_for(shape: Shape, device: str) -> Tiles:
     """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
-    spec = DEVICES[device]
-    return choose(shape.call, Target("gpu", spec.kind, spec.capability, spec.cores))
+    return choose(shape.call, DEVICES[device].target)
 
 
 def key_for(shape: Shape) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.model_sizes import DISTINCT
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.rms_norm.tiles import Tiles, candidates, choose, key
-from pallas_kernels.target import Target
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,7 @@ class Shape:
         return f"{self.model} T={self.tokens} D={self.width}{' +residual' if self.residual else ''} {self.dtype}"
 
 
-_WIDTHS = {
-    "Llama-3-8B, InternLM2-7B": 4096,
-    "Llama-3-70B": 8192,
-    "InternLM2-1.8B": 2048,
-    "InternLM2-20B": 6144,
-    "Qwen2.5-7B": 3584,
-}
-
-SHAPES = tuple(Shape(model, tokens, width) for model, width in _WIDTHS.items() for tokens in (16, 256, 4096))
+SHAPES = tuple(Shape(model, tokens, sizes.hidden) for model, sizes in DISTINCT.items() for tokens in (16, 256, 4096))
 
 TEST_SHAPES = (
     Shape("one token", 1, 128),
@@ -78,9 +70,7 @@ def cost(shape: Shape) -> tuple[int, int]:
 
 def tiles_for(shape: Shape, device: str) -> Tiles:
     """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
-    spec = DEVICES[device]
-    target = Target("gpu", spec.kind, spec.capability, spec.cores)
-    return choose(shape.tokens, shape.width, shape.dtype, shape.residual, target)
+    return choose(shape.tokens, shape.width, shape.dtype, shape.residual, DEVICES[device].target)
 
 
 def key_for(shape: Shape) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,12 @@ from pallas_kernels.dispatch import RefusalError
 from pallas_kernels.hopper import ATOM, SHARED_MEMORY, need_hopper, need_jax
 from pallas_kernels.target import Target, current_target
 from pallas_kernels.w4a16_matmul.tiles import Tiles, key
+
+if TYPE_CHECKING:
+    from pallas_kernels.w4a16_matmul.shapes import Shape
+
+TABLE = "w4a16_matmul_hopper"
+"""Its tuning table: tiles here are not those of other backends."""
 
 LEAST_ROWS = 128
 """Fewest rows of activations: with fewer, fetching and dequantising the weights is what takes time."""
@@ -83,7 +90,7 @@ def run(
     if tiles is not None and not isinstance(tiles, HopperTiles):
         raise RefusalError(f"takes HopperTiles, have {tiles}")
     call = key(m, k, n, 128 // (rows - 16), x.dtype)
-    chosen = tuning.choose("w4a16_matmul_hopper", target.kind, call, tiles, heuristic(m, n, target))
+    chosen = tuning.choose(TABLE, target.kind, call, tiles, heuristic(m, n, target))
     if n % (TILE_N * chosen.cluster):
         raise RefusalError(f"needs a multiple of {TILE_N * chosen.cluster} columns, have N={n}")
     if chosen.halves < 2 or chosen.shared_memory(rows) > SHARED_MEMORY:
@@ -110,8 +117,13 @@ def heuristic(m: int, n: int, target: Target) -> HopperTiles:
 
 
 def candidates(m: int, n: int) -> Iterator[HopperTiles]:
-    """What the tuner tries."""
+    """What the tuner tries: nothing for fewer rows than the backend accepts, which are those of the smallest tile."""
     for tile_m, most in _HALVES.items():
         for halves, cluster in product((most - 1, most), (1, 2)):
-            if tile_m <= max(m, LEAST_ROWS) and n % (TILE_N * cluster) == 0:
+            if tile_m <= m and n % (TILE_N * cluster) == 0:
                 yield HopperTiles(tile_m, _CHUNKS, halves, cluster)
+
+
+def candidates_for(shape: Shape) -> Iterator[HopperTiles]:
+    """``candidates`` of a shape of the op."""
+    return candidates(shape.m, shape.n)

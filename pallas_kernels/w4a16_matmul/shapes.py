@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
-from pallas_kernels.target import Target
 from pallas_kernels.w4a16_matmul.dequant import CHUNK
 from pallas_kernels.w4a16_matmul.tiles import DECODE_ROWS, Tiles, candidates, choose, key
 
@@ -39,38 +39,24 @@ class Shape:
         return f"{self.model} M={self.m} K={self.k} N={self.n} g={self.group_size} {self.dtype}{marks}"
 
 
-# model → hidden width D, columns of query, key and value together, MLP width F
-_WIDTHS = {
-    "Llama-3-8B": (4096, 6144, 14336),
-    "Llama-3-70B": (8192, 10240, 28672),
-    "InternLM2-1.8B": (2048, 4096, 8192),
-    "InternLM2-7B": (4096, 6144, 14336),
-    "InternLM2-20B": (6144, 8192, 16384),
-    "Qwen2.5-7B": (3584, 4608, 18944),
-}
-
-
-def _linears(model: str) -> Iterator[tuple[str, int, int]]:
-    """(name, K, N) of a layer's four products; the attention of all these models is as wide as D."""
-    width, attention, mlp = _WIDTHS[model]
-    yield f"{model} qkv", width, attention
-    yield f"{model} o", width, width
-    yield f"{model} gate_up", width, 2 * mlp
-    yield f"{model} down", mlp, width
+def _layer(model: str, m: int) -> Iterator[Shape]:
+    """The four products of a layer."""
+    for name, (k, n) in MODELS[model].linears.items():
+        bias = name == "qkv" and MODELS[model].qkv_bias
+        yield Shape(f"{model} {name}", m, k, n, bias=bias, bar=model == "Llama-3-8B" and m <= 16)
 
 
 def _shapes() -> Iterator[Shape]:
     for m in (1, 16, 64, 4096):
-        for name, k, n in _linears("Llama-3-8B"):
-            yield Shape(name, m, k, n, bar=m <= 16)
+        yield from _layer("Llama-3-8B", m)
+    hidden, mlp = MODELS["Llama-3-8B"].hidden, MODELS["Llama-3-8B"].mlp
     for m in (1, 2, 4, 8, 16, 4096):
-        yield Shape("Llama-3-8B gate", m, 4096, 14336)
+        yield Shape("Llama-3-8B gate", m, hidden, mlp)
     for m in (2, 4, 8):
-        yield Shape("Llama-3-8B down", m, 14336, 4096)
-    for model in list(_WIDTHS)[1:]:
+        yield Shape("Llama-3-8B down", m, mlp, hidden)
+    for model in list(MODELS)[1:]:
         for m in (1, 4096):
-            for name, k, n in _linears(model):
-                yield Shape(name, m, k, n, bias=name == "Qwen2.5-7B qkv")
+            yield from _layer(model, m)
 
 
 SHAPES = tuple(_shapes())
@@ -117,9 +103,7 @@ def cost(shape: Shape) -> tuple[int, int]:
 
 def tiles_for(shape: Shape, device: str) -> Tiles:
     """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
-    spec = DEVICES[device]
-    target = Target("gpu", spec.kind, spec.capability, spec.cores)
-    return choose(shape.m, shape.k, shape.n, _stored_group(shape), shape.dtype, target)
+    return choose(shape.m, shape.k, shape.n, _stored_group(shape), shape.dtype, DEVICES[device].target)
 
 
 def key_for(shape: Shape) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
-from pallas_kernels.target import Target, current_target
+from pallas_kernels.target import current_target
 from pallas_kernels.w8a8_matmul.tiles import LARGEST_DECODE, Tiles, candidates, choose, key
 
 
@@ -35,23 +36,14 @@ class Shape:
         return f"{self.model} M={self.m} K={self.k} N={self.n}{' +bias' if self.bias else ''} {self.dtype}"
 
 
-def _linears(model: str, width: int, qkv: int, mlp: int, sizes: tuple[int, ...], bias: bool = False) -> Iterator[Shape]:
-    """The linear maps of a decoder layer: queries, keys and values together, and both halves of the MLP's first."""
-    for m in sizes:
-        yield Shape(f"{model} qkv", m, width, qkv, bias)
-        yield Shape(f"{model} o", m, width, width)
-        yield Shape(f"{model} gate_up", m, width, 2 * mlp)
-        yield Shape(f"{model} down", m, mlp, width)
+def _shapes() -> Iterator[Shape]:
+    for model, sizes in MODELS.items():
+        for m in (1, 16, 64, 4096) if model == "Llama-3-8B" else (16, 4096):
+            for name, (k, n) in sizes.linears.items():
+                yield Shape(f"{model} {name}", m, k, n, bias=name == "qkv" and sizes.qkv_bias)
 
 
-SHAPES = (
-    *_linears("Llama-3-8B", 4096, 6144, 14336, (1, 16, 64, 4096)),
-    *_linears("Llama-3-70B", 8192, 10240, 28672, (16, 4096)),
-    *_linears("InternLM2-1.8B", 2048, 4096, 8192, (16, 4096)),
-    *_linears("InternLM2-20B", 6144, 8192, 16384, (16, 4096)),
-    *_linears("Qwen2.5-7B", 3584, 4608, 18944, (16, 4096), bias=True),
-)
-"""InternLM2-7B has the linears of Llama-3-8B."""
+SHAPES = tuple(_shapes())
 
 TEST_SHAPES = (
     Shape("one token, split K", 1, 1024, 96),
@@ -85,9 +77,7 @@ def cost(shape: Shape) -> tuple[int, int]:
 
 def tiles_for(shape: Shape, device: str) -> Tiles:
     """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
-    spec = DEVICES[device]
-    target = Target("gpu", spec.kind, spec.capability, spec.cores)
-    return choose(shape.m, shape.k, shape.n, shape.dtype, target)
+    return choose(shape.m, shape.k, shape.n, shape.dtype, DEVICES[device].target)
 
 
 def key_for(shape: Shape) -> str:

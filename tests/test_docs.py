@@ -1,0 +1,41 @@
+"""What docs/ tells people to do, done."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import rms_norm as op
+from pallas_kernels.dispatch import NoBackendError
+from pallas_kernels.rms_norm import rms_norm
+
+KERNELS = Path(__file__).resolve().parents[1] / "docs/kernels.md"
+
+
+@pytest.fixture
+def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The worked example of docs/kernels.md, saved and registered as that page says."""
+    blocks = re.findall(r"```python\n(.*?)```", KERNELS.read_text("utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if "def check(target)" in block)
+    (tmp_path / "pieces.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "pieces", raising=False)
+    monkeypatch.setitem(op.BACKENDS, "pieces", "pieces")
+    return "pieces"
+
+
+def test_the_worked_example_norms(pieces: str) -> None:
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, scale = (
+        jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys, ((3, 4096), (4096,)), strict=True)
+    )
+    got = rms_norm(x, scale, eps=1e-5, backend=pieces)
+    np.testing.assert_allclose(got, rms_norm(x, scale, eps=1e-5, backend="reference"), rtol=2e-6)
+    with pytest.raises(NoBackendError, match="rms_norm: pieces norms multiples of 1024 without a residual, have D=80"):
+        rms_norm(x[:, :80], scale[:80], eps=1e-5, backend=pieces)
