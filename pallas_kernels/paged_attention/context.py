@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -69,15 +69,14 @@ class Tile(NamedTuple):
         positions: int32 [C], from a multiple of C on.
         keys: [C, W] of each part, as ``Words.unpack`` gives them.
         values: likewise.
-        key_range: ``None`` in a pool of floats.
-        value_range: likewise.
+        range_of: reads the range of ``KEYS`` or ``VALUES``, where it is used: held from the start it takes registers.
+            ``None`` in a pool of floats.
     """
 
     positions: jax.Array
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
-    key_range: Range | None
-    value_range: Range | None
+    range_of: Callable[[int], Range] | None
 
     def exponents(
         self, queries: Queries, factor: float = 1.0, cap: Callable[[jax.Array], jax.Array] | None = None
@@ -87,22 +86,25 @@ class Tile(NamedTuple):
         Returns:
             float32 [A, C].
         """
-        products = [plt.dot(query, key, trans_b=True) for query, key in zip(queries.parts, self.keys, strict=True)]
-        if self.key_range is None or self.value_range is None:
-            return (cap(products[0]) if cap else products[0]) * factor
+        products = (plt.dot(query, key, trans_b=True) for query, key in zip(queries.parts, self.keys, strict=True))
+        if self.range_of is None:
+            (scores,) = products
+            return (cap(scores) if cap else scores) * factor
+        # Each dot is added before the next is asked for: so tensor cores do the additions, this first one included.
         scores = reduce(jnp.add, products, -queries.raised[:, None])
-        (scale, zero), total = self.key_range, queries.total[:, None]
-        of_values = log2(self.value_range.scale)[None, :]
+        (scale, zero), total = self.range_of(KEYS), queries.total[:, None]
+        of_values = log2(self.range_of(VALUES).scale)[None, :]
         if cap:
             return fma(cap(fma(scores, scale[None, :], total * zero[None, :])), jnp.float32(factor), of_values)
         return fma(scores, (scale * factor)[None, :], fma(total, (zero * factor)[None, :], of_values))
 
     def sums(self, weights: jax.Array, narrow: jax.Array) -> tuple[jax.Array, ...]:
         """What the tile adds to the sums of ``Running``, [A, C] each; ``narrow`` are the weights that values get."""
-        if self.value_range is None:
+        if self.range_of is None:
             return (weights,)
-        rounded, per_scale = narrow.astype(jnp.float32), reciprocal(self.value_range.scale)
-        return rounded * per_scale[None, :], rounded * (self.value_range.zero * per_scale)[None, :], rounded
+        scale, zero = self.range_of(VALUES)
+        rounded, per_scale = narrow.astype(jnp.float32), reciprocal(scale)
+        return rounded * per_scale[None, :], rounded * (zero * per_scale)[None, :], rounded
 
 
 class Running(NamedTuple):
@@ -199,9 +201,8 @@ class Context:
         """Read a tile; what lies in it behind the context is anything."""
         positions = index * self.tile_n + jnp.arange(self.tile_n, dtype=jnp.int32)
         block, offsets = self._blocks(index, positions), positions & (self._block_size - 1)
-        keys, values = (self.words.unpack(self._load(half, block, offsets)) for half in (KEYS, VALUES))
-        ranges = (None if self.words.bits is None else self._range(half, block, offsets) for half in (KEYS, VALUES))
-        return Tile(positions, keys, values, *ranges)
+        keys, values = (self.words.unpack(self._load(block, offsets, half)) for half in (KEYS, VALUES))
+        return Tile(positions, keys, values, partial(self._range, block, offsets) if len(self.pool) > 1 else None)
 
     @property
     def _block_size(self) -> int:
@@ -216,7 +217,7 @@ class Context:
         # Entries beyond the context may hold anything; block 0 exists.
         return plt.load(self.table.at[self.row, entries], mask=positions < self.end, other=jnp.int32(0))
 
-    def _load(self, half: int, block: jax.Array, offsets: jax.Array) -> jax.Array:
+    def _load(self, block: jax.Array, offsets: jax.Array, half: int) -> jax.Array:
         """Words [C, W] of keys or values."""
         block = block[:, None] if block.ndim else block
         word = jnp.arange(self.words.padded, dtype=jnp.int32)
@@ -226,7 +227,7 @@ class Context:
         mask = jnp.broadcast_to(there(self.words)[None, :], (self.tile_n, self.words.padded))
         return plt.load(at, mask=mask, other=jnp.zeros((), self.pool[0].dtype))
 
-    def _range(self, half: int, block: jax.Array, offsets: jax.Array) -> Range:
+    def _range(self, block: jax.Array, offsets: jax.Array, half: int) -> Range:
         """Scales and zeros of keys or values."""
         at = (self.pool[1].at[block, jnp.int32(half), self.kv_head, jnp.int32(i), offsets] for i in (_SCALE, _ZERO))
         return Range(*(plt.load(each).astype(jnp.float32) for each in at))
