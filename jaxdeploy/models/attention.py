@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from pallas_kernels.kv_cache_write import kv_cache_write
 
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import constant, linear, parameter, value_of
 from jaxdeploy.models.rope import Rotary, apply_rotary
 from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
+from pallas_kernels.kv_cache_write import kv_cache_write
 from pallas_kernels.kv_pool import Pool
 from pallas_kernels.paged_attention import paged_attention
 
