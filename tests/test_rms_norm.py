@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from pallas_kernels.dispatch import NoBackendError
 from pallas_kernels.numerics import ACCUMULATOR, Array, unit_roundoff
 from pallas_kernels.rms_norm import BACKENDS, rms_norm
-from pallas_kernels.rms_norm.shapes import SHAPES, TEST_SHAPES, Shape, candidates_for, make_args
+from pallas_kernels.rms_norm.shapes import SHAPES, TEST_SHAPES, Shape, candidates_for, make_args, tiles_for
 from pallas_kernels.rms_norm.tiles import Tiles
 
 Arrays = tuple[jax.Array, ...]
@@ -51,9 +52,9 @@ def worst(shape: Shape, args: Arrays, got: list[Array]) -> float:
 
 @pytest.mark.parametrize("shape", TEST_SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backend(backend: str, shape: Shape) -> None:
+def test_backend(backend: str, shape: Shape, tiles: Tiles | None = None) -> None:
     args, _ = make_args(shape)
-    got = normed(shape, args, backend)
+    got = normed(shape, args, backend, tiles)
     assert worst(shape, args, got) < 1
     if shape.residual:
         np.testing.assert_array_equal(got[1], expected(args)[1])
@@ -66,10 +67,12 @@ def test_on_a_gpu(shape: Shape) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape.tokens == 16], ids=str)
-def test_real_widths(shape: Shape) -> None:
-    """Tokens are independent: 16 stand for all."""
-    test_backend("pallas_triton", shape)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_real_shapes(shape: Shape) -> None:
+    """The tiles that an H200 takes; programs are independent: two full ones and one of a single token stand for all."""
+    tiles = tiles_for(shape, "h200")
+    few = replace(shape, tokens=min(shape.tokens, 2 * tiles.tile_m + 1))
+    test_backend("pallas_triton", few, tiles)
 
 
 @settings(max_examples=5, deadline=None)
