@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.layers import constant, linear, parameter, value_of
+from jaxdeploy.models.layers import Weight, constant, linear, parameter, value_of
 from jaxdeploy.models.rope import Rotary, apply_rotary
 from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
 from pallas_kernels.kv_cache_write import kv_cache_write
@@ -138,16 +138,16 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         groups = (config.num_kv_heads, config.queries_per_kv + 2, config.head_dim)
         out = (config.num_heads, config.head_dim, config.hidden_size)
-        self.window = window
-        self.wqkv = parameter(rngs, (config.hidden_size, *groups), ("embed", "kv_heads", None, None), dtype)
+        self.num_heads, self.head_dim, self.window = config.num_heads, config.head_dim, window
+        self.wqkv: Weight = parameter(rngs, (config.hidden_size, *groups), ("embed", "kv_heads", None, None), dtype)
         self.bqkv = constant(0.0, groups, ("kv_heads", None, None), dtype) if config.qkv_bias else None
-        self.wo = parameter(rngs, out, ("heads", None, "embed"), dtype)
+        self.wo: Weight = parameter(rngs, out, ("heads", None, "embed"), dtype)
         self.bo = constant(0.0, (config.hidden_size,), ("embed",), dtype) if config.o_bias else None
 
     def __call__(
         self, x: jax.Array, rotary: Rotary, context: AttentionContext, pool: Pool | None
     ) -> tuple[jax.Array, Pool | None]:
         """``x`` [T, D] → ([T, D], updated ``pool``)."""
-        qkv = linear(x, self.wqkv[...], value_of(self.bqkv))
+        qkv = linear(x, self.wqkv, value_of(self.bqkv))
         out, pool = context.attend(qkv, rotary, pool, self.window)
-        return linear(out, self.wo[...], value_of(self.bo), contract=2), pool
+        return linear(out, self.wo, value_of(self.bo)), pool

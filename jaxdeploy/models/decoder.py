@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import Attention, AttentionContext, DenseContext
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
 from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.quantized import weight_like
 from jaxdeploy.models.rope import Rotary, rotary
 from jaxdeploy.models.weights import ParamPath
+from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import NoBackendError
 from pallas_kernels.kv_pool import Pool
 
@@ -76,7 +80,7 @@ class Decoder(nnx.Module):
         """
         x = self.embed(tokens)
         angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
-        if fused_decode.serves(context):
+        if fused_decode.serves(context, self.layers):
             try:
                 return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools)
             except NoBackendError as refusal:
@@ -113,9 +117,28 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nn
     return dict(flat)
 
 
-def decoder_from(config: ModelConfig, params: Params) -> Decoder:
-    """A decoder that holds the arrays of ``params`` (paths as in ``abstract_params``)."""
+def decoder_from(config: ModelConfig, params: Params, mesh: Mesh | None = None) -> Decoder:
+    """A decoder that holds the arrays of ``params``.
+
+    Paths are those of ``abstract_params``, or for a quantised weight those of its leaves, below the path that the
+    float weight would have; they lie on ``mesh`` (default: the first device).
+    """
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    _hold_quantized(decoder, params, mesh or make_mesh(1))
     flat: Any = {path: nnx.Param(value) for path, value in params.items()}
     nnx.update(decoder, nnx.from_flat_state(flat))
     return decoder
+
+
+def _hold_quantized(decoder: Decoder, params: Params, mesh: Mesh) -> None:
+    """Put quantised weights, still without arrays, where ``params`` has leaves of such."""
+    flat: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
+    floats, leaves = dict(flat), defaultdict[ParamPath, dict[str, jax.Array]](dict)
+    for path, value in params.items():
+        if path not in floats:
+            leaves[path[:-1]][str(path[-1])] = value
+    for path, arrays in leaves.items():
+        module: Any = decoder
+        for name in path[:-1]:
+            module = module[name] if isinstance(name, int) else getattr(module, name)
+        setattr(module, str(path[-1]), weight_like(floats[path], arrays, mesh))

@@ -6,18 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdeploy.models.attention import AttentionContext, PagedContext
-from jaxdeploy.models.layers import RMSNorm, value_of
+from jaxdeploy.models.layers import RMSNorm, Weight, value_of
+from jaxdeploy.models.quantized import Int4Weight
 from jaxdeploy.models.rope import Rotary
 from jaxdeploy.parallel.mesh import TP_AXIS
 from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
 from pallas_kernels.decode_layer import LayerWeights, decode_layer, padded_rows
+from pallas_kernels.decode_layer.weights import is_packed
 from pallas_kernels.dispatch import preferred
 from pallas_kernels.kv_pool import Pool
 
@@ -40,12 +43,21 @@ _AXES: dict[str, tuple[str | None, ...]] = {
 }
 """Logical axes of a layer's parameters, in the shapes they have in the modules."""
 
+_INPUT_AXES = {"wo": 2}
+"""Axes of a weight that are inputs, where that is not the first alone."""
 
-def serves(context: AttentionContext) -> TypeGuard[PagedContext]:
+
+def serves(context: AttentionContext, layers: Sequence[Layer]) -> TypeGuard[PagedContext]:
     """Whether the fused kernels are for such a step on this device: nothing but single tokens over a paged cache."""
     if not isinstance(context, PagedContext) or [rows.query_length for rows in context.regions] != [1]:
         return False
-    return preferred("decode_layer") == KERNELS
+    return preferred("decode_layer") == KERNELS and all(map(_takes, layers))
+
+
+def _takes(layer: Layer) -> bool:
+    """Whether the kernels know such weights: floats, and 4 bits as long as no input must be moved or added first."""
+    weights = (layer.attention.wqkv, layer.attention.wo, layer.mlp.gate_up, layer.mlp.down)
+    return all(isinstance(w, nnx.Param) or (isinstance(w, Int4Weight) and w.takes_as_is) for w in weights)
 
 
 def decode_hidden(
@@ -80,31 +92,45 @@ class _Options:
 
 
 def _options(layer: Layer, mesh: Mesh) -> _Options:
-    heads, size, _ = layer.attention.wo.shape
-    return _Options(heads // mesh.size, 1.0 / math.sqrt(size), layer.mlp_norm.eps, layer.attention.window, mesh)
+    attention = layer.attention
+    heads = attention.num_heads // mesh.size
+    return _Options(heads, 1.0 / math.sqrt(attention.head_dim), layer.mlp_norm.eps, attention.window, mesh)
 
 
 def _weights(layer: Layer) -> LayerWeights:
     attention, mlp = layer.attention, layer.mlp
     return LayerWeights(
-        wqkv=attention.wqkv[...],
+        wqkv=_array(attention.wqkv),
         bqkv=value_of(attention.bqkv),
-        wo=attention.wo[...],
+        wo=_array(attention.wo),
         bo=value_of(attention.bo),
-        gate_up=mlp.gate_up[...],
+        gate_up=_array(mlp.gate_up),
         gate_up_bias=value_of(mlp.gate_up_bias),
-        down=mlp.down[...],
+        down=_array(mlp.down),
         down_bias=value_of(mlp.down_bias),
         mlp_norm=layer.mlp_norm.scale[...],
     )
+
+
+def _array(weight: Weight) -> jax.Array:
+    return weight.packed[...] if isinstance(weight, Int4Weight) else cast("nnx.Param[jax.Array]", weight)[...]
+
+
+def _specs(weights: LayerWeights) -> LayerWeights:
+    """Where each array is cut; a packed weight has one input axis, and behind it one for words and scales."""
+    specs: dict[str, Any] = {}
+    for name, axes in _AXES.items():
+        array = getattr(weights, name)
+        packed = array is not None and is_packed(array)
+        specs[name] = spec(axes[0], None, *axes[_INPUT_AXES.get(name, 1) :]) if packed else spec(*axes)
+    return LayerWeights(**specs)
 
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(options: _Options, *args: Any) -> tuple[jax.Array, jax.Array, Pool]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
     whole, pool = spec(), spec(*POOL_AXES)
-    specs: dict[str, Any] = {name: spec(*axes) for name, axes in _AXES.items()}
-    ins = (whole, whole, LayerWeights(**specs), whole, pool, whole, whole, whole, whole)
+    ins = (whole, whole, _specs(args[2]), whole, pool, whole, whole, whole, whole)
     layer = per_device(options.mesh, partial(_layer, options), ins, (whole, whole, pool))
     out: tuple[jax.Array, jax.Array, Pool] = layer(*args)
     return out
@@ -114,13 +140,12 @@ def _layer(
     options: _Options, x: jax.Array, normed: jax.Array, weights: LayerWeights, next_norm: jax.Array, *where: Any
 ) -> tuple[jax.Array, jax.Array, Pool]:
     """One device's share of a layer; its weights become matrices, which moves nothing."""
-    width = x.shape[1]
     matrices = LayerWeights(
-        wqkv=weights.wqkv.reshape(width, -1),
+        wqkv=_matrix(weights.wqkv, 1),
         bqkv=_flat(weights.bqkv),
-        wo=weights.wo.reshape(-1, width),
+        wo=_matrix(weights.wo, 2),
         bo=weights.bo,
-        gate_up=weights.gate_up.reshape(width, -1),
+        gate_up=_matrix(weights.gate_up, 1),
         gate_up_bias=_flat(weights.gate_up_bias),
         down=weights.down,
         down_bias=weights.down_bias,
@@ -139,6 +164,12 @@ def _layer(
         axis_name=TP_AXIS if options.mesh.size > 1 else None,
         backend=KERNELS,
     )
+
+
+def _matrix(weight: jax.Array, inputs: int) -> jax.Array:
+    if is_packed(weight):
+        return weight.reshape(*weight.shape[:2], -1)
+    return weight.reshape(math.prod(weight.shape[:inputs]), -1)
 
 
 def _flat(bias: jax.Array | None) -> jax.Array | None:

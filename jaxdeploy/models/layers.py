@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,27 @@ def value_of(bias: nnx.Param[jax.Array] | None) -> jax.Array | None:
     return None if bias is None else bias[...]
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, *, contract: int = 1) -> jax.Array:
-    """``x [..., *in] · weight [*in, *out] + bias [*out]``; ``contract`` is the number of input axes.
+class MultipliesItself(Protocol):
+    """A weight that is no plain array (``jaxdeploy.models.quantized``)."""
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """``x`` [T, inputs] → [T, *outputs]."""
+        ...
+
+
+Weight = nnx.Param[jax.Array] | MultipliesItself
+"""The weight of a linear map [*inputs, *outputs]."""
+
+
+def linear(x: jax.Array, weight: Weight, bias: jax.Array | None = None) -> jax.Array:
+    """``x [T, *inputs] · weight [*inputs, *outputs] + bias [*outputs]``.
 
     The one place that decides how a weight multiplies: the type of the weight chooses the maths.
     """
-    y = jnp.tensordot(x, weight, axes=contract)
+    if isinstance(weight, nnx.Param):
+        y = jnp.tensordot(x, weight[...], axes=x.ndim - 1)
+    else:
+        y = weight.multiply(x.reshape(x.shape[0], -1))
     return y if bias is None else y + bias
 
 

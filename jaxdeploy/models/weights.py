@@ -23,16 +23,47 @@ IGNORED = (r".*rotary_emb\.inv_freq", r".*\.masked_bias", r".*rotary_emb\.(cos|s
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """How the rows of stored [out, in] tensors, or the elements of [out] ones, become the output axes of a parameter.
+
+    ``rows`` says how many each tensor has. ``join`` takes arrays [rows, X], one for each, and gives [*outputs, X], or
+    the same without X; ``cut`` is its inverse. X is the input width of a weight; quantised weights have others.
+    """
+
+    rows: tuple[int, ...]
+    join: Callable[[Sequence[Array]], Array]
+    cut: Callable[[Array], list[Array]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map [*inputs, *outputs] and the ``modules`` of the checkpoint that it is made of."""
+
+    modules: tuple[str, ...]
+    inputs: tuple[int, ...]
+    outputs: Outputs
+
+    @property
+    def width(self) -> int:
+        """Number of inputs, all input axes together."""
+        return math.prod(self.inputs)
+
+
+@dataclass(frozen=True)
 class Source:
     """The checkpoint tensors of one parameter: ``names`` and ``shapes`` as stored, and the way there and back.
 
-    ``assemble`` turns the stored arrays into the parameter, ``split`` is its inverse.
+    ``assemble`` turns the stored arrays into the parameter, ``split`` is its inverse. ``integers`` are the names that
+    hold integers; the others hold floats. ``linear`` says more about the weight of a linear map: it may be stored
+    quantised instead.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     assemble: Callable[[Sequence[Array]], Array]
     split: Callable[[Array], list[Array]]
+    integers: frozenset[str] = frozenset()
+    linear: Linear | None = None
 
 
 def plain(name: str, *shape: int) -> Source:
@@ -40,64 +71,67 @@ def plain(name: str, *shape: int) -> Source:
     return Source((name,), (shape,), lambda arrays: arrays[0], lambda value: [value])
 
 
-def linear(name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Source:
-    """A linear map [*inputs, *outputs], stored as [out, in]."""
-    shape = (math.prod(outputs), math.prod(inputs))
-    return Source(
-        (name,),
-        (shape,),
-        lambda arrays: arrays[0].T.reshape(*inputs, *outputs),
-        lambda value: [value.reshape(shape[1], shape[0]).T],
-    )
-
-
-def separate_qkv(names: Sequence[str], config: ModelConfig, *columns: int) -> Source:
-    """Query, key and value stored apart → [D, K, N/K + 2, H]; without ``columns`` (D) the biases [K, N/K + 2, H]."""
-    kv, group, size = config.num_kv_heads, config.queries_per_kv, config.head_dim
-    heads = (group, 1, 1)
-    shapes = tuple((kv * n * size, *columns) for n in heads)
+def linear(modules: Sequence[str], inputs: tuple[int, ...], outputs: Outputs) -> Source:
+    """The weight [*inputs, *outputs] of a linear map, stored as a tensor [out, in] for each module."""
+    width = math.prod(inputs)
 
     def assemble(arrays: Sequence[Array]) -> Array:
-        parts = [array.reshape(kv, n, size, *columns) for array, n in zip(arrays, heads, strict=True)]
-        return _inputs_first(np.concatenate(parts, axis=1), columns)
+        joined = outputs.join(arrays)
+        return np.moveaxis(joined, -1, 0).reshape(*inputs, *joined.shape[:-1])
 
     def split(value: Array) -> list[Array]:
-        parts = np.split(_inputs_last(value, columns), (group, group + 1), axis=1)
-        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return outputs.cut(np.moveaxis(value.reshape(width, *value.shape[len(inputs) :]), 0, -1))
 
-    return Source(tuple(names), shapes, assemble, split)
+    return Source(
+        tuple(f"{module}.weight" for module in modules),
+        tuple((rows, width) for rows in outputs.rows),
+        assemble,
+        split,
+        linear=Linear(tuple(modules), inputs, outputs),
+    )
 
 
-def grouped_qkv(name: str, config: ModelConfig, *columns: int) -> Source:
+def bias(modules: Sequence[str], outputs: Outputs) -> Source:
+    """The bias [*outputs] of a linear map, stored as a tensor [out] for each module."""
+    names = tuple(f"{module}.bias" for module in modules)
+    return Source(names, tuple((rows,) for rows in outputs.rows), outputs.join, outputs.cut)
+
+
+def whole(*shape: int) -> Outputs:
+    """One tensor, its rows in the order of the parameter's axes."""
+    size = math.prod(shape)
+    return Outputs(
+        (size,),
+        lambda arrays: arrays[0].reshape(*shape, *arrays[0].shape[1:]),
+        lambda value: [value.reshape(size, *value.shape[len(shape) :])],
+    )
+
+
+def separate_qkv(config: ModelConfig) -> Outputs:
+    """Query, key and value stored apart → [K, N/K + 2, H]."""
+    kv, group, size = config.num_kv_heads, config.queries_per_kv, config.head_dim
+    heads = (group, 1, 1)
+    rows = tuple(kv * n * size for n in heads)
+
+    def join(arrays: Sequence[Array]) -> Array:
+        parts = [array.reshape(kv, n, size, *array.shape[1:]) for array, n in zip(arrays, heads, strict=True)]
+        return np.concatenate(parts, axis=1)
+
+    def cut(value: Array) -> list[Array]:
+        parts = np.split(value, (group, group + 1), axis=1)
+        return [part.reshape(n, *value.shape[3:]) for part, n in zip(parts, rows, strict=True)]
+
+    return Outputs(rows, join, cut)
+
+
+def grouped_qkv(config: ModelConfig) -> Outputs:
     """One tensor whose rows are, per KV head, its query heads, its key and its value (InternLM2)."""
-    groups = (config.num_kv_heads, config.queries_per_kv + 2, config.head_dim)
-    shape = (math.prod(groups), *columns)
-    return Source(
-        (name,),
-        (shape,),
-        lambda arrays: _inputs_first(arrays[0].reshape(*groups, *columns), columns),
-        lambda value: [_inputs_last(value, columns).reshape(shape)],
-    )
+    return whole(config.num_kv_heads, config.queries_per_kv + 2, config.head_dim)
 
 
-def gate_and_up(gate: str, up: str, config: ModelConfig, *columns: int) -> Source:
-    """Gate and up stored apart → [D, 2, F]; without ``columns`` (D) the biases [2, F]."""
-    shape = (config.intermediate_size, *columns)
-    return Source(
-        (gate, up),
-        (shape, shape),
-        lambda arrays: _inputs_first(np.stack(arrays), columns),
-        lambda value: list(_inputs_last(value, columns)),
-    )
-
-
-def _inputs_first(rows: Array, columns: tuple[int, ...]) -> Array:
-    """Stored weights end with the input axis (D), parameters begin with it; a bias has none."""
-    return np.moveaxis(rows, -1, 0) if columns else rows
-
-
-def _inputs_last(value: Array, columns: tuple[int, ...]) -> Array:
-    return np.moveaxis(value, 0, -1) if columns else value
+def gate_and_up(config: ModelConfig) -> Outputs:
+    """Gate and up stored apart → [2, F]."""
+    return Outputs((config.intermediate_size,) * 2, np.stack, list)
 
 
 @dataclass(frozen=True)
@@ -125,7 +159,7 @@ def decoder_weights(config: ModelConfig, names: DecoderNames) -> WeightTable:
         ("norm", "scale"): plain(f"{names.norm}.weight", size),
     }
     if not config.tie_embeddings:
-        table["head", "weight"] = linear(f"{names.head}.weight", (size,), (vocab,))
+        table["head", "weight"] = linear([names.head], (size,), whole(vocab))
     for index in range(config.num_layers):
         layer = _layer_weights(config, names, names.layer.format(index))
         table |= {("layers", index, *path): source for path, source in layer.items()}
@@ -134,28 +168,22 @@ def decoder_weights(config: ModelConfig, names: DecoderNames) -> WeightTable:
 
 def _layer_weights(config: ModelConfig, names: DecoderNames, prefix: str) -> dict[tuple[str, ...], Source]:
     size, width = config.hidden_size, config.intermediate_size
-    heads = (config.num_heads, config.head_dim)
     gate, up, down, out = (f"{prefix}.{name}" for name in (names.gate, names.up, names.down, names.out))
-    qkv = [f"{prefix}.{name}" for name in names.qkv]
+    qkv, gate_up = [f"{prefix}.{name}" for name in names.qkv], [gate, up]
+    heads = grouped_qkv(config) if len(qkv) == 1 else separate_qkv(config)
     table: dict[tuple[str, ...], Source] = {
         ("attention_norm", "scale"): plain(f"{prefix}.{names.attention_norm}.weight", size),
-        ("attention", "wqkv"): _qkv([f"{name}.weight" for name in qkv], config, size),
-        ("attention", "wo"): linear(f"{out}.weight", heads, (size,)),
+        ("attention", "wqkv"): linear(qkv, (size,), heads),
+        ("attention", "wo"): linear([out], (config.num_heads, config.head_dim), whole(size)),
         ("mlp_norm", "scale"): plain(f"{prefix}.{names.mlp_norm}.weight", size),
-        ("mlp", "gate_up"): gate_and_up(f"{gate}.weight", f"{up}.weight", config, size),
-        ("mlp", "down"): linear(f"{down}.weight", (width,), (size,)),
+        ("mlp", "gate_up"): linear(gate_up, (size,), gate_and_up(config)),
+        ("mlp", "down"): linear([down], (width,), whole(size)),
     }
     if config.qkv_bias:
-        table["attention", "bqkv"] = _qkv([f"{name}.bias" for name in qkv], config)
+        table["attention", "bqkv"] = bias(qkv, heads)
     if config.o_bias:
-        table["attention", "bo"] = plain(f"{out}.bias", size)
+        table["attention", "bo"] = bias([out], whole(size))
     if config.mlp_bias:
-        table["mlp", "gate_up_bias"] = gate_and_up(f"{gate}.bias", f"{up}.bias", config)
-        table["mlp", "down_bias"] = plain(f"{down}.bias", size)
+        table["mlp", "gate_up_bias"] = bias(gate_up, gate_and_up(config))
+        table["mlp", "down_bias"] = bias([down], whole(size))
     return table
-
-
-def _qkv(names: Sequence[str], config: ModelConfig, *columns: int) -> Source:
-    if len(names) == 1:
-        return grouped_qkv(names[0], config, *columns)
-    return separate_qkv(names, config, *columns)

@@ -1,0 +1,127 @@
+"""Weights of linear maps held as integers, in the form that the kernels read.
+
+Each knows its logical axes and the mesh it lies on, and multiplies by itself: ``layers.linear`` asks it to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxdeploy.parallel.sharding import RULES, per_device, spec
+from pallas_kernels.w4a16_matmul import w4a16_matmul
+from pallas_kernels.w8a8_matmul import w8a8_matmul
+
+Axes = tuple[str | None, ...]
+Leaf = nnx.Param[jax.Array]
+
+CHUNK = 128
+"""Inputs that the packed form keeps together (``pallas_kernels.w4a16_matmul``)."""
+
+
+class Int4Weight(nnx.Module):
+    """4-bit integers with a float16 scale and a zero point for each group of inputs, as AWQ and GPTQ make them.
+
+    ``packed`` is int32 [K / 128, 16 + 128 / g, *outputs], K rounded up; its logical axes are that of the inputs,
+    ``None`` and those of the outputs. ``order`` int32 [K] gathers the inputs first, where groups are scattered.
+    """
+
+    def __init__(self, packed: Leaf, order: Leaf | None = None, *, inputs: int, mesh: Mesh) -> None:
+        self.packed, self.order, self.inputs, self.mesh = packed, order, inputs, mesh
+
+    @property
+    def takes_as_is(self) -> bool:
+        """Whether inputs go in as they are: none is moved, none is added."""
+        return self.order is None and self.inputs == CHUNK * self.packed.shape[0]
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """``x`` [T, K] → [T, *outputs], dtype of ``x``."""
+        packed, (inputs, _, *outputs) = self.packed[...], axes_of(self.packed)
+        if self.order is not None:
+            x = jnp.take(x, self.order[...], axis=1)
+        x = jnp.pad(x, ((0, 0), (0, CHUNK * packed.shape[0] - self.inputs)))
+        ins = (spec(None, inputs), spec(inputs, None, *outputs))
+        return _on_devices(self.mesh, _int4_product, inputs, ins, spec(None, *outputs))(x, packed)
+
+
+class Int8Weight(nnx.Module):
+    """8-bit integers with a scale for each output; activations are rounded per token on the way in (SmoothQuant).
+
+    ``values`` int8 [*outputs, K], ``scales`` float32 [*outputs].
+    """
+
+    def __init__(self, values: Leaf, scales: Leaf, *, mesh: Mesh) -> None:
+        self.values, self.scales, self.mesh = values, scales, mesh
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """``x`` [T, K] → [T, *outputs], dtype of ``x``."""
+        *outputs, inputs = axes_of(self.values)
+        ins = (spec(None, inputs), spec(*outputs, inputs), spec(*outputs))
+        product = _on_devices(self.mesh, _int8_product, inputs, ins, spec(None, *outputs))
+        return product(x, self.values[...], self.scales[...])
+
+
+def int4_leaves(param: Leaf, inputs: int, group: int, *, ordered: bool) -> dict[str, Leaf]:
+    """The leaves of an ``Int4Weight``, as shapes, in place of a float ``param`` with so many axes of ``inputs``."""
+    shape, axes = param.get_value().shape, axes_of(param)
+    width = math.prod(shape[:inputs])
+    packed = (-(-width // CHUNK), 16 + CHUNK // group, *shape[inputs:])
+    leaves = {"packed": _leaf(packed, jnp.int32, (axes[0], None, *axes[inputs:]))}
+    return leaves | ({"order": _leaf((width,), jnp.int32, (None,))} if ordered else {})
+
+
+def int8_leaves(param: Leaf, inputs: int) -> dict[str, Leaf]:
+    """The leaves of an ``Int8Weight``, as shapes, in place of a float ``param`` with so many axes of ``inputs``."""
+    shape, axes = param.get_value().shape, axes_of(param)
+    outputs, widths = axes[inputs:], shape[inputs:]
+    values = _leaf((*widths, math.prod(shape[:inputs])), jnp.int8, (*outputs, axes[0]))
+    return {"values": values, "scales": _leaf(widths, jnp.float32, outputs)}
+
+
+def weight_like(param: Leaf, arrays: Mapping[str, jax.Array], mesh: Mesh) -> Int4Weight | Int8Weight:
+    """The weight, its leaves still shapes, that ``arrays`` hold in place of a float ``param``."""
+    shape = param.get_value().shape
+    if "packed" not in arrays:
+        return Int8Weight(**int8_leaves(param, len(shape) - arrays["scales"].ndim), mesh=mesh)
+    inputs = len(shape) - arrays["packed"].ndim + 2
+    group = CHUNK // (arrays["packed"].shape[1] - 16)
+    leaves = int4_leaves(param, inputs, group, ordered="order" in arrays)
+    return Int4Weight(**leaves, inputs=math.prod(shape[:inputs]), mesh=mesh)
+
+
+def _leaf(shape: tuple[int, ...], dtype: Any, axes: Axes) -> Leaf:
+    shaped: Any = jax.ShapeDtypeStruct(shape, dtype)
+    return nnx.Param(shaped, axes=axes)
+
+
+def axes_of(param: nnx.Param[Any]) -> Axes:
+    """The logical axes of a parameter."""
+    axes: Axes = param.axes
+    return axes
+
+
+def _int4_product(x: jax.Array, packed: jax.Array) -> jax.Array:
+    outputs = packed.shape[2:]
+    return w4a16_matmul(x, packed.reshape(*packed.shape[:2], -1)).reshape(-1, *outputs)
+
+
+def _int8_product(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
+    product = w8a8_matmul(x, values.reshape(-1, values.shape[-1]), scales.reshape(-1))
+    return product.reshape(-1, *scales.shape)
+
+
+def _on_devices(
+    mesh: Mesh, product: Callable[..., jax.Array], inputs: str | None, ins: Any, outs: Any
+) -> Callable[..., jax.Array]:
+    """``product`` on each device's share, summed over the devices where the inputs are cut."""
+    axis = None if inputs is None or mesh.size == 1 else RULES[inputs]
+    if axis is None:
+        return per_device(mesh, product, ins, outs)
+    return per_device(mesh, lambda *args: lax.psum(product(*args), axis), ins, outs)
