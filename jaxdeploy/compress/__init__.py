@@ -1,0 +1,1 @@
+"""Quantisation: calibrate a checkpoint and store it in fewer bits."""

@@ -1,0 +1,145 @@
+"""Token ids to calibrate on and to measure with: disjoint windows of one text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jaxdeploy.compress.texts import open_texts
+from jaxdeploy.errors import ConfigError
+from jaxdeploy.tokenizer import Tokenizer
+
+Ids = npt.NDArray[np.int32]
+
+SHORTEST = 32
+SPREAD = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Windows of T tokens: S to calibrate on and E held out, none of which share a token of the text.
+
+    ``calib`` int32 [S, T], ``held_out`` int32 [E, T]. ``source`` names the text; ``note`` says what differs from what
+    was asked for, None if nothing does.
+    """
+
+    calib: Ids
+    held_out: Ids
+    source: str
+    note: str | None
+
+
+def calibration_ids(
+    dataset: str | Sequence[Sequence[int]] | None,
+    tokenizer: Tokenizer,
+    *,
+    samples: int,
+    seqlen: int,
+    held_out: int,
+    seed: int,
+) -> Calibration:
+    """Cut ``samples`` and ``held_out`` windows of ``seqlen`` tokens from a text.
+
+    ``dataset`` is what ``texts.open_texts`` takes, or lists of token ids, which are joined and used as they are. A
+    window of text begins with what the tokenizer puts before a text. Windows to calibrate on are drawn with ``seed``;
+    those held out are the last ones, whatever the seed. At most ``SPREAD`` times the tokens needed are read, from the
+    beginning.
+
+    Of a text that is too short as many whole windows are taken as there are, at most a quarter of them held out unless
+    more are over. If it has not even one for each purpose, ``seqlen`` becomes the largest power of two that gives them.
+    With ``samples=0`` the text is for evaluation only: messages call it ``eval_dataset``, and hub data sets give their
+    evaluation split.
+
+    Raises:
+        ConfigError: there is no such text, it cannot be read, it has fewer than ``SHORTEST`` tokens for a purpose, or
+            an id is outside the vocabulary.
+    """
+    setting = "calib_dataset" if samples else "eval_dataset"
+    if dataset is None or isinstance(dataset, str):
+        source, texts = open_texts(dataset, setting=setting, evaluate=not samples)
+        prefix, pieces = tokenizer.prefix_ids, _encoded(texts, tokenizer)
+    else:
+        source, prefix, pieces = "token ids", (), _checked(dataset, tokenizer.vocab_size, setting)
+    if seqlen <= len(prefix):
+        rule = f"must be more than the {len(prefix)} tokens that begin a text"
+        raise ConfigError(f"calib_seqlen={seqlen} {rule}; raise it")
+    asked = samples + held_out
+    tokens = _first(pieces, SPREAD * asked * seqlen)
+    purposes = (samples > 0) + (held_out > 0)
+    length = _length(len(tokens), seqlen, len(prefix), purposes, f"{setting}={source}")
+    windows = _windows(tokens, length, prefix)
+    kept = min(held_out, max(len(windows) // 4, 1, len(windows) - samples))
+    front, end = windows[: len(windows) - kept], windows[len(windows) - kept :]
+    drawn = np.random.default_rng(seed).permutation(len(front))[:samples]
+    calib = front[np.sort(drawn)]
+    return Calibration(calib, end, source, _note(source, length, seqlen, len(calib), samples, len(end), held_out))
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Ids]:
+    """Ids of text pieces, in which the text of a special token is text like any other."""
+    for text in texts:
+        yield np.asarray(tokenizer.encode(text, add_bos=False, parse_special=False), np.int32)
+
+
+def _checked(rows: Sequence[Sequence[int]], vocab_size: int, setting: str) -> Iterator[Ids]:
+    for number, row in enumerate(rows):
+        ids = _whole_numbers(row)
+        if ids is None:
+            raise ConfigError(f"{setting}[{number}] is no list of token ids; give lists of whole numbers, or a path")
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if outside.size:
+            rule = f"holds the id {outside[0]}, outside the vocabulary of {vocab_size}"
+            raise ConfigError(f"{setting}[{number}] {rule}; use ids of this model's tokenizer")
+        yield ids.astype(np.int32)
+
+
+def _whole_numbers(row: Sequence[int]) -> npt.NDArray[Any] | None:
+    """The row as an array, None if it is anything but whole numbers; it may be empty."""
+    try:
+        numbers = np.asarray(row)
+    except ValueError:  # lists and numbers mixed
+        return None
+    return numbers if numbers.ndim == 1 and (numbers.dtype.kind in "iu" or not numbers.size) else None
+
+
+def _first(pieces: Iterable[Ids], enough: int) -> Ids:
+    """The pieces joined, until there are ``enough`` ids; the last piece is whole."""
+    taken: list[Ids] = []
+    count = 0
+    for piece in pieces:
+        taken.append(piece)
+        count += len(piece)
+        if count >= enough:
+            break
+    return np.concatenate([np.empty(0, np.int32), *taken])
+
+
+def _length(count: int, seqlen: int, prefix: int, purposes: int, label: str) -> int:
+    """``seqlen`` if ``count`` tokens give a window for each purpose, else the largest power of two that does."""
+    shorter = [1 << power for power in reversed(range((seqlen - 1).bit_length()))]
+    for length in [seqlen, *(length for length in shorter if length >= SHORTEST)]:
+        if count >= purposes * (length - prefix):
+            return length
+    if not count:
+        raise ConfigError(f"{label} holds no text; give a longer one")
+    least = purposes * (min(seqlen, SHORTEST) - prefix)
+    raise ConfigError(f"{label} has {count} tokens, but at least {least} are needed; give a longer text")
+
+
+def _windows(tokens: Ids, length: int, prefix: Sequence[int]) -> Ids:
+    """All whole windows [n, length], each with ``prefix`` before its part of the text."""
+    body = length - len(prefix)
+    count = len(tokens) // body
+    begin = np.broadcast_to(np.asarray(prefix, np.int32), (count, len(prefix)))
+    return np.concatenate([begin, tokens[: count * body].reshape(count, body)], axis=1)
+
+
+def _note(source: str, length: int, seqlen: int, calib: int, samples: int, end: int, held_out: int) -> str | None:
+    if (length, calib, end) == (seqlen, samples, held_out):
+        return None
+    asked = f"{samples} + {held_out} samples of {seqlen} tokens"
+    return f"{source} is short of {asked}: {calib} + {end} (held out) of {length} are used"
