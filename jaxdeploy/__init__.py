@@ -9,6 +9,7 @@ from jaxdeploy.config import (
     EngineConfig,
     GenerationConfig,
     PytorchEngineConfig,
+    QuantConfig,
     TurbomindEngineConfig,
 )
 from jaxdeploy.pipeline import Pipeline, pipeline
@@ -20,13 +21,22 @@ __all__ = [
     "GenerationConfig",
     "Pipeline",
     "PytorchEngineConfig",
+    "QuantConfig",
     "Response",
     "Session",
     "TurbomindEngineConfig",
     "pipeline",
+    "quantize",
     "serve",
 ]
 __version__ = "0.1.0"
+
+
+def quantize(model: str, config: QuantConfig | None = None, **settings: Any) -> Any:
+    """Make a model small; see ``jaxdeploy.compress.quantize.quantize``, which this calls."""
+    from jaxdeploy.compress.quantize import quantize as run
+
+    return run(model, config, **settings)
 
 
 def serve(*args: Any, **kwargs: Any) -> Any:

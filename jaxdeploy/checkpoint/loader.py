@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cache, partial
 from typing import Any
 
@@ -44,34 +44,40 @@ def load_params(
 ) -> dict[ParamPath, jax.Array]:
     """The parameters of a decoder, read from ``files``.
 
-    ``params`` are the decoder's parameters as shapes (``abstract_params``), ``dtype`` what they are cast to (default:
-    their own), ``sharding_of`` the sharding for a parameter's logical axes and shape (None: the default device),
-    ``progress`` shows a bar in bytes on stderr.
+    ``params`` are the decoder's parameters as shapes (``abstract_params``), ``dtype`` what float ones are cast to
+    (default: their own), ``sharding_of`` the sharding for a parameter's logical axes and shape (None: the default
+    device), ``progress`` shows a bar in bytes on stderr.
 
     Raises ``CheckpointError`` that lists every missing or damaged file and every missing, unexpected or mis-shaped
     tensor, before anything is read.
     """
-    if faults := [*files.faults, *_tensor_faults(table, files)]:
-        raise CheckpointError.collect(_TITLE, faults)
+    check_tensors(table, files)
     loaded = {}
     with _progress_bar(sum(_bytes_of(source, files) for source in table.values()), progress) as bar:
         for path in _in_file_order(table, files):
-            loaded[path] = _load(path, params[path], table[path], files, dtype, sharding_of)
+            loaded[path] = load_param(path, params[path], table[path], files, dtype=dtype, sharding_of=sharding_of)
             bar.update(_bytes_of(table[path], files))
     return loaded
 
 
-def _load(
+def check_tensors(table: WeightTable, files: TensorFiles) -> None:
+    """Raise ``CheckpointError`` that lists everything in which ``files`` and ``table`` differ."""
+    if faults := [*files.faults, *_tensor_faults(table, files)]:
+        raise CheckpointError.collect(_TITLE, faults)
+
+
+def load_param(
     path: ParamPath,
     param: nnx.Param[Any],
     source: Source,
     files: TensorFiles,
-    dtype: Any,
-    sharding_of: ShardingOf | None,
+    *,
+    dtype: Any = None,
+    sharding_of: ShardingOf | None = None,
 ) -> jax.Array:
-    """One parameter on its devices; its host copy is gone when this returns."""
-    shape = param.get_value().shape
-    value = _host_array(path, source, files, dtype or param.get_value().dtype)
+    """One parameter on its devices, as ``load_params`` reads it; its host copy is gone when this returns."""
+    shape, own = param.get_value().shape, param.get_value().dtype
+    value = _host_array(path, source, files, own if source.integers else dtype or own)
     assert value.shape == shape, f"{path}: the table makes {value.shape} of a parameter {shape}"
     placed: jax.Array = jax.device_put(value, _sharding(param, sharding_of))
     placed.block_until_ready()
@@ -156,10 +162,11 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
 def _tensor_faults(table: WeightTable, files: TensorFiles) -> list[str]:
     """Every tensor that is missing, has another shape or kind than it should, or should not be there."""
     wanted = {name: shape for source in table.values() for name, shape in _named_shapes(source)}
+    integers = frozenset(name for source in table.values() for name in source.integers)
     ignored = (*IGNORED, *(() if ("head", "weight") in table else _TIED_HEADS))
     return [
         *_shortened(_missing(wanted, files)),
-        *_shortened(_misfits(wanted, files)),
+        *_shortened(_misfits(wanted, integers, files)),
         *_shortened(_unexpected(wanted, files, ignored)),
     ]
 
@@ -175,14 +182,14 @@ def _missing(wanted: Mapping[str, tuple[int, ...]], files: TensorFiles) -> list[
     return [f"{name}: missing" for name in wanted if name not in files and name not in files.lost]
 
 
-def _misfits(wanted: Mapping[str, tuple[int, ...]], files: TensorFiles) -> list[str]:
+def _misfits(wanted: Mapping[str, tuple[int, ...]], integers: Set[str], files: TensorFiles) -> list[str]:
     faults = []
     for name in filter(files.__contains__, wanted):
         ref = files[name]
         if ref.shape != wanted[name]:
             faults.append(f"{name}: shape {list(ref.shape)}, {list(wanted[name])} expected")
-        elif not jnp.issubdtype(ref.dtype, np.floating):
-            faults.append(f"{name}: dtype {ref.dtype}, floating point expected")
+        elif jnp.issubdtype(ref.dtype, np.floating) == (name in integers):
+            faults.append(f"{name}: dtype {ref.dtype}, {'integers' if name in integers else 'floating point'} expected")
     return faults
 
 

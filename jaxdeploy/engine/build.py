@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdeploy.checkpoint.loader import dummy_params, load_params
-from jaxdeploy.checkpoint.tensors import open_checkpoint
+from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.batch import ROW_LENGTH, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.kv_cache import CachePlan, allocate_pools, plan_cache
+from jaxdeploy.engine.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
-from jaxdeploy.parallel.sharding import check_divisible, sharding_of
+from jaxdeploy.parallel.sharding import check_divisible
 from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError
 
 logger = logging.getLogger("jaxdeploy")
@@ -59,12 +58,28 @@ def build_engine(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, p
     )
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
-    decoder = _load_decoder(folder, hf, model, config, mesh, limits.dtype, progress=progress)
+    policy = kv_policy(folder, model, config)
+    decoder = load_model(
+        folder,
+        hf,
+        mesh=mesh,
+        dtype=limits.dtype,
+        model=model,
+        model_format=config.model_format,
+        load_format=config.load_format,
+        progress=progress,
+    )
     plan = plan_cache(
-        model, config, mesh, session_len=limits.session_len, max_batch_size=limits.max_batch_size, dtype=limits.dtype
+        model,
+        config,
+        mesh,
+        session_len=limits.session_len,
+        max_batch_size=limits.max_batch_size,
+        dtype=limits.dtype,
+        bits=policy.bits,
     )
     logger.info("%s", plan)
-    engine = _assemble(decoder, plan, limits, mesh)
+    engine = _assemble(decoder, plan, limits, mesh, policy.ranges)
     if config.warmup:
         _warm_up(engine, progress=progress)
     return engine
@@ -105,26 +120,7 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
     return model.with_dynamic_rope(config.rope_scaling_factor) if config.rope_scaling_factor >= 1.0 else model
 
 
-def _load_decoder(
-    folder: Path,
-    hf: Mapping[str, Any],
-    model: ModelConfig,
-    config: EngineConfig,
-    mesh: Mesh,
-    dtype: jnp.dtype,
-    *,
-    progress: bool,
-) -> Decoder:
-    abstract = abstract_params(model, dtype)
-    place = partial(sharding_of, mesh)
-    if config.load_format == "dummy":
-        return decoder_from(model, dummy_params(abstract, sharding_of=place))
-    files = open_checkpoint(folder, config.model_format)
-    table = family_of(hf).weights(model)
-    return decoder_from(model, load_params(abstract, table, files, sharding_of=place, progress=progress))
-
-
-def _assemble(decoder: Decoder, plan: CachePlan, limits: Limits, mesh: Mesh) -> Engine:
+def _assemble(decoder: Decoder, plan: CachePlan, limits: Limits, mesh: Mesh, ranges: Ranges | None) -> Engine:
     scheduler = Scheduler(
         BlockManager(plan.num_blocks),
         block_size=plan.block_size,
@@ -133,7 +129,7 @@ def _assemble(decoder: Decoder, plan: CachePlan, limits: Limits, mesh: Mesh) -> 
         chunk_multiple=ROW_LENGTH,
         session_len=limits.session_len,
     )
-    pools = allocate_pools(decoder.config, plan, mesh, limits.dtype)
+    pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
     runner = ModelRunner(decoder, pools, mesh, slots=limits.max_batch_size, session_len=limits.session_len)
     table_length = scheduler.blocks_for(limits.session_len)
     shapes = step_shapes(limits.max_batch_size, limits.max_prefill_tokens, table_length)

@@ -125,7 +125,8 @@ def decoder_from(config: ModelConfig, params: Params, mesh: Mesh | None = None) 
     """
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     _hold_quantized(decoder, params, mesh or make_mesh(1))
-    flat: Any = {path: nnx.Param(value) for path, value in params.items()}
+    shapes: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
+    flat: Any = {path: shape.replace(params[path]) for path, shape in shapes}
     nnx.update(decoder, nnx.from_flat_state(flat))
     return decoder
 

@@ -1,0 +1,94 @@
+"""Calibrated ranges of keys and values, one scale and zero point for a layer's keys and one for its values.
+
+LMDeploy v0.3's files (its ``docs/en/quantization/kv_int8.md``): for each layer and tensor-parallel rank
+``layers.{layer}.past_kv_scale.{rank}.weight`` holds little-endian float32 k_scale, k_zero_point, v_scale, v_zero_point,
+or without the zero points where they are 0. An element is ``scale · q + zero_point`` with q from −128 to 127; a rank
+has an even share of the KV heads.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxdeploy.errors import CheckpointError
+
+FOLDERS = ("", "triton_models/weights")
+"""Where the files lie, below a model's folder."""
+
+_NAME = re.compile(r"layers\.(\d+)\.past_kv_scale\.(\d+)\.weight")
+_LEAST, _MOST = 6e-8, 65504.0
+"""What a scale may be: the KV cache has float16 ones."""
+
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def read_kv_parameters(folder: Path, num_layers: int, num_kv_heads: int) -> Array | None:
+    """The parameters of ``folder``, float32 [L, K, 4]; ``None`` where it has none.
+
+    Raises ``CheckpointError`` that lists every file that is missing, of the wrong size, or with numbers that cannot be.
+    """
+    for below in FOLDERS:
+        files = {name: path for path in (folder / below).glob("layers.*.weight") if (name := _place(path))}
+        if files:
+            return _read(files, num_layers, num_kv_heads)
+    return None
+
+
+def write_kv_parameters(folder: Path, parameters: Array) -> None:
+    """Write ``parameters`` float32 [L, 4], k_scale, k_zero_point, v_scale, v_zero_point, as one rank's files."""
+    for layer, row in enumerate(parameters):
+        (folder / _name(layer, 0)).write_bytes(np.asarray(row, "<f4").tobytes())
+
+
+def _name(layer: int, rank: int) -> str:
+    return f"layers.{layer}.past_kv_scale.{rank}.weight"
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """Layer and rank of a file; ``None`` for another file."""
+    match = _NAME.fullmatch(path.name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def _read(files: dict[tuple[int, int], Path], num_layers: int, num_kv_heads: int) -> Array:
+    ranks = 1 + max(rank for _, rank in files)
+    wanted = {(layer, rank) for layer in range(num_layers) for rank in range(ranks)}
+    faults = [f"{_name(*place)}: is missing; calibrate again" for place in sorted(wanted - files.keys())]
+    faults += [
+        f"{_name(*place)}: the model has {num_layers} layers; calibrate again"
+        for place in sorted(files.keys() - wanted)
+    ]
+    if num_kv_heads % ranks:
+        faults.append(f"{ranks} ranks cannot share {num_kv_heads} KV heads evenly; calibrate again for one rank")
+    read = np.zeros((num_layers, ranks, 4), np.float32)
+    for place in sorted(wanted & files.keys()):
+        try:
+            read[place] = _read_file(files[place])
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError.collect("The KV parameters do not fit:", faults)
+    return np.repeat(read, num_kv_heads // ranks, axis=1)
+
+
+def _read_file(path: Path) -> Array:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror}); mend it") from None
+    if len(raw) not in (8, 16):
+        raise CheckpointError(
+            f"{path.name}: has {len(raw)} bytes, 16 expected (8 without zero points); calibrate again"
+        )
+    values = np.frombuffer(raw, "<f4").reshape(2, -1)
+    k, v = (np.pad(half, (0, 2 - len(half))) for half in values)
+    for scale, zero_point in (k, v):
+        if not (_LEAST <= scale <= _MOST and abs(zero_point) + 128 * scale <= _MOST):
+            raise CheckpointError(
+                f"{path.name}: scale {scale:g} with zero point {zero_point:g} does not fit float16; calibrate again"
+            )
+    return np.concatenate([k, v]).astype(np.float32)

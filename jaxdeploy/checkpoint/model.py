@@ -1,0 +1,49 @@
+"""A decoder from a model's folder, whatever its weights are stored as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxdeploy.checkpoint.loader import dummy_params, load_params
+from jaxdeploy.checkpoint.quantized import hold_quantized
+from jaxdeploy.checkpoint.tensors import open_checkpoint
+from jaxdeploy.formats.registry import quantization_of
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.registry import family_of
+from jaxdeploy.parallel.sharding import sharding_of
+
+
+def load_model(
+    folder: Path,
+    hf: Mapping[str, Any],
+    *,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    model: ModelConfig | None = None,
+    model_format: str | None = None,
+    load_format: str = "auto",
+    progress: bool = False,
+) -> Decoder:
+    """The decoder in ``folder``, whose ``config.json`` is ``hf``, on ``mesh``.
+
+    ``model`` replaces what ``hf`` says, ``dtype`` is that of float weights, ``model_format`` and ``load_format`` are
+    those of ``EngineConfig``; ``progress`` shows a bar.
+
+    Raises ``CheckpointError``, ``UnsupportedModelError``.
+    """
+    family = family_of(hf)
+    model = model or family.model_config(hf)
+    params, place = abstract_params(model, dtype), partial(sharding_of, mesh)
+    if load_format == "dummy":
+        return decoder_from(model, dummy_params(params, sharding_of=place), mesh)
+    files, table = open_checkpoint(folder, model_format), family.weights(model)
+    if quantization := quantization_of(hf, model_format):
+        params, table = hold_quantized(params, table, files, quantization, mesh.size)
+    return decoder_from(model, load_params(params, table, files, sharding_of=place, progress=progress), mesh)

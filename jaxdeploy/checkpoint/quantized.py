@@ -1,0 +1,251 @@
+"""Where a checkpoint holds linear maps quantised: the leaves that the decoder then has, and how they are read.
+
+A linear map of the decoder may be several modules of the checkpoint. It stays quantised where all of them are, alike,
+and the kernels know the result; else it is expanded to floats, and one line says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxdeploy.checkpoint.tensor_ref import Array
+from jaxdeploy.checkpoint.tensors import TensorFiles
+from jaxdeploy.formats.quantized import ChannelQuantized, GroupQuantized
+from jaxdeploy.formats.registry import Format, format_of, is_skipped
+from jaxdeploy.models.quantized import CHUNK, int4_leaves, int8_leaves
+from jaxdeploy.models.weights import Linear, ParamPath, Source, WeightTable
+from jaxdeploy.parallel.sharding import RULES
+from pallas_kernels.w4a16_matmul.packing import pack
+
+logger = logging.getLogger("jaxdeploy")
+
+AbstractParams = Mapping[ParamPath, nnx.Param[Any]]
+Quantized = GroupQuantized | ChannelQuantized
+Leaves = dict[str, tuple[nnx.Param[Any], Source]]
+
+_PACKED_GROUPS = (128, 64, 32)
+
+
+def hold_quantized(
+    params: AbstractParams, table: WeightTable, files: TensorFiles, config: Mapping[str, Any], tp: int
+) -> tuple[dict[ParamPath, nnx.Param[Any]], dict[ParamPath, Source]]:
+    """Parameters and table of a float decoder → those of the decoder that the checkpoint holds.
+
+    ``config`` is its ``quantization_config``; ``tp`` devices share each layer.
+
+    Raises ``UnsupportedModelError``: a format, or an option of it, that cannot be read.
+    """
+    held, sources = dict(params), dict(table)
+    for path, source, modules in _quantized(table, files, config):
+        try:
+            leaves = _leaves(path, source, modules, params[path], tp)
+        except _CannotKeepError as reason:
+            logger.warning("%s is expanded to floats: %s", ".".join(map(str, path)), reason)
+            sources[path] = _expanded(source, modules)
+            continue
+        del held[path], sources[path]
+        for name, (param, leaf) in leaves.items():
+            held[*path, name], sources[*path, name] = param, leaf
+    return held, sources
+
+
+def expand_quantized(table: WeightTable, files: TensorFiles, config: Mapping[str, Any]) -> dict[ParamPath, Source]:
+    """``table`` of a float decoder with linear maps that are stored quantised read as floats.
+
+    Raises ``UnsupportedModelError``: a format, or an option of it, that cannot be read.
+    """
+    expanded = {path: _expanded(source, modules) for path, source, modules in _quantized(table, files, config)}
+    return {**table, **expanded}
+
+
+class _CannotKeepError(Exception):
+    """Why a linear map cannot stay quantised."""
+
+
+@dataclass(frozen=True)
+class _Module:
+    """One module of the checkpoint: its tensors (suffix → name and shape), and what their arrays mean.
+
+    ``decode`` is ``None`` where it holds a float weight; ``groups`` is the group of each input, where they are
+    scattered; ``group_count`` is G, ``None`` for a scale for each output.
+    """
+
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    integers: frozenset[str] = frozenset()
+    decode: Callable[[Mapping[str, Array]], Quantized] | None = None
+    groups: Array | None = None
+    group_count: int | None = None
+
+    def quantized(self, arrays: Sequence[Array]) -> Quantized:
+        """What ``arrays``, in the order of ``names``, hold."""
+        assert self.decode is not None
+        return self.decode(dict(zip(self.names, arrays, strict=True)))
+
+    def value(self, arrays: Sequence[Array]) -> Array:
+        """The weight [N, K] in floats."""
+        return arrays[0] if self.decode is None else self.quantized(arrays).value()
+
+
+def _quantized(
+    table: WeightTable, files: TensorFiles, config: Mapping[str, Any]
+) -> Iterator[tuple[ParamPath, Source, list[_Module]]]:
+    """The linear maps of which at least one module is stored quantised, with all their modules."""
+    chosen = format_of(config)
+    chosen.check(config)
+    for path, source in table.items():
+        if source.linear is None:
+            continue
+        linear = source.linear
+        sizes = zip(linear.modules, linear.outputs.rows, strict=True)
+        modules = [_module(chosen, config, files, name, rows, linear.width) for name, rows in sizes]
+        if any(module.decode is not None for module in modules):
+            yield path, source, modules
+
+
+def _module(
+    chosen: Format, config: Mapping[str, Any], files: TensorFiles, module: str, outputs: int, inputs: int
+) -> _Module:
+    weight = f"{module}.weight"
+    if is_skipped(module, config) or (weight in files and np.issubdtype(files[weight].dtype, np.inexact)):
+        return _Module({"weight": weight}, {"weight": (outputs, inputs)})
+    specs = {
+        suffix: spec
+        for suffix, spec in chosen.tensors(outputs, inputs, config).items()
+        if not spec.optional or f"{module}.{suffix}" in files
+    }
+    names = {suffix: f"{module}.{suffix}" for suffix in specs}
+    group_of = names.get(chosen.GROUPS or "", "")
+    return _Module(
+        names,
+        {suffix: spec.shape for suffix, spec in specs.items()},
+        frozenset(names[suffix] for suffix, spec in specs.items() if spec.kind == "i"),
+        lambda arrays: chosen.decode(arrays, outputs, inputs, config),
+        _scattered(files[group_of].read()) if group_of in files else None,
+        chosen.group_count(inputs, config),
+    )
+
+
+def _scattered(groups: Array) -> Array | None:
+    """The group of each input; ``None`` where they follow each other."""
+    return None if bool((np.diff(groups) >= 0).all()) else groups
+
+
+def _leaves(path: ParamPath, source: Source, modules: Sequence[_Module], param: nnx.Param[Any], tp: int) -> Leaves:
+    """The leaves that stand for the weight at ``path``. Raises ``_CannotKeepError``."""
+    assert source.linear is not None
+    linear = source.linear
+    if path[0] != "layers":
+        raise _CannotKeepError("only the linear maps of layers have kernels for integers")
+    first, inputs = modules[0], len(linear.inputs)
+    if any(module.decode is None or module.group_count != first.group_count for module in modules):
+        raise _CannotKeepError(f"{', '.join(linear.modules)} are not stored alike")
+    if any(not _same(module.groups, first.groups) for module in modules):
+        raise _CannotKeepError(f"{', '.join(linear.modules)} order their inputs differently")
+    cut = tp if RULES[param.axes[0]] else 1
+    if first.group_count is None:
+        return _int8(linear, modules, int8_leaves(param, inputs))
+    if -(-linear.width // CHUNK) % cut:
+        raise _CannotKeepError(f"tp={tp} devices cannot share {linear.width} inputs in multiples of {CHUNK}")
+    group = _packed_group(linear.width, first.group_count)
+    leaves = int4_leaves(param, inputs, group, ordered=first.groups is not None)
+    return _int4(linear, modules, group, leaves)
+
+
+def _same(a: Array | None, b: Array | None) -> bool:
+    return a is b or (a is not None and b is not None and np.array_equal(a, b))
+
+
+def _packed_group(width: int, groups: int) -> int:
+    """The largest group size of the packed form of which the stored groups are multiples."""
+    stored = width // groups
+    for size in _PACKED_GROUPS:
+        if groups == 1 or stored % size == 0:
+            return size
+    raise _CannotKeepError(f"groups of {stored} inputs are no multiple of {_PACKED_GROUPS[-1]}")
+
+
+def _int8(linear: Linear, modules: Sequence[_Module], leaves: Mapping[str, nnx.Param[Any]]) -> Leaves:
+    def part(name: str) -> Callable[[Sequence[Array]], Array]:
+        return lambda arrays: linear.outputs.join([getattr(w, name) for w in _decoded(modules, arrays)])
+
+    values, scales = _source(modules, part("q")), _source(modules, part("scales"))
+    return {"values": (leaves["values"], values), "scales": (leaves["scales"], scales)}
+
+
+def _int4(linear: Linear, modules: Sequence[_Module], group: int, leaves: Mapping[str, nnx.Param[Any]]) -> Leaves:
+    groups = modules[0].groups
+    order = None if groups is None else np.argsort(groups, kind="stable").astype(np.int32)
+
+    def packed(arrays: Sequence[Array]) -> Array:
+        return _packed(linear, [w for w in _decoded(modules, arrays) if isinstance(w, GroupQuantized)], group, order)
+
+    held = {"packed": (leaves["packed"], _source(modules, packed))}
+    if order is not None:
+        held["order"] = (leaves["order"], _source(modules, lambda _: order))
+    return held
+
+
+def _packed(linear: Linear, weights: Sequence[GroupQuantized], group: int, order: Array | None) -> Array:
+    """int32 [C, 16 + 128 / g, *outputs] of the weights of all modules."""
+    joined = linear.outputs.join([w.q for w in weights])
+    q = np.moveaxis(joined, -1, 0).reshape(linear.width, -1)
+    q = q if order is None else q[order]
+    padded = -(-linear.width // CHUNK) * CHUNK
+    q = np.pad(q, ((0, padded - linear.width), (0, 0)))
+    scales, zeros = (_per_group(linear, parts, padded // group, group) for parts in _scales_and_zeros(weights))
+    return pack(q, scales, zeros, group).reshape(padded // CHUNK, -1, *joined.shape[:-1])
+
+
+def _scales_and_zeros(weights: Sequence[GroupQuantized]) -> tuple[list[Array], list[Array]]:
+    return [w.scales for w in weights], [w.zeros for w in weights]
+
+
+def _per_group(linear: Linear, parts: Sequence[Array], count: int, group: int) -> Array:
+    """Stored [rows, G] for each module → [``count``, N]: repeated where stored groups are larger, then padded."""
+    joined = linear.outputs.join(parts)
+    rows = np.moveaxis(joined, -1, 0).reshape(joined.shape[-1], -1)
+    repeated = np.repeat(rows, count if len(rows) == 1 else linear.width // len(rows) // group, axis=0)
+    return np.pad(repeated, ((0, count - len(repeated)), (0, 0)))
+
+
+def _expanded(source: Source, modules: Sequence[_Module]) -> Source:
+    """The weight in floats, from modules of any kind."""
+
+    def assemble(arrays: Sequence[Array]) -> Array:
+        parts = _apart(modules, arrays)
+        return source.assemble([module.value(part) for module, part in zip(modules, parts, strict=True)])
+
+    return _source(modules, assemble)
+
+
+def _decoded(modules: Sequence[_Module], arrays: Sequence[Array]) -> list[Quantized]:
+    return [module.quantized(part) for module, part in zip(modules, _apart(modules, arrays), strict=True)]
+
+
+def _apart(modules: Sequence[_Module], arrays: Sequence[Array]) -> Iterator[Sequence[Array]]:
+    """The arrays of each module."""
+    start = 0
+    for module in modules:
+        yield arrays[start : start + len(module.names)]
+        start += len(module.names)
+
+
+def _source(modules: Sequence[_Module], assemble: Callable[[Sequence[Array]], Array]) -> Source:
+    return Source(
+        tuple(name for module in modules for name in module.names.values()),
+        tuple(module.shapes[suffix] for module in modules for suffix in module.names),
+        assemble,
+        _no_way_back,
+        frozenset[str]().union(*(module.integers for module in modules)),
+    )
+
+
+def _no_way_back(_: Array) -> list[Array]:
+    raise NotImplementedError("quantised weights are written by jaxdeploy.compress")

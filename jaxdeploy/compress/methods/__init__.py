@@ -1,0 +1,1 @@
+"""How the integers of a quantised weight are chosen: one file per method."""

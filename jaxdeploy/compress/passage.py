@@ -1,0 +1,194 @@
+"""Sequences on their way through the layers, each of which is quantised as they reach it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxdeploy.compress.calibration import Calibration
+from jaxdeploy.compress.evaluate import FakeQuantizedKV, Outputs, compare_outputs
+from jaxdeploy.compress.forward import LINEARS, LayerForward, LayerParams
+from jaxdeploy.compress.layer import LayerInWork
+from jaxdeploy.compress.layer_view import Inputs
+from jaxdeploy.compress.layout import Layout
+from jaxdeploy.compress.registry import make_method
+from jaxdeploy.compress.report import LinearReport, Quality
+from jaxdeploy.compress.streams import HiddenStates, no_data
+from jaxdeploy.compress.weights import FloatModel, Outer
+from jaxdeploy.compress.work_dir import WorkDir
+from jaxdeploy.config import QuantConfig
+from jaxdeploy.errors import CheckpointError
+from jaxdeploy.models.attention import AttentionContext, DenseContext
+from jaxdeploy.parallel.sharding import replicated
+
+Array = np.ndarray[Any, Any]
+
+
+class Passage:
+    """Takes the layers one after the other.
+
+    Three sets of hidden states move along: the calibration text and the held-out text through what is quantised so
+    far, and the held-out text through the float model. Layers that ``work`` has from a run before are passed as they
+    are, so that a continued run sees what an uninterrupted one would have seen.
+    """
+
+    def __init__(
+        self,
+        model: FloatModel,
+        config: QuantConfig,
+        layout: Layout,
+        work: WorkDir | None,
+        data: Calibration,
+        embedding: jax.Array,
+        mesh: Mesh,
+    ) -> None:
+        self._model, self._config, self._layout, self._work, self._mesh = model, config, layout, work, mesh
+        self._method = make_method(config)
+        dtype = jnp.dtype("float32" if config.dtype == "auto" else config.dtype)
+
+        def states(ids: Array) -> HiddenStates | None:
+            values = np.asarray(embedding)[ids].astype(dtype)
+            return HiddenStates(values, config.batch_size or 1, mesh) if ids.size else None
+
+        self._held_out = data.held_out
+        self._calib, self._before, self._after = states(data.calib), states(data.held_out), states(data.held_out)
+        self.linears: list[LinearReport] = []
+        self.kv_ranges: list[Any] = []
+        self.seconds: list[float] = []
+
+    def layer(self, index: int) -> None:
+        """Quantise layer ``index``, or read it where it is done, and move everything through it.
+
+        Raises ``CheckpointError`` where something is not finite, with the layer's name.
+        """
+        begin = time.perf_counter()
+        forward, floats = LayerForward(self._model.config, index), self._model.layer(index)
+        if self._work is not None and self._work.is_done(index):
+            files, record = self._work.read_layer(index)
+            params = self._layout.params(self._model, index, files)
+        else:
+            params, record = self._quantized(index, forward, floats)
+        self.linears += [LinearReport(**linear) for linear in record["linears"]]
+        self.kv_ranges.append(record["kv_range"])
+        self._advance(index, forward, floats, params)
+        self.seconds.append(time.perf_counter() - begin)
+
+    def quality(self, around: Outer) -> Quality | None:
+        """What the layers so far cost; ``None`` without held-out text."""
+        if self._before is None or self._after is None:
+            return None
+        before, after = (self._outputs(states, around) for states in (self._before, self._after))
+        return compare_outputs(before, after, self._held_out).quality()
+
+    def _quantized(self, index: int, forward: LayerForward, floats: LayerParams) -> tuple[LayerParams, dict[str, Any]]:
+        """The layer's parameters as they are stored, and what there is to say about it; both are written."""
+        config, layout = self._config, self._layout
+        view = LayerInWork(
+            self._model.config,
+            floats,
+            self._listener(forward),
+            layout.grids,
+            dtype=jnp.dtype(layout.dtype),
+            one_by_one=config.true_sequential and self._method.needs_gram,
+        )
+        try:
+            self._method.quantize_layer(view)
+        except CheckpointError as error:
+            raise CheckpointError(f"layers.{index}.{error}") from error
+        params = _as_stored(view, layout.dtype)
+        record: dict[str, Any] = {
+            "linears": [dataclasses.asdict(report) for report in self._reports(index, view)],
+            "kv_range": self._kv_range(forward, floats),
+        }
+        _check_finite(index, "a weight", params.values())
+        if self._work is not None:
+            self._work.write_layer(index, layout.tensors(self._model.sources(index), params, view.rounded), record)
+        return params, record
+
+    def _listener(self, forward: LayerForward) -> Callable[[LayerParams, Sequence[str]], dict[str, Inputs]]:
+        gram, states = self._method.needs_gram, self._calib
+        if states is None:
+            return lambda params, names: no_data(_typical_sizes(params, names), gram=gram, seed=self._config.seed)
+        return lambda params, names: states.listen(forward, params, names, gram=gram)
+
+    def _reports(self, index: int, view: LayerInWork) -> list[LinearReport]:
+        sources, made = self._model.sources(index), []
+        for name, (output_error, weight_error) in view.errors.items():
+            linear, grid = sources[LINEARS[name]].linear, view.grid(name)
+            assert linear is not None
+            made.append(
+                LinearReport(index, name, linear.modules, grid.bits, grid.group_size, output_error, weight_error)
+            )
+        return made
+
+    def _kv_range(self, forward: LayerForward, params: LayerParams) -> list[list[float]] | None:
+        """Least and largest key and value, for ``calibrate``."""
+        if self._config.method != "calibrate" or self._calib is None:
+            return None
+        found = np.stack([np.asarray(forward.kv_range(params, batch)) for _, batch in self._calib.batches()])
+        return [[float(part[:, 0].min()), float(part[:, 1].max())] for part in np.moveaxis(found, 1, 0)]
+
+    def _advance(self, index: int, forward: LayerForward, floats: LayerParams, params: LayerParams) -> None:
+        rounding = tuple(self._layout.grids) if self._config.method == "smooth_quant" else ()
+        quantized = dataclasses.replace(forward, rounding=rounding)
+        for states, layer, weights, context in (
+            (self._calib, quantized, params, DenseContext),
+            (self._before, forward, floats, DenseContext),
+            (self._after, quantized, params, self._measured_context),
+        ):
+            if states is not None:
+                whole = jax.device_put(dict(weights), replicated(self._mesh))
+                states.advance(partial(_outputs_of, layer, whole, context))
+        if self._before is not None:
+            _check_finite(index, "what the float model makes of the text", [self._before.values])
+        for states in (self._calib, self._after):
+            if states is not None:
+                _check_finite(index, "what the quantised model makes of the text", [states.values])
+
+    def _measured_context(self, sequences: int) -> AttentionContext:
+        """``calibrate`` is about the KV cache; other methods leave it alone."""
+        if self._config.method == "calibrate":
+            return FakeQuantizedKV(sequences, self._config.kv_bits)
+        return DenseContext(sequences)
+
+    def _outputs(self, states: HiddenStates, around: Outer) -> Outputs:
+        states.advance(lambda x: around.norm(x.reshape(-1, x.shape[-1])).reshape(x.shape))
+        return Outputs(states.values, around.head)
+
+
+def _outputs_of(
+    forward: LayerForward, params: LayerParams, context: Callable[[int], AttentionContext], x: jax.Array
+) -> jax.Array:
+    return forward.outputs(params, x, context(x.shape[0]))
+
+
+def _as_stored(view: LayerInWork, dtype: np.dtype[Any]) -> LayerParams:
+    """The parameters with the rounding that writing floats in ``dtype`` brings."""
+    quantized = {LINEARS[name] for name in view.rounded}
+    return {
+        path: value if path in quantized else value.astype(dtype).astype(value.dtype)
+        for path, value in view.params.items()
+    }
+
+
+def _typical_sizes(params: LayerParams, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Without data: what comes out of a norm is about as large as its scale; of the rest nothing is known."""
+    norms = {"wqkv": "attention_norm", "gate_up": "mlp_norm"}
+    sizes = {name: jnp.abs(params[norm, "scale"]) for name, norm in norms.items()}
+    sizes["wo"] = jnp.ones(int(np.prod(params[LINEARS["wo"]].shape[:2])), jnp.float32)
+    sizes["down"] = jnp.ones(params[LINEARS["down"]].shape[0], jnp.float32)
+    return {name: sizes[name] for name in names}
+
+
+def _check_finite(index: int, what: str, arrays: Any) -> None:
+    for array in arrays:
+        if not np.isfinite(np.asarray(array)).all():
+            raise CheckpointError(f"layers.{index}: {what} is not finite; nothing more is written")

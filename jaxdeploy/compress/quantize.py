@@ -1,0 +1,203 @@
+"""Float checkpoint in, quantised checkpoint out, one layer in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import resource
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdeploy.checkpoint.kv_parameters import write_kv_parameters
+from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
+from jaxdeploy.compress import report as reports
+from jaxdeploy.compress.calibration import Calibration, calibration_ids
+from jaxdeploy.compress.layout import Layout
+from jaxdeploy.compress.passage import Passage
+from jaxdeploy.compress.report import Report
+from jaxdeploy.compress.weights import FloatModel, Outer
+from jaxdeploy.compress.work_dir import WorkDir
+from jaxdeploy.config import QuantConfig
+from jaxdeploy.errors import ConfigError
+from jaxdeploy.formats.registry import quantization_of
+from jaxdeploy.models.weights import ParamPath
+from jaxdeploy.parallel.mesh import make_mesh
+from jaxdeploy.tokenizer import Tokenizer
+
+Array = np.ndarray[Any, Any]
+
+
+def quantize(
+    model: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    token_ids: Sequence[Sequence[int]] | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Report:
+    """Make the model ``model`` (a folder, or an id on the hub) small, and write the result to ``config.work_dir``.
+
+    Args:
+        model: a float checkpoint of any family that ``jaxdeploy list`` shows.
+        config: how.
+        token_ids: sequences to calibrate with, in place of ``config.calib_dataset``.
+        progress: show a bar, with the time that is left.
+        **settings: fields of ``QuantConfig``, laid over ``config``.
+
+    Returns:
+        What was done and what it cost in quality; ``quant_report.json`` and ``.png`` in the folder say the same.
+
+    Raises:
+        ConfigError: a setting, the calibration text or the folder does not fit.
+        CheckpointError: the checkpoint is damaged, or a layer's result is not finite.
+        UnsupportedModelError: an architecture that is not there.
+    """
+    config = dataclasses.replace(config or QuantConfig(), **settings)
+    folder = resolve_model(model, revision=config.revision, download_dir=config.download_dir)
+    hf = read_hf_config(folder)
+    if quantization := quantization_of(hf):
+        raise ConfigError(
+            f"model={model} is quantised already ({quantization.get('quant_method')}); give the float model"
+        )
+    float_model = FloatModel.open(folder, hf, config.load_format)
+    layout = Layout.of(float_model, config)
+    data = _calibration(float_model, config, token_ids)
+    return _Run(str(model), float_model, config, layout, data, progress).report()
+
+
+def _calibration(model: FloatModel, config: QuantConfig, token_ids: Sequence[Sequence[int]] | None) -> Calibration:
+    """Token ids to calibrate and to measure with; random ones beside random weights."""
+    samples, seqlen, held_out = config.calib_samples or 0, config.calib_seqlen or 0, config.eval_samples or 0
+    if token_ids is None and config.load_format == "dummy":
+        drawn = np.random.default_rng(config.seed).integers(
+            0, model.config.vocab_size, (samples + held_out, seqlen), np.int32
+        )
+        return Calibration(drawn[:samples], drawn[samples:], "random tokens", None)
+    tokenizer = Tokenizer.load(model.folder)
+    own = held_out if config.eval_dataset is None else 0
+    data = calibration_ids(
+        token_ids or config.calib_dataset, tokenizer, samples=samples, seqlen=seqlen, held_out=own, seed=config.seed
+    )
+    if config.eval_dataset is None or not held_out:
+        return data
+    other = calibration_ids(
+        config.eval_dataset, tokenizer, samples=0, seqlen=seqlen, held_out=held_out, seed=config.seed
+    )
+    notes = "; ".join(note for note in (data.note, other.note) if note)
+    return Calibration(data.calib, other.held_out, f"{data.source}, measured on {other.source}", notes or None)
+
+
+@dataclass
+class _Run:
+    """One quantisation, from the first layer to the last."""
+
+    name: str
+    model: FloatModel
+    config: QuantConfig
+    layout: Layout
+    data: Calibration
+    progress: bool
+
+    def report(self) -> Report:
+        """Quantise every layer, write the result, and say what it is worth."""
+        start, mesh = time.perf_counter(), make_mesh(self.config.tp)
+        work, outer = self._work_dir(), self.model.outer()
+        passage = Passage(self.model, self.config, self.layout, work, self.data, outer["embed", "embedding"], mesh)
+        for index in self._layers():
+            passage.layer(index)
+        quality = passage.quality(Outer.of(self.model.config, outer))
+        size = self.model.nbytes if work is None else self._write(work, passage, outer)
+        report = Report(
+            model=self.name,
+            method=self.config.method,
+            settings=dataclasses.asdict(self.config),
+            calibration=self.data.source,
+            linears=tuple(passage.linears),
+            quality=quality,
+            kept_float=self.layout.kept,
+            bytes_before=self.model.nbytes,
+            bytes_after=size,
+            predicted_memory=self._predicted(size),
+            seconds=time.perf_counter() - start,
+            seconds_per_layer=passage.seconds,
+            peak_memory=_peak_memory(mesh.devices.flat[0]),
+            notes=tuple(self._notes(work)),
+        )
+        if work is not None:
+            reports.write(report, work.partial)
+            work.take_name()
+        return report
+
+    def _work_dir(self) -> WorkDir | None:
+        """The folder to write to; ``None`` where the result is only measured."""
+        if self.config.num_layers is not None or (self.layout.quantization is None and self.layout.grids):
+            return None
+        depends = {"model": self.name, "config": self.model.hf, "settings": dataclasses.asdict(self.config)}
+        tokens = hashlib.sha256(self.data.calib.tobytes() + self.data.held_out.tobytes()).hexdigest()
+        layers = self.model.config.num_layers
+        run = {**depends, "tokens": tokens, "version": metadata.version("jaxdeploy")}
+        return WorkDir(self.config.work_dir, layers=layers, run=run, overwrite=self.config.overwrite)
+
+    def _layers(self) -> Iterable[int]:
+        from tqdm import tqdm
+
+        count = min(self.config.num_layers or self.model.config.num_layers, self.model.config.num_layers)
+        return tqdm(range(count), desc=self.config.method, unit="layer", disable=not self.progress)
+
+    def _write(self, work: WorkDir, passage: Passage, outer: Mapping[ParamPath, jax.Array]) -> int:
+        """Everything but the layers; returns the bytes of all weights."""
+        rest: dict[str, Array] = {}
+        for path, source in self.model.outer_sources().items():
+            rest |= self.layout.floats(source, outer[path])
+        hf = {name: value for name, value in self.model.hf.items() if name != "quantization_config"}
+        if self.layout.quantization is not None:
+            hf["quantization_config"] = dict(self.layout.quantization)
+        size = work.write_rest(self.model.folder, hf, rest)
+        if self.config.method == "calibrate" and all(passage.kv_ranges):
+            write_kv_parameters(work.partial, _kv_parameters(passage.kv_ranges))
+        return size
+
+    def _predicted(self, weights: int) -> dict[str, float]:
+        """GiB of device memory: weights, and 1000 tokens of KV cache by ``quant_policy``."""
+        config = self.model.config
+        vectors = 1000 * 2 * config.num_layers * config.num_kv_heads
+        sizes = {
+            "weights": weights,
+            "KV cache, 1000 tokens in 16 bits": vectors * config.head_dim * 2,
+            "KV cache, 1000 tokens in 8 bits": vectors * (config.head_dim + 4),
+            "KV cache, 1000 tokens in 4 bits": vectors * (config.head_dim // 2 + 4),
+        }
+        return {name: size / 2**30 for name, size in sizes.items()}
+
+    def _notes(self, work: WorkDir | None) -> Iterator[str]:
+        if self.data.note:
+            yield self.data.note
+        if not self.data.calib.size:
+            yield "calibrated without data: activations count by the scales of the norms before them"
+        if work is None:
+            yield "measured only, nothing is written" + (
+                "" if self.config.num_layers else f": no layout holds {self.config.method} at {self.config.w_bits} bits"
+            )
+
+
+def _kv_parameters(ranges: Sequence[Sequence[Sequence[float]]]) -> Array:
+    """[L, 4] of LMDeploy 0.3: scale and zero point of keys, then of values."""
+    pairs = np.asarray(ranges, np.float32)
+    low, high = pairs[..., 0], pairs[..., 1]
+    parameters: Array = np.stack([(high - low) / 255, (low + high) / 2], axis=-1).reshape(len(pairs), 4)
+    return parameters
+
+
+def _peak_memory(device: jax.Device) -> int | None:
+    """Bytes: of the device where it counts them, else of this process."""
+    stats = None if device.platform == "cpu" else device.memory_stats()
+    if stats is not None:
+        return int(stats["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
