@@ -253,7 +253,9 @@ class QuantConfig:
         "inputs that share a scale; -1: all; where it does not divide a width, the largest of 128, 64 and 32 that does",
         choices=(32, 64, 128, -1),
     )
-    w_sym: bool = setting(False, "symmetric: no zero points")
+    w_sym: bool | None = setting(
+        None, "symmetric: all zero points in the middle; default: in GPTQ files, which some engines read only so"
+    )
     quant_dtype: str = setting("int8", "smooth_quant: type of weights and activations", choices=("int8",))
     search_scale: bool = setting(True, "awq: search how strongly activations count, for each layer; else by half")
     search_clip: bool = setting(True, "awq: search how far to clip weights")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.loader import dummy_params, load_params
-from jaxdeploy.checkpoint.quantized import hold_quantized
+from jaxdeploy.checkpoint.quantized import hold_quantized, without_zero_biases
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.formats.registry import quantization_of
 from jaxdeploy.models.config import ModelConfig
@@ -46,4 +46,5 @@ def load_model(
     files, table = open_checkpoint(folder, model_format), family.weights(model)
     if quantization := quantization_of(hf, model_format):
         params, table = hold_quantized(params, table, files, quantization, mesh.size)
+        files = without_zero_biases(files, table)
     return decoder_from(model, load_params(params, table, files, sharding_of=place, progress=progress), mesh)

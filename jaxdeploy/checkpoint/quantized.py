@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,13 @@ def expand_quantized(table: WeightTable, files: TensorFiles, config: Mapping[str
     """
     expanded = {path: _expanded(source, modules) for path, source, modules in _quantized(table, files, config)}
     return {**table, **expanded}
+
+
+def without_zero_biases(files: TensorFiles, table: WeightTable) -> TensorFiles:
+    """``files`` less the biases of zeros that AutoGPTQ stores for every module, whether the model has any or not."""
+    known = {name for source in table.values() for name in source.names}
+    spare = {name for name in files if name.endswith(".bias") and name not in known and not files[name].read().any()}
+    return replace(files, tensors={name: ref for name, ref in files.items() if name not in spare})
 
 
 class _CannotKeepError(Exception):

@@ -122,24 +122,33 @@ def load_decoder(
 
 
 def perplexity(
-    decoder: Decoder, ids: Array, *, batch_size: int = 1, kv_bits: int | None = None, progress: bool = False
+    decoder: Decoder,
+    ids: Array,
+    *,
+    scored: Array | None = None,
+    batch_size: int = 1,
+    kv_bits: int | None = None,
+    progress: bool = False,
 ) -> Perplexity:
     """Perplexity over the sequences ``ids`` int32 [S, T], each without what came before it; its first token is given.
 
-    ``batch_size`` sequences go through the decoder together. ``kv_bits`` 8 or 4 shows what such a KV cache costs.
+    ``scored`` bool [S, T] says which tokens count, as those of replies (default: all). ``batch_size`` sequences go
+    through the decoder together. ``kv_bits`` 8 or 4 shows what such a KV cache costs.
 
     Raises:
-        ConfigError: A sequence is shorter than 2 tokens, or a token is not in the model's vocabulary.
+        ConfigError: A sequence is shorter than 2 tokens, a token is not in the model's vocabulary, or none counts.
         CheckpointError: The logits are not finite.
     """
     graph, weights = nnx.split(_head(decoder))
-    total = 0.0
-    for batch, hidden in _hidden_batches(decoder, ids, batch_size, kv_bits, progress):
-        total += float(np.asarray(_head_losses(graph, weights, hidden, batch), np.float64).sum())
-    if not math.isfinite(total):
+    batches = _hidden_batches(decoder, ids, batch_size, kv_bits, progress)
+    losses = np.concatenate([np.asarray(_head_losses(graph, weights, hidden, batch)) for batch, hidden in batches])
+    counted = losses[_counted(ids, scored)]
+    if not counted.size:
+        raise ConfigError("scored leaves no token to predict; mark one that is not the first of its sequence")
+    nll = float(counted.mean(dtype=np.float64))
+    if not math.isfinite(nll):
         raise CheckpointError("the model's logits are not finite; its weights are damaged, or need dtype=float32")
-    tokens = ids.shape[0] * (ids.shape[1] - 1)
-    return Perplexity(total / tokens, tokens)
+    return Perplexity(nll, counted.size)
 
 
 def outputs(
@@ -154,24 +163,27 @@ def outputs(
     return Outputs(np.concatenate([np.asarray(hidden) for _, hidden in batches]), _head(decoder))
 
 
-def compare_outputs(before: Outputs, after: Outputs, ids: Array) -> Tally:
+def compare_outputs(before: Outputs, after: Outputs, ids: Array, scored: Array | None = None) -> Tally:
     """``compare``, sequence by sequence, without ever holding all logits of one. ``ids`` are those of the outputs."""
     heads = [nnx.split(side.head) for side in (before, after)]
     graphs, weights = tuple(graph for graph, _ in heads), tuple(state for _, state in heads)
-    tally = Tally()
+    tally, counted = Tally(), _counted(ids, scored)
     for index in range(ids.shape[0]):
         piece = slice(index, index + 1)
         hidden = (jnp.asarray(before.hidden[piece]), jnp.asarray(after.hidden[piece]))
-        tally += _tally(_head_compared(graphs, weights, hidden, jnp.asarray(ids[piece])))
+        tally += _tally(_head_compared(graphs, weights, hidden, jnp.asarray(ids[piece])), counted[piece])
     return tally
 
 
-def compare(before: jax.Array | Array, after: jax.Array | Array, ids: jax.Array | Array) -> Tally:
+def compare(
+    before: jax.Array | Array, after: jax.Array | Array, ids: jax.Array | Array, scored: Array | None = None
+) -> Tally:
     """Two decoders' logits float32 [B, T, V] for the same ``ids`` int32 [B, T].
 
-    Counted are the B · (T − 1) positions that have a next token. KL is KL(before ‖ after) in nats.
+    Counted are the B · (T − 1) positions that have a next token, or those whose next token ``scored`` bool [B, T]
+    marks. KL is KL(before ‖ after) in nats.
     """
-    return _tally(_compared_logits(before, after, ids))
+    return _tally(_compared_logits(before, after, ids), _counted(ids, scored))
 
 
 @jax.jit
@@ -248,9 +260,14 @@ def _head_compared(graphs: Any, weights: Any, hidden: tuple[jax.Array, jax.Array
     return compared
 
 
-def _tally(compared: _Compared) -> Tally:
-    nll_before, nll_after, kl = (float(np.asarray(part, np.float64).sum()) for part in compared[:3])
-    return Tally(nll_before, nll_after, kl, int(compared.same.sum()), compared.same.size)
+def _tally(compared: _Compared, counted: Array) -> Tally:
+    nll_before, nll_after, kl = (float(np.asarray(part)[counted].sum(dtype=np.float64)) for part in compared[:3])
+    return Tally(nll_before, nll_after, kl, int(np.asarray(compared.same)[counted].sum()), int(counted.sum()))
+
+
+def _counted(ids: jax.Array | Array, scored: Array | None) -> Array:
+    """Which predictions count, bool [S, T − 1]: those of the tokens that ``scored`` marks, or all."""
+    return (np.ones(ids.shape, np.bool_) if scored is None else scored)[:, 1:]
 
 
 def _exp(nll: float) -> float:

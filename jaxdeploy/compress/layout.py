@@ -33,6 +33,8 @@ _FORMATS = {
 }
 """Method → layouts that its result can be written in, the usual one first."""
 _THREE_BITS = ("gptq", "gptq_v2")
+_SYMMETRIC = ("gptq", "gptq_v2")
+"""Layouts that are usually symmetric: some engines read no other."""
 
 
 def choose_format(config: QuantConfig) -> str | None:
@@ -72,11 +74,12 @@ class Layout:
             return cls({}, {}, None, model.dtype)
         linears = _linears(model)
         bits = INT8_BITS if config.method == "smooth_quant" else config.w_bits
+        symmetric = chosen in _SYMMETRIC if config.w_sym is None else config.w_sym
         kept = dict(_asked_for(linears, config))
         group = _group_size([linear.width for name, linear in linears.items() if name not in kept], config)
         kept |= _misfits({name: linear for name, linear in linears.items() if name not in kept}, bits, group)
         grids = {
-            name: Grid(bits, linear.width if group == -1 else group, config.w_sym)
+            name: Grid(bits, linear.width if group == -1 else group, symmetric)
             for name, linear in linears.items()
             if name not in kept
         }
@@ -84,7 +87,25 @@ class Layout:
         if not grids:
             why = "; ".join(sorted(set(kept.values())))
             raise ConfigError(f"w_group_size={group} leaves nothing to quantise ({why}); choose another model")
-        return cls(grids, reasons, _described(chosen, config, bits, group, sorted(reasons)), model.dtype)
+        if chosen is None:
+            return cls(grids, reasons, None, model.dtype)
+        quantization = format_named(chosen).describe(
+            bits=bits,
+            group_size=group,
+            symmetric=symmetric,
+            act_order=config.method == "gptq" and config.act_order and not config.static_groups,
+            skipped=sorted({*reasons, *_heads(model)}),
+        )
+        return cls(grids, reasons, quantization, model.dtype)
+
+    def expected_bytes(self, model: FloatModel) -> int:
+        """About how large the result will be on disk."""
+        count = sum(
+            linear.width * sum(linear.outputs.rows) * (8 * self.dtype.itemsize - self.grids[name].bits - 1)
+            for name, linear in _linears(model).items()
+            if name in self.grids
+        )
+        return model.nbytes - count * model.config.num_layers // 8
 
     def tensors(
         self,
@@ -161,10 +182,17 @@ def _in_layer(linear: Linear) -> list[str]:
 
 
 def _asked_for(linears: Mapping[str, Linear], config: QuantConfig) -> Iterator[tuple[str, str]]:
-    """Those that the user wants to stay float; raises ``ConfigError`` for a name that is none of them."""
-    wanted = {"modules_to_not_convert": config.modules_to_not_convert or []}
-    named = {name for name, linear in linears.items() if any(is_skipped(module, wanted) for module in linear.modules)}
-    yield from ((name, "modules_to_not_convert") for name in named)
+    """Those that the user wants to stay float. Raises ``ConfigError`` for a name that is none of them."""
+    for entry in config.modules_to_not_convert or ():
+        named = [
+            name
+            for name, linear in linears.items()
+            if any(is_skipped(module, {"modules_to_not_convert": [entry]}) for module in linear.modules)
+        ]
+        if not named and entry != "lm_head":
+            known = ", ".join(module for linear in linears.values() for module in _in_layer(linear))
+            raise ConfigError(f"modules_to_not_convert={entry!r} is no linear map of a layer; choose from {known}")
+        yield from ((name, "modules_to_not_convert") for name in named)
 
 
 def _group_size(widths: Sequence[int], config: QuantConfig) -> int:
@@ -189,16 +217,8 @@ def _misfits(linears: Mapping[str, Linear], bits: int, group: int) -> dict[str, 
     return reasons
 
 
-def _described(
-    chosen: str | None, config: QuantConfig, bits: int, group: int, skipped: Sequence[str]
-) -> dict[str, Any] | None:
-    if chosen is None:
-        return None
-    described: dict[str, Any] = format_named(chosen.removesuffix("_v2")).describe(
-        bits=bits,
-        group_size=group,
-        symmetric=config.w_sym,
-        act_order=config.method == "gptq" and config.act_order and not config.static_groups,
-        skipped=skipped,
-    )
-    return described | ({"checkpoint_format": chosen} if chosen.endswith("_v2") else {})
+def _heads(model: FloatModel) -> Iterator[str]:
+    """The output projection, where its name does not say that it is one."""
+    head = model.table.get(("head", "weight"))
+    if head is not None and head.linear is not None:
+        yield from (module for module in head.linear.modules if module != "lm_head")

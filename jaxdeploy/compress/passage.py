@@ -76,17 +76,21 @@ class Passage:
             params = self._layout.params(self._model, index, files)
         else:
             params, record = self._quantized(index, forward, floats)
-        self.linears += [LinearReport(**linear) for linear in record["linears"]]
+        self.linears += [LinearReport(**{**linear, "modules": tuple(linear["modules"])}) for linear in record["linears"]]
         self.kv_ranges.append(record["kv_range"])
         self._advance(index, forward, floats, params)
         self.seconds.append(time.perf_counter() - begin)
 
     def quality(self, around: Outer) -> Quality | None:
         """What the layers so far cost; ``None`` without held-out text."""
+        measured = self.outputs(around)
+        return measured and compare_outputs(*measured, self._held_out).quality()
+
+    def outputs(self, around: Outer) -> tuple[Outputs, Outputs] | None:
+        """What the float model and the quantised one say about the held-out text. The last thing to ask for."""
         if self._before is None or self._after is None:
             return None
-        before, after = (self._outputs(states, around) for states in (self._before, self._after))
-        return compare_outputs(before, after, self._held_out).quality()
+        return self._outputs(self._before, around), self._outputs(self._after, around)
 
     def _quantized(self, index: int, forward: LayerForward, floats: LayerParams) -> tuple[LayerParams, dict[str, Any]]:
         """The layer's parameters as they are stored, and what there is to say about it; both are written."""

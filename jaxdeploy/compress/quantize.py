@@ -143,7 +143,9 @@ class _Run:
         tokens = hashlib.sha256(self.data.calib.tobytes() + self.data.held_out.tobytes()).hexdigest()
         layers = self.model.config.num_layers
         run = {**depends, "tokens": tokens, "version": metadata.version("jaxdeploy")}
-        return WorkDir(self.config.work_dir, layers=layers, run=run, overwrite=self.config.overwrite)
+        work = WorkDir(self.config.work_dir, layers=layers, run=run, overwrite=self.config.overwrite)
+        work.check_room(self.layout.expected_bytes(self.model))
+        return work
 
     def _layers(self) -> Iterable[int]:
         from tqdm import tqdm

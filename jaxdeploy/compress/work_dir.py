@@ -41,12 +41,13 @@ class WorkDir:
             self._begin(hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest())
 
     def check_room(self, size: int) -> None:
-        """Raise ``ConfigError`` where the disk has no room for ``size`` bytes more."""
+        """Raise ``ConfigError`` where the disk has no room for ``size`` bytes, less what is there already."""
+        missing = size - sum(file.stat().st_size for file in self.partial.iterdir())
         free = shutil.disk_usage(self.partial).free
-        if free < size:
+        if free < missing:
             raise ConfigError(
-                f"work_dir={self.target} has {free / 2**30:.1f} GiB of room, {size / 2**30:.1f} are needed; "
-                "free some, or name another"
+                f"work_dir={self.target} has {free / 2**30:.1f} GiB of room, {missing / 2**30:.1f} are needed; "
+                "make room, or name another folder"
             )
 
     def is_done(self, layer: int) -> bool:
@@ -98,6 +99,8 @@ class WorkDir:
         if not run.is_file() or json.loads(run.read_bytes()) != fingerprint:
             shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.partial.glob(".*.tmp"):
+            unfinished.unlink()
         put_json(run, fingerprint)
 
     def _weights(self, number: int) -> Path:

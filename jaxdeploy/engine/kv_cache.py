@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.kv_policy import Ranges
 from jaxdeploy.errors import CacheTooSmallError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
+from pallas_kernels.kv_pool import Pool, QuantizedPool
 
 CPU_LIMIT = 1 << 30
 """Most bytes of KV cache on a CPU unless a block count is given: free memory says little there."""
@@ -19,26 +23,38 @@ CPU_LIMIT = 1 << 30
 
 @dataclass(frozen=True)
 class CachePlan:
-    """``num_blocks`` blocks of ``block_size`` tokens, ``block_bytes`` bytes each on one device, and why so many."""
+    """``num_blocks`` blocks of ``block_size`` tokens, ``block_bytes`` bytes each on one device, and why so many.
+
+    ``bits`` are those of a quantised element, 8 or 4; ``None`` stores floats.
+    """
 
     num_blocks: int
     block_size: int
     block_bytes: int
     reason: str
+    bits: int | None = None
 
     def __str__(self) -> str:
         size = _size(self.num_blocks * self.block_bytes)
         tokens = self.num_blocks * self.block_size
+        kind = f"int{self.bits} KV cache" if self.bits else "KV cache"
         return (
-            f"KV cache: {self.num_blocks} blocks of {self.block_size} tokens = {tokens} tokens, "
+            f"{kind}: {self.num_blocks} blocks of {self.block_size} tokens = {tokens} tokens, "
             f"{_size(self.block_bytes)} a block, {size} in all ({self.reason})"
         )
 
 
 def plan_cache(
-    model: ModelConfig, config: EngineConfig, mesh: Mesh, *, session_len: int, max_batch_size: int, dtype: jnp.dtype
+    model: ModelConfig,
+    config: EngineConfig,
+    mesh: Mesh,
+    *,
+    session_len: int,
+    max_batch_size: int,
+    dtype: jnp.dtype,
+    bits: int | None = None,
 ) -> CachePlan:
-    """Decide the number of blocks.
+    """Decide the number of blocks, of floats of ``dtype`` or of integers of ``bits``.
 
     An explicit count wins; else ``cache_max_entry_count`` of the device memory that is free now (the weights are
     loaded); on CPU what ``max_batch_size`` sequences of ``session_len`` tokens need, up to ``CPU_LIMIT`` bytes.
@@ -46,43 +62,69 @@ def plan_cache(
     Raises:
         CacheTooSmallError: one sequence of ``session_len`` tokens does not fit; the message shows the arithmetic.
     """
-    block_bytes = _block_bytes(model, config.block_size, dtype) // mesh.size
+    size = block_bytes(model, config.block_size, dtype, bits) // mesh.size
     per_sequence = -(-session_len // config.block_size)
-    count, reason = _count_blocks(config, mesh, block_bytes, per_sequence * max_batch_size)
+    count, reason = _count_blocks(config, mesh, size, per_sequence * max_batch_size)
     if count < per_sequence:
         raise CacheTooSmallError(
             f"session_len={session_len} needs {per_sequence} KV blocks of {config.block_size} tokens "
-            f"({per_sequence} x {_size(block_bytes)} = {_size(per_sequence * block_bytes)}), but there are {count} "
+            f"({per_sequence} x {_size(size)} = {_size(per_sequence * size)}), but there are {count} "
             f"({reason}); lower session_len, or give the cache more room with cache_max_entry_count or num_blocks"
         )
-    return CachePlan(count, config.block_size, block_bytes, reason)
+    return CachePlan(count, config.block_size, size, reason, bits)
 
 
-def allocate_pools(model: ModelConfig, plan: CachePlan, mesh: Mesh, dtype: jnp.dtype) -> tuple[jax.Array, ...]:
-    """One zeroed pool [P, 2, K, S, H] a layer, cut along K."""
+def allocate_pools(
+    model: ModelConfig, plan: CachePlan, mesh: Mesh, dtype: jnp.dtype, ranges: Ranges | None = None
+) -> tuple[Pool, ...]:
+    """One pool [P, 2, K, S, H] a layer, zeroed and cut along K: of ``dtype``, or quantised to ``plan.bits``.
+
+    ``ranges`` make it a calibrated one.
+    """
     shape = (plan.num_blocks, 2, model.num_kv_heads, plan.block_size, model.head_dim)
-    sharding = sharding_of(mesh, POOL_AXES, shape)
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-    return tuple(zeros() for _ in range(model.num_layers))
+    if plan.bits is None:
+        zeros = _filled(shape, dtype, mesh)
+        return tuple(zeros(0) for _ in range(model.num_layers))
+    values = _filled((*shape[:-1], _stored_width(model, plan.bits)), jnp.dtype(jnp.uint8), mesh)
+    scales = _filled((*shape[:3], 2, plan.block_size), jnp.dtype(jnp.float16), mesh)
+    filling = [0] * model.num_layers if ranges is None else [layer[None, ..., None] for layer in ranges]
+    return tuple(QuantizedPool(values(0), scales(fill), calibrated=ranges is not None) for fill in filling)
 
 
-def _block_bytes(model: ModelConfig, block_size: int, dtype: jnp.dtype) -> int:
-    """Keys and values of ``block_size`` tokens in every layer, on all devices together."""
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * block_size * dtype.itemsize
+def _filled(shape: tuple[int, ...], dtype: jnp.dtype, mesh: Mesh) -> Callable[[Any], jax.Array]:
+    """From a value, or what broadcasts to ``shape``, to an array of it that lies where pools do."""
+    return jax.jit(
+        lambda fill: jnp.broadcast_to(jnp.asarray(fill).astype(dtype), shape),
+        out_shardings=sharding_of(mesh, POOL_AXES, shape),
+    )
 
 
-def _count_blocks(config: EngineConfig, mesh: Mesh, block_bytes: int, wanted: int) -> tuple[int, str]:
+def block_bytes(model: ModelConfig, block_size: int, dtype: jnp.dtype, bits: int | None = None) -> int:
+    """Keys and values of ``block_size`` tokens in every layer, on all devices together.
+
+    A vector of ``bits`` has a float16 scale and zero beside it.
+    """
+    vector = model.head_dim * dtype.itemsize if bits is None else _stored_width(model, bits) + 2 * 2
+    return 2 * model.num_layers * model.num_kv_heads * block_size * vector
+
+
+def _stored_width(model: ModelConfig, bits: int) -> int:
+    """Bytes of a quantised vector."""
+    return model.head_dim * bits // 8
+
+
+def _count_blocks(config: EngineConfig, mesh: Mesh, size: int, wanted: int) -> tuple[int, str]:
     if config.num_blocks:
         return config.num_blocks, "num_blocks, as asked"
     if isinstance(config.cache_max_entry_count, int):
         return config.cache_max_entry_count, "cache_max_entry_count, as asked"
     free = [_free_bytes(device) for device in mesh.local_devices]
     if None in free:
-        count = min(wanted, CPU_LIMIT // block_bytes)
+        count = min(wanted, CPU_LIMIT // size)
         return count, f"max_batch_size x session_len = {wanted} blocks, at most {_size(CPU_LIMIT)} on CPU"
-    least = min(size for size in free if size is not None)
+    least = min(left for left in free if left is not None)
     share = config.cache_max_entry_count
-    return int(least * share) // block_bytes, f"{share:g} of {_size(least)} free after weights on each device"
+    return int(least * share) // size, f"{share:g} of {_size(least)} free after weights on each device"
 
 
 def _free_bytes(device: jax.Device) -> int | None:

@@ -18,10 +18,11 @@ from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.sharding import replicated
+from pallas_kernels.kv_pool import Pool, block_size, stored
 
 logger = logging.getLogger("jaxdeploy")
 
-Pools = tuple[jax.Array, ...]
+Pools = tuple[Pool, ...]
 
 
 class ModelRunner:
@@ -34,7 +35,7 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, pools: Pools, mesh: Mesh, *, slots: int, session_len: int) -> None:
         self._forward, self._leaves = flat_step(decoder, mesh)
         self._pools = pools
-        self._pool_sharding = pools[0].sharding
+        self._pool_shardings = jax.tree.map(lambda array: array.sharding, pools)
         self._replicated = replicated(mesh)
         self._vocab_size = decoder.config.vocab_size
         self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
@@ -76,7 +77,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the device memory back; the runner is of no use afterwards."""
-        for array in (*self._leaves, *self._pools, self._buffer):
+        for array in (*self._leaves, *jax.tree.leaves(self._pools), self._buffer):
             array.delete()
         self._leaves, self._pools = (), ()
         self._steps.clear()
@@ -89,7 +90,7 @@ class ModelRunner:
             self._steps[key] = jax.jit(
                 partial(self._forward, shape),
                 donate_argnums=(1, 2),
-                out_shardings=(self._replicated, self._pool_sharding, self._replicated),
+                out_shardings=(self._replicated, self._pool_shardings, self._replicated),
             )
         return self._steps[key]
 
@@ -143,8 +144,8 @@ class _Layout(NamedTuple):
     context: PagedContext
 
 
-def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: jax.Array, mesh: Mesh) -> _Layout:
-    blocks, block_size = pool.shape[0], pool.shape[3]
+def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: Pool, mesh: Mesh) -> _Layout:
+    blocks, size = stored(pool).shape[0], block_size(pool)
     regions, sequences, positions, real = [], [], [], []
     for rows, sequence in _regions(fields, shape):
         regions.append(rows)
@@ -153,8 +154,8 @@ def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: jax.Array, 
         positions.append((rows.first_positions[:, None] + offsets).reshape(-1))
         real.append((offsets < rows.lengths[:, None]).reshape(-1))
     sequence, position = jnp.concatenate(sequences), jnp.concatenate(positions)
-    block = fields["block_tables"][sequence, position // block_size]
-    slots = jnp.where(jnp.concatenate(real), block * block_size + position % block_size, blocks * block_size)
+    block = fields["block_tables"][sequence, position // size]
+    slots = jnp.where(jnp.concatenate(real), block * size + position % size, blocks * size)
     return _Layout(sequence, position, PagedContext(tuple(regions), slots, mesh))
 
 
