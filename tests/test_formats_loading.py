@@ -1,275 +1,288 @@
-"""Checkpoints with quantised linear maps, written here from the layouts' descriptions, and the decoders made of them.
-
-The truth is a float decoder of the same weights: ``(q - zero) · scale``, or ``q · scale``, computed here.
-"""
+"""Checkpoints with quantised linear maps → decoders that hold them as they are, or say why not."""
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdeploy.checkpoint.model import load_model
-from jaxdeploy.checkpoint.source import read_hf_config
-from jaxdeploy.checkpoint.writing import put_json, put_tensors
-from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.checkpoint.quantized import expand_quantized
+from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.errors import CheckpointError, UnsupportedModelError
-from jaxdeploy.models import fused_decode
-from jaxdeploy.models.decoder import Decoder, decoder_from
-from jaxdeploy.models.quantized import Int4Weight, Int8Weight
+from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.registry import family_of, read_config
-from jaxdeploy.models.weights import ParamPath, Source
-from jaxdeploy.parallel.mesh import make_mesh
-from tests import test_fused_decode, tiny_models
-
-Array = np.ndarray[Any, Any]
-
-TOKENS = np.random.default_rng(1).integers(0, tiny_models.VOCAB, (2, 24), np.int32)
-LINEARS = ("wqkv", "wo", "gate_up", "down")
-
-
-def hf_of(architecture: str, **sizes: int) -> dict[str, Any]:
-    """A ``config.json``; every width a multiple of 128 unless ``sizes`` say otherwise."""
-    plain = {
-        "vocab_size": tiny_models.VOCAB,
-        "hidden_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 256,
-        "max_position_embeddings": 256,
-    }
-    return {"architectures": [architecture], **plain, **sizes}
-
-
-LLAMA = hf_of("LlamaForCausalLM")
-NARROW = hf_of(
-    "LlamaForCausalLM", hidden_size=64, num_attention_heads=2, num_key_value_heads=1, intermediate_size=192
+from tests.stored_models import (
+    AWQ,
+    GPTQ,
+    INT8_LAYOUTS,
+    LAYOUTS,
+    LINEARS,
+    NARROW,
+    SCATTERED,
+    SUMMED_APART,
+    Layout,
+    apart,
+    awq_config,
+    checkpoint,
+    gptq_config,
+    hf_of,
+    kinds,
+    logits,
+    store_awq,
+    store_gptq,
+    weights_of,
 )
-SHARED = hf_of(
-    "LlamaForCausalLM", num_hidden_layers=1, num_key_value_heads=4, head_dim=128, intermediate_size=512
-)  # fmt: skip
-"""For four devices."""
 
 
-@dataclass(frozen=True)
-class Integers:
-    """``q`` [N, K], ``zeros`` and ``scales`` [N, G], the group of each input [K]."""
-
-    q: Array
-    zeros: Array
-    scales: Array
-    groups: Array
-
-    def value(self) -> Array:
-        """The weight, float32 [N, K]."""
-        steps = self.q.astype(np.float32) - self.zeros.astype(np.float32)[:, self.groups]
-        return np.asarray(steps * self.scales.astype(np.float32)[:, self.groups])
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "jaxdeploy")
+    return caplog
 
 
-@dataclass(frozen=True)
-class Layout:
-    """``config`` as it is in ``config.json``, and what ``store`` makes of a module.
-
-    ``inputs`` says which inputs share scales: "in order", "scattered" the same way for all modules of a linear map, or
-    "scattered apart". ``group`` is how many of them, ``None`` for all.
-    """
-
-    config: Mapping[str, Any]
-    store: Callable[[Integers], dict[str, Array]]
-    group: int | None = 64
-    bits: int = 4
-    symmetric: bool = False
-    inputs: str = "in order"
-    scale_dtype: Any = np.float16
-
-
-def words(values: Array, bits: int = 4) -> Array:
-    """Rows of integers as one row of bits each, the first value lowest: int32 [..., K · bits / 32]."""
-    planes = (values[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
-    return np.packbits(planes.reshape(*values.shape[:-1], -1), axis=-1, bitorder="little").view(np.int32)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_as_if_they_were_floats(name: str, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    layout = LAYOUTS[name]
+    stored = checkpoint(layout)
+    decoder = stored.load(tmp_path)
+    assert kinds(decoder) == [["int4"] * 4] * 2
+    assert apart(logits(decoder), logits(stored.floats())) < SUMMED_APART
+    assert not said.messages
+    scattered = layout.inputs == "scattered"
+    for weight, width in zip(weights_of(decoder), (128, 128, 128, 256), strict=True):
+        leaves = nnx.to_flat_state(nnx.state(weight))
+        assert [path[0] for path, _ in leaves] == (["order"] if scattered else []) + ["packed"]
+        assert weight.packed[...].dtype == jnp.int32
+        assert weight.packed[...].shape[:2] == (width // 128, 16 + 128 // (layout.group or 128))
+        assert weight.takes_as_is != scattered
 
 
-def store_awq(w: Integers) -> dict[str, Array]:
-    def along_outputs(values: Array) -> Array:
-        eights = values.T.reshape(values.shape[1], -1, 8)
-        return words(eights[..., [0, 2, 4, 6, 1, 3, 5, 7]].reshape(values.shape[1], -1))
-
-    return {"qweight": along_outputs(w.q), "qzeros": along_outputs(w.zeros), "scales": w.scales.T}
+def test_a_zero_point_that_is_off_by_one_is_noticed(tmp_path: Path) -> None:
+    stored = checkpoint(GPTQ)
+    stored.hf["quantization_config"] = gptq_config(64, checkpoint_format="gptq_v2")
+    assert apart(logits(stored.load(tmp_path)), logits(stored.floats())) > 1000 * SUMMED_APART
 
 
-def store_gptq(w: Integers, bits: int = 4, minus: int = 1) -> dict[str, Array]:
-    zeros = w.zeros.T - np.uint8(minus)
-    return {"qweight": words(w.q, bits).T, "qzeros": words(zeros, bits), "scales": w.scales.T, "g_idx": w.groups}
+def test_read_as_floats(tmp_path: Path) -> None:
+    """Every parameter, for those who need no speed."""
+    stored = checkpoint(AWQ, keep=("lm_head", "layers.1.self_attn.k_proj"))
+    stored.load(tmp_path)
+    table, files = family_of(stored.hf).weights(read_config(stored.hf)), open_checkpoint(tmp_path)
+    sources = expand_quantized(table, files, AWQ.config)
+    assert sources.keys() == table.keys()
+    for path, source in sources.items():
+        array = source.assemble([files[name].read() for name in source.names])
+        truth = table[path].assemble([stored.values[name] for name in table[path].names])
+        np.testing.assert_array_equal(array, truth, strict=True)
 
 
-def store_packed(w: Integers) -> dict[str, Array]:
-    shape = np.array(w.q.shape, np.int64)
-    scattered = {"weight_g_idx": w.groups} if (np.diff(w.groups) < 0).any() else {}
-    return {"weight_packed": words(w.q), "weight_scale": w.scales, "weight_shape": shape, **scattered}
-
-
-def store_packed_with_zeros(w: Integers) -> dict[str, Array]:
-    return {**store_packed(w), "weight_zero_point": words(w.zeros.T).T}
-
-
-def store_int8(w: Integers, scale: str) -> dict[str, Array]:
-    return {"weight": (w.q.astype(np.int16) - 128).astype(np.int8), scale: w.scales}
-
-
-def awq_config(group: int, **more: Any) -> dict[str, Any]:
-    return {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": group, "zero_point": True, **more}
-
-
-def gptq_config(group: int, bits: int = 4, **more: Any) -> dict[str, Any]:
-    return {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": False, "desc_act": False, **more}
-
-
-def compressed_config(form: str, activations: Any = None, **weights: Any) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": {"type": "int", **weights}, "input_activations": activations}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-
-
-PACKED = functools.partial(compressed_config, "pack-quantized", num_bits=4)
-AWQ = Layout(awq_config(64), store_awq)
-GPTQ = Layout(gptq_config(64), store_gptq)
-SCATTERED = replace(GPTQ, config=gptq_config(64, desc_act=True), inputs="scattered")
-LAYOUTS = {
-    "awq": AWQ,
-    "awq, one group": Layout(awq_config(-1), store_awq, group=None),
-    "gptq": GPTQ,
-    "gptq_v2, 3 bits": Layout(
-        gptq_config(64, 3, checkpoint_format="gptq_v2"), functools.partial(store_gptq, bits=3, minus=0), bits=3
-    ),
-    "gptq, act-order": SCATTERED,
-    "compressed-tensors": Layout(
-        PACKED(symmetric=True, strategy="group", group_size=64), store_packed, symmetric=True
-    ),
-    "compressed-tensors, zero points": Layout(
-        PACKED(symmetric=False, strategy="group", group_size=64),
-        store_packed_with_zeros,
-        scale_dtype=ml_dtypes.bfloat16,
-    ),
-    "compressed-tensors, channels": Layout(
-        PACKED(symmetric=False, strategy="channel", group_size=None), store_packed_with_zeros, group=None
-    ),
-    "compressed-tensors, act-order": Layout(
-        PACKED(symmetric=True, strategy="group", group_size=64, actorder="group"),
-        store_packed,
-        symmetric=True,
-        inputs="scattered",
-    ),
-}  # fmt: skip
-SMOOTH_QUANT = Layout(
-    {"quant_method": "smooth_quant", "quant_dtype": "int8"},
-    functools.partial(store_int8, scale="scale"),
-    group=None,
-    bits=8,
-    symmetric=True,
-    scale_dtype=np.float32,
+@pytest.mark.parametrize(
+    ("architecture", "layout"), [("InternLM2ForCausalLM", AWQ), ("Qwen2ForCausalLM", GPTQ), ("LlamaForCausalLM", AWQ)]
 )
-BY_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-INT8_LAYOUTS = {
-    "smooth_quant": SMOOTH_QUANT,
-    "compressed-tensors": replace(
-        SMOOTH_QUANT,
-        config=compressed_config("int-quantized", BY_TOKEN, num_bits=8, symmetric=True, strategy="channel"),
-        store=functools.partial(store_int8, scale="weight_scale"),
-    ),
-}
+def test_families(architecture: str, layout: Layout, tmp_path: Path) -> None:
+    """Query, key and value in one module; with biases; with biases everywhere."""
+    everywhere = {"attention_bias": True, "mlp_bias": True} if architecture == "LlamaForCausalLM" else {}
+    stored = checkpoint(layout, {**hf_of(architecture), **everywhere})
+    decoder = stored.load(tmp_path)
+    assert kinds(decoder) == [["int4"] * 4] * 2
+    assert apart(logits(decoder), logits(stored.floats())) < SUMMED_APART
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model: ``tensors`` as they are stored, ``values`` in floats by the names they would have as such."""
-
-    hf: dict[str, Any]
-    tensors: dict[str, Array] = field(default_factory=dict)
-    values: dict[str, Array] = field(default_factory=dict)
-
-    def load(self, folder: Path, *, tp: int = 1, **options: Any) -> Decoder:
-        """Write and read it."""
-        put_json(folder / "config.json", self.hf)
-        put_tensors(folder / "model.safetensors", self.tensors)
-        dtype = options.pop("dtype", jnp.dtype(jnp.float32))
-        return load_model(folder, read_hf_config(folder), mesh=make_mesh(tp), dtype=dtype, **options)
-
-    def floats(self) -> Decoder:
-        """The decoder of the float weights."""
-        table = family_of(self.hf).weights(read_config(self.hf))
-        arrays = {path: source.assemble([self.values[n] for n in source.names]) for path, source in table.items()}
-        return decoder_from(read_config(self.hf), {path: jnp.asarray(array) for path, array in arrays.items()})
-
-    def without(self, *names: str) -> Checkpoint:
-        """Less some stored tensors."""
-        return replace(self, tensors={name: array for name, array in self.tensors.items() if name not in names})
+@pytest.mark.parametrize(
+    ("layout", "group"),
+    [
+        (Layout(awq_config(32), store_awq, group=32), 32),
+        (Layout(awq_config(-1), store_awq, group=None), 128),
+        (replace(SCATTERED, config=gptq_config(32), group=32), 32),
+    ],
+)
+def test_inputs_that_are_no_multiple_of_128(layout: Layout, group: int, tmp_path: Path) -> None:
+    """64 and 192: weights are filled up, and so are activations."""
+    stored = checkpoint(layout, NARROW)
+    decoder = stored.load(tmp_path)
+    assert kinds(decoder) == [["int4"] * 4] * 2
+    assert apart(logits(decoder), logits(stored.floats())) < SUMMED_APART
+    down = weights_of(decoder)[3]
+    assert down.packed[...].shape == (2, 16 + 128 // group, 64)
+    assert not down.takes_as_is
 
 
-def checkpoint(layout: Layout, hf: Mapping[str, Any] = LLAMA, keep: Sequence[str] = ("lm_head", "output")) -> Checkpoint:
-    """Random weights, those of linear maps stored in ``layout`` but for modules that contain one of ``keep``."""
-    made, random = Checkpoint({**hf, "quantization_config": layout.config}), np.random.default_rng(0)
-    for path, source in family_of(hf).weights(read_config(hf)).items():
-        for name, shape, groups in zip(source.names, source.shapes, _groups(layout, path, source), strict=True):
-            if source.linear is None or any(part in name for part in keep):
-                made.tensors[name] = made.values[name] = _floats(random, name, shape)
-                continue
-            weight = _integers(random, layout, *shape, groups)
-            made.values[name] = weight.value()
-            module = name.removesuffix(".weight")
-            made.tensors |= {f"{module}.{suffix}": array for suffix, array in layout.store(weight).items()}
-    return made
+def test_groups_that_the_packed_form_has_not(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    """96 of 192 are three of 32 each, all 96 are one of 128; 16 are none."""
+    wide = hf_of("LlamaForCausalLM", hidden_size=96, num_attention_heads=3, num_key_value_heads=3)
+    stored = checkpoint(Layout(awq_config(96), store_awq, group=96), {**wide, "intermediate_size": 192})
+    decoder = stored.load(tmp_path)
+    assert [weight.packed[...].shape[1] for weight in weights_of(decoder)] == [17, 17, 17, 20]
+    assert apart(logits(decoder), logits(stored.floats())) < SUMMED_APART
+    assert not said.messages
+    fine = checkpoint(Layout(awq_config(16), store_awq, group=16))
+    assert kinds(fine.load(tmp_path)) == [["float"] * 4] * 2
+    assert len(said.messages) == 8
+    assert said.messages[0] == (
+        "layers.0.attention.wqkv is expanded to floats: groups of 16 inputs are no multiple of 32"
+    )
 
 
-def _floats(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
-    if "norm" in name:
-        return (1 + random.standard_normal(shape) / 10).astype(np.float32)
-    width = 1 if "emb" in name else shape[-1]
-    return (random.standard_normal(shape) / np.sqrt(width)).astype(np.float32)
+@pytest.mark.parametrize("name", INT8_LAYOUTS)
+def test_int8(name: str, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    stored = checkpoint(INT8_LAYOUTS[name])
+    decoder = stored.load(tmp_path)
+    assert kinds(decoder) == [["int8"] * 4] * 2
+    assert not said.messages
+    down, module = weights_of(decoder, 1)[3], "model.layers.1.mlp.down_proj"
+    np.testing.assert_array_equal(down.values[...], stored.tensors[f"{module}.weight"], strict=True)
+    assert down.scales[...].dtype == jnp.float32
+    found, rounded, exact = logits(decoder), logits(rounding(stored.floats())), logits(stored.floats())
+    by_token = np.abs(found - rounded).max(axis=-1) / np.abs(rounded).max()
+    # An input just between two steps may be rounded either way; that reaches the tokens behind it.
+    assert np.median(by_token) < SUMMED_APART
+    assert by_token.max() < apart(rounded, exact) / 3
+    assert apart(rounded, exact) > 100 * SUMMED_APART, "activations that are not rounded are noticed"
 
 
-def _groups(layout: Layout, path: ParamPath, source: Source) -> Iterator[Array | None]:
-    """Of the inputs of each module of a linear map."""
-    for number, name in enumerate(source.names):
-        if source.linear is None:
-            yield None
-            continue
-        width = source.linear.width
-        inputs = np.arange(width)
-        if layout.inputs != "in order":
-            salt = number if layout.inputs == "scattered apart" else 0
-            inputs = np.random.default_rng([len(name), int(path[1]) if len(path) > 2 else 0, width, salt]).permutation(
-                width
-            )
-        yield (inputs // (layout.group or width)).astype(np.int32)
+class Rounding(nnx.Module):
+    """A float weight whose inputs are rounded per token, to 127 steps either way."""
+
+    def __init__(self, weight: nnx.Param[jax.Array], inputs: int) -> None:
+        self.weight, self.inputs = weight, inputs
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        step = jnp.abs(x).max(axis=1, keepdims=True) / 127
+        weight = self.weight[...]
+        matrix = weight.reshape(x.shape[1], *weight.shape[self.inputs :])
+        return jnp.tensordot(jnp.round(x / step) * step, matrix, axes=1)
 
 
-def _integers(
-    random: np.random.Generator, layout: Layout, rows: int, width: int, groups: Array | None
-) -> Integers:  # fmt: skip
-    """Of about as much as a float weight of that width has."""
-    assert groups is not None
-    shape, middle = (rows, width // (layout.group or width)), 1 << (layout.bits - 1)
-    off = 0 if layout.symmetric else max(1, middle // 3)
-    zeros = random.integers(middle - off, middle + off + 1, shape).astype(np.uint8)
-    scales = random.uniform(0.5, 1.5, shape) / (0.6 * middle * np.sqrt(width))
-    q = random.integers(0 if layout.bits < 8 else 1, 1 << layout.bits, (rows, width)).astype(np.uint8)
-    return Integers(q, zeros, scales.astype(layout.scale_dtype), groups)
+def rounding(decoder: Decoder) -> Decoder:
+    """Make a float ``decoder`` round what goes into linear maps."""
+    for layer in decoder.layers:
+        for module, name in zip((layer.attention, layer.attention, layer.mlp, layer.mlp), LINEARS, strict=True):
+            setattr(module, name, Rounding(getattr(module, name), 2 if name == "wo" else 1))
+    return decoder
+
+
+def test_orders_that_differ(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    """Query, key and value are one product of one input."""
+    stored = checkpoint(replace(SCATTERED, inputs="scattered apart"))
+    decoder = stored.load(tmp_path)
+    assert kinds(decoder) == [["float", "int4", "float", "int4"]] * 2
+    assert apart(logits(decoder), logits(stored.floats())) < SUMMED_APART
+    assert len(said.messages) == 4
+    assert said.messages[0] == (
+        "layers.0.attention.wqkv is expanded to floats: model.layers.0.self_attn.q_proj, "
+        "model.layers.0.self_attn.k_proj, model.layers.0.self_attn.v_proj order their inputs differently"
+    )
+
+
+def test_a_module_that_is_a_float(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    """Though ``config.json`` does not say so: the tensors do."""
+    stored = checkpoint(GPTQ, keep=("lm_head", "layers.1.self_attn.k_proj"))
+    decoder = stored.load(tmp_path)
+    assert kinds(decoder) == [["int4"] * 4, ["float", "int4", "int4", "int4"]]
+    assert apart(logits(decoder), logits(stored.floats())) < SUMMED_APART
+    (message,) = said.messages
+    assert message.startswith("layers.1.attention.wqkv is expanded to floats: model.layers.1.self_attn.q_proj, ")
+    assert message.endswith(" are not stored alike")
+
+
+def test_modules_to_leave_alone(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    left = {"modules_to_not_convert": ["lm_head", "mlp.down_proj", "model.layers.1"]}
+    stored = checkpoint(Layout(awq_config(64, **left), store_awq), keep=("lm_head", "mlp.down_proj", "layers.1."))
+    decoder = stored.load(tmp_path)
+    assert kinds(decoder) == [["int4", "int4", "int4", "float"], ["float"] * 4]
+    assert apart(logits(decoder), logits(stored.floats())) < SUMMED_APART
+    assert not said.messages
+
+
+def test_a_quantised_head(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    stored = checkpoint(replace(GPTQ, config=gptq_config(64, lm_head=True)), keep=())
+    assert "lm_head.qweight" in stored.tensors
+    decoder = stored.load(tmp_path)
+    assert decoder.head.weight[...].dtype == jnp.float32
+    assert apart(logits(decoder), logits(stored.floats())) < SUMMED_APART
+    assert said.messages == [
+        "head.weight is expanded to floats: only the linear maps of layers have kernels for integers"
+    ]
+
+
+def test_biases_of_zeros(tmp_path: Path) -> None:
+    """AutoGPTQ gives one to every module."""
+    stored = checkpoint(GPTQ)
+    right = logits(stored.floats())
+    names = [name.replace("qweight", "bias") for name in stored.tensors if name.endswith("qweight")]
+    stored.tensors.update({name: np.zeros(4, np.float16) for name in names})
+    assert apart(logits(stored.load(tmp_path)), right) < SUMMED_APART
+    stored.tensors[names[3]] = np.ones(4, np.float16)
+    with pytest.raises(CheckpointError, match=rf"mend config\.json:\s+{names[3]}: unexpected$"):
+        stored.load(tmp_path)
+
+
+def test_all_faults_at_once(tmp_path: Path) -> None:
+    stored, layer = checkpoint(AWQ).without("model.layers.0.self_attn.q_proj.qzeros"), "model.layers.1"
+    stored = stored.without(f"{layer}.self_attn.o_proj.scales")
+    stored.tensors[f"{layer}.mlp.down_proj.scales"] = np.zeros((2, 128), np.float16)
+    stored.tensors[f"{layer}.mlp.up_proj.qweight"] = np.zeros((128, 32), np.float32)
+    stored.tensors[f"{layer}.mlp.up_proj.g_idx"] = np.zeros(128, np.int32)
+    with pytest.raises(CheckpointError) as caught:
+        stored.load(tmp_path)
+    assert [line.removeprefix("  ") for line in str(caught.value).splitlines()[1:]] == [
+        "model.layers.0.self_attn.q_proj.qzeros: missing",
+        "model.layers.1.self_attn.o_proj.scales: missing",
+        "model.layers.1.mlp.up_proj.qweight: dtype float32, integers expected",
+        "model.layers.1.mlp.down_proj.scales: shape [2, 128], [4, 128] expected",
+        "model.layers.1.mlp.up_proj.g_idx: unexpected",
+    ]
+
+
+@pytest.mark.parametrize("scale", [np.inf, np.nan])
+def test_scales_that_are_no_numbers(scale: float, tmp_path: Path) -> None:
+    stored = checkpoint(AWQ)
+    stored.tensors["model.layers.1.self_attn.o_proj.scales"] = np.full((2, 128), scale, np.float16)
+    message = r"model\.layers\.1\.self_attn\.o_proj: scales must be finite in float16; download the file again"
+    with pytest.raises(CheckpointError, match=message):
+        stored.load(tmp_path)
+
+
+def test_groups_that_are_none(tmp_path: Path) -> None:
+    stored = checkpoint(SCATTERED)
+    stored.tensors["model.layers.0.self_attn.o_proj.g_idx"][3] = 7
+    with pytest.raises(CheckpointError, match="g_idx must give 64 of 128 inputs to each of 2 groups"):
+        stored.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "fp8"}, r"quant_method=fp8 is not supported; .* awq, gptq, gptq_v2, compressed-tensors, sm"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"quant_method=bitsandbytes is not supported"),
+        (awq_config(64, version="gemv"), r"version=gemv of AWQ is not supported, only gemm"),
+        (gptq_config(64, bits=8), r"bits=8 is not supported in a GPTQ checkpoint, only 3 and 4"),
+        (awq_config(48), r"group_size=48 must be -1 or divide the 128 inputs"),
+    ],
+)
+def test_what_cannot_be_read(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    stored = checkpoint(AWQ)
+    stored.hf["quantization_config"] = config
+    with pytest.raises(UnsupportedModelError, match=message):
+        stored.load(tmp_path)
+
+
+def test_the_format_that_the_user_names(tmp_path: Path) -> None:
+    """Where ``config.json`` says nothing, with the usual groups of 128; or where it says what is not so."""
+    silent = checkpoint(Layout(awq_config(128), store_awq, group=128))
+    del silent.hf["quantization_config"]
+    decoder = silent.load(tmp_path, model_format="awq")
+    assert kinds(decoder) == [["int4"] * 4] * 2
+    assert apart(logits(decoder), logits(silent.floats())) < SUMMED_APART
+    v2 = checkpoint(replace(GPTQ, store=functools.partial(store_gptq, minus=0)))
+    assert apart(logits(v2.load(tmp_path, model_format="gptq_v2")), logits(v2.floats())) < SUMMED_APART
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight: missing"):
+        silent.load(tmp_path)

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
+from jaxdeploy.errors import CheckpointError
 from jaxdeploy.formats.quantized import ChannelQuantized, GroupQuantized
 from jaxdeploy.formats.registry import Format, format_of, is_skipped
 from jaxdeploy.models.quantized import CHUNK, int4_leaves, int8_leaves
@@ -200,14 +201,19 @@ def _int4(linear: Linear, modules: Sequence[_Module], group: int, leaves: Mappin
 
 
 def _packed(linear: Linear, weights: Sequence[GroupQuantized], group: int, order: Array | None) -> Array:
-    """int32 [C, 16 + 128 / g, *outputs] of the weights of all modules."""
+    """int32 [C, 16 + 128 / g, *outputs] of the weights of all modules. Raises ``CheckpointError``: no such scales."""
     joined = linear.outputs.join([w.q for w in weights])
     q = np.moveaxis(joined, -1, 0).reshape(linear.width, -1)
     q = q if order is None else q[order]
     padded = -(-linear.width // CHUNK) * CHUNK
     q = np.pad(q, ((0, padded - linear.width), (0, 0)))
     scales, zeros = (_per_group(linear, parts, padded // group, group) for parts in _scales_and_zeros(weights))
-    return pack(q, scales, zeros, group).reshape(padded // CHUNK, -1, *joined.shape[:-1])
+    try:
+        packed = pack(q, scales, zeros, group)
+    except ValueError as error:
+        names = ", ".join(linear.modules)
+        raise CheckpointError(f"{names}: scales must be finite in float16; download the file again") from error
+    return packed.reshape(padded // CHUNK, -1, *joined.shape[:-1])
 
 
 def _scales_and_zeros(weights: Sequence[GroupQuantized]) -> tuple[list[Array], list[Array]]:

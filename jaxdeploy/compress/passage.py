@@ -25,7 +25,7 @@ from jaxdeploy.compress.streams import HiddenStates, no_data
 from jaxdeploy.compress.weights import FloatModel, Outer
 from jaxdeploy.compress.work_dir import WorkDir
 from jaxdeploy.config import QuantConfig
-from jaxdeploy.errors import CheckpointError
+from jaxdeploy.errors import CheckpointError, JaxdeployError
 from jaxdeploy.models.attention import AttentionContext, DenseContext
 from jaxdeploy.parallel.sharding import replicated
 
@@ -105,7 +105,7 @@ class Passage:
         )
         try:
             self._method.quantize_layer(view)
-        except CheckpointError as error:
+        except JaxdeployError as error:
             raise CheckpointError(f"layers.{index}.{error}") from error
         params = _as_stored(view, layout.dtype)
         record: dict[str, Any] = {

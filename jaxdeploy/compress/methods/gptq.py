@@ -74,7 +74,7 @@ def damped_factor(gram: jax.Array, damp: float) -> jax.Array:
         if bool(jnp.isfinite(factor).all()):
             return factor
         logger.info("damp=%g is too little for these inputs; trying ten times as much", damp)
-        damp = 10 * damp or 1e-3
+        damp *= 10
     raise JaxdeployError("its inputs are not finite or overflow; look at the calibration text and the checkpoint")
 
 
