@@ -77,7 +77,7 @@ class EngineConfig:
         None,
         "layout of the checkpoint: hf (Hugging Face), llama (Meta's consolidated.*.pth), or how its weights are "
         "quantised; default: look",
-        choices=("hf", "llama", "awq", "gptq", "compressed-tensors", "smooth_quant"),
+        choices=("hf", "llama", "awq", "gptq", "gptq_v2", "compressed-tensors", "smooth_quant"),
         advice="leave it out, and config.json decides",
     )
     load_format: str = setting(

@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from bench_record import ROOT, write_result
+
 from jaxdeploy.compress.quantize import quantize
 from jaxdeploy.compress.report import Report
 from jaxdeploy.config import QuantConfig
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method, one in found.items():
         print(
             f"{method}: {one['layer_s']:.1f} s a layer at {args.samples} x {args.seqlen} tokens, peak "
-            f"{one['peak_gib']:.1f} GiB; 32 layers at {FULL[0]} x {FULL[1]}: about {one['full_run_minutes']:.0f} minutes"
+            f"{one['peak_gib']:.1f} GiB; all at {FULL[0]} x {FULL[1]}: about {one['full_run_minutes']:.0f} minutes"
         )
     return 0
 

@@ -21,6 +21,7 @@ from flax import nnx
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.models.quantized import RANDOM_LEAVES
 from jaxdeploy.models.weights import IGNORED, ParamPath, Source, WeightTable
 
 Axes = tuple[str | None, ...]
@@ -87,7 +88,7 @@ def load_param(
 def dummy_params(
     params: AbstractParams, *, dtype: Any = None, sharding_of: ShardingOf | None = None, seed: int = 0
 ) -> dict[ParamPath, jax.Array]:
-    """Random parameters in place of a checkpoint's: N(0, 0.02²), norm scales 1.
+    """Random parameters in place of a checkpoint's: N(0, 0.02²), quantised ones about as large, norm scales 1.
 
     They are made where they are used, in their own dtype and sharding, and depend on ``seed``, path and shape only.
     """
@@ -100,19 +101,23 @@ def dummy_params(
 def _random(
     param: nnx.Param[Any], path: ParamPath, dtype: Any, sharding: jax.sharding.Sharding | None, seed: int
 ) -> jax.Array:
-    draw = _drawing(param.get_value().shape, np.dtype(dtype), sharding, path[-1] == "scale")
+    own = param.get_value()
+    floats = jnp.issubdtype(own.dtype, jnp.floating) and path[-1] != "scales"
+    draw = _drawing(own.shape, np.dtype(dtype if floats else own.dtype), sharding, str(path[-1]))
     number = zlib.crc32(".".join(map(str, path)).encode())
     return draw(jax.random.fold_in(jax.random.key(seed), number))
 
 
 @cache
 def _drawing(
-    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding | None, ones: bool
+    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding | None, name: str
 ) -> Callable[[jax.Array], jax.Array]:
     """One compiled function for all parameters that look alike: layers share them."""
 
     def draw(key: jax.Array) -> jax.Array:
-        return jnp.ones(shape, dtype) if ones else 0.02 * jax.random.normal(key, shape, dtype)
+        if name in RANDOM_LEAVES:
+            return RANDOM_LEAVES[name](key, shape)
+        return jnp.ones(shape, dtype) if name == "scale" else 0.02 * jax.random.normal(key, shape, dtype)
 
     return jax.jit(draw, out_shardings=sharding)
 

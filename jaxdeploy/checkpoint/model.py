@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.loader import dummy_params, load_params
 from jaxdeploy.checkpoint.quantized import hold_quantized, without_zero_biases
-from jaxdeploy.checkpoint.tensors import open_checkpoint
+from jaxdeploy.checkpoint.tensors import TensorFiles, open_checkpoint
 from jaxdeploy.formats.registry import quantization_of
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
@@ -40,11 +40,11 @@ def load_model(
     """
     family = family_of(hf)
     model = model or family.model_config(hf)
-    params, place = abstract_params(model, dtype), partial(sharding_of, mesh)
-    if load_format == "dummy":
-        return decoder_from(model, dummy_params(params, sharding_of=place), mesh)
-    files, table = open_checkpoint(folder, model_format), family.weights(model)
+    params, place, table = abstract_params(model, dtype), partial(sharding_of, mesh), family.weights(model)
+    files = TensorFiles({}) if load_format == "dummy" else open_checkpoint(folder, model_format)
     if quantization := quantization_of(hf, model_format):
         params, table = hold_quantized(params, table, files, quantization, mesh.size)
         files = without_zero_biases(files, table)
+    if load_format == "dummy":
+        return decoder_from(model, dummy_params(params, sharding_of=place), mesh)
     return decoder_from(model, load_params(params, table, files, sharding_of=place, progress=progress), mesh)

@@ -7,6 +7,7 @@ and the kernels know the result; else it is expanded to floats, and one line say
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,17 +43,19 @@ def hold_quantized(
 
     Raises ``UnsupportedModelError``: a format, or an option of it, that cannot be read.
     """
-    held, sources = dict(params), dict(table)
+    held, sources, lost = dict(params), dict(table), Counter[str]()
     for path, source, modules in _quantized(table, files, config):
         try:
             leaves = _leaves(path, source, modules, params[path], tp)
         except _CannotKeepError as reason:
-            logger.warning("%s is expanded to floats: %s", ".".join(map(str, path)), reason)
+            lost[str(reason)] += 1
             sources[path] = _expanded(source, modules)
             continue
         del held[path], sources[path]
         for name, (param, leaf) in leaves.items():
             held[*path, name], sources[*path, name] = param, leaf
+    for why, count in lost.items():
+        logger.warning("quantised linear maps expanded to floats: %d; %s", count, why)
     return held, sources
 
 
@@ -153,9 +156,9 @@ def _leaves(path: ParamPath, source: Source, modules: Sequence[_Module], param: 
         raise _CannotKeepError("only the linear maps of layers have kernels for integers")
     first, inputs = modules[0], len(linear.inputs)
     if any(module.decode is None or module.group_count != first.group_count for module in modules):
-        raise _CannotKeepError(f"{', '.join(linear.modules)} are not stored alike")
+        raise _CannotKeepError(f"{_kinds(linear)} are not stored alike")
     if any(not _same(module.groups, first.groups) for module in modules):
-        raise _CannotKeepError(f"{', '.join(linear.modules)} order their inputs differently")
+        raise _CannotKeepError(f"{_kinds(linear)} order their inputs differently")
     cut = tp if RULES[param.axes[0]] else 1
     if first.group_count is None:
         return _int8(linear, modules, int8_leaves(param, inputs))
@@ -164,6 +167,11 @@ def _leaves(path: ParamPath, source: Source, modules: Sequence[_Module], param: 
     group = _packed_group(linear.width, first.group_count)
     leaves = int4_leaves(param, inputs, group, ordered=first.groups is not None)
     return _int4(linear, modules, group, leaves)
+
+
+def _kinds(linear: Linear) -> str:
+    """The modules by the last part of their names, which all layers share."""
+    return ", ".join(module.rpartition(".")[2] for module in linear.modules)
 
 
 def _same(a: Array | None, b: Array | None) -> bool:

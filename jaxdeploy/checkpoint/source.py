@@ -51,7 +51,21 @@ def read_hf_config(folder: Path, model_format: str | None = None) -> dict[str, A
         raise CheckpointError(f"{file}: is not JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: is not a JSON object; download it again")
+    if "quantization_config" not in config and (found := _quantization_beside(folder)):
+        config["quantization_config"] = found
     return config
+
+
+def _quantization_beside(folder: Path) -> dict[str, Any] | None:
+    """What early AutoGPTQ and AutoAWQ wrote into a file of its own."""
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        try:
+            found = json.loads((folder / name).read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(found, dict) and {"bits", "w_bit"} & found.keys():
+            return {"quant_method": method, **found}
+    return None
 
 
 def _hub_id(model: str, folder: Path) -> str:

@@ -24,11 +24,13 @@ class Grid:
     """The integers of a weight: 0 … 2^bits − 1, one scale and zero point for ``group_size`` inputs of an output.
 
     ``group_size`` divides K, and is K where an output has one scale. ``symmetric``: the zero point is in the middle.
+    Zero points are at least ``least_zero``: 1 for layouts that store them less 1, and that readers would misread 0 of.
     """
 
     bits: int
     group_size: int
     symmetric: bool
+    least_zero: int = 0
 
     @property
     def top(self) -> int:
@@ -93,7 +95,7 @@ def fit(weight: jax.Array, grid: Grid, shrink: jax.Array | None = None) -> tuple
     scales = jnp.where(span > 0, scales, 1).astype(jnp.float16)
     if grid.symmetric:
         return scales, jnp.full(scales.shape, 2 ** (grid.bits - 1), jnp.uint8)
-    zeros = jnp.clip(jnp.round(-low / scales.astype(jnp.float32)), 0, grid.top)
+    zeros = jnp.clip(jnp.round(-low / scales.astype(jnp.float32)), grid.least_zero, grid.top)
     return scales, zeros.astype(jnp.uint8)
 
 

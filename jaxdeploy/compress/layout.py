@@ -79,7 +79,7 @@ class Layout:
         group = _group_size([linear.width for name, linear in linears.items() if name not in kept], config)
         kept |= _misfits({name: linear for name, linear in linears.items() if name not in kept}, bits, group)
         grids = {
-            name: Grid(bits, linear.width if group == -1 else group, symmetric)
+            name: Grid(bits, linear.width if group == -1 else group, symmetric, least_zero=int(chosen == "gptq"))
             for name, linear in linears.items()
             if name not in kept
         }

@@ -76,7 +76,9 @@ class Passage:
             params = self._layout.params(self._model, index, files)
         else:
             params, record = self._quantized(index, forward, floats)
-        self.linears += [LinearReport(**{**linear, "modules": tuple(linear["modules"])}) for linear in record["linears"]]
+        self.linears += [
+            LinearReport(**{**linear, "modules": tuple(linear["modules"])}) for linear in record["linears"]
+        ]
         self.kv_ranges.append(record["kv_range"])
         self._advance(index, forward, floats, params)
         self.seconds.append(time.perf_counter() - begin)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
@@ -21,6 +22,8 @@ from pallas_kernels.w8a8_matmul import w8a8_matmul
 
 Axes = tuple[str | None, ...]
 Leaf = nnx.Param[jax.Array]
+
+_DEVIATION = 0.02
 
 CHUNK = 128
 """Inputs that the packed form keeps together (``pallas_kernels.w4a16_matmul``)."""
@@ -94,6 +97,22 @@ def weight_like(param: Leaf, arrays: Mapping[str, jax.Array], mesh: Mesh) -> Int
     group = CHUNK // (arrays["packed"].shape[1] - 16)
     leaves = int4_leaves(param, inputs, group, ordered="order" in arrays)
     return Int4Weight(**leaves, inputs=math.prod(shape[:inputs]), mesh=mesh)
+
+
+def _random_packed(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    words = lax.bitcast_convert_type(jax.random.bits(key, (shape[0], 16, *shape[2:]), jnp.uint32), jnp.int32)
+    scale = int(np.float16(_DEVIATION / 4.6).view(np.uint16))
+    meta = jnp.full((shape[0], shape[1] - 16, *shape[2:]), 8 << 16 | scale, jnp.int32)
+    return jnp.concatenate([words, meta], axis=1)
+
+
+RANDOM_LEAVES: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {
+    "packed": _random_packed,
+    "order": lambda key, shape: jax.random.permutation(key, jnp.arange(shape[0], dtype=jnp.int32)),
+    "values": lambda key, shape: jax.random.randint(key, shape, -127, 128, jnp.int32).astype(jnp.int8),
+    "scales": lambda key, shape: jnp.full(shape, _DEVIATION / 73, jnp.float32),
+}
+"""Random leaves, by name, of weights that are about as large as random float ones."""
 
 
 def _leaf(shape: tuple[int, ...], dtype: Any, axes: Axes) -> Leaf:
