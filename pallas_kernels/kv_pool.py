@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,14 @@ class QuantizedPool:
         values: uint8 [P, 2, K, S, H] for 8 bits. For 4 bits uint8 [P, 2, K, S, H / 2]: byte i holds element i in its
             low half and element i + H / 2 in its high half.
         scales: float16 [P, 2, K, 2, S]: scales at ``[..., 0, :]``, zeros at ``[..., 1, :]``.
+        calibrated: ``scales`` were filled for every slot beforehand. A write keeps them, and clips what lies outside.
 
     An element is ``scale · q + zero``.
     """
 
     values: jax.Array
     scales: jax.Array
+    calibrated: bool = field(default=False, metadata={"static": True})
 
     def bits(self, head_dim: int) -> int:
         """Bits of an element, 8 or 4, of vectors of H elements."""
@@ -75,15 +77,19 @@ def integers(x: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> jax.
     return (jnp.clip(steps, 0, 2**bits - 1) + 0.5).astype(jnp.int32)
 
 
-def quantize(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """Quantise vectors ``x`` [..., H] → (values uint8 [..., H · bits / 8], scales float16 [..., 2])."""
+def quantize(x: jax.Array, bits: int, scales: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Quantise vectors ``x`` [..., H] → (values uint8 [..., H · bits / 8], scales float16 [..., 2]).
+
+    ``scales`` are those to use; ``None`` takes each vector's own range.
+    """
     wide = x.astype(jnp.float32)
-    scale, zero = range_of(wide.min(axis=-1), wide.max(axis=-1), bits)
-    q = integers(wide, scale[..., None], zero[..., None], bits).astype(jnp.uint8)
+    if scales is None:
+        scales = jnp.stack(range_of(wide.min(axis=-1), wide.max(axis=-1), bits), axis=-1)
+    q = integers(wide, scales[..., :1], scales[..., 1:], bits).astype(jnp.uint8)
     if bits == 4:
         first, second = jnp.split(q, 2, axis=-1)
         q = first | (second << 4)
-    return q, jnp.stack([scale, zero], axis=-1)
+    return q, scales
 
 
 def dequantize(values: jax.Array, scales: jax.Array, bits: int) -> jax.Array:
@@ -92,3 +98,17 @@ def dequantize(values: jax.Array, scales: jax.Array, bits: int) -> jax.Array:
         values = jnp.concatenate([values & 15, values >> 4], axis=-1)
     scale, zero = (scales[..., i, None].astype(jnp.float32) for i in (0, 1))
     return values.astype(jnp.float32) * scale + zero
+
+
+def put(pool: Pool, vectors: jax.Array, block: jax.Array, offset: jax.Array) -> Pool:
+    """Keys and values ``vectors`` [T, 2, K, H] at ``offset`` in ``block``, int32 [T] each.
+
+    A block beyond the pool is nowhere.
+    """
+    if not isinstance(pool, QuantizedPool):
+        return pool.at[block, :, :, offset].set(vectors.astype(pool.dtype), mode="drop")
+    here = (block, slice(None), slice(None), slice(None), offset)
+    held = pool.scales.at[here].get(mode="clip") if pool.calibrated else None
+    values, scales = quantize(vectors, pool.bits(vectors.shape[-1]), held)
+    written = replace(pool, values=pool.values.at[block, :, :, offset].set(values, mode="drop"))
+    return written if pool.calibrated else replace(written, scales=pool.scales.at[here].set(scales, mode="drop"))

@@ -64,7 +64,7 @@ def test_unknown_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
         ("--temperature", "hot"),
         ("--top-p", "2"),
         ("--backend", "vllm"),
-        ("--quant-policy", "8"),
+        ("--quant-policy", "3"),
         ("--cache-max-entry-count", "1.5"),
         ("--log-level", "LOUD"),
         ("--config", "nowhere.yaml"),

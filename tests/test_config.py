@@ -83,7 +83,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
         (EngineConfig, "cache_max_entry_count", 0),
         (EngineConfig, "cache_max_entry_count", float("nan")),
         (EngineConfig, "block_size", 48),
-        (EngineConfig, "quant_policy", 8),
+        (EngineConfig, "quant_policy", 3),
         (EngineConfig, "model_format", "awq"),
         (EngineConfig, "load_format", "gguf"),
         (EngineConfig, "rope_scaling_factor", -1.0),
@@ -118,7 +118,8 @@ def test_other_names() -> None:
     with pytest.raises(ConfigError, match="is another name of block_size"):
         make(EngineConfig, cache_block_seq_len=32, block_size=64)
     assert dataclasses.replace(config, block_size=16).block_size == 16
-    assert make(EngineConfig, quant_policy="none").quant_policy == 0
+    words = {"none": 0, "int8": 8, "int4": 4}
+    assert {word: make(EngineConfig, quant_policy=word).quant_policy for word in words} == words
 
 
 def test_values_are_checked_when_they_are_assigned() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
@@ -14,6 +16,7 @@ from jaxdeploy.engine.kv_cache import CPU_LIMIT, CachePlan, allocate_pools, plan
 from jaxdeploy.errors import CacheTooSmallError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.parallel.mesh import make_mesh
+from pallas_kernels.kv_pool import QuantizedPool, fits, pool_bits
 from tests.tiny_models import CONFIG
 
 BLOCK_BYTES = 2 * 2 * 4 * 8 * 16 * 4
@@ -27,11 +30,12 @@ def plan(
     session_len: int = 100,
     batch: int = 3,
     dtype: Any = jnp.float32,
+    bits: int | None = None,
     **kw: Any,
 ) -> CachePlan:
     config = EngineConfig(**{"block_size": 16, **kw})
     return plan_cache(
-        model, config, make_mesh(tp), session_len=session_len, max_batch_size=batch, dtype=jnp.dtype(dtype)
+        model, config, make_mesh(tp), session_len=session_len, max_batch_size=batch, dtype=jnp.dtype(dtype), bits=bits
     )
 
 
@@ -89,9 +93,49 @@ def test_the_plan_reads_as_a_sentence() -> None:
     assert str(plan(num_blocks=7)) == expected
 
 
+LARGE = replace(CONFIG, num_layers=32, num_kv_heads=8, head_dim=128)
+
+
+@pytest.mark.parametrize(("bits", "times"), [(8, 2 * 128 / 132), (4, 2 * 128 / 68)])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_quantised_blocks_are_more(monkeypatch: pytest.MonkeyPatch, tp: int, bits: int, times: float) -> None:
+    """About twice and four times as many as of bfloat16: a scale and a zero go beside a vector."""
+    monkeypatch.setattr(kv_cache, "_free_bytes", lambda device: 10 << 30)
+    floats, quantised = (plan(LARGE, tp=tp, dtype=jnp.bfloat16, bits=given) for given in (None, bits))
+    assert quantised.num_blocks == pytest.approx(times * floats.num_blocks, rel=1e-3)
+    assert (quantised.bits, floats.bits) == (bits, None)
+    assert str(quantised).startswith(f"int{bits} KV cache: {quantised.num_blocks} blocks of 16 tokens")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_quantised_pools_take_the_bytes_that_were_planned(tp: int, bits: int) -> None:
+    made = plan(tp=tp, num_blocks=7, bits=bits)
+    pools = allocate_pools(CONFIG, made, make_mesh(tp), jnp.dtype(jnp.bfloat16))
+    assert all(fits(pool, CONFIG.num_heads, CONFIG.head_dim) for pool in pools)
+    assert {pool_bits(pool, CONFIG.head_dim) for pool in pools} == {bits}
+    arrays = jax.tree.leaves(pools)
+    assert not any(array.any() for array in arrays)
+    on_one = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards if shard.device.id == 0)
+    assert on_one == made.num_blocks * made.block_bytes
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_calibrated_pools_hold_their_layers_ranges(tp: int) -> None:
+    ranges = np.arange(CONFIG.num_layers * 2 * 4 * 2, dtype=np.float16).reshape(CONFIG.num_layers, 2, 4, 2)
+    made = plan(tp=tp, num_blocks=7, bits=8)
+    pools = allocate_pools(CONFIG, made, make_mesh(tp), jnp.dtype(jnp.bfloat16), ranges)
+    for pool, layer in zip(pools, ranges, strict=True):
+        assert isinstance(pool, QuantizedPool)
+        assert pool.calibrated
+        assert fits(pool, CONFIG.num_heads, CONFIG.head_dim)
+        np.testing.assert_array_equal(pool.scales, np.broadcast_to(layer[None, ..., None], pool.scales.shape))
+        assert {shard.data.shape for shard in pool.scales.addressable_shards} == {(7, 2, 4 // tp, 2, 16)}
+
+
 @pytest.mark.parametrize("tp", [1, 4])
 def test_pools_are_zero_and_cut_along_kv_heads(tp: int) -> None:
-    pools = allocate_pools(CONFIG, plan(tp=tp, num_blocks=7), make_mesh(tp), jnp.dtype(jnp.bfloat16))
+    pools = jax.tree.leaves(allocate_pools(CONFIG, plan(tp=tp, num_blocks=7), make_mesh(tp), jnp.dtype(jnp.bfloat16)))
     assert [pool.shape for pool in pools] == [(7, 2, 4, 16, 8)] * CONFIG.num_layers
     assert not any(pool.any() for pool in pools)
     assert {shard.data.shape for pool in pools for shard in pool.addressable_shards} == {(7, 2, 4 // tp, 16, 8)}

@@ -72,14 +72,20 @@ def worst(args: Args, got: Any) -> float:
     inside = slots < len(jax.tree.leaves(pool)[0]) * block_size
     block, offset = slots[inside] // block_size, slots[inside] % block_size
     held = elements(got[1], wide.shape[-1])[0][block, :, :, offset]
+    wanted = both[inside]
     if isinstance(pool, QuantizedPool):
-        # Half a step of what is stored; its last bit, and that of zero; a float16 scale, on the highest level.
-        bits = pool.bits(wide.shape[-1])
-        step, zero = (np.asarray(got[1].scales, np.float64)[block, :, :, i, offset][..., None] for i in (0, 1))
+        # Half a step of what is stored, and its last bit.
+        levels = 2 ** pool.bits(wide.shape[-1]) - 1
+        ranges = pool.scales if pool.calibrated else got[1].scales
+        step, zero = (np.asarray(ranges, np.float64)[block, :, :, i, offset][..., None] for i in (0, 1))
         half = unit_roundoff(jnp.float16)
-        bound[inside] += step * (0.5 + 2**bits * half) + np.abs(zero) * half + 4 * ACCUMULATOR * np.abs(zero)
-        bound *= 1 + half
-    stored = np.abs(held - both[inside]) / np.maximum(bound[inside], 1e-300)
+        bound[inside] += step / 2 + 4 * ACCUMULATOR * (np.abs(zero) + levels * step)
+        if pool.calibrated:
+            wanted = np.clip(wanted, zero, zero + levels * step)
+        else:  # The last bit of zero; a float16 scale, on the highest level.
+            bound[inside] += levels * step * half + np.abs(zero) * half
+            bound *= 1 + half
+    stored = np.abs(held - wanted) / np.maximum(bound[inside], 1e-300)
     return float(max(errors.max(), stored.max(initial=0)))
 
 
@@ -107,6 +113,18 @@ def assert_right(backend: str, shape: Shape, tiles: Tiles | None = None) -> None
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend(backend: str, shape: Shape) -> None:
     assert_right(backend, shape)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["8 bits, calibrated", "4 bits, calibrated"])
+def test_calibrated_ranges_stay(name: str, backend: str) -> None:
+    """They are the same after a write, and some elements were outside and are clipped."""
+    args = made(BY_NAME[name])
+    _, pool = write(*args, backend=backend)
+    assert pool.calibrated
+    np.testing.assert_array_equal(pool.scales, args[3].scales)
+    online = replace(args[3], calibrated=False)
+    assert worst(args, write(*args[:3], online, args[4], backend=backend)) > 2, "each vector's own range is noticed"
 
 
 @pytest.mark.gpu
@@ -142,7 +160,11 @@ def test_constant_vectors(name: str) -> None:
 
 
 @settings(max_examples=8, deadline=None)
-@given(name=st.sampled_from(("padding", "8 bits", "4 bits")), seed=st.integers(0, 2**31 - 1), beyond=st.integers(0, 9))
+@given(
+    name=st.sampled_from(("padding", "8 bits", "4 bits", "8 bits, calibrated")),
+    seed=st.integers(0, 2**31 - 1),
+    beyond=st.integers(0, 9),
+)
 def test_any_slots(name: str, seed: int, beyond: int) -> None:
     qkv, cos, sin, pool, slots = made(BY_NAME[name])
     random = np.random.default_rng(seed)
@@ -175,7 +197,7 @@ def swap_neighbours(args: Args) -> Args:
     return (args[0].at[..., :2].set(args[0][..., 1::-1]), *args[1:])
 
 
-@pytest.mark.parametrize("name", ["padding", "8 bits", "4 bits"])
+@pytest.mark.parametrize("name", ["padding", "8 bits", "4 bits", "8 bits, calibrated"])
 @pytest.mark.parametrize("mutate", [swap_cos_and_sin, turn_backwards, swap_key_and_value, shift_slots, swap_neighbours])
 def test_a_wrong_input_is_noticed(mutate: Any, name: str) -> None:
     args = made(BY_NAME[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -18,6 +19,7 @@ from pallas_kernels.kv_pool import (
     dequantize,
     fits,
     pool_bits,
+    put,
     quantize,
     stored,
 )
@@ -103,3 +105,29 @@ def test_a_pool_whose_scales_are_another_pools_does_not_fit() -> None:
     assert isinstance(pool, QuantizedPool)
     assert isinstance(other, QuantizedPool)
     assert not fits(QuantizedPool(pool.values, other.scales), 4, 32)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_calibrated_pools_clip_to_their_ranges(bits: int) -> None:
+    """With scale 2 and zero −1 integers stand for −1, 1, 3 … and what lies outside for the nearest of them."""
+    pool, top = pool_of(bits), 2.0 * (2**bits - 1) - 1
+    assert isinstance(pool, QuantizedPool)
+    scales = jnp.broadcast_to(jnp.array([2, -1], jnp.float16)[:, None], pool.scales.shape)
+    given = np.resize(np.array([-1000, -1, 0.9, 3.1, top, 1e6], np.float32), (2, 2, 2, 32))
+    where = jnp.array([1, 3], jnp.int32), jnp.array([5, 6], jnp.int32)  # the second is beyond the pool
+    written = jax.jit(put)(QuantizedPool(pool.values, scales, calibrated=True), given, *where)
+    assert isinstance(written, QuantizedPool)
+    assert written.calibrated
+    np.testing.assert_array_equal(written.scales, scales)
+    back = dequantize(written.values, jnp.swapaxes(written.scales, -1, -2), bits)
+    expected = np.full(back.shape, -1, np.float32)
+    expected[1, :, :, 5] = np.resize(np.array([-1, -1, 1, 3, top, top], np.float32), (2, 2, 32))
+    np.testing.assert_array_equal(back, expected)
+
+
+def test_whether_a_pool_is_calibrated_survives_jit() -> None:
+    pool = pool_of(8)
+    assert isinstance(pool, QuantizedPool)
+    for calibrated in (True, False):
+        passed = jax.jit(lambda x: x)(replace(pool, calibrated=calibrated))
+        assert (passed.calibrated, len(jax.tree.leaves(passed))) == (calibrated, 2)

@@ -77,7 +77,7 @@ def test_pools_stay_cut_along_kv_heads(tp: int) -> None:
     runner = lasting_runner(tp)
     outputs_of(tiny_engine(tp=tp, shapes=TP_SHAPES), [request("a", prompt(3), logprobs=0, max_new_tokens=2)])
     shape = (128, 2, CONFIG.num_kv_heads // tp, BLOCK_SIZE, CONFIG.head_dim)
-    for pool in runner._pools:
+    for pool in jax.tree.leaves(runner._pools):
         assert {shard.data.shape for shard in pool.addressable_shards} == {shape}
         assert len({shard.device for shard in pool.addressable_shards}) == tp
 
@@ -95,7 +95,7 @@ def test_a_layer_costs_two_all_reduces(tp: int) -> None:
 def test_pools_take_a_share_of_memory_on_each_device() -> None:
     mesh, dtype = make_mesh(4), jnp.dtype(jnp.float32)
     plan = plan_cache(CONFIG, EngineConfig(), mesh, session_len=SESSION_LEN, max_batch_size=1, dtype=dtype)
-    pools = allocate_pools(CONFIG, plan, mesh, dtype)
+    pools = jax.tree.leaves(allocate_pools(CONFIG, plan, mesh, dtype))
     on_one = sum(shard.data.nbytes for pool in pools for shard in pool.addressable_shards if shard.device.id == 0)
     assert on_one == plan.num_blocks * plan.block_bytes
 

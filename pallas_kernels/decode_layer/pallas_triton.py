@@ -124,6 +124,8 @@ def _refuse(x: jax.Array, weights: LayerWeights, pool: Pool, heads: Heads) -> No
         raise RefusalError(f"takes a block_size that is a power of two from 16 on, not {size}")
     if not isinstance(pool, QuantizedPool) and pool.dtype != x.dtype:
         raise RefusalError(f"takes a pool of x's dtype {x.dtype}, not {pool.dtype}")
+    if isinstance(pool, QuantizedPool) and pool.calibrated:
+        raise RefusalError("takes each key's and value's own range, not one that was calibrated")
     for name in ("wqkv", "wo", "gate_up", "down"):
         rows, _ = weight_shape(getattr(weights, name))
         if rows % CHUNK:

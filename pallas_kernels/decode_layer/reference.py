@@ -8,7 +8,7 @@ from jax import lax
 
 from pallas_kernels.decode_layer.tiles import Tiles
 from pallas_kernels.decode_layer.weights import LayerWeights, is_packed
-from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, dequantize, pool_bits, quantize
+from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, dequantize, pool_bits, put, stored
 from pallas_kernels.target import Target
 from pallas_kernels.w4a16_matmul.reference import weight as unpacked
 
@@ -79,16 +79,8 @@ def write(pool: Pool, vectors: jax.Array, block_tables: jax.Array, positions: ja
     size = block_size(pool)
     place = jnp.maximum(positions, 0)
     block = jnp.take_along_axis(block_tables, (place // size)[:, None], axis=1)[:, 0]
-    both = jnp.swapaxes(vectors, 1, 2)
-    if not isinstance(pool, QuantizedPool):
-        block = jnp.where(positions >= 0, block, pool.shape[0])
-        return pool.at[block, :, :, place % size].set(both.astype(pool.dtype), mode="drop")
-    values, scales = quantize(both, pool_bits(pool, both.shape[-1]) or 8)
-    block = jnp.where(positions >= 0, block, pool.values.shape[0])
-    return QuantizedPool(
-        pool.values.at[block, :, :, place % size].set(values, mode="drop"),
-        pool.scales.at[block, :, :, :, place % size].set(scales, mode="drop"),
-    )
+    block = jnp.where(positions >= 0, block, stored(pool).shape[0])
+    return put(pool, jnp.swapaxes(vectors, 1, 2), block, place % size)
 
 
 def attention(

@@ -7,7 +7,7 @@ elements of each, which share the pool's 16-bit words (``pallas_kernels.paged_at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import RefusalError, need_gpu
 from pallas_kernels.kv_cache_write.tiles import Tiles, choose
-from pallas_kernels.kv_pool import Pool, block_size, integers, pool_bits, range_of
+from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, integers, pool_bits, range_of
 from pallas_kernels.paged_attention.words import as_words, from_words
 from pallas_kernels.target import Target, current_target
 
@@ -39,18 +39,23 @@ def run(
         raise RefusalError(f"needs a head_dim that is a multiple of 16, have {size}")
     target, bits, words = current_target(), pool_bits(pool, size), as_words(pool)
     chosen = choose(tokens, kv_heads, vectors - 2, size, bits, target, tiles)
-    kernel = _Kernel(bits, size, block_size(pool), chosen.tile_m)
-    outputs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in words]
+    calibrated = isinstance(pool, QuantizedPool) and pool.calibrated
+    kernel = _Kernel(bits, size, block_size(pool), chosen.tile_m, calibrated=calibrated)
+    changed = words[:1] if calibrated else words
+    outputs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in changed]
     q, *written = pl.pallas_call(
         kernel.run,
         grid=(pl.cdiv(tokens, chosen.tile_m), kv_heads, vectors - 1),
         out_shape=[jax.ShapeDtypeStruct((tokens, kv_heads, vectors - 2, size), qkv.dtype), *outputs],
-        input_output_aliases={4 + index: 1 + index for index in range(len(words))},
+        input_output_aliases={4 + index: 1 + index for index in range(len(changed))},
         compiler_params=plt.CompilerParams(num_warps=chosen.num_warps, num_stages=1),
         interpret=target.interpret,
         name="kv_cache_write",
     )(qkv, cos, sin, slots, *words)
-    return q.reshape(tokens, -1, size), from_words(tuple(written))
+    updated = from_words((*written, *words[len(written) :]))
+    if isinstance(updated, QuantizedPool):
+        updated = replace(updated, calibrated=calibrated)
+    return q.reshape(tokens, -1, size), updated
 
 
 _Pieces = list[tuple[jax.Array, jax.Array]]
@@ -59,16 +64,22 @@ _Pieces = list[tuple[jax.Array, jax.Array]]
 
 @dataclass(frozen=True)
 class _Kernel:
-    """What is known of a call when it is compiled: ``bits`` of a quantised pool, H, S, tokens of a program."""
+    """What is known of a call when it is compiled: ``bits`` of a quantised pool, H, S, tokens of a program.
+
+    Scales of a ``calibrated`` pool are read; else they are written.
+    """
 
     bits: int | None
     head_dim: int
     block_size: int
     tile_m: int
+    calibrated: bool
 
     def run(self, qkv_ref: Any, cos_ref: Any, sin_ref: Any, slots_ref: Any, *refs: Any) -> None:
-        """The body. The pool's references follow twice, as inputs and behind q as outputs; only these are used."""
-        q_ref, *pool = refs[len(refs) // 2 :]
+        """The body. The pool's references follow as inputs, and behind q those that change as outputs."""
+        inputs = 1 if self.bits is None else 2
+        q_ref, *pool = refs[inputs:]
+        pool += refs[len(pool) : inputs]
         kv_head, vector = pl.program_id(1), pl.program_id(2)
         key = qkv_ref.shape[2] - 2
         tokens = pl.program_id(0) * self.tile_m + jnp.arange(self.tile_m, dtype=jnp.int32)
@@ -134,18 +145,26 @@ class _Kernel:
             self._store_elements(pool[0], at, pieces, inside)
             return
         lanes, there = self._lanes(inside)
-        flat = [x for halves in pieces for x in halves]
-        low = _over(jnp.minimum, [jnp.where(there, x, jnp.inf).min(axis=1) for x in flat])
-        high = _over(jnp.maximum, [jnp.where(there, x, -jnp.inf).max(axis=1) for x in flat])
-        scale, zero = range_of(low, high, self.bits)
-        for which, x in enumerate((scale, zero)):
-            plt.store(pool[1].at[block, jnp.int32(half), kv_head, jnp.int32(which), offset], x, mask=inside)
+        places = [pool[1].at[block, jnp.int32(half), kv_head, jnp.int32(which), offset] for which in range(2)]
+        if self.calibrated:
+            scale, zero = (plt.load(place, mask=inside, other=jnp.float16(1)) for place in places)
+        else:
+            scale, zero = self._range(pieces, there, self.bits)
+            for place, x in zip(places, (scale, zero), strict=True):
+                plt.store(place, x, mask=inside)
         (a, b), (c, d) = ([integers(x, scale[:, None], zero[:, None], self.bits) for x in halves] for halves in pieces)
         if self.bits == 4:
             plt.store(pool[0].at[(*at, lanes[None, :])], _word(a | (b << 4), c | (d << 4)), mask=there)
             return
         for start, word in ((0, _word(a, c)), (self.head_dim // 4, _word(b, d))):
             plt.store(pool[0].at[(*at, (lanes + start)[None, :])], word, mask=there)
+
+    def _range(self, pieces: _Pieces, there: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+        """Scale and zero, float16 [tile_m], of vectors whose elements are ``there``."""
+        flat = [x for halves in pieces for x in halves]
+        low = _over(jnp.minimum, [jnp.where(there, x, jnp.inf).min(axis=1) for x in flat])
+        high = _over(jnp.maximum, [jnp.where(there, x, -jnp.inf).max(axis=1) for x in flat])
+        return range_of(low, high, bits)
 
 
 def _over(fold: Any, arrays: list[jax.Array]) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import RefusalError
-from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, quantize
+from pallas_kernels.kv_pool import Pool, block_size, put
 from pallas_kernels.target import Target
 
 
@@ -25,21 +25,10 @@ def run(
     tokens, *_, size = qkv.shape
     rotated = _rotate(qkv[:, :, :-1], cos[:, None, None], sin[:, None, None])
     both = jnp.stack([rotated[:, :, -1], qkv[:, :, -1]], axis=1)
-    return rotated[:, :, :-1].reshape(tokens, -1, size), _put(pool, both, slots)
+    block, offset = slots // block_size(pool), slots % block_size(pool)
+    return rotated[:, :, :-1].reshape(tokens, -1, size), put(pool, both, block, offset)
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
-
-
-def _put(pool: Pool, both: jax.Array, slots: jax.Array) -> Pool:
-    """Keys and values ``both`` [T, 2, K, H] into their slots."""
-    block, offset = slots // block_size(pool), slots % block_size(pool)
-    if not isinstance(pool, QuantizedPool):
-        return pool.at[block, :, :, offset].set(both.astype(pool.dtype), mode="drop")
-    values, scales = quantize(both, pool.bits(both.shape[-1]))
-    return QuantizedPool(
-        pool.values.at[block, :, :, offset].set(values, mode="drop"),
-        pool.scales.at[block, :, :, :, offset].set(scales, mode="drop"),
-    )

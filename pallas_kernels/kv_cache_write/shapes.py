@@ -18,7 +18,10 @@ from pallas_kernels.offline.devices import DEVICES
 
 @dataclass(frozen=True)
 class Shape:
-    """T tokens, written to slots in any order; of ``padding`` ones, the last, the slot lies beyond the pool."""
+    """T tokens, written to slots in any order; of ``padding`` ones, the last, the slot lies beyond the pool.
+
+    ``calibrated``: the pool's scales are fixed, and narrower than what is written.
+    """
 
     model: str
     tokens: int
@@ -30,6 +33,7 @@ class Shape:
     padding: int = 0
     dtype: str = "bfloat16"
     bar: bool = False
+    calibrated: bool = False
 
     @property
     def phase(self) -> str:
@@ -69,6 +73,8 @@ TEST_SHAPES = (
     Shape("8 bits", 9, 4, 2, 64, "int8", block_size=16, padding=1),
     Shape("8 bits, padded lanes", 9, 3, 1, 80, "int8", block_size=16, dtype="float32"),
     Shape("4 bits", 17, 4, 4, 96, "int4", block_size=32, padding=2),
+    Shape("8 bits, calibrated", 9, 4, 2, 64, "int8", block_size=16, padding=1, calibrated=True),
+    Shape("4 bits, calibrated", 5, 3, 1, 80, "int4", block_size=16, padding=1, calibrated=True),
     Shape("float32", 5, 7, 1, 32, block_size=16, dtype="float32"),
 )
 
@@ -90,7 +96,17 @@ def _make_pool(shape: Shape) -> Pool:
     if shape.bits is None:
         return jnp.full(values, 7, jnp.dtype(shape.dtype))
     q = jnp.full((*values[:-1], shape.head_dim * shape.bits // 8), 77, jnp.uint8)
+    if shape.calibrated:
+        return QuantizedPool(q, _calibrated_scales(shape), calibrated=True)
     return QuantizedPool(q, jnp.full((*values[:3], 2, shape.block_size), 7, jnp.float16))
+
+
+def _calibrated_scales(shape: Shape) -> jax.Array:
+    """For keys and values of each head a range of its own, about ±2, so that some elements lie outside."""
+    assert shape.bits is not None
+    reach = jnp.linspace(1.6, 2.4, 2 * shape.kv_heads, dtype=jnp.float32).reshape(1, 2, shape.kv_heads, 1)
+    ranges = jnp.stack([2 * reach / (2**shape.bits - 1), -reach], axis=3).astype(jnp.float16)
+    return jnp.broadcast_to(ranges, (shape.blocks, 2, shape.kv_heads, 2, shape.block_size))
 
 
 def cost(shape: Shape) -> tuple[int, int]:

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
+from jaxdeploy.checkpoint.kv_parameters import write_kv_parameters
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.build import build_engine, resolve_limits
 from jaxdeploy.engine.engine import Engine
-from jaxdeploy.errors import CacheTooSmallError, ConfigError
+from jaxdeploy.errors import CacheTooSmallError, CheckpointError, ConfigError
 from jaxdeploy.models.registry import read_config
 from jaxdeploy.parallel.mesh import make_mesh
+from pallas_kernels.kv_pool import QuantizedPool, pool_bits
 from tests.tiny_models import VOCAB, outputs_of, prompt, request
 
 HF: dict[str, Any] = {
@@ -105,11 +108,41 @@ def test_the_plan_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 
 def test_weights_and_pools_are_spread_over_devices(tmp_path: Path) -> None:
     engine = build(tmp_path, tp=4)
-    arrays = (*engine._runner._leaves, *engine._runner._pools)
+    arrays = (*engine._runner._leaves, *jax.tree.leaves(engine._runner._pools))
     assert all(len(array.sharding.device_set) == 4 for array in arrays)
     cut = sum(not array.sharding.is_fully_replicated for array in arrays)
     assert cut == 2 * 4 + 1 + 2  # four weights a layer, the head, a pool a layer
     engine.close()
+
+
+@pytest.mark.parametrize(("policy", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_quantised_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: str, bits: int) -> None:
+    with caplog.at_level(logging.INFO):
+        engine = build(tmp_path, quant_policy=policy, num_blocks=2)
+    assert f"int{bits} KV cache: 2 blocks of 64 tokens" in caplog.text
+    assert caplog.text.count("in v0.3 it meant int8, which is 8") == (bits == 4)
+    pools = engine._runner._pools
+    assert {pool_bits(pool, 8) for pool in pools} == {bits}
+    assert len(outputs_of(engine, [request("a", prompt(5), max_new_tokens=3)])["a"]) == 3
+    engine.close()
+
+
+def test_ranges_that_v03_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_kv_parameters(tmp_path, np.array([[0.5, 1, 0.25, 0]] * 2, np.float32))
+    engine = build(tmp_path, quant_policy=4, num_blocks=2, tp=2)
+    assert caplog.text.count("the KV cache is int8 with their calibrated ranges") == 1
+    outputs_of(engine, [request("a", prompt(5), max_new_tokens=3)])
+    for pool in engine._runner._pools:
+        assert isinstance(pool, QuantizedPool)
+        assert pool.calibrated
+        held = {
+            (half, which): set(np.asarray(pool.scales)[:, half, :, which].flat) for half in (0, 1) for which in (0, 1)
+        }
+        assert held == {(0, 0): {0.5}, (0, 1): {1 - 64}, (1, 0): {0.25}, (1, 1): {-32}}
+    engine.close()
+    (tmp_path / "layers.1.past_kv_scale.0.weight").write_bytes(b"x" * 7)
+    with pytest.raises(CheckpointError, match=r"layers.1.past_kv_scale.0.weight: has 7 bytes, 16 expected"):
+        build(tmp_path, quant_policy=4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""Calibrated KV parameters: the files of LMDeploy v0.3, and what ``quant_policy`` makes of them."""
+
+from __future__ import annotations
+
+import logging
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxdeploy.checkpoint.kv_parameters import read_kv_parameters, write_kv_parameters
+from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.kv_policy import as_ranges, kv_policy
+from jaxdeploy.errors import CheckpointError, ConfigError
+from tests.tiny_models import CONFIG
+
+LAYERS, KV_HEADS = CONFIG.num_layers, CONFIG.num_kv_heads
+NAME = "layers.{}.past_kv_scale.{}.weight"
+
+
+def put(folder: Path, layer: int, rank: int, *values: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / NAME.format(layer, rank)).write_bytes(struct.pack(f"<{len(values)}f", *values))
+
+
+def test_files_of_one_rank(tmp_path: Path) -> None:
+    for layer in range(LAYERS):
+        put(tmp_path, layer, 0, 0.5 + layer, 1, 2, -3)
+    read = read_kv_parameters(tmp_path, LAYERS, KV_HEADS)
+    assert read is not None
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, [[[0.5, 1, 2, -3]] * KV_HEADS, [[1.5, 1, 2, -3]] * KV_HEADS])
+
+
+def test_ranks_cut_the_heads_evenly_and_lie_in_a_converted_model(tmp_path: Path) -> None:
+    for layer in range(LAYERS):
+        for rank in range(2):
+            put(tmp_path / "triton_models/weights", layer, rank, 1 + rank, 0, 1, 0)
+    read = read_kv_parameters(tmp_path, LAYERS, 4)
+    assert read is not None
+    assert read[:, :, 0].tolist() == [[1, 1, 2, 2]] * LAYERS
+
+
+def test_symmetric_files_have_no_zero_points(tmp_path: Path) -> None:
+    for layer in range(LAYERS):
+        put(tmp_path, layer, 0, 0.25, 0.75)
+    read = read_kv_parameters(tmp_path, LAYERS, 1)
+    assert read is not None
+    assert read.tolist() == [[[0.25, 0, 0.75, 0]]] * LAYERS
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    parameters = np.random.default_rng(0).uniform(0.01, 1, (LAYERS, 4)).astype(np.float32)
+    write_kv_parameters(tmp_path, parameters)
+    assert sorted(path.stat().st_size for path in tmp_path.iterdir()) == [16] * LAYERS
+    read = read_kv_parameters(tmp_path, LAYERS, KV_HEADS)
+    assert read is not None
+    np.testing.assert_array_equal(read, np.repeat(parameters[:, None], KV_HEADS, axis=1))
+
+
+def test_a_folder_without_them(tmp_path: Path) -> None:
+    (tmp_path / "layers.0.attention.wo.0.weight").write_bytes(b"something else of a converted model")
+    assert read_kv_parameters(tmp_path, LAYERS, KV_HEADS) is None
+
+
+def test_every_fault_is_listed(tmp_path: Path) -> None:
+    put(tmp_path, 0, 0, 1, 2, 3)
+    put(tmp_path, 1, 0, 0, 1, 1, 1)
+    put(tmp_path, 2, 0, 1, 1, 1, float("nan"))
+    put(tmp_path, 3, 0, 1e30, 1, 1, 1)
+    put(tmp_path, 5, 0, 1, 1, 1, 1)
+    (tmp_path / NAME.format(6, 0)).mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        read_kv_parameters(tmp_path, 7, KV_HEADS)
+    title, *faults = str(caught.value).splitlines()
+    assert title == "The KV parameters do not fit:"
+    assert faults == [
+        "  layers.4.past_kv_scale.0.weight: is missing; calibrate again",
+        "  layers.0.past_kv_scale.0.weight: has 12 bytes, 16 expected (8 without zero points); calibrate again",
+        "  layers.1.past_kv_scale.0.weight: scale 0 with zero point 1 does not fit float16; calibrate again",
+        "  layers.2.past_kv_scale.0.weight: scale 1 with zero point nan does not fit float16; calibrate again",
+        "  layers.3.past_kv_scale.0.weight: scale 1e+30 with zero point 1 does not fit float16; calibrate again",
+        "  layers.6.past_kv_scale.0.weight: cannot be read (Is a directory); mend it",
+    ]
+
+
+def test_of_another_model(tmp_path: Path) -> None:
+    for layer in range(3):
+        for rank in range(3):
+            put(tmp_path, layer, rank, 1, 0, 1, 0)
+    with pytest.raises(CheckpointError) as caught:
+        read_kv_parameters(tmp_path, 2, 4)
+    assert "layers.2.past_kv_scale.1.weight: the model has 2 layers; calibrate again" in str(caught.value)
+    assert "3 ranks cannot share 4 KV heads evenly; calibrate again for one rank" in str(caught.value)
+
+
+def test_integers_stand_for_what_they_stood_for_in_v03() -> None:
+    """Scale · q + zero point with q from −128 on is our scale · q + zero with q from 0 on."""
+    ranges = as_ranges(np.array([[[0.5, 3.0, 0.25, -2.0], [0.125, 0.0, 1.0, 1.0]]], np.float32))
+    assert ranges.dtype == np.float16
+    assert ranges.tolist() == [[[[0.5, 3 - 64], [0.125, -16]], [[0.25, -2 - 32], [1.0, 1 - 128]]]]
+
+
+WIDE = replace(CONFIG, head_dim=128)
+FOUR_IS_INT4 = "quant_policy=4 is int4, as in LMDeploy since v0.4; in v0.3 it meant int8, which is 8"
+COSTLY = "quant_policy=4 may cost much quality here: "
+
+
+@pytest.mark.parametrize(
+    ("policy", "config", "bits", "lines"),
+    [
+        (0, WIDE, None, []),
+        (8, replace(CONFIG, qkv_bias=True), 8, []),
+        (4, WIDE, 4, [FOUR_IS_INT4]),
+        (
+            4,
+            replace(WIDE, qkv_bias=True),
+            4,
+            [
+                FOUR_IS_INT4,
+                f"{COSTLY}biased keys have a few channels far from the others (known of Qwen2.5); 8 is safer",
+            ],
+        ),
+        (4, replace(WIDE, head_dim=48), 4, [FOUR_IS_INT4, f"{COSTLY}head_dim=48 is below 64; 8 is safer"]),
+    ],
+)
+def test_what_a_policy_means(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: int, config: object, bits: int | None, lines: list[str]
+) -> None:
+    assert isinstance(config, type(CONFIG))
+    assert kv_policy(tmp_path, config, EngineConfig(quant_policy=policy)) == (bits, None)
+    assert [record.getMessage() for record in caplog.records] == lines
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
+
+
+def test_four_is_int8_where_v03_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_kv_parameters(tmp_path, np.full((LAYERS, 4), 0.5, np.float32))
+    bits, ranges = kv_policy(tmp_path, CONFIG, EngineConfig(quant_policy=4))
+    assert bits == 8
+    assert ranges is not None
+    assert ranges.shape == (LAYERS, 2, KV_HEADS, 2)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "quant_policy=4: KV parameters of LMDeploy v0.3 are there, where 4 meant int8; the KV cache is int8 with their "
+        "calibrated ranges"
+    )
+    assert kv_policy(tmp_path, CONFIG, EngineConfig(quant_policy=8)) == (8, None)
+    assert kv_policy(tmp_path, CONFIG, EngineConfig()) == (None, None)
+
+
+@pytest.mark.parametrize("policy", [4, 8])
+def test_an_odd_head_dim(tmp_path: Path, policy: int) -> None:
+    with pytest.raises(ConfigError, match=f"quant_policy={policy} needs an even head_dim, not 5; leave it out"):
+        kv_policy(tmp_path, replace(CONFIG, head_dim=5), EngineConfig(quant_policy=policy))
