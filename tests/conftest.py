@@ -23,7 +23,7 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 MAPPINGS = Path("/proc/self/maps")
-MOST_MAPPINGS = 20_000
+MOST_MAPPINGS = 10_000
 """Linux allows 65,530; the programs of one file take fewer than the rest."""
 ALLOWED_SKIPS = ("needs ../shared", "needs torch", "needs a GPU")
 
