@@ -84,7 +84,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
         (EngineConfig, "cache_max_entry_count", float("nan")),
         (EngineConfig, "block_size", 48),
         (EngineConfig, "quant_policy", 3),
-        (EngineConfig, "model_format", "awq"),
+        (EngineConfig, "model_format", "fp8"),
         (EngineConfig, "load_format", "gguf"),
         (EngineConfig, "rope_scaling_factor", -1.0),
         (EngineConfig, "warmup", "yes"),
