@@ -28,7 +28,7 @@ logger = logging.getLogger("jaxdeploy")
 
 def pipeline(
     model_path: str,
-    model_name: str | None = None,
+    model_name: str | EngineConfig | None = None,
     backend_config: EngineConfig | None = None,
     chat_template_config: ChatTemplateConfig | str | None = None,
     log_level: str = "WARNING",
@@ -38,7 +38,8 @@ def pipeline(
 
     Args:
         model_path: a folder with a checkpoint, or a model's id on the Hugging Face hub.
-        model_name: as in LMDeploy 0.3, the name of a built-in chat template. Other names change nothing.
+        model_name: as in LMDeploy 0.3, the name of a built-in chat template. Other names change nothing. A config here
+            is the ``backend_config``, which stands second in later versions.
         backend_config: how the engine runs.
         chat_template_config: a config, a built-in template's name, or a JSON or Jinja file; default: the checkpoint's.
         log_level: DEBUG, INFO, WARNING or ERROR, for the logger ``jaxdeploy``.
@@ -50,6 +51,8 @@ def pipeline(
     from jaxdeploy.engine.generator import Generator
 
     set_log_level(log_level)
+    if isinstance(model_name, EngineConfig):
+        model_name, backend_config = None, model_name
     config = dataclasses.replace(backend_config or EngineConfig(), **settings)
     template = chat_template_config or _template_named(model_name or config.model_name)
     bars = sys.stderr.isatty()

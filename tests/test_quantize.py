@@ -260,7 +260,7 @@ def test_chat_with_the_result(written: dict[str, tuple[Path, Report]], method: s
     """The exercise of every LMDeploy user."""
     model_format = {"rtn": "awq"}.get(method, method)
     config = TurbomindEngineConfig(model_format=model_format, cache_max_entry_count=0.4, session_len=64, warmup=False)
-    with pipeline(str(written[method][0]), backend_config=config) as pipe:
+    with pipeline(str(written[method][0]), config) as pipe:
         reply = pipe("Hello", max_new_tokens=4, do_preprocess=False, ignore_eos=True)
     assert isinstance(reply, Response)
     assert reply.generate_token_len == 4
