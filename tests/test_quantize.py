@@ -429,6 +429,16 @@ def test_weights_that_are_not_finite(model: Path, tmp_path: Path, method: str) -
     assert not (tmp_path / "out").exists()
 
 
+def test_activations_that_the_checkpoints_dtype_cannot_hold(model: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(model, large)
+    tensors = {name: np.array(ref.read()).astype(np.float16) for name, ref in open_checkpoint(model).items()}
+    tensors["model.layers.1.mlp.down_proj.weight"] *= np.float16(30000)
+    put_tensors(large / "model.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"layers\.1: .* above 65504, which float16 cannot hold"):
+        run(large, tmp_path / "out", method="rtn")
+
+
 # The command
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -157,7 +157,7 @@ class Passage:
             _check_finite(index, "what the float model makes of the text", [self._before.values])
         for states in (self._calib, self._after):
             if states is not None:
-                _check_finite(index, "what the quantised model makes of the text", [states.values])
+                _check_finite(index, "what the quantised model makes of the text", [states.values], self._layout.dtype)
 
     def _measured_context(self, sequences: int) -> AttentionContext:
         """``calibrate`` is about the KV cache; other methods leave it alone."""
@@ -194,7 +194,10 @@ def _typical_sizes(params: LayerParams, names: Sequence[str]) -> dict[str, jax.A
     return {name: sizes[name] for name in names}
 
 
-def _check_finite(index: int, what: str, arrays: Any) -> None:
-    for array in arrays:
-        if not np.isfinite(np.asarray(array)).all():
-            raise CheckpointError(f"layers.{index}: {what} is not finite; nothing more is written")
+def _check_finite(index: int, what: str, arrays: Iterable[Any], dtype: np.dtype[Any] | None = None) -> None:
+    """Raise ``CheckpointError`` unless all of it is finite, and ``dtype`` (default: their own) can hold it."""
+    for array in map(np.asarray, arrays):
+        most = float(jnp.finfo(dtype or array.dtype).max)
+        if not (np.abs(array) <= most).all():
+            limit = f"above {most:g}, which {dtype} cannot hold" if np.isfinite(array).all() else "not finite"
+            raise CheckpointError(f"layers.{index}: {what} is {limit}; nothing more is written")
