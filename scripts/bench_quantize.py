@@ -50,19 +50,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in each (default: 512)")
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON to write")
     args = parser.parse_args(argv)
+    config = {"model": "InternLM2-7B shapes, random weights", "layers": args.layers, "samples": args.samples}
+    config |= {"seqlen": args.seqlen, "full": FULL}
+    found: dict[str, dict[str, float]] = {}
     try:
-        found = {method: measure(method, args.layers, args.samples, args.seqlen) for method in args.methods}
+        for method in args.methods:
+            found[method] = one = measure(method, args.layers, args.samples, args.seqlen)
+            ratios = {f"{name}_full_over_ten_minutes": its["full_run_minutes"] / 10 for name, its in found.items()}
+            write_result(args.out, "quantize_dry_run/1", config, found, ratios)
+            print(
+                f"{method}: {one['layer_s']:.1f} s a layer at {args.samples} x {args.seqlen} tokens, "
+                f"peak {one['peak_gib']:.1f} GiB; {LAYERS} layers at {FULL[0]} x {FULL[1]}: "
+                f"about {one['full_run_minutes']:.0f} minutes"
+            )
     except JaxdeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    config = {"model": "InternLM2-7B shapes, random weights", "layers": args.layers, "samples": args.samples}
-    ratios = {f"{method}_full_over_ten_minutes": one["full_run_minutes"] / 10 for method, one in found.items()}
-    write_result(args.out, "quantize_dry_run/1", config | {"seqlen": args.seqlen, "full": FULL}, found, ratios)
-    for method, one in found.items():
-        print(
-            f"{method}: {one['layer_s']:.1f} s a layer at {args.samples} x {args.seqlen} tokens, peak "
-            f"{one['peak_gib']:.1f} GiB; all at {FULL[0]} x {FULL[1]}: about {one['full_run_minutes']:.0f} minutes"
-        )
     return 0
 
 
