@@ -42,7 +42,8 @@ def failures(
     for step in steps:
         lines += [f"decode step, tp={step['tp']}, jax {step['jax']}: {fault}" for fault in _step_faults(step)]
     for step in engine or []:
-        lines += [f"engine's {step['step']} step, jax {step['jax']}: {fault}" for fault in _engine_faults(step)]
+        name = f"engine's {step['step']} step, {step['weights']} weights, {step['kv']} KV, jax {step['jax']}"
+        lines += [f"{name}: {fault}" for fault in _engine_faults(step)]
     return lines
 
 

@@ -12,15 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
+from jaxdeploy.checkpoint.quantized import hold_quantized
+from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.engine.batch import StepShape, packed_size
 from jaxdeploy.engine.model_runner import flat_step
 from jaxdeploy.models.config import ModelConfig, RopeConfig
-from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.decoder import abstract_params, decoder_from
+from jaxdeploy.models.families import llama
 from pallas_kernels.decode_layer.step import compile_llama_8b
 from pallas_kernels.dispatch import OPS, NoBackendError
+from pallas_kernels.kv_pool import QuantizedPool
 from pallas_kernels.offline import compile_for
 from pallas_kernels.offline.devices import offline_devices
 
@@ -28,6 +31,8 @@ STEP_BATCH = 8
 
 ENGINE_STEPS = {"decode": (8, 0), "mixed": (8, 512), "prefill": (0, 512)}
 """Steps of the engine: decoding sequences and prompt tokens."""
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
 
 ENGINE_POOL = (1024, 2, 8, 64, 128)
 
@@ -145,25 +150,34 @@ def measure_step(tp: int) -> dict[str, Any]:
 
 def measure_engine() -> list[dict[str, Any]]:
     """Compile steps of the engine with layers of a Llama-3-8B: what a layer launches, and what is copied."""
-    return [_measure_engine_step(name, *sizes) for name, sizes in ENGINE_STEPS.items()]
+    return [
+        _measure_engine_step(name, *sizes, small=small)
+        for small in (False, True)
+        for name, sizes in ENGINE_STEPS.items()
+    ]
 
 
-def _measure_engine_step(name: str, decodes: int, prompt_tokens: int) -> dict[str, Any]:
-    few, more = (_engine_step(layers, decodes, prompt_tokens) for layers in (2, 4))
+def _measure_engine_step(name: str, decodes: int, prompt_tokens: int, *, small: bool) -> dict[str, Any]:
+    few, more = (_engine_step(layers, decodes, prompt_tokens, small=small) for layers in (2, 4))
     launches = [sum(launch.on_device for launch in program.launches) for program in (few, more)]
     return {
         "jax": jax.__version__,
         "step": name,
+        "weights": "W4A16" if small else "bf16",
+        "kv": "int8" if small else "bf16",
         "launches_per_layer": (launches[1] - launches[0]) / 2,
         "command_buffers": more.command_buffers,
         "outside_command_buffers": sum(launch.on_device and launch.depth == 0 for launch in more.launches),
         "temp_bytes": more.memory.temp_size_in_bytes,
-        "pool_copies": more.copies(f"bf16[{','.join(map(str, ENGINE_POOL))}]"),
+        "pool_copies": more.copies(f"{'u8' if small else 'bf16'}[{','.join(map(str, ENGINE_POOL))}]"),
     }
 
 
-def _engine_step(layers: int, decodes: int, prompt_tokens: int) -> Any:
-    """The engine's step for ``decodes`` sequences and a prompt of ``prompt_tokens``, compiled."""
+def _engine_step(layers: int, decodes: int, prompt_tokens: int, *, small: bool) -> Any:
+    """The engine's step for ``decodes`` sequences and a prompt of ``prompt_tokens``, compiled.
+
+    ``small``: with weights in 4 bits and a KV cache in 8.
+    """
     config = ModelConfig(
         vocab_size=128256,
         hidden_size=4096,
@@ -178,8 +192,18 @@ def _engine_step(layers: int, decodes: int, prompt_tokens: int) -> Any:
         windows=(None,) * layers,
     )
     shape = StepShape(decodes, prompt_tokens, table_length=64, max_sequences=256)
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    step, weights = flat_step(decoder, Mesh(np.array(offline_devices("h200")), ("tp",)))
-    pools = (jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16),) * layers
+    mesh, params = Mesh(np.array(offline_devices("h200")), ("tp",)), abstract_params(config, jnp.dtype(jnp.bfloat16))
+    if small:
+        params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, mesh.size)
+    values: Any = {path: param.get_value() for path, param in params.items()}
+    step, weights = flat_step(decoder_from(config, values, mesh), mesh)
+    pools = (_pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16),) * layers
     buffer, packed = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((256, 4096), (packed_size(shape),)))
     return compile_for("h200", partial(step, shape), weights, pools, buffer, packed, donate=(1, 2))
+
+
+def _pool_in_8_bits() -> QuantizedPool:
+    *heads, block_size, _ = ENGINE_POOL
+    values: Any = jax.ShapeDtypeStruct(ENGINE_POOL, jnp.uint8)
+    scales: Any = jax.ShapeDtypeStruct((*heads, 2, block_size), jnp.float16)
+    return QuantizedPool(values, scales)

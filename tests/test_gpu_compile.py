@@ -88,9 +88,9 @@ def test_a_step_that_breaks_a_bar(change: dict[str, Any], line: str) -> None:
     ],
 )
 def test_a_step_of_the_engine(change: dict[str, Any], lines: list[str]) -> None:
-    step = {**STEP, "step": "decode", **change}
+    step = {**STEP, "step": "decode", "weights": "W4A16", "kv": "int8", **change}
     found = failures([], [], [step])
-    assert found == [f"engine's {step['step']} step, jax 0.10.2: {line}" for line in lines]
+    assert found == [f"engine's {step['step']} step, W4A16 weights, int8 KV, jax 0.10.2: {line}" for line in lines]
 
 
 def test_every_pallas_backend_is_compiled_in_every_phase() -> None:

@@ -115,22 +115,30 @@ def _quantized(
             continue
         linear = source.linear
         sizes = zip(linear.modules, linear.outputs.rows, strict=True)
-        modules = [_module(chosen, config, files, name, rows, linear.width) for name, rows in sizes]
+        expected = path[0] == "layers"
+        modules = [_module(chosen, config, files, *size, linear.width, expected=expected) for size in sizes]
         if any(module.decode is not None for module in modules):
             yield path, source, modules
 
 
 def _module(
-    chosen: Format, config: Mapping[str, Any], files: TensorFiles, module: str, outputs: int, inputs: int
+    chosen: Format,
+    config: Mapping[str, Any],
+    files: TensorFiles,
+    module: str,
+    outputs: int,
+    inputs: int,
+    *,
+    expected: bool,
 ) -> _Module:
+    """How a module is stored; where nothing of it is found, quantised if that is ``expected``."""
     weight = f"{module}.weight"
-    if is_skipped(module, config) or (weight in files and np.issubdtype(files[weight].dtype, np.inexact)):
+    is_float = weight in files and np.issubdtype(files[weight].dtype, np.inexact)
+    absent = not expected and not any(name.startswith(f"{module}.") for name in files)
+    if is_float or absent or is_skipped(module, config):
         return _Module({"weight": weight}, {"weight": (outputs, inputs)})
-    specs = {
-        suffix: spec
-        for suffix, spec in chosen.tensors(outputs, inputs, config).items()
-        if not spec.optional or f"{module}.{suffix}" in files
-    }
+    wanted = chosen.tensors(outputs, inputs, config).items()
+    specs = {suffix: spec for suffix, spec in wanted if not spec.optional or f"{module}.{suffix}" in files}
     names = {suffix: f"{module}.{suffix}" for suffix in specs}
     group_of = names.get(chosen.GROUPS or "", "")
     return _Module(
