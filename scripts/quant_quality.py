@@ -196,11 +196,10 @@ def main() -> int:
         print(ConfigError(f"{STORIES} is not there; put the shared assets beside the checkout"), file=sys.stderr)
         return 2
     found: dict[str, dict[str, Measured]] = {}
-    texts: dict[str, Text] = {}
-    for name, (folder, make_text, calib, held_out) in MODELS.items():
-        text = texts[name] = make_text(calib, held_out)
+    texts = {name: make_text(calib, held_out) for name, (_, make_text, calib, held_out) in MODELS.items()}
+    for name, text in texts.items():
         bar = tqdm(CASES.items(), desc=name, unit="case")
-        found[name] = {case: measure(folder, text, **settings) for case, settings in bar}
+        found[name] = {case: measure(MODELS[name][0], text, **settings) for case, settings in bar}
         Console(width=140).print(table(name, found[name], text))
     draw(record(args.out, found, texts)["metrics"], args.plot)
     return 0
@@ -295,7 +294,7 @@ def _panel(axes: Any, model: str, cases: Mapping[str, Any]) -> None:
         axes.text(most * 2.2, place, moved, va="center", fontsize=10, color=INK)
     axes.set_xscale("log")
     axes.set_xlim(least, most * 12)
-    axes.set_yticks(range(len(cases)), [case.replace("_", "") for case in cases], fontsize=11, color=INK)
+    axes.set_yticks(range(len(cases)), cases, fontsize=11, color=INK)
     axes.set_ylim(len(cases) - 0.4, -1.1)
     axes.text(most * 2.2, -0.8, "perplexity", va="center", fontsize=10, color=GREY)
     axes.set_title(f"{model}, perplexity {figures['ppl_float']:.3f} in float", loc="left", fontsize=12, color=INK)

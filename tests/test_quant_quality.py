@@ -38,12 +38,12 @@ methods_and_models = pytest.mark.parametrize(
 
 
 @functools.cache
-def text(model: str, rows: int = SOME) -> Text:
+def text(model: str, rows: int) -> Text:
     return MODELS[model][1](CALIB, rows)
 
 
 @functools.cache
-def measured(model: str, case: str, rows: int = SOME) -> Measured:
+def measured(model: str, case: str, rows: int) -> Measured:
     return measure(MODELS[model][0], text(model, rows), **CASES[case])
 
 
@@ -60,7 +60,7 @@ def ids_and_marks() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 @on_each_model
 def test_enough_is_held_out_and_none_of_it_was_calibrated_on(model: str) -> None:
-    made = text(model)
+    made = text(model, SOME)
     assert made.scored[:, 1:].sum() > 5000
     assert not {tuple(row) for row in made.calib} & {tuple(row) for row in made.held_out}
 
@@ -88,7 +88,7 @@ def test_three_bits_are_clearly_better_than_rounding_to_nearest(method: str, mod
 @pytest.mark.parametrize("bits", [4, 3])
 def test_gptq_has_worse_weights_and_better_outputs(model: str, bits: int) -> None:
     """It moves weights away from where they were, so that errors cancel: in each matrix."""
-    ours, rtn = (measured(model, f"{method} W{bits}").linears for method in ("gptq", "rtn"))
+    ours, rtn = (measured(model, f"{method} W{bits}", SOME).linears for method in ("gptq", "rtn"))
     for mine, its in zip(ours, rtn, strict=True):
         assert (mine.layer, mine.linear) == (its.layer, its.linear)
         assert mine.weight_error > its.weight_error
@@ -97,24 +97,24 @@ def test_gptq_has_worse_weights_and_better_outputs(model: str, bits: int) -> Non
 
 @on_each_model
 def test_weights_and_activations_in_int8_are_within_one_percent(model: str) -> None:
-    quality = measured(model, "smooth_quant W8A8").quality
+    quality = measured(model, "smooth_quant W8A8", SOME).quality
     assert quality.ppl_after == pytest.approx(quality.ppl_before, rel=0.01)
     assert quality.kl > 0
 
 
 @on_each_model
 def test_an_int8_cache_is_within_half_a_percent_and_int4_says_what_it_costs(model: str) -> None:
-    eight, four = (measured(model, f"KV int{bits}").quality for bits in (8, 4))
+    eight, four = (measured(model, f"KV int{bits}", SOME).quality for bits in (8, 4))
     assert eight.ppl_after == pytest.approx(eight.ppl_before, rel=0.005)
     assert 0 < 30 * eight.kl < four.kl < np.inf
 
 
 def test_what_fits_no_group_stays_float() -> None:
     """The MLP of stories260K is 172 wide; its other matrices get the largest group that divides 64."""
-    made = measured("stories260K", "gptq W4")
+    made = measured("stories260K", "gptq W4", SOME)
     assert set(made.kept_float) == {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
     assert {linear.group_size for linear in made.linears} == {64}
-    assert {linear.group_size for linear in measured("demo", "gptq W4").linears} == {128}
+    assert {linear.group_size for linear in measured("demo", "gptq W4", SOME).linears} == {128}
 
 
 def test_differences_are_taken_sequence_by_sequence() -> None:
