@@ -24,14 +24,14 @@ CALIB = 32
 SOME, MANY = 64, 512
 """Sequences to measure with. The demo is so sure of its replies that AWQ and rounding are told apart by many only."""
 
-on_each_model = pytest.mark.parametrize("model", ["stories260K", pytest.param("demo", marks=pytest.mark.slow)])
+on_each_model = pytest.mark.parametrize("model", MODELS)
 methods_and_models = pytest.mark.parametrize(
     ("method", "model", "rows"),
     [
         ("awq", "stories260K", SOME),
         ("gptq", "stories260K", SOME),
-        pytest.param("awq", "demo", MANY, marks=pytest.mark.slow),
-        pytest.param("gptq", "demo", MANY, marks=pytest.mark.slow),
+        ("awq", "demo", MANY),
+        ("gptq", "demo", MANY),
     ],
 )
 
@@ -57,6 +57,7 @@ def ids_and_marks() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return ids, np.random.default_rng(0).random(ids.shape) < 0.3
 
 
+@pytest.mark.slow
 @on_each_model
 def test_enough_is_held_out_and_none_of_it_was_calibrated_on(model: str) -> None:
     made = text(model, SOME)
@@ -64,6 +65,7 @@ def test_enough_is_held_out_and_none_of_it_was_calibrated_on(model: str) -> None
     assert not {tuple(row) for row in made.calib} & {tuple(row) for row in made.held_out}
 
 
+@pytest.mark.slow
 @methods_and_models
 def test_four_bits_are_no_worse_than_rounding_to_nearest(method: str, model: str, rows: int) -> None:
     """In perplexity as far as so much text can tell, and closer to float for certain."""
@@ -73,6 +75,7 @@ def test_four_bits_are_no_worse_than_rounding_to_nearest(method: str, model: str
     assert ours.quality.kl < 0.9 * rtn.quality.kl
 
 
+@pytest.mark.slow
 @methods_and_models
 def test_three_bits_are_clearly_better_than_rounding_to_nearest(method: str, model: str, rows: int) -> None:
     """Rounding to nearest loses there, beyond any doubt; they lose two thirds of it at most."""
@@ -83,6 +86,7 @@ def test_three_bits_are_clearly_better_than_rounding_to_nearest(method: str, mod
     assert ours.quality.kl < 2 / 3 * rtn.quality.kl
 
 
+@pytest.mark.slow
 @on_each_model
 @pytest.mark.parametrize("bits", [4, 3])
 def test_gptq_has_worse_weights_and_better_outputs(model: str, bits: int) -> None:
@@ -94,6 +98,7 @@ def test_gptq_has_worse_weights_and_better_outputs(model: str, bits: int) -> Non
         assert mine.output_error < its.output_error
 
 
+@pytest.mark.slow
 @on_each_model
 def test_weights_and_activations_in_int8_are_within_one_percent(model: str) -> None:
     quality = measured(model, "smooth_quant W8A8", SOME).quality
@@ -101,6 +106,7 @@ def test_weights_and_activations_in_int8_are_within_one_percent(model: str) -> N
     assert quality.kl > 0
 
 
+@pytest.mark.slow
 @on_each_model
 def test_an_int8_cache_is_within_half_a_percent_and_int4_says_what_it_costs(model: str) -> None:
     eight, four = (measured(model, f"KV int{bits}", SOME).quality for bits in (8, 4))
@@ -108,6 +114,7 @@ def test_an_int8_cache_is_within_half_a_percent_and_int4_says_what_it_costs(mode
     assert 0 < 30 * eight.kl < four.kl < np.inf
 
 
+@pytest.mark.slow
 def test_what_fits_no_group_stays_float() -> None:
     """The MLP of stories260K is 172 wide; its other matrices get the largest group that divides 64."""
     made = measured("stories260K", "gptq W4", SOME)

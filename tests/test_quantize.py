@@ -223,6 +223,8 @@ def test_calibrated_kv_parameters(model: Path, tmp_path: Path) -> None:
     parameters = read_kv_parameters(tmp_path / "out", 3, 2)
     assert parameters is not None
     assert (parameters.reshape(-1, 2, 2)[..., 0] > 0).all()
+    run(model, tmp_path / "four", method="calibrate", kv_bits=4)
+    assert read_kv_parameters(tmp_path / "four", 3, 2) is None, "there quant_policy 4 is to mean int4"
 
 
 def test_three_bits(model: Path, tmp_path: Path) -> None:

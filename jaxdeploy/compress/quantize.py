@@ -162,7 +162,7 @@ class _Run:
         if self.layout.quantization is not None:
             hf["quantization_config"] = dict(self.layout.quantization)
         size = work.write_rest(self.model.folder, hf, rest)
-        if self.config.method == "calibrate" and all(passage.kv_ranges):
+        if self.config.kv_bits == 8 and all(passage.kv_ranges):  # beside such files quant_policy 4 means 8 bits
             write_kv_parameters(work.partial, _kv_parameters(passage.kv_ranges))
         return size
 
