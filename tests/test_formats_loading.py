@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax import nnx
 
 from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.quantized import expand_quantized
@@ -207,6 +208,7 @@ def test_a_quantised_head(tmp_path: Path, said: pytest.LogCaptureFixture) -> Non
     stored = checkpoint(replace(GPTQ, config=gptq_config(64, lm_head=True)), keep=())
     assert "lm_head.qweight" in stored.tensors
     decoder = stored.load(tmp_path)
+    assert isinstance(decoder.head.weight, nnx.Param)
     assert decoder.head.weight[...].dtype == jnp.float32
     assert apart(logits(decoder), logits(stored.floats())) < SUMMED_APART
     assert said.messages == [

@@ -89,3 +89,21 @@ def test_close_gives_the_memory_back() -> None:
     assert len(jax.live_arrays()) == held
     engine.close()
     assert len(jax.live_arrays()) == before
+
+
+def test_a_cpu_computes_angles_once_a_step() -> None:
+    """XLA would do it in every layer, for every head (``models/rope.py``)."""
+    compiled = str(lasting_runner(1).compiled(padding_inputs(SHAPES[3], VOCAB, full_sampler=False)).as_text())
+    assert len(re.findall(r" (?:cosine|sine)\(", compiled)) == 2
+
+
+def test_only_what_is_wanted_passes_the_last_layer() -> None:
+    decoder, tokens = decoder_from(CONFIG, params()), jnp.array(prompt(12))
+    wanted, positions = jnp.array([11, 3]), jnp.arange(12, dtype=jnp.int32)
+    step = (tokens, positions, jnp.full_like(positions, 12), DenseContext(1), [None, None])
+    every, _ = decoder.hidden(*step)
+    some, _ = decoder.hidden(*step, wanted)
+    np.testing.assert_allclose(some, every[wanted], rtol=0, atol=2e-5)
+    for rows, narrow in ((None, False), (wanted, True)):
+        traced = str(jax.make_jaxpr(lambda rows=rows: decoder.hidden(*step, rows)[0])())
+        assert (f"f32[2,2,{CONFIG.intermediate_size}]" in traced) == narrow, "the feed-forward of two tokens"

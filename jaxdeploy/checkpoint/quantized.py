@@ -251,7 +251,7 @@ def _expanded(source: Source, modules: Sequence[_Module]) -> Source:
         parts = _apart(modules, arrays)
         return source.assemble([module.value(part) for module, part in zip(modules, parts, strict=True)])
 
-    return _source(modules, assemble)
+    return replace(_source(modules, assemble), linear=source.linear)
 
 
 def _decoded(modules: Sequence[_Module], arrays: Sequence[Array]) -> list[Quantized]:

@@ -23,12 +23,13 @@ from jaxdeploy.engine.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.models import fused_decode
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
-from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError
+from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError, preferred
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -67,6 +68,7 @@ def build_engine(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, p
         model=model,
         model_format=config.model_format,
         load_format=config.load_format,
+        outputs_first=_outputs_first(mesh),
         progress=progress,
     )
     plan = plan_cache(
@@ -105,6 +107,11 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
     prefill = config.max_prefill_token_num or (512 if on_cpu else 8192)
     prefill = min(prefill, max_batch_size * session_len)
     return Limits(session_len, max_batch_size, -(-prefill // ROW_LENGTH) * ROW_LENGTH, _dtype(model, config, on_cpu))
+
+
+def _outputs_first(mesh: Mesh) -> bool:
+    """A CPU multiplies such weights fastest; the fused kernels, interpreted there, take them as a GPU does."""
+    return mesh.devices.flat[0].platform == "cpu" and preferred("decode_layer") != fused_decode.KERNELS
 
 
 def _dtype(model: ModelConfig, config: EngineConfig, on_cpu: bool) -> jnp.dtype:

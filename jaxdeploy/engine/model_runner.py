@@ -128,8 +128,9 @@ def _forward(
     layout = _layout(fields, shape, pools[0], mesh)
     tokens = buffer[fields["slot"][layout.sequence], layout.positions]
     lengths = fields["prompt_length"][layout.sequence]
-    hidden, new_pools = decoder.hidden(tokens, layout.positions, lengths, layout.context, pools)
-    logits = decoder.logits(hidden[fields["last_token"]])
+    last = fields["last_token"] if shape.prefill_tokens else None  # of single tokens each is the last
+    hidden, new_pools = decoder.hidden(tokens, layout.positions, lengths, layout.context, pools, last)
+    logits = decoder.logits(hidden)
     sampled = greedy(logits) if allowed is None else sample(logits, _sampling_rows(fields, buffer, allowed))
     slot = jnp.where(fields["samples"] > 0, fields["slot"], buffer.shape[0])
     buffer = buffer.at[slot, fields["length"]].set(sampled.tokens, mode="drop")

@@ -145,9 +145,15 @@ class Attention(nnx.Module):
         self.bo = constant(0.0, (config.hidden_size,), ("embed",), dtype) if config.o_bias else None
 
     def __call__(
-        self, x: jax.Array, rotary: Rotary, context: AttentionContext, pool: Pool | None
+        self,
+        x: jax.Array,
+        rotary: Rotary,
+        context: AttentionContext,
+        pool: Pool | None,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, Pool | None]:
-        """``x`` [T, D] → ([T, D], updated ``pool``)."""
+        """``x`` [T, D] → ([T, D], or the ``wanted`` rows of it; updated ``pool``)."""
         qkv = linear(x, self.wqkv, value_of(self.bqkv))
         out, pool = context.attend(qkv, rotary, pool, self.window)
+        out = out if wanted is None else out[wanted]
         return linear(out, self.wo, value_of(self.bo)), pool

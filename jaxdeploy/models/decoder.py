@@ -41,11 +41,16 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x: jax.Array, rotary: Rotary, context: AttentionContext, pool: Pool | None
+        self,
+        x: jax.Array,
+        rotary: Rotary,
+        context: AttentionContext,
+        pool: Pool | None,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, Pool | None]:
-        """``x`` [T, D] → ([T, D], updated ``pool``)."""
-        attended, pool = self.attention(self.attention_norm(x), rotary, context, pool)
-        normed, x = self.mlp_norm.added(attended, x)
+        """``x`` [T, D] → ([T, D], or the ``wanted`` rows of it; updated ``pool``)."""
+        attended, pool = self.attention(self.attention_norm(x), rotary, context, pool, wanted)
+        normed, x = self.mlp_norm.added(attended, x if wanted is None else x[wanted])
         return x + self.mlp(normed), pool
 
 
@@ -71,29 +76,37 @@ class Decoder(nnx.Module):
         return self.logits(x).reshape(sequences, length, -1)
 
     def hidden(
-        self, tokens: jax.Array, positions: jax.Array, lengths: jax.Array, context: AttentionContext, pools: Pools
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        context: AttentionContext,
+        pools: Pools,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, list[Pool | None]]:
-        """The normed hidden state of every token.
+        """The normed hidden state of every token, or of those at ``wanted``, int32 [B].
 
         ``tokens``, ``positions`` and ``lengths`` (prompt length of the token's sequence) are int32 [T], ``pools`` one
-        KV pool a layer. Returns [T, D] and the updated pools.
+        KV pool a layer. Returns [T, D] or [B, D], and the updated pools. Beyond its keys and values the last layer is
+        computed only for what is wanted: of a prompt that is one token.
         """
         x = self.embed(tokens)
         angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
-        if fused_decode.serves(context, self.layers):
+        if wanted is None and fused_decode.serves(context, self.layers):
             try:
                 return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools)
             except NoBackendError as refusal:
                 logger.info("decode steps run op by op: %s", refusal)
         updated = []
-        for layer, pool in zip(self.layers, pools, strict=True):
+        for index, (layer, pool) in enumerate(zip(self.layers, pools, strict=True), 1):
             graph, weights = nnx.split(layer)
-            x, pool = _run_layer(graph, weights, x, angles, context, pool)
+            rows = wanted if index == len(self.layers) else None
+            x, pool = _run_layer(graph, weights, x, angles, context, pool, rows)
             updated.append(pool)
         return self.norm(x), updated
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """``x`` [..., D] → float32 [..., V]."""
+        """``x`` [T, D] → float32 [T, V]."""
         return self.embed.logits(x) if self.config.tie_embeddings else self.head.logits(x)
 
 
@@ -105,9 +118,10 @@ def _run_layer(
     rotary: Rotary,
     context: AttentionContext,
     pool: Pool | None,
+    wanted: jax.Array | None,
 ) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
-    return nnx.merge(graph, weights)(x, rotary, context, pool)
+    return nnx.merge(graph, weights)(x, rotary, context, pool, wanted)
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:
@@ -120,19 +134,19 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nn
 def decoder_from(config: ModelConfig, params: Params, mesh: Mesh | None = None) -> Decoder:
     """A decoder that holds the arrays of ``params``.
 
-    Paths are those of ``abstract_params``, or for a quantised weight those of its leaves, below the path that the
-    float weight would have; they lie on ``mesh`` (default: the first device).
+    Paths are those of ``abstract_params``, or for a weight that is no plain array those of its leaves, below the path
+    that the plain one would have; they lie on ``mesh`` (default: the first device).
     """
     decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    _hold_quantized(decoder, params, mesh or make_mesh(1))
+    _hold_leaves(decoder, params, mesh or make_mesh(1))
     shapes: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
     flat: Any = {path: shape.replace(params[path]) for path, shape in shapes}
     nnx.update(decoder, nnx.from_flat_state(flat))
     return decoder
 
 
-def _hold_quantized(decoder: Decoder, params: Params, mesh: Mesh) -> None:
-    """Put quantised weights, still without arrays, where ``params`` has leaves of such."""
+def _hold_leaves(decoder: Decoder, params: Params, mesh: Mesh) -> None:
+    """Put weights of other kinds, still without arrays, where ``params`` has leaves of such."""
     flat: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
     floats, leaves = dict(flat), defaultdict[ParamPath, dict[str, jax.Array]](dict)
     for path, value in params.items():

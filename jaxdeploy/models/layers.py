@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdeploy.models.output_major import OutputMajorWeight, product
 from pallas_kernels.rms_norm import rms_norm
 
 
@@ -33,7 +34,7 @@ def value_of(bias: nnx.Param[jax.Array] | None) -> jax.Array | None:
 
 
 class MultipliesItself(Protocol):
-    """A weight that is no plain array (``jaxdeploy.models.quantized``)."""
+    """A weight that is no plain array (``quantized``, ``output_major``)."""
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """``x`` [T, inputs] → [T, *outputs]."""
@@ -83,18 +84,20 @@ class Embedding(nnx.Module):
         return jnp.take(self.embedding[...], tokens, axis=0)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """``x`` [..., D] → float32 [..., V], through the transposed table (a tied head)."""
-        table = self.embedding[...]
-        axes = (((x.ndim - 1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, table, axes, preferred_element_type=jnp.float32)
+        """``x`` [T, D] → float32 [T, V], through the transposed table (a tied head)."""
+        return product(x, self.embedding[...], jnp.float32)
 
 
 class Head(nnx.Module):
     """Output projection [D, V] of a model whose embeddings are not tied."""
 
     def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.weight = parameter(rngs, (size, vocab), ("embed", "vocab"), dtype)
+        self.weight: nnx.Param[jax.Array] | OutputMajorWeight = parameter(
+            rngs, (size, vocab), ("embed", "vocab"), dtype
+        )
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """``x`` [..., D] → float32 [..., V]."""
+        """``x`` [T, D] → float32 [T, V]."""
+        if isinstance(self.weight, OutputMajorWeight):
+            return product(x, self.weight.rows[...], jnp.float32)
         return jnp.matmul(x, self.weight[...], preferred_element_type=jnp.float32)

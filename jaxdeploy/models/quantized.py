@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,11 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxdeploy.parallel.sharding import RULES, per_device, spec
+from jaxdeploy.models.leaves import Leaf, axes_of, leaf
+from jaxdeploy.models.output_major import OutputMajorWeight, output_major_leaves
+from jaxdeploy.parallel.sharding import product_per_device, spec
 from pallas_kernels.w4a16_matmul import w4a16_matmul
 from pallas_kernels.w8a8_matmul import w8a8_matmul
-
-Axes = tuple[str | None, ...]
-Leaf = nnx.Param[jax.Array]
 
 _DEVIATION = 0.02
 
@@ -51,7 +49,7 @@ class Int4Weight(nnx.Module):
             x = jnp.take(x, self.order[...], axis=1)
         x = jnp.pad(x, ((0, 0), (0, CHUNK * packed.shape[0] - self.inputs)))
         ins = (spec(None, inputs), spec(inputs, None, *outputs))
-        return _on_devices(self.mesh, _int4_product, inputs, ins, spec(None, *outputs))(x, packed)
+        return product_per_device(self.mesh, _int4_product, inputs, ins, spec(None, *outputs))(x, packed)
 
 
 class Int8Weight(nnx.Module):
@@ -67,8 +65,12 @@ class Int8Weight(nnx.Module):
         """``x`` [T, K] → [T, *outputs], dtype of ``x``."""
         *outputs, inputs = axes_of(self.values)
         ins = (spec(None, inputs), spec(*outputs, inputs), spec(*outputs))
-        product = _on_devices(self.mesh, _int8_product, inputs, ins, spec(None, *outputs))
+        product = product_per_device(self.mesh, _int8_product, inputs, ins, spec(None, *outputs))
         return product(x, self.values[...], self.scales[...])
+
+
+HeldInLeaves = Int4Weight | Int8Weight | OutputMajorWeight
+"""The weights that are no plain array."""
 
 
 def int4_leaves(param: Leaf, inputs: int, group: int, *, ordered: bool) -> dict[str, Leaf]:
@@ -76,21 +78,23 @@ def int4_leaves(param: Leaf, inputs: int, group: int, *, ordered: bool) -> dict[
     shape, axes = param.get_value().shape, axes_of(param)
     width = math.prod(shape[:inputs])
     packed = (-(-width // CHUNK), 16 + CHUNK // group, *shape[inputs:])
-    leaves = {"packed": _leaf(packed, jnp.int32, (axes[0], None, *axes[inputs:]))}
-    return leaves | ({"order": _leaf((width,), jnp.int32, (None,))} if ordered else {})
+    leaves = {"packed": leaf(packed, jnp.int32, (axes[0], None, *axes[inputs:]))}
+    return leaves | ({"order": leaf((width,), jnp.int32, (None,))} if ordered else {})
 
 
 def int8_leaves(param: Leaf, inputs: int) -> dict[str, Leaf]:
     """The leaves of an ``Int8Weight``, as shapes, in place of a float ``param`` with so many axes of ``inputs``."""
     shape, axes = param.get_value().shape, axes_of(param)
     outputs, widths = axes[inputs:], shape[inputs:]
-    values = _leaf((*widths, math.prod(shape[:inputs])), jnp.int8, (*outputs, axes[0]))
-    return {"values": values, "scales": _leaf(widths, jnp.float32, outputs)}
+    values = leaf((*widths, math.prod(shape[:inputs])), jnp.int8, (*outputs, axes[0]))
+    return {"values": values, "scales": leaf(widths, jnp.float32, outputs)}
 
 
-def weight_like(param: Leaf, arrays: Mapping[str, jax.Array], mesh: Mesh) -> Int4Weight | Int8Weight:
+def weight_like(param: Leaf, arrays: Mapping[str, jax.Array], mesh: Mesh) -> HeldInLeaves:
     """The weight, its leaves still shapes, that ``arrays`` hold in place of a float ``param``."""
     shape = param.get_value().shape
+    if "rows" in arrays:
+        return OutputMajorWeight(**output_major_leaves(param, len(shape) - arrays["rows"].ndim + 1), mesh=mesh)
     if "packed" not in arrays:
         return Int8Weight(**int8_leaves(param, len(shape) - arrays["scales"].ndim), mesh=mesh)
     inputs = len(shape) - arrays["packed"].ndim + 2
@@ -115,17 +119,6 @@ RANDOM_LEAVES: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] =
 """Random leaves, by name, of weights that are about as large as random float ones."""
 
 
-def _leaf(shape: tuple[int, ...], dtype: Any, axes: Axes) -> Leaf:
-    shaped: Any = jax.ShapeDtypeStruct(shape, dtype)
-    return nnx.Param(shaped, axes=axes)
-
-
-def axes_of(param: nnx.Param[Any]) -> Axes:
-    """The logical axes of a parameter."""
-    axes: Axes = param.axes
-    return axes
-
-
 def _int4_product(x: jax.Array, packed: jax.Array) -> jax.Array:
     outputs = packed.shape[2:]
     return w4a16_matmul(x, packed.reshape(*packed.shape[:2], -1)).reshape(-1, *outputs)
@@ -134,13 +127,3 @@ def _int4_product(x: jax.Array, packed: jax.Array) -> jax.Array:
 def _int8_product(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
     product = w8a8_matmul(x, values.reshape(-1, values.shape[-1]), scales.reshape(-1))
     return product.reshape(-1, *scales.shape)
-
-
-def _on_devices(
-    mesh: Mesh, product: Callable[..., jax.Array], inputs: str | None, ins: Any, outs: Any
-) -> Callable[..., jax.Array]:
-    """``product`` on each device's share, summed over the devices where the inputs are cut."""
-    axis = None if inputs is None or mesh.size == 1 else RULES[inputs]
-    if axis is None:
-        return per_device(mesh, product, ins, outs)
-    return per_device(mesh, lambda *args: lax.psum(product(*args), axis), ins, outs)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdeploy.models.config import RopeConfig
+from pallas_kernels.target import current_target
 
 Rotary = tuple[jax.Array, jax.Array]
 
@@ -21,7 +22,18 @@ def rotary(config: RopeConfig, head_dim: int, positions: jax.Array, lengths: jax
     frequencies = _inverse_frequencies(config, head_dim, lengths)
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     scale = attention_factor(config)
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+    return _kept(jnp.cos(angles) * scale), _kept(jnp.sin(angles) * scale)
+
+
+def _kept(table: jax.Array) -> jax.Array:
+    """``table`` [T, H/2] as an array that a CPU computes once a step, and not anew for every head of every layer.
+
+    XLA:CPU fuses cos and sin into whatever uses them, through an optimization barrier too. Its fusions end at products,
+    and one with the identity changes no float32.
+    """
+    if current_target().platform != "cpu":
+        return table
+    return table @ jnp.eye(table.shape[1], dtype=jnp.float32)
 
 
 def apply_rotary(x: jax.Array, rotary: Rotary) -> jax.Array:

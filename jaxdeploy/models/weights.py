@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,21 @@ def linear(modules: Sequence[str], inputs: tuple[int, ...], outputs: Outputs) ->
         split,
         linear=Linear(tuple(modules), inputs, outputs),
     )
+
+
+def output_major(source: Source) -> Source:
+    """``source`` of a weight [*inputs, *outputs], to be read as [*outputs, K]: as it is stored, nothing moves."""
+    assert source.linear is not None, "only the weights of linear maps have inputs and outputs"
+    inputs = source.linear.inputs
+
+    def assemble(arrays: Sequence[Array]) -> Array:
+        value = source.assemble(arrays)
+        return np.moveaxis(value.reshape(-1, *value.shape[len(inputs) :]), 0, -1)
+
+    def split(rows: Array) -> list[Array]:
+        return source.split(np.moveaxis(rows, -1, 0).reshape(*inputs, *rows.shape[:-1]))
+
+    return replace(source, assemble=assemble, split=split)
 
 
 def bias(modules: Sequence[str], outputs: Outputs) -> Source:

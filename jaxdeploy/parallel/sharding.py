@@ -50,6 +50,16 @@ def per_device(mesh: Mesh, function: Callable[..., Any], ins: Any, outs: Any) ->
     return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
 
+def product_per_device(
+    mesh: Mesh, product: Callable[..., jax.Array], inputs: str | None, ins: Any, outs: Any
+) -> Callable[..., jax.Array]:
+    """``product`` on each device's share, summed over the devices where the logical axis ``inputs`` is cut."""
+    axis = None if inputs is None or mesh.size == 1 else RULES[inputs]
+    if axis is None:
+        return per_device(mesh, product, ins, outs)
+    return per_device(mesh, lambda *args: jax.lax.psum(product(*args), axis), ins, outs)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
