@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from flax import nnx
 
 from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.quantized import expand_quantized
