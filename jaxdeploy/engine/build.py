@@ -52,6 +52,15 @@ def build_engine(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, p
 
     Raises ``ConfigError``, ``CheckpointError``, ``UnsupportedModelError``, ``CacheTooSmallError``.
     """
+    try:
+        return _build(folder, hf, config, progress=progress)
+    except (NoBackendError, BackendNameError) as error:
+        if named := os.environ.get(ENVIRONMENT):
+            raise ConfigError(f"{ENVIRONMENT}={named} does not fit: {error}; name other backends, or none") from None
+        raise
+
+
+def _build(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, progress: bool) -> Engine:
     _enable_compilation_cache(config)
     model = _model_config(hf, config)
     check_divisible(
@@ -83,17 +92,8 @@ def build_engine(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, p
     logger.info("%s", plan)
     engine = _assemble(decoder, plan, limits, mesh, policy.ranges)
     if config.warmup:
-        _warm_up(engine, progress=progress)
-    return engine
-
-
-def _warm_up(engine: Engine, *, progress: bool) -> None:
-    try:
         engine.warm_up(_bar if progress else _silent)
-    except (NoBackendError, BackendNameError) as error:
-        if named := os.environ.get(ENVIRONMENT):
-            raise ConfigError(f"{ENVIRONMENT}={named} does not fit: {error}; name other backends, or none") from None
-        raise
+    return engine
 
 
 def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limits:
