@@ -66,6 +66,9 @@ class EngineConfig:
         rule="must be a power of two",
         advice="64 is usual",
     )
+    enable_prefix_caching: bool = setting(
+        True, "compute the beginning that prompts have in common once, and keep it for later ones"
+    )
     quant_policy: int = setting(
         0,
         "KV cache: 0 as dtype says, 8 int8, 4 int4 (int8 where the model folder has KV parameters of LMDeploy 0.3)",
@@ -120,7 +123,6 @@ class EngineConfig:
     eager_mode: bool | None = ignored("every step is compiled")
     enable_metrics: bool | None = ignored("metrics belong to the server")
     enable_mp_engine: bool | None = ignored(_ONE_ENGINE)
-    enable_prefix_caching: bool | None = ignored("prompts that begin alike do not share their cache yet")
     eviction_type: str | None = ignored("a sequence that lost its blocks is computed again")
     kernel_block_size: int | None = ignored("kernels take block_size as it is")
     language_model_only: bool | None = ignored("only language models are loaded")

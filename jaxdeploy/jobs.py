@@ -47,6 +47,7 @@ class Job:
             token_ids=list(output.token_ids),
             logprobs=[_logprobs(token) for token in output.logprobs] if wanted else None,
             index=self.index,
+            cached_tokens=output.cached_tokens,
         )
 
 

@@ -63,9 +63,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one engine step produced for one request: its new token, or only a finish reason."""
+    """What one engine step produced for one request: its new token, or only a finish reason.
+
+    ``cached_tokens`` of its prompt did not have to be computed.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0

@@ -14,7 +14,8 @@ class Response:
     ``index`` is the place in the list that the call gives back: prompts in their order, the ``n`` alternatives of each
     side by side. ``session_id`` is the prompt's, shared by its alternatives. In a stream ``text``, ``token_ids`` and
     ``logprobs`` are the new piece and ``generate_token_len`` counts from the start. ``logprobs`` has one dict a token,
-    token id → natural log-probability, the chosen token's among them.
+    token id → natural log-probability, the chosen token's among them. ``cached_tokens`` of the prompt were found in the
+    KV cache and not computed again.
     """
 
     text: str
@@ -25,12 +26,14 @@ class Response:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] | None = None
     index: int = 0
+    cached_tokens: int = 0
 
     def extend(self, piece: Response) -> Response:
         """Append the next piece of the stream that this reply began with."""
         self.text += piece.text
         self.generate_token_len = piece.generate_token_len
         self.finish_reason = piece.finish_reason
+        self.cached_tokens = piece.cached_tokens
         self.token_ids += piece.token_ids
         if piece.logprobs is not None:
             self.logprobs = (self.logprobs or []) + piece.logprobs

@@ -143,7 +143,12 @@ def ours(folder: Path, args: argparse.Namespace, compiles: list[str]) -> System:
     """Our engine, warmed up; compilations after that are noted in ``compiles``."""
     most = max(case.concurrency for case in [*args.decode, *args.prefill])
     config = EngineConfig(
-        dtype=args.dtype, load_format="dummy", session_len=args.session_len, max_batch_size=most, warmup=False
+        dtype=args.dtype,
+        load_format="dummy",
+        session_len=args.session_len,
+        max_batch_size=most,
+        enable_prefix_caching=False,  # every round asks the same
+        warmup=False,
     )
     engine = build_engine(folder, read_hf_config(folder), config)
     engine.warm_up(lambda steps: tqdm(steps, desc="compiling"))

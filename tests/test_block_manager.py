@@ -34,7 +34,7 @@ def test_released_blocks_cannot_be_revived() -> None:
     manager = BlockManager(3)
     blocks = manager.allocate(2)
     manager.release(blocks)
-    assert manager.revive(blocks) == []
+    assert manager.hold(blocks) == []
     assert (manager.available, manager.cached) == (3, 0)
 
 
@@ -43,7 +43,7 @@ def test_retired_blocks_come_back_as_they_were() -> None:
     blocks = manager.allocate(2)
     manager.retire(blocks)
     assert (manager.available, manager.cached) == (3, 2)
-    assert manager.revive(blocks) == blocks
+    assert manager.hold(blocks) == blocks
     assert (manager.active, manager.cached) == (2, 0)
 
 
@@ -52,7 +52,7 @@ def test_free_blocks_are_taken_before_cached_ones() -> None:
     kept = manager.allocate(2)
     manager.retire(kept)
     assert manager.allocate(1)[0].index not in indices(kept)
-    assert manager.revive(kept) == kept
+    assert manager.hold(kept) == kept
 
 
 def test_the_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
@@ -61,7 +61,7 @@ def test_the_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
     manager.retire(blocks)
     taken = manager.allocate(1)
     assert indices(taken) == [blocks[-1].index]
-    assert manager.revive(blocks) == blocks[:3]
+    assert manager.hold(blocks) == blocks[:3]
 
 
 def test_what_was_retired_first_is_evicted_first() -> None:
@@ -70,8 +70,8 @@ def test_what_was_retired_first_is_evicted_first() -> None:
     manager.retire(old)
     manager.retire(new)
     manager.allocate(1)
-    assert manager.revive(old) == []
-    assert manager.revive(new) == new
+    assert manager.hold(old) == []
+    assert manager.hold(new) == new
 
 
 def test_content_that_was_replaced_is_not_revived() -> None:
@@ -80,7 +80,7 @@ def test_content_that_was_replaced_is_not_revived() -> None:
     manager.retire(old)
     manager.retire(manager.allocate(1))  # cached again, but with somebody else's tokens
     assert manager.cached == 1
-    assert manager.revive(old) == []
+    assert manager.hold(old) == []
 
 
 def test_a_hole_ends_what_can_be_revived() -> None:
@@ -89,7 +89,7 @@ def test_a_hole_ends_what_can_be_revived() -> None:
     manager.retire(blocks[1:2])
     manager.allocate(1)
     manager.retire([blocks[0], blocks[2]])
-    assert manager.revive(blocks) == blocks[:1]
+    assert manager.hold(blocks) == blocks[:1]
 
 
 @pytest.mark.parametrize("let_go", ["release", "retire"])
@@ -111,7 +111,7 @@ def test_check_notices_a_block_let_go_twice() -> None:
         manager.check()
 
 
-ACTIONS = st.tuples(st.sampled_from(["allocate", "release", "retire", "revive"]), st.integers(0, 5))
+ACTIONS = st.tuples(st.sampled_from(["allocate", "release", "retire", "hold"]), st.integers(0, 5))
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,8 +131,8 @@ def test_invariants_hold_whatever_happens(count: int, actions: list[tuple[str, i
             getattr(manager, action)(blocks)
             if action == "retire":
                 retired.append(blocks)
-        elif action == "revive" and retired:
-            held.append(manager.revive(retired.pop(number % len(retired))))
+        elif action == "hold" and retired:
+            held.append(manager.hold(retired.pop(number % len(retired))))
             assert all(content[block.index] == block for block in held[-1])
         manager.check()
         mine = [block.index for blocks in held for block in blocks]

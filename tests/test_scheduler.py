@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxdeploy.engine.batch import ROW_LENGTH, choose_shape, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
+from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduler import ScheduledBatch, Scheduler
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
@@ -18,9 +19,11 @@ BLOCK_SIZE = 4
 SESSION_LEN = 96
 
 
-def make_scheduler(blocks: int = 64, batch: int = 4, budget: int = 64) -> Scheduler:
+def make_scheduler(blocks: int = 64, batch: int = 4, budget: int = 64, longest_prompt: int = SESSION_LEN) -> Scheduler:
+    manager = BlockManager(blocks)
     return Scheduler(
-        BlockManager(blocks),
+        manager,
+        PrefixCache(manager, BLOCK_SIZE, longest_prompt),
         block_size=BLOCK_SIZE,
         max_batch_size=batch,
         max_prefill_tokens=budget,
@@ -40,12 +43,15 @@ def token_at(name: str, position: int) -> int:
 
 
 class FakeModel:
-    """Runs what is scheduled. Every token that a step attends to must lie where the block table says."""
+    """Runs what is scheduled. What a step attends to must lie where the block table says.
+
+    Keys and values of a token depend on all tokens up to it, and on nothing else.
+    """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.computed = 0
-        self._contents: dict[tuple[int, int], tuple[str, int]] = {}
+        self._contents: dict[tuple[int, int], int] = {}
 
     def step(self) -> ScheduledBatch:
         batch = self.scheduler.schedule()
@@ -55,22 +61,25 @@ class FakeModel:
             assert item.computed == start
             self.computed += length
             for position in range(start, start + length):
-                self._contents[self._place(item, position)] = (item.request_id, position)
+                self._contents[self._place(item, position)] = self._keys_and_values(item, position)
         for item, start, length in spans:
             for position in range(start + length):
-                assert self._contents[self._place(item, position)] == (item.request_id, position)
+                assert self._contents[self._place(item, position)] == self._keys_and_values(item, position)
         samplers = [*batch.decodes, *(chunk.sequence for chunk in batch.chunks if chunk.last)]
         self.scheduler.commit(batch, {item: token_at(item.request_id, len(item.token_ids)) for item in samplers})
         self.scheduler.blocks.check()
         return batch
 
+    def _keys_and_values(self, item: Sequence, position: int) -> int:
+        return hash(tuple(item.token_ids[: position + 1]))
+
     def _place(self, item: Sequence, position: int) -> tuple[int, int]:
         return item.blocks[position // BLOCK_SIZE].index, position % BLOCK_SIZE
 
 
-def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[ScheduledBatch]:
+def run(scheduler: Scheduler, sequences: list[Sequence], model: FakeModel | None = None) -> list[ScheduledBatch]:
     """Everything to its end."""
-    model, batches = FakeModel(scheduler), []
+    model, batches = model or FakeModel(scheduler), []
     for item in sequences:
         scheduler.add(item)
     while scheduler.has_work:

@@ -16,6 +16,7 @@ from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.messages import FinishReason, Request, SamplingParams, StepOutput
 from jaxdeploy.models.config import ModelConfig, RopeConfig
@@ -100,10 +101,13 @@ def tiny_engine(
     tp: int = 1,
     shapes: list[StepShape] = SHAPES,
     runner: ModelRunner | None = None,
+    sharing: bool = True,
 ) -> Engine:
     """A new engine over the shared runner: its own scheduler, slots and blocks."""
+    manager = BlockManager(blocks)
     scheduler = Scheduler(
-        BlockManager(blocks),
+        manager,
+        PrefixCache(manager, BLOCK_SIZE, SESSION_LEN if sharing else 0),
         block_size=BLOCK_SIZE,
         max_batch_size=batch,
         max_prefill_tokens=max_prefill,

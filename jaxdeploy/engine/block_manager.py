@@ -1,4 +1,4 @@
-"""Who holds which KV block. Every block is free, active (held) or cached (let go, its content still valid)."""
+"""Who holds which KV block. Each is free, active (held, maybe by several) or cached (let go, its content still valid)."""
 
 from __future__ import annotations
 
@@ -58,14 +58,18 @@ class BlockManager:
             if self._drop(block):
                 self._cached[block.index] = None
 
-    def revive(self, blocks: Sequence[Block]) -> list[Block]:
-        """Hold again the longest prefix of ``blocks`` whose content is still valid: cached → active."""
+    def is_valid(self, block: Block) -> bool:
+        """Whether a block still has the content that it had when it was handed out as ``block``."""
+        return self._stamps[block.index] == block.stamp and (self._uses[block.index] > 0 or block.index in self._cached)
+
+    def hold(self, blocks: Sequence[Block]) -> list[Block]:
+        """Hold the longest prefix of ``blocks`` whose content is valid: cached → active, or active by one more."""
         held: list[Block] = []
         for block in blocks:
-            if self._stamps[block.index] != block.stamp or block.index not in self._cached:
+            if not self.is_valid(block):
                 break
-            del self._cached[block.index]
-            self._uses[block.index] = 1
+            self._cached.pop(block.index, None)
+            self._uses[block.index] += 1
             held.append(block)
         return held
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.kv_cache import CachePlan, allocate_pools, plan_cache
 from jaxdeploy.engine.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models import fused_decode
@@ -90,7 +92,7 @@ def _build(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, progres
         bits=policy.bits,
     )
     logger.info("%s", plan)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges)
+    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, _longest_shared(model, config))
     if config.warmup:
         engine.warm_up(_bar if progress else _silent)
     return engine
@@ -107,6 +109,16 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
     prefill = config.max_prefill_token_num or (512 if on_cpu else 8192)
     prefill = min(prefill, max_batch_size * session_len)
     return Limits(session_len, max_batch_size, -(-prefill // ROW_LENGTH) * ROW_LENGTH, _dtype(model, config, on_cpu))
+
+
+def _longest_shared(model: ModelConfig, config: EngineConfig) -> int:
+    """Prompt tokens up to which sequences may share blocks; 0: none do.
+
+    Dynamic NTK turns keys by angles of the whole prompt's length, once that is more than the model was trained for.
+    """
+    if not config.enable_prefix_caching:
+        return 0
+    return model.rope.original_length if model.rope.kind == "dynamic" else sys.maxsize
 
 
 def _outputs_first(mesh: Mesh) -> bool:
@@ -127,9 +139,13 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
     return model.with_dynamic_rope(config.rope_scaling_factor) if config.rope_scaling_factor >= 1.0 else model
 
 
-def _assemble(decoder: Decoder, plan: CachePlan, limits: Limits, mesh: Mesh, ranges: Ranges | None) -> Engine:
+def _assemble(
+    decoder: Decoder, plan: CachePlan, limits: Limits, mesh: Mesh, ranges: Ranges | None, longest_shared: int
+) -> Engine:
+    blocks = BlockManager(plan.num_blocks)
     scheduler = Scheduler(
-        BlockManager(plan.num_blocks),
+        blocks,
+        PrefixCache(blocks, plan.block_size, longest_shared),
         block_size=plan.block_size,
         max_batch_size=limits.max_batch_size,
         max_prefill_tokens=limits.max_prefill_tokens,

@@ -107,7 +107,7 @@ class Engine:
             del self._sequences[sequence.request_id]
         token = sequence.token_ids[-1]
         logprobs = _logprob(token, row, sequence.sampling.logprobs, sampled)
-        return StepOutput(sequence.request_id, (token,), sequence.finish_reason, logprobs)
+        return StepOutput(sequence.request_id, (token,), sequence.finish_reason, logprobs, sequence.cached)
 
 
 def _to_host(sampled: Sampled) -> HostSample:

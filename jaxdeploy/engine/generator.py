@@ -42,6 +42,7 @@ class TextOutput:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
 
 
 class Generator:
@@ -148,7 +149,7 @@ class Generator:
             text += stream.finish()
             reason = FinishReason.STOP if stream.stopped else reason
             del self._streams[output.request_id]
-        return TextOutput(output.request_id, text, output.token_ids, output.logprobs, reason)
+        return TextOutput(output.request_id, text, output.token_ids, output.logprobs, reason, output.cached_tokens)
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxdeploy.engine.block_manager import BlockManager
+from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.messages import FinishReason
 
@@ -40,12 +41,14 @@ class ScheduledBatch:
 class Scheduler:
     """Holds waiting and running sequences and their blocks.
 
-    ``chunk_multiple``: rows of the batch hold that many tokens, so a chunk costs a multiple of it.
+    Prompts begin behind what ``prefixes`` finds of them in the cache. ``chunk_multiple``: rows of the batch hold that many
+    tokens, so a chunk costs a multiple of it.
     """
 
     def __init__(
         self,
         blocks: BlockManager,
+        prefixes: PrefixCache,
         *,
         block_size: int,
         max_batch_size: int,
@@ -54,6 +57,7 @@ class Scheduler:
         session_len: int,
     ) -> None:
         self.blocks = blocks
+        self.prefixes = prefixes
         self.block_size = block_size
         self.max_prefill_tokens = max_prefill_tokens
         self.chunk_multiple = chunk_multiple
@@ -93,6 +97,8 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """The next step. Blocks for all of its tokens are allocated; those that had to make room wait again."""
         decodes = self._grow(sequence for sequence in list(self._running) if not sequence.prefilling)
+        for sequence in decodes:
+            self.prefixes.note(sequence, sequence.computed + 1)
         budget = self.max_prefill_tokens
         chunks = []
         for sequence in self._running:
@@ -141,21 +147,32 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of it."""
-        kept = self.blocks.revive(sequence.blocks)
+        """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of them."""
+        kept = self.blocks.hold(sequence.blocks)
+        computed = min(sequence.computed, len(kept) * self.block_size)
+        if not kept:
+            kept = self.prefixes.hold(sequence)
+            computed = len(kept) * self.block_size
         missing = self.blocks_for(len(sequence.token_ids)) - len(kept)
         if missing > self.blocks.available:
             self.blocks.retire(kept)
             return False
         sequence.blocks = kept + self.blocks.allocate(missing)
-        sequence.prefill_end = len(sequence.token_ids)
-        sequence.computed = min(sequence.computed, len(kept) * self.block_size, sequence.prefill_end - 1)
+        first_time, sequence.prefill_end = not sequence.prefill_end, len(sequence.token_ids)
+        sequence.computed = min(computed, sequence.prefill_end - 1)
+        sequence.noted = []
+        if first_time:
+            sequence.cached = sequence.computed
+            self.prefixes.asked += sequence.prompt_length
+            self.prefixes.found += sequence.cached
         sequence.slot = self._slots.popleft()
         self._running.append(sequence)
         return True
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        return Chunk(sequence, sequence.computed, min(budget, sequence.prefill_end - sequence.computed))
+        chunk = Chunk(sequence, sequence.computed, min(budget, sequence.prefill_end - sequence.computed))
+        self.prefixes.note(sequence, chunk.start + chunk.length)
+        return chunk
 
     def _cost(self, tokens: int) -> int:
         return -(-tokens // self.chunk_multiple) * self.chunk_multiple
@@ -169,8 +186,11 @@ class Scheduler:
         self._waiting.appendleft(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
+        """Give slot and blocks back; those by which others may find its tokens stay cached."""
         self._running.remove(sequence)
-        self.blocks.release(sequence.blocks)
+        shared = sequence.computed // self.block_size if self.prefixes.serves(sequence) else 0
+        self.blocks.release(sequence.blocks[shared:])
+        self.blocks.retire(sequence.blocks[:shared])
         sequence.blocks = []
         self._free_slot(sequence)
 

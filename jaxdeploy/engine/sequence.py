@@ -21,6 +21,8 @@ class Sequence:
 
     ``computed`` tokens have keys and values in ``blocks``. ``prefill_end`` tokens were known when the sequence last
     began to run: up to there it is prefilling, beyond it decodes. ``slot`` is its row on the device while it runs.
+    ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` are the blocks by which others find
+    its tokens, its own or such as had the same before (``PrefixCache``).
     """
 
     request: Request
@@ -29,6 +31,8 @@ class Sequence:
     prefill_end: int = 0
     slot: int | None = None
     blocks: list[Block] = field(default_factory=list)
+    cached: int = 0
+    noted: list[Block] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
