@@ -1,4 +1,4 @@
-"""Who holds which KV block. Each is free, active (held, maybe by several) or cached (let go, its content still valid)."""
+"""Who holds which KV block. Each is free, active (held, maybe by several) or cached (let go, content still valid)."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ class ScheduledBatch:
 class Scheduler:
     """Holds waiting and running sequences and their blocks.
 
-    Prompts begin behind what ``prefixes`` finds of them in the cache. ``chunk_multiple``: rows of the batch hold that many
-    tokens, so a chunk costs a multiple of it.
+    Prompts begin behind what ``prefixes`` finds of them in the cache. ``chunk_multiple``: rows of the batch hold that
+    many tokens, so a chunk costs a multiple of it.
     """
 
     def __init__(
