@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.build import longest_shared
 from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.messages import Request, SamplingParams
+from jaxdeploy.models.config import RopeConfig
 from tests import test_quantized_kv as quantized
 from tests.test_scheduler import BLOCK_SIZE, SESSION_LEN, FakeModel, make_scheduler, run
-from tests.tiny_models import outputs_of, prompt, request, tiny_engine
+from tests.tiny_models import CONFIG, outputs_of, prompt, request, tiny_engine
 from tests.tiny_models import run as run_engine
 
 TEXT = tuple(range(100, 100 + SESSION_LEN))
@@ -178,3 +183,13 @@ def test_alternatives_share_their_prompt() -> None:
         tiny_engine(sharing=False), items
     )
     assert sorted(steps[0].cached_tokens for steps in outputs.values()) == [0, 64, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("kind", "enabled", "longest"),
+    [("default", True, sys.maxsize), ("llama3", True, sys.maxsize), ("dynamic", True, 48), ("default", False, 0)],
+)
+def test_who_shares(kind: Any, enabled: bool, longest: int) -> None:
+    """Dynamic NTK turns the keys of long prompts by angles of their own."""
+    model = replace(CONFIG, rope=RopeConfig(kind=kind, original_length=48))
+    assert longest_shared(model, EngineConfig(enable_prefix_caching=enabled)) == longest

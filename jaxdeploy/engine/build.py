@@ -92,7 +92,7 @@ def _build(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, progres
         bits=policy.bits,
     )
     logger.info("%s", plan)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, _longest_shared(model, config))
+    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, longest_shared(model, config))
     if config.warmup:
         engine.warm_up(_bar if progress else _silent)
     return engine
@@ -111,7 +111,7 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
     return Limits(session_len, max_batch_size, -(-prefill // ROW_LENGTH) * ROW_LENGTH, _dtype(model, config, on_cpu))
 
 
-def _longest_shared(model: ModelConfig, config: EngineConfig) -> int:
+def longest_shared(model: ModelConfig, config: EngineConfig) -> int:
     """Prompt tokens up to which sequences may share blocks; 0: none do.
 
     Dynamic NTK turns keys by angles of the whole prompt's length, once that is more than the model was trained for.
