@@ -170,7 +170,7 @@ def assert_same_writes(shape: Shape, args: Args, pool: Pool, written: Pool) -> N
     assert (got != before)[slots].mean() > 0.5
 
 
-FAST = {"tiny": 4, "tiny 8-bit KV": 9, "tiny 4-bit KV": 1, "tiny plain": 1, "tiny plain 8-bit KV": 4}
+FAST = {"tiny": 4, "tiny 8-bit KV": 9, "tiny 4-bit KV": 1, "tiny plain": 1}
 """Shapes of the fast suite → splits of attention: together all kinds of weights and pools, and all three ways to o."""
 
 

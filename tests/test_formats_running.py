@@ -42,7 +42,7 @@ def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-@pytest.mark.parametrize(("layout", "tp"), [(AWQ, 2), (AWQ, 4), (SCATTERED, 2)])
+@pytest.mark.parametrize(("layout", "tp"), [pytest.param(AWQ, 2, marks=pytest.mark.slow), (AWQ, 4), (SCATTERED, 2)])
 def test_int4_on_several_devices(layout: Layout, tp: int, tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     stored = checkpoint(layout, SHARED)
     decoder = stored.load(tmp_path, tp=tp)
@@ -55,7 +55,7 @@ def test_int4_on_several_devices(layout: Layout, tp: int, tmp_path: Path, said: 
         assert [list(shard.data.shape) for shard in array.addressable_shards] == [share] * tp
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_int8_on_several_devices(tp: int, tmp_path: Path) -> None:
     """Where inputs are cut, each device rounds its own, in smaller steps than one device has for all of them."""
     stored = checkpoint(SMOOTH_QUANT, SHARED)

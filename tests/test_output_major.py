@@ -68,8 +68,7 @@ def test_few_tokens_come_on_the_right(tokens: int, left: bool) -> None:
     assert (("96", str(tokens)) in dots) == left
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(("architecture", "tied"), [*((name, False) for name in FAMILIES), ("LlamaForCausalLM", True)])
 def test_the_same_model(tmp_path: Path, architecture: str, tied: bool) -> None:
     hf = hf_of(architecture, tie_word_embeddings=tied)
     folder = stored(tmp_path, hf)
@@ -78,7 +77,7 @@ def test_the_same_model(tmp_path: Path, architecture: str, tied: bool) -> None:
     assert apart(logits(ours), logits(plain)) < SUMMED_APART
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_on_several_devices(tmp_path: Path, tp: int) -> None:
     hf = hf_of("LlamaForCausalLM")
     folder = stored(tmp_path, hf)

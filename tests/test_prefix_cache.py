@@ -159,7 +159,7 @@ def test_tokens_are_those_without_sharing(max_prefill: int, blocks: int) -> None
     assert (engine.scheduler.preemptions > 0) == (blocks == 14)
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_on_several_devices(tp: int) -> None:
     engine, items = tiny_engine(tp=tp), alike(max_new_tokens=6)
     truth = run_engine(tiny_engine(tp=tp, sharing=False), items)

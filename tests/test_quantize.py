@@ -276,7 +276,7 @@ class KilledError(BaseException):
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
-@pytest.mark.parametrize("writes", [1, 2, 4, 5, 7])
+@pytest.mark.parametrize("writes", [2, 5, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4, 7))])
 def test_killed_and_resumed(
     model: Path,
     tmp_path: Path,
