@@ -9,10 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # Read by JAX when it is imported, or at the latest when it opens its first device: so before anything else here.
-DEVICES_FLAG = "--xla_force_host_platform_device_count"
+XLA_FLAGS = {
+    "--xla_force_host_platform_device_count": 8,
+    "--xla_backend_optimization_level": 0,  # the suite spends its time compiling, not computing
+}
 COMPILATION_CACHE = Path.home() / ".cache/jaxdeploy/test-xla"
-if DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}=8".strip()
+for _flag, _value in XLA_FLAGS.items():
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -36,6 +36,11 @@ def sequence(length: int, *, slot: int = 0, blocks: tuple[int, ...] = (0,), prom
     return item
 
 
+def decode(item: Sequence) -> Chunk:
+    """Its last token."""
+    return Chunk(item, len(item.token_ids) - 1, 1)
+
+
 def fields(batch: ScheduledBatch, shape: StepShape = SHAPE) -> dict[str, Any]:
     return unpack(build_inputs(shape, batch, VOCAB).packed, shape)
 
@@ -65,13 +70,13 @@ def test_one_sequence_never_decodes_beside_a_prompt() -> None:
 )
 def test_the_smallest_shape_that_fits(decodes: int, lengths: list[int], chosen: tuple[int, int]) -> None:
     chunks = tuple(Chunk(sequence(length), 0, length) for length in lengths)
-    shape = choose_shape(step_shapes(8, 128, 8), ScheduledBatch(tuple(sequence(2) for _ in range(decodes)), chunks))
+    shape = choose_shape(step_shapes(8, 128, 8), ScheduledBatch((decode(sequence(2)),) * decodes, chunks))
     assert (shape.decodes, shape.prefill_tokens) == chosen
 
 
 def test_a_batch_beyond_every_shape_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="largest shape"):
-        choose_shape([SHAPE], ScheduledBatch(tuple(sequence(2) for _ in range(5))))
+        choose_shape([SHAPE], ScheduledBatch((decode(sequence(2)),) * 5))
 
 
 def test_the_packed_array_holds_every_field_once() -> None:
@@ -82,7 +87,8 @@ def test_the_packed_array_holds_every_field_once() -> None:
 
 
 def test_decoding_sequences() -> None:
-    got = fields(ScheduledBatch((sequence(20, slot=3, blocks=(7, 2), prompt=5), sequence(2, slot=1, blocks=(4,)))))
+    first, second = sequence(20, slot=3, blocks=(7, 2), prompt=5), sequence(2, slot=1, blocks=(4,))
+    got = fields(ScheduledBatch((decode(first), decode(second))))
     assert got["slot"].tolist() == [3, 1, 0, 0, 0, 0, 0, 0]
     assert got["length"].tolist()[:3] == [20, 2, 0]
     assert got["prompt_length"].tolist()[:3] == [5, 1, 0]
@@ -107,7 +113,7 @@ def test_chunks_are_cut_into_rows() -> None:
 
 def test_settings_travel_bit_by_bit() -> None:
     values: dict[str, Any] = dict(zip(SAMPLING_FLOATS, (0.7, 0.9, 0.05, 1.1, -0.3, 1e-30), strict=True))
-    got = fields(ScheduledBatch((sequence(2, top_k=40, seed=2**32 - 1, **values),)))
+    got = fields(ScheduledBatch((decode(sequence(2, top_k=40, seed=2**32 - 1, **values)),)))
     for name, value in values.items():
         assert got[name].view(np.float32)[0] == np.float32(value)
     assert got["top_k"][0] == 40
@@ -115,7 +121,8 @@ def test_settings_travel_bit_by_bit() -> None:
 
 
 def test_greedy_is_top_k_one() -> None:
-    got = fields(ScheduledBatch((sequence(2, temperature=0.0, top_k=40), sequence(2, temperature=1.0, top_k=1))))
+    items = sequence(2, temperature=0.0, top_k=40), sequence(2, temperature=1.0, top_k=1)
+    got = fields(ScheduledBatch(tuple(decode(item) for item in items)))
     assert got["top_k"].tolist()[:2] == [1, 1]
 
 

@@ -19,7 +19,7 @@ def forbidden(prompt: list[int], output: list[int], row: int = 0, **sampling: An
     item = Sequence(Request("a", tuple(prompt), SamplingParams(**sampling)))
     item.token_ids += output
     mask = np.full((2, WORDS), 0xFFFFFFFF, np.uint32)
-    forbid(mask, row, item)
+    forbid(mask, row, item, len(item.token_ids))
     assert (mask[1 - row] == 0xFFFFFFFF).all()
     return [token for token in range(32 * WORDS) if not int(mask[row, token // 32]) >> token % 32 & 1]
 
@@ -62,3 +62,11 @@ def test_stops_are_forbidden_before_min_new_tokens(generated: int, expected: lis
 
 def test_ids_outside_the_vocabulary_do_nothing() -> None:
     assert forbidden([1], [], bad_token_sequences=((96,), (10**6,), (-1,))) == []
+
+
+@pytest.mark.parametrize(("length", "expected"), [(3, [3]), (4, [])])
+def test_tokens_in_flight_count(length: int, expected: list[int]) -> None:
+    item = Sequence(Request("a", (1, 2), SamplingParams(stop_token_ids=frozenset({3}), min_new_tokens=2)))
+    mask = np.full((1, WORDS), 0xFFFFFFFF, np.uint32)
+    forbid(mask, 0, item, length)
+    assert [token for token in range(32) if not int(mask[0, 0]) >> token & 1] == expected

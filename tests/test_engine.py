@@ -87,9 +87,9 @@ def count_chunk_starts(engine: Any) -> dict[str, int]:
 
     def counted() -> Any:
         batch = schedule()
-        for item in batch.admitted:
-            if item.generated:
-                counts["revived" if item.computed else "recomputed"] += 1
+        for chunk in batch.chunks:
+            if chunk.sequence in batch.admitted and chunk.sequence.generated:
+                counts["revived" if chunk.start else "recomputed"] += 1
         return batch
 
     engine.scheduler.schedule = counted

@@ -116,13 +116,14 @@ LIKE = st.tuples(
     blocks=st.integers(SESSION_LEN // BLOCK_SIZE, 60),
     batch=st.integers(1, 5),
     budget=st.sampled_from([32, 64, 96]),
+    ahead=st.booleans(),
 )
 def test_shared_blocks_hold_what_everybody_expects(
-    requests: list[tuple[tuple[int, ...], int, int, int, int | None]], blocks: int, batch: int, budget: int
+    requests: list[tuple[tuple[int, ...], int, int, int, int | None]], blocks: int, batch: int, budget: int, ahead: bool
 ) -> None:
     """The model asserts it at every step, under preemption, eviction and abort."""
     scheduler = make_scheduler(blocks, batch, budget)
-    model = FakeModel(scheduler)
+    model = FakeModel(scheduler, ahead=ahead)
     items = [ask(f"{index}", text[:length], new) for index, (text, length, new, _, _) in enumerate(requests)]
     for step in range(5000):
         for item, (_, _, _, comes, patience) in zip(items, requests, strict=True):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxdeploy.engine.batch import ROW_LENGTH, choose_shape, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduler import ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch, Scheduler
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
 
@@ -45,36 +45,48 @@ def token_at(name: str, position: int) -> int:
 class FakeModel:
     """Runs what is scheduled. What a step attends to must lie where the block table says.
 
-    Keys and values of a token depend on all tokens up to it, and on nothing else.
+    Keys and values of a token depend on all tokens up to it, and on nothing else. ``ahead``: tokens of a step are known
+    only when the next one has been scheduled.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, *, ahead: bool = False) -> None:
         self.scheduler = scheduler
         self.computed = 0
+        self._ahead = ahead
+        self._flight: list[Chunk] = []
         self._contents: dict[tuple[int, int], int] = {}
+
+    @property
+    def flying(self) -> bool:
+        """Whether tokens have been sampled that the scheduler does not know."""
+        return bool(self._flight)
 
     def step(self) -> ScheduledBatch:
         batch = self.scheduler.schedule()
-        spans = [(item, len(item.token_ids) - 1, 1) for item in batch.decodes]
-        spans += [(chunk.sequence, chunk.start, chunk.length) for chunk in batch.chunks]
-        for item, start, length in spans:
-            assert item.computed == start
-            self.computed += length
-            for position in range(start, start + length):
-                self._contents[self._place(item, position)] = self._keys_and_values(item, position)
-        for item, start, length in spans:
-            for position in range(start + length):
-                assert self._contents[self._place(item, position)] == self._keys_and_values(item, position)
-        samplers = [*batch.decodes, *(chunk.sequence for chunk in batch.chunks if chunk.last)]
-        self.scheduler.commit(batch, {item: token_at(item.request_id, len(item.token_ids)) for item in samplers})
+        chunks = [*batch.decodes, *batch.chunks]
+        for chunk in chunks:
+            assert chunk.end == chunk.sequence.computed
+            self.computed += chunk.length
+            for position in range(chunk.start, chunk.end):
+                self._contents[self._place(chunk, position)] = self._keys_and_values(chunk, position)
+        for chunk in chunks:
+            for position in range(chunk.end):
+                assert self._contents[self._place(chunk, position)] == self._keys_and_values(chunk, position)
+        launched = [chunk for chunk in chunks if chunk.samples]
+        landed, self._flight = (self._flight, launched) if self._ahead else (launched, [])
+        running = [chunk for chunk in landed if chunk.sequence.finish_reason is None]
+        self.scheduler.commit({chunk.sequence: token_at(chunk.sequence.request_id, chunk.end) for chunk in running})
         self.scheduler.blocks.check()
         return batch
 
-    def _keys_and_values(self, item: Sequence, position: int) -> int:
-        return hash(tuple(item.token_ids[: position + 1]))
+    def _keys_and_values(self, chunk: Chunk, position: int) -> int:
+        """Tokens in flight are those that will come."""
+        item = chunk.sequence
+        coming = [token_at(item.request_id, place) for place in range(len(item.token_ids), position + 1)]
+        return hash((*item.token_ids[: position + 1], *coming))
 
-    def _place(self, item: Sequence, position: int) -> tuple[int, int]:
-        return item.blocks[position // BLOCK_SIZE].index, position % BLOCK_SIZE
+    def _place(self, chunk: Chunk, position: int) -> tuple[int, int]:
+        return chunk.sequence.blocks[position // BLOCK_SIZE].index, position % BLOCK_SIZE
 
 
 def run(scheduler: Scheduler, sequences: list[Sequence], model: FakeModel | None = None) -> list[ScheduledBatch]:
@@ -83,15 +95,17 @@ def run(scheduler: Scheduler, sequences: list[Sequence], model: FakeModel | None
     for item in sequences:
         scheduler.add(item)
     while scheduler.has_work:
+        flying = model.flying
         batches.append(model.step())
-        assert batches[-1], "there is work, so something must run"
+        assert batches[-1] or flying, "there is work, so something must run"
     assert scheduler.blocks.active == 0
     return batches
 
 
 def names(batch: ScheduledBatch) -> tuple[str, str, str]:
     """Decodes, chunks, admitted: one letter a sequence."""
-    groups = batch.decodes, [chunk.sequence for chunk in batch.chunks], batch.admitted
+    chunks = ([chunk.sequence for chunk in chunks] for chunks in (batch.decodes, batch.chunks))
+    groups = *chunks, batch.admitted
     return tuple("".join(item.request_id for item in group) for group in groups)  # type: ignore[return-value]
 
 
@@ -112,7 +126,7 @@ def test_nothing_to_do() -> None:
 
 def test_prompts_are_cut_into_the_budget() -> None:
     batches = run(make_scheduler(budget=32), [sequence("a", 70, new=1)])
-    cut = [(chunk.start, chunk.length, chunk.last) for batch in batches for chunk in batch.chunks]
+    cut = [(chunk.start, chunk.length, chunk.samples) for batch in batches for chunk in batch.chunks]
     assert cut == [(0, 32, False), (32, 32, False), (64, 6, True)]
 
 
@@ -147,6 +161,7 @@ def test_a_large_prompt_is_not_overtaken() -> None:
     assert scheduler.waiting == 2
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
     ("sampling", "length", "reason"),
     [
@@ -155,10 +170,45 @@ def test_a_large_prompt_is_not_overtaken() -> None:
         ({"stop_token_ids": frozenset({token_at("a", 2)})}, 13, FinishReason.LENGTH),  # the prompt's own do not count
     ],
 )
-def test_stop_tokens(sampling: dict[str, object], length: int, reason: FinishReason) -> None:
-    item = sequence("a", 3, new=10, **sampling)
-    run(make_scheduler(), [item])
+def test_stop_tokens(sampling: dict[str, object], length: int, reason: FinishReason, ahead: bool) -> None:
+    scheduler, item = make_scheduler(), sequence("a", 3, new=10, **sampling)
+    run(scheduler, [item], FakeModel(scheduler, ahead=ahead))
     assert (len(item.token_ids), item.finish_reason) == (length, reason)
+
+
+def test_nothing_runs_beyond_what_may_be_generated() -> None:
+    """An end by length is known while its last token is in flight; an end by a stop token costs a step."""
+    for stops, batches in (frozenset(), 4), (frozenset({token_at("a", 5)}), 4):
+        scheduler = make_scheduler()
+        item = sequence("a", 3, new=3, stop_token_ids=stops)
+        ran = run(scheduler, [item], FakeModel(scheduler, ahead=True))
+        assert [len(batch.decodes) for batch in ran] == [0, 1, 1, 0]
+        assert len(ran) == batches
+
+
+def test_a_sequence_preempted_in_flight_waits_for_its_token() -> None:
+    scheduler = make_scheduler(blocks=24)
+    model, item = FakeModel(scheduler, ahead=True), sequence("a", 8, new=9)
+    scheduler.add(item)
+    model.step()
+    assert item.in_flight == 1
+    scheduler._preempt(item)
+    assert not model.step(), "nothing runs before the token is known"
+    (chunk,) = model.step().chunks
+    assert (chunk.start, chunk.length) == (8, 1)
+    while scheduler.has_work:
+        model.step()
+    assert item.token_ids == [token_at("a", position) for position in range(17)]
+
+
+def test_a_sequence_may_end_while_it_waits() -> None:
+    scheduler = make_scheduler(blocks=24)
+    model, item = FakeModel(scheduler, ahead=True), sequence("a", 8, new=1)
+    scheduler.add(item)
+    model.step()
+    scheduler._preempt(item)
+    model.step()
+    assert (item.finish_reason, scheduler.has_work) == (FinishReason.LENGTH, False)
 
 
 def test_session_len_ends_a_sequence() -> None:
@@ -263,13 +313,14 @@ REQUEST = st.tuples(
     blocks=st.integers(SESSION_LEN // BLOCK_SIZE, 60),
     batch=st.integers(1, 5),
     budget=st.sampled_from([32, 64, 96]),
+    ahead=st.booleans(),
 )
 def test_every_request_finishes_in_order_and_within_bounds(
-    requests: list[tuple[int, int, int, int | None]], blocks: int, batch: int, budget: int
+    requests: list[tuple[int, int, int, int | None]], blocks: int, batch: int, budget: int, ahead: bool
 ) -> None:
     scheduler = make_scheduler(blocks, batch, budget)
     shapes = step_shapes(batch, budget, scheduler.blocks_for(SESSION_LEN))
-    model = FakeModel(scheduler)
+    model = FakeModel(scheduler, ahead=ahead)
     items = [sequence(f"{index:03}", length, new) for index, (length, new, _, _) in enumerate(requests)]
     arrival = sorted(range(len(items)), key=lambda index: requests[index][2])
     position = {items[index]: rank for rank, index in enumerate(arrival)}
@@ -289,7 +340,7 @@ def test_every_request_finishes_in_order_and_within_bounds(
         queue = [position[item] for item in (*scheduler._running, *scheduler._waiting)]
         assert queue == sorted(queue), "who came first runs first, preempted or not"
         admitted += [position[item] for item in done.admitted if position[item] not in admitted]
-        running = [position[item] for item in (*done.decodes, *(chunk.sequence for chunk in done.chunks))]
+        running = [position[chunk.sequence] for chunk in (*done.decodes, *done.chunks)]
         assert len(running) == len(set(running)) <= batch
         assert sum(-(-chunk.length // ROW_LENGTH) * ROW_LENGTH for chunk in done.chunks) <= budget
     assert admitted == sorted(admitted)

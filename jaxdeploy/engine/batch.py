@@ -15,7 +15,6 @@ import numpy as np
 
 from jaxdeploy.engine.constraints import Mask, forbid
 from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
-from jaxdeploy.engine.sequence import Sequence
 
 ROW_LENGTH = 32
 """Most tokens in a row of a prompt chunk; the smallest bucket of prefill tokens."""
@@ -70,7 +69,7 @@ class StepShape:
         per_sequence = (
             "slot",  # row of the token buffer
             "prompt_length",
-            "length",  # tokens known: where the new token goes
+            "length",  # tokens up to the end of this step's: where the new token goes
             "samples",  # 1 if its new token counts, 0 for padding and unfinished prompts
             "last_token",  # index in the step of the token whose logits are sampled from
             "top_k",
@@ -118,11 +117,11 @@ class ModelInputs:
 def build_inputs(shape: StepShape, batch: ScheduledBatch, vocab_size: int) -> ModelInputs:
     """Lay ``batch`` out in ``shape``. Padding rows have length 0 and sample nothing."""
     rows = sampled_rows(shape, batch)
-    if not any(sequence.needs_sampler for _, sequence in rows):
+    if not any(chunk.sequence.needs_sampler for _, chunk in rows):
         return ModelInputs(shape, _pack(shape, batch))
     allowed = _everything(shape, vocab_size)
-    for row, sequence in rows:
-        forbid(allowed, row, sequence)
+    for row, chunk in rows:
+        forbid(allowed, row, chunk.sequence, chunk.end)
     return ModelInputs(shape, _pack(shape, batch), allowed)
 
 
@@ -132,10 +131,10 @@ def padding_inputs(shape: StepShape, vocab_size: int, *, full_sampler: bool) -> 
     return ModelInputs(shape, packed, _everything(shape, vocab_size) if full_sampler else None)
 
 
-def sampled_rows(shape: StepShape, batch: ScheduledBatch) -> list[tuple[int, Sequence]]:
-    """Rows of the sampled tokens and their sequences, for those that get a token in this step."""
-    chunks = enumerate(batch.chunks, shape.decodes)
-    return [*enumerate(batch.decodes), *((row, chunk.sequence) for row, chunk in chunks if chunk.last)]
+def sampled_rows(shape: StepShape, batch: ScheduledBatch) -> list[tuple[int, Chunk]]:
+    """Rows of the sampled tokens and what they are sampled behind, for those that get a token in this step."""
+    chunks = [*enumerate(batch.decodes), *enumerate(batch.chunks, shape.decodes)]
+    return [(row, chunk) for row, chunk in chunks if chunk.samples]
 
 
 def _everything(shape: StepShape, vocab_size: int) -> Mask:
@@ -146,8 +145,8 @@ def _everything(shape: StepShape, vocab_size: int) -> Mask:
 def _pack(shape: StepShape, batch: ScheduledBatch) -> Array:
     packed = np.zeros(packed_size(shape), np.int32)
     fields = unpack(packed, shape)
-    for index, sequence in enumerate(batch.decodes):
-        _fill_sequence(fields, index, sequence)
+    for index, chunk in enumerate(batch.decodes):
+        _fill_sequence(fields, index, chunk)
         fields["decode_lengths"][index] = 1
         fields["last_token"][index] = index
     row = 0
@@ -171,13 +170,13 @@ def unpack(packed: Any, shape: StepShape) -> dict[str, Any]:
     return fields
 
 
-def _fill_sequence(fields: Mapping[str, Array], index: int, sequence: Sequence) -> None:
-    sampling = sequence.sampling
+def _fill_sequence(fields: Mapping[str, Array], index: int, chunk: Chunk) -> None:
+    sequence, sampling = chunk.sequence, chunk.sequence.sampling
     assert sequence.slot is not None, "a scheduled sequence has a slot"
     fields["slot"][index] = sequence.slot
     fields["prompt_length"][index] = sequence.prompt_length
-    fields["length"][index] = len(sequence.token_ids)
-    fields["samples"][index] = 1
+    fields["length"][index] = chunk.end
+    fields["samples"][index] = chunk.samples
     fields["block_tables"][index, : len(sequence.blocks)] = [block.index for block in sequence.blocks]
     fields["top_k"][index] = 1 if sampling.greedy else sampling.top_k
     fields["seed"].view(np.uint32)[index] = sampling.seed & 0xFFFFFFFF
@@ -187,8 +186,7 @@ def _fill_sequence(fields: Mapping[str, Array], index: int, sequence: Sequence) 
 
 def _fill_chunk(fields: Mapping[str, Array], shape: StepShape, index: int, row: int, chunk: Chunk) -> int:
     """Cut ``chunk`` into rows from ``row`` on; returns the next free row."""
-    _fill_sequence(fields, index, chunk.sequence)
-    fields["samples"][index] = chunk.last
+    _fill_sequence(fields, index, chunk)
     for offset in range(0, chunk.length, shape.row_length):
         fields["row_sequence"][row] = index
         fields["row_start"][row] = chunk.start + offset

@@ -12,17 +12,18 @@ from jaxdeploy.engine.sequence import Sequence
 Mask = np.ndarray[Any, np.dtype[np.uint32]]
 
 
-def forbid(mask: Mask, row: int, sequence: Sequence) -> None:
-    """Clear the bits of the tokens that ``sequence`` may not take next in ``mask[row]`` (uint32 [rows, V / 32])."""
-    for token in _forbidden(sequence):
+def forbid(mask: Mask, row: int, sequence: Sequence, length: int) -> None:
+    """Clear in ``mask[row]``, uint32 [rows, V / 32], the bits of tokens that ``sequence`` may not have at ``length``."""
+    for token in _forbidden(sequence, length):
         if 0 <= token < mask.shape[1] * 32:
             mask[row, token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
 
 
-def _forbidden(sequence: Sequence) -> Iterable[int]:
+def _forbidden(sequence: Sequence, length: int) -> Iterable[int]:
     sampling = sequence.sampling
-    if sequence.generated < sampling.min_new_tokens:
+    if length < sequence.prompt_length + sampling.min_new_tokens:
         yield from sampling.stop_token_ids
+    assert length == len(sequence.token_ids) or not sequence.reads_tokens, "the tokens before must be known"
     for words in sampling.bad_token_sequences:
         *start, last = words
         if not start or sequence.token_ids[-len(start) :] == start:

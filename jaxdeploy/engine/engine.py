@@ -1,4 +1,8 @@
-"""The synchronous engine: add requests, call ``step`` until there is no work."""
+"""The synchronous engine: add requests, call ``step`` until there is no work.
+
+While the device runs one step the host schedules, builds and launches the next: sampled tokens reach it on the device,
+and the host reads them one step late.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,14 @@ class HostSample:
     top_logprobs: Array | None
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A step that has been launched: what it samples, and for which sequence in which row."""
+
+    sampled: Sampled
+    rows: list[tuple[int, Sequence]]
+
+
 class Engine:
     """Runs sequences through scheduler and model. One thread calls it; it holds no text, only tokens."""
 
@@ -39,6 +51,7 @@ class Engine:
         self._shapes = shapes
         self._vocab_size = vocab_size
         self._sequences: dict[str, Sequence] = {}
+        self._flight: Flight | None = None
 
     @property
     def has_work(self) -> bool:
@@ -68,22 +81,43 @@ class Engine:
             self.scheduler.abort(sequence)
 
     def step(self) -> list[StepOutput]:
-        """Run one step: schedule, build, run, commit. Returns the new token of every sequence that got one."""
+        """Launch a step, then take in what the one before sampled: the new token of every sequence that got one."""
+        outputs = self._take_in() if self._must_see_tokens() else []
+        launched = self._launch()
+        outputs += self._take_in()
+        self._flight = launched
+        return outputs
+
+    def close(self) -> None:
+        """Give the device memory back."""
+        self._flight = None
+        self._runner.close()
+
+    def _must_see_tokens(self) -> bool:
+        """Whether a sequence's next token depends on one in flight in a way that only the host can tell."""
+        return self._flight is not None and any(sequence.reads_tokens for _, sequence in self._flight.rows)
+
+    def _launch(self) -> Flight | None:
+        """Schedule, build and start a step; ``None`` when nothing can run."""
         batch = self.scheduler.schedule()
         if not batch:
-            return []
+            return None
         for sequence in batch.admitted:
             assert sequence.slot is not None, "an admitted sequence has a slot"
             self._runner.write_tokens(sequence.slot, sequence.token_ids)
         shape = choose_shape(self._shapes, batch)
-        sampled = _to_host(self._runner.run(build_inputs(shape, batch, self._vocab_size)))
-        rows = sampled_rows(shape, batch)
-        self.scheduler.commit(batch, {sequence: int(sampled.tokens[row]) for row, sequence in rows})
-        return [self._output(row, sequence, sampled) for row, sequence in rows]
+        sampled = self._runner.run(build_inputs(shape, batch, self._vocab_size))
+        return Flight(sampled, [(row, chunk.sequence) for row, chunk in sampled_rows(shape, batch)])
 
-    def close(self) -> None:
-        """Give the device memory back."""
-        self._runner.close()
+    def _take_in(self) -> list[StepOutput]:
+        """Wait for the step in flight and commit what it sampled; sequences that have ended since are left out."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        sampled = _to_host(flight.sampled)
+        rows = [(row, sequence) for row, sequence in flight.rows if sequence.finish_reason is None]
+        self.scheduler.commit({sequence: int(sampled.tokens[row]) for row, sequence in rows})
+        return [self._output(row, sequence, sampled) for row, sequence in rows]
 
     def _check(self, request: Request) -> None:
         length, limit = len(request.prompt_token_ids), self.scheduler.session_len

@@ -49,11 +49,12 @@ class ModelRunner:
         self._buffer = _write_row(self._buffer, np.int32(slot), row)
 
     def run(self, inputs: ModelInputs) -> Sampled:
-        """Run one step and return what it sampled, as device arrays of ``inputs.shape.sequences`` rows."""
+        """Launch one step; what it samples are device arrays of ``inputs.shape.sequences`` rows, on their way here."""
         step = self._step(inputs.shape, full=inputs.allowed is not None)
         extra = () if inputs.allowed is None else (inputs.allowed,)
         sampled: Sampled
         sampled, self._pools, self._buffer = step(self._leaves, self._pools, self._buffer, inputs.packed, *extra)
+        jax.copy_to_host_async(sampled)
         return sampled
 
     def warm_up(self, shapes: list[StepShape], progress: Callable[[list[Any]], Any]) -> None:

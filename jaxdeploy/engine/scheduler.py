@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from jaxdeploy.engine.block_manager import BlockManager
@@ -14,23 +14,28 @@ from jaxdeploy.messages import FinishReason
 
 @dataclass(frozen=True)
 class Chunk:
-    """``length`` tokens of a sequence's prompt, from position ``start`` on."""
+    """``length`` tokens of a sequence, from position ``start`` on."""
 
     sequence: Sequence
     start: int
     length: int
 
     @property
-    def last(self) -> bool:
-        """Whether it completes the prefill, so that a token can be sampled."""
-        return self.start + self.length == self.sequence.prefill_end
+    def end(self) -> int:
+        """Where the next token goes."""
+        return self.start + self.length
+
+    @property
+    def samples(self) -> bool:
+        """Whether it completes the prefill, or lies behind it, so that a token can be sampled."""
+        return self.end >= self.sequence.prefill_end
 
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """One step: sequences that decode one token, prompt chunks, and sequences that just got their slot."""
+    """One step: chunks of one token that decode, chunks of prompts, and sequences that just got their slot."""
 
-    decodes: tuple[Sequence, ...] = ()
+    decodes: tuple[Chunk, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     admitted: tuple[Sequence, ...] = ()
 
@@ -40,6 +45,9 @@ class ScheduledBatch:
 
 class Scheduler:
     """Holds waiting and running sequences and their blocks.
+
+    It runs ahead: a step may be scheduled before the tokens of the one before are known, as long as the device runs
+    them in order. What such a step computes for a sequence that turns out to have ended is dropped.
 
     Prompts begin behind what ``prefixes`` finds of them in the cache. ``chunk_multiple``: rows of the batch hold that
     many tokens, so a chunk costs a multiple of it.
@@ -89,16 +97,14 @@ class Scheduler:
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and free its blocks."""
         sequence.finish_reason = FinishReason.ABORT
-        if sequence in self._running:
-            self._leave(sequence)
-        else:
-            self._waiting.remove(sequence)
+        self._drop(sequence)
 
     def schedule(self) -> ScheduledBatch:
-        """The next step. Blocks for all of its tokens are allocated; those that had to make room wait again."""
-        decodes = self._grow(sequence for sequence in list(self._running) if not sequence.prefilling)
-        for sequence in decodes:
-            self.prefixes.note(sequence, sequence.computed + 1)
+        """The next step, which must run. Blocks for all of its tokens are allocated; those that had to make room wait.
+
+        Tokens that it samples are in flight until ``commit``.
+        """
+        decodes = tuple(self._chunk(sequence, 1) for sequence in self._grow(self._decoding()))
         budget = self.max_prefill_tokens
         chunks = []
         for sequence in self._running:
@@ -113,31 +119,31 @@ class Scheduler:
             budget -= self._cost(chunks[-1].length)
         return ScheduledBatch(decodes, tuple(chunks), tuple(admitted))
 
-    def commit(self, batch: ScheduledBatch, tokens: dict[Sequence, int]) -> None:
-        """Take note that ``batch`` ran and produced ``tokens``; sequences that ended give back slot and blocks."""
-        for sequence in batch.decodes:
-            sequence.computed += 1
-        for chunk in batch.chunks:
-            chunk.sequence.computed += chunk.length
+    def commit(self, tokens: Mapping[Sequence, int]) -> None:
+        """Take in what the oldest step in flight has sampled; sequences that end with it give back slot and blocks."""
         for sequence, token in tokens.items():
             sequence.append(token, self.session_len)
             if sequence.finish_reason is not None:
-                self._leave(sequence)
+                self._drop(sequence)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens take up."""
         return -(-tokens // self.block_size)
 
-    def _grow(self, decodes: Iterable[Sequence]) -> tuple[Sequence, ...]:
-        """Give every decoding sequence room for its next token; the youngest are preempted if there is none."""
-        ready = []
-        for sequence in decodes:
-            if sequence.slot is not None and self._make_room(sequence):
-                ready.append(sequence)
-        return tuple(ready)
+    def _decoding(self) -> list[Sequence]:
+        """Running sequences behind their prefill, but for those that end by length with what is in flight."""
+        return [
+            sequence
+            for sequence in self._running
+            if not sequence.prefilling and sequence.length < sequence.longest(self.session_len)
+        ]
+
+    def _grow(self, decodes: Iterable[Sequence]) -> list[Sequence]:
+        """Give decoding sequences room for their next token, the oldest first; the youngest are preempted for it."""
+        return [sequence for sequence in decodes if sequence.slot is not None and self._make_room(sequence)]
 
     def _make_room(self, sequence: Sequence) -> bool:
-        missing = self.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        missing = self.blocks_for(sequence.length) - len(sequence.blocks)
         while missing > self.blocks.available:
             youngest = self._running[-1]
             self._preempt(youngest)
@@ -147,7 +153,12 @@ class Scheduler:
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of them."""
+        """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of them.
+
+        One that was preempted while a token of its was in flight waits for it.
+        """
+        if sequence.in_flight:
+            return False
         kept = self.blocks.hold(sequence.blocks)
         computed = min(sequence.computed, len(kept) * self.block_size)
         if not kept:
@@ -170,9 +181,20 @@ class Scheduler:
         return True
 
     def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        chunk = Chunk(sequence, sequence.computed, min(budget, sequence.prefill_end - sequence.computed))
-        self.prefixes.note(sequence, chunk.start + chunk.length)
+        """The next tokens of a sequence, ``budget`` at most: from now on they count as computed."""
+        chunk = Chunk(sequence, sequence.computed, min(budget, sequence.length - sequence.computed))
+        sequence.computed = chunk.end
+        sequence.in_flight += chunk.samples
+        self._note(sequence)
         return chunk
+
+    def _note(self, sequence: Sequence) -> int:
+        """Let others find what is computed of a sequence, as far as its tokens are known. Returns blocks found so."""
+        if not self.prefixes.serves(sequence):
+            return 0
+        known = min(sequence.computed, len(sequence.token_ids))
+        self.prefixes.note(sequence, known)
+        return known // self.block_size
 
     def _cost(self, tokens: int) -> int:
         return -(-tokens // self.chunk_multiple) * self.chunk_multiple
@@ -185,10 +207,13 @@ class Scheduler:
         self._free_slot(sequence)
         self._waiting.appendleft(sequence)
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Give slot and blocks back; those by which others may find its tokens stay cached."""
+    def _drop(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended; blocks by which others may find its tokens stay cached."""
+        if sequence.slot is None:  # it waits, and has given its blocks back
+            self._waiting.remove(sequence)
+            return
         self._running.remove(sequence)
-        shared = sequence.computed // self.block_size if self.prefixes.serves(sequence) else 0
+        shared = self._note(sequence)
         self.blocks.release(sequence.blocks[shared:])
         self.blocks.retire(sequence.blocks[:shared])
         sequence.blocks = []

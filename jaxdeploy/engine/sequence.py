@@ -19,7 +19,8 @@ class Block:
 class Sequence:
     """Tokens known so far, and how far they have been computed.
 
-    ``computed`` tokens have keys and values in ``blocks``. ``prefill_end`` tokens were known when the sequence last
+    ``computed`` tokens have keys and values in ``blocks``, or get them in a step that has been scheduled; ``in_flight``
+    tokens are sampled by such steps and not yet known here. ``prefill_end`` tokens were known when the sequence last
     began to run: up to there it is prefilling, beyond it decodes. ``slot`` is its row on the device while it runs.
     ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` are the blocks by which others find
     its tokens, its own or such as had the same before (``PrefixCache``).
@@ -28,6 +29,7 @@ class Sequence:
     request: Request
     token_ids: list[int] = field(init=False)
     computed: int = 0
+    in_flight: int = 0
     prefill_end: int = 0
     slot: int | None = None
     blocks: list[Block] = field(default_factory=list)
@@ -54,8 +56,13 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def length(self) -> int:
+        """Its tokens, those in flight among them."""
+        return len(self.token_ids) + self.in_flight
+
+    @property
     def generated(self) -> int:
-        """Tokens produced so far."""
+        """Tokens produced so far, and known."""
         return len(self.token_ids) - self.prompt_length
 
     @property
@@ -76,11 +83,21 @@ class Sequence:
             or self.generated < sampling.min_new_tokens
         )
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether its next token cannot be chosen before the host has seen the last."""
+        return any(len(words) > 1 for words in self.sampling.bad_token_sequences)
+
+    def longest(self, session_len: int) -> int:
+        """Tokens that it may have."""
+        return min(self.prompt_length + self.sampling.max_new_tokens, session_len)
+
     def append(self, token_id: int, session_len: int) -> None:
-        """Take a new token and note whether it ends the sequence."""
+        """Take a token that was in flight and note whether it ends the sequence."""
+        self.in_flight -= 1
         self.token_ids.append(token_id)
         sampling = self.sampling
         if self.generated >= sampling.min_new_tokens and token_id in sampling.stop_token_ids:
             self.finish_reason = FinishReason.STOP
-        elif self.generated >= sampling.max_new_tokens or len(self.token_ids) >= session_len:
+        elif len(self.token_ids) >= self.longest(session_len):
             self.finish_reason = FinishReason.LENGTH

@@ -101,7 +101,7 @@ def test_a_compile_after_warm_up_is_noticed(
 
 
 def test_the_plan_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="jaxdeploy"):
         build(tmp_path, num_blocks=5).close()
     assert "KV cache: 5 blocks of 64 tokens = 320 tokens" in caplog.text
 
@@ -117,7 +117,7 @@ def test_weights_and_pools_are_spread_over_devices(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("policy", "bits"), [("int8", 8), ("int4", 4)])
 def test_a_quantised_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: str, bits: int) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="jaxdeploy"):
         engine = build(tmp_path, quant_policy=policy, num_blocks=2)
     assert f"int{bits} KV cache: 2 blocks of 64 tokens" in caplog.text
     assert caplog.text.count("in v0.3 it meant int8, which is 8") == (bits == 4)
