@@ -160,14 +160,15 @@ def test_tokens_are_those_without_sharing(max_prefill: int, blocks: int) -> None
     assert (engine.scheduler.preemptions > 0) == (blocks == 14)
 
 
-@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [2, 4])
 def test_on_several_devices(tp: int) -> None:
     engine, items = tiny_engine(tp=tp), alike(max_new_tokens=6)
     truth = run_engine(tiny_engine(tp=tp, sharing=False), items)
     assert [run_engine(engine, items) for _ in range(2)] == [truth] * 2
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 def test_in_a_quantised_cache(bits: int) -> None:
     items = alike(max_new_tokens=6)
     truth = run_engine(quantized.engine_of(bits, sharing=False), items)

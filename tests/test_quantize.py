@@ -227,6 +227,7 @@ def test_calibrated_kv_parameters(model: Path, tmp_path: Path) -> None:
     assert read_kv_parameters(tmp_path / "four", 3, 2) is None, "there quant_policy 4 is to mean int4"
 
 
+@pytest.mark.slow
 def test_three_bits(model: Path, tmp_path: Path) -> None:
     """GPTQ's layout has 3 bits; AWQ's has not: the result is only measured."""
     run(model, tmp_path / "gptq", method="gptq", w_bits=3)
@@ -238,14 +239,17 @@ def test_three_bits(model: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("awq*"))
 
 
-def test_without_data(model: Path, tmp_path: Path) -> None:
-    for method in METHODS:
-        report = run(model, tmp_path / method, method=method, calib_samples=0)
-        assert report.quality is not None
-        assert 0 < report.quality.kl < 0.2
-        assert any("without data" in note for note in report.notes)
+@pytest.mark.parametrize(
+    "method", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "gptq")]
+)
+def test_without_data(model: Path, tmp_path: Path, method: str) -> None:
+    report = run(model, tmp_path / method, method=method, calib_samples=0)
+    assert report.quality is not None
+    assert 0 < report.quality.kl < 0.2
+    assert any("without data" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_several_devices(model: Path, tmp_path: Path, written: dict[str, tuple[Path, Report]]) -> None:
     """Shared work gives the same result, but for the order of sums."""
     one, four = written["gptq"][1], run(model, tmp_path / "out", method="gptq", tp=4)

@@ -129,7 +129,7 @@ def chosen(logits: Array, tokens: list[int]) -> Array:
     return picked
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("length", [1, 33, 100])
 def test_the_engine_is_the_decoder_with_rounded_keys_and_values(bits: int, length: int) -> None:
     tokens, logprobs = generated(engine_of(bits), request("a", prompt(length), logprobs=0))
@@ -172,7 +172,7 @@ def test_preempted_is_uninterrupted(bits: int) -> None:
     assert engine.scheduler.preemptions > 0
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_several_devices_generate_what_one_does(tp: int, bits: int) -> None:
     item = request("a", prompt(70), logprobs=0, **SAMPLED)
@@ -245,7 +245,7 @@ def test_ranges_reach_from_the_lowest_to_the_highest() -> None:
     assert (np.abs(zero + 255.5 * scale - true[..., 1:]) < scale / 8).all()
 
 
-@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_calibrated_ranges(tp: int) -> None:
     """As the decoder with keys and values rounded to those ranges; and near floats, unless the ranges are wrong."""
     _, parameters = own_ranges()

@@ -53,7 +53,7 @@ def generate(tp: int) -> tuple[dict[str, list[int]], np.ndarray[Any, Any]]:
     return tokens, np.array(values)
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_several_devices_generate_what_one_does(tp: int) -> None:
     (tokens, logprobs), (expected, truth) = generate(tp), generate(1)
     assert tokens == expected

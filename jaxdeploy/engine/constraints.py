@@ -13,7 +13,7 @@ Mask = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 def forbid(mask: Mask, row: int, sequence: Sequence, length: int) -> None:
-    """Clear in ``mask[row]``, uint32 [rows, V / 32], the bits of tokens that ``sequence`` may not have at ``length``."""
+    """Clear the bits of tokens that ``sequence`` may not have at ``length`` in ``mask[row]``, uint32 [rows, V / 32]."""
     for token in _forbidden(sequence, length):
         if 0 <= token < mask.shape[1] * 32:
             mask[row, token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from jaxdeploy.checkpoint.loader import load_params
@@ -28,7 +29,14 @@ Outputs = Mapping[str, Array]
 TOLERANCE = 1e-4
 """Largest relative error that float32 may show here (issue 2)."""
 
+STRUCTURES = ("llama", "llama_tied", "qwen2_window", "mistral_window", "internlm2_bias", "rope_dynamic_long")
+"""One case of each structure, for tests that compile a whole decoder for each: that is what takes the time."""
 NOT_OUTPUTS = ("prompt", "greedy")
+
+
+def fast_and_slow(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: ``names``, but those outside ``STRUCTURES`` are slow."""
+    return [name if name in STRUCTURES else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def read_expected(folder: Path) -> dict[str, Array]:

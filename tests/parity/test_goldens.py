@@ -8,8 +8,10 @@ import pytest
 from golden_cases import CASES, GOLDENS, NEW_TOKENS
 
 from tests.parity.measure import (
+    STRUCTURES,
     TOLERANCE,
     errors,
+    fast_and_slow,
     greedy_reply,
     load_decoder,
     read_expected,
@@ -18,8 +20,6 @@ from tests.parity.measure import (
 )
 
 NAMES = [case.name for case in CASES]
-COMPILED = ("llama", "llama_tied", "qwen2_window", "mistral_window", "internlm2_bias", "rope_dynamic_long")
-"""Cases whose whole decoder is compiled here: one of each structure. Compiling is what takes the time."""
 REPLIES = [name for name in NAMES if not name.startswith(("rope_yarn_", "rope_linear", "rope_dynamic_short"))]
 """Cases whose reply is generated here: the others differ from one of these in constants only, and are checked live."""
 
@@ -37,7 +37,7 @@ def test_submodules(name: str) -> None:
     assert not {output: error for output, error in found.items() if error > TOLERANCE}
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", STRUCTURES)
 def test_whole_decoder(name: str) -> None:
     """The compiled call of training, on two prompts at once: neither sees the other."""
     expected = read_expected(GOLDENS / name)
@@ -46,7 +46,7 @@ def test_whole_decoder(name: str) -> None:
     assert relative_error(np.asarray(logits)[1], expected["logits"]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", REPLIES)
+@pytest.mark.parametrize("name", fast_and_slow(REPLIES))
 def test_greedy_tokens(name: str) -> None:
     expected = read_expected(GOLDENS / name)
     assert greedy_reply(GOLDENS / name, expected["prompt"], NEW_TOKENS) == expected["greedy"].tolist()

@@ -13,6 +13,7 @@ from golden_cases import CASES, GOLDENS, NEW_TOKENS
 from jaxdeploy.models.decoder import decoder_from
 from tests.parity.measure import (
     TOLERANCE,
+    fast_and_slow,
     greedy_reply,
     load_model,
     read_expected,
@@ -22,7 +23,7 @@ from tests.parity.measure import (
 from tests.parity.mutations import mutants
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES])
+@pytest.mark.parametrize("name", fast_and_slow(case.name for case in CASES))
 def test_a_slip_shows_in_the_logits(name: str) -> None:
     expected = read_expected(GOLDENS / name)
     unseen = {}
