@@ -59,6 +59,12 @@ class EngineConfig:
     num_blocks: int | None = _positive(
         "KV cache blocks, in place of cache_max_entry_count", None, "give a number of blocks"
     )
+    num_cpu_blocks: int | None = _positive(
+        "blocks in host memory for what the device evicts; default: a quarter of what is free there, none on CPU",
+        None,
+        "0 computes again what was evicted",
+        least=0,
+    )
     block_size: int = setting(
         64,
         "tokens in a KV cache block",
@@ -123,13 +129,12 @@ class EngineConfig:
     eager_mode: bool | None = ignored("every step is compiled")
     enable_metrics: bool | None = ignored("metrics belong to the server")
     enable_mp_engine: bool | None = ignored(_ONE_ENGINE)
-    eviction_type: str | None = ignored("a sequence that lost its blocks is computed again")
+    eviction_type: str | None = ignored("blocks go to host memory, or are computed again, whichever is faster")
     kernel_block_size: int | None = ignored("kernels take block_size as it is")
     language_model_only: bool | None = ignored("only language models are loaded")
     max_log_len: int | None = ignored("prompts are not logged")
     max_prefill_iters: int | None = ignored("prompts are cut by max_prefill_token_num")
     mp_engine_backend: str | None = ignored(_ONE_ENGINE)
-    num_cpu_blocks: int | None = ignored("blocks are not swapped to host memory")
     num_tokens_per_iter: int | None = ignored("prompts are cut by max_prefill_token_num")
     prefill_interval: int | None = ignored("prompts and replies share every step")
     thread_safe: bool | None = ignored("calls from several threads are always safe")

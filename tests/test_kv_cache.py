@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -140,3 +141,29 @@ def test_pools_are_zero_and_cut_along_kv_heads(tp: int) -> None:
     assert not any(pool.any() for pool in pools)
     assert {shard.data.shape for pool in pools for shard in pool.addressable_shards} == {(7, 2, 4 // tp, 16, 8)}
     assert {pool.dtype for pool in pools} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("config", "kilobytes", "slots"),
+    [
+        ({}, 4 * BLOCK_BYTES * 10 // 1024, 10),
+        ({}, 10**9, 4 * 6),
+        ({"num_cpu_blocks": 7}, 10**9, 7),
+        ({"num_cpu_blocks": 0}, 10**9, 0),
+        ({"enable_prefix_caching": False}, 10**9, 0),
+    ],
+)
+def test_slots_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: dict[str, Any], kilobytes: int, slots: int
+) -> None:
+    """A quarter of what is free there, at most four times what the device has; none on a CPU unless asked for."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text(f"MemTotal:       9999999999 kB\nMemAvailable:   {kilobytes} kB\n")
+    monkeypatch.setattr(kv_cache, "MEMINFO", meminfo)
+    assert plan(num_blocks=6, session_len=90, **config).num_slots == config.get("num_cpu_blocks", 0)
+    monkeypatch.setattr(kv_cache, "_on_cpu", lambda mesh: False)
+    made = plan(num_blocks=6, session_len=90, tp=2, **config)
+    assert (made.num_slots, made.slot_bytes) == (slots, BLOCK_BYTES)
+    assert ("more on the host" in str(made)) == (slots > 0)
+    meminfo.unlink()
+    assert plan(num_blocks=6, session_len=90, **config).num_slots == config.get("num_cpu_blocks", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ def texts(result: Any) -> list[str]:
 
 
 def device_bytes() -> int:
+    gc.collect()  # what other tests have left
     return sum(array.nbytes for array in jax.live_arrays())
 
 

@@ -117,12 +117,18 @@ LIKE = st.tuples(
     batch=st.integers(1, 5),
     budget=st.sampled_from([32, 64, 96]),
     ahead=st.booleans(),
+    slots=st.sampled_from([0, 3, 40]),
 )
 def test_shared_blocks_hold_what_everybody_expects(
-    requests: list[tuple[tuple[int, ...], int, int, int, int | None]], blocks: int, batch: int, budget: int, ahead: bool
+    requests: list[tuple[tuple[int, ...], int, int, int, int | None]],
+    blocks: int,
+    batch: int,
+    budget: int,
+    ahead: bool,
+    slots: int,
 ) -> None:
-    """The model asserts it at every step, under preemption, eviction and abort."""
-    scheduler = make_scheduler(blocks, batch, budget)
+    """The model asserts it at every step, under preemption, eviction to the host and back, and abort."""
+    scheduler = make_scheduler(blocks, batch, budget, slots=slots)
     model = FakeModel(scheduler, ahead=ahead)
     items = [ask(f"{index}", text[:length], new) for index, (text, length, new, _, _) in enumerate(requests)]
     for step in range(5000):
@@ -134,7 +140,8 @@ def test_shared_blocks_hold_what_everybody_expects(
         if step > 12 and not scheduler.has_work:
             break
         model.step()
-        assert len(scheduler.prefixes._known) <= blocks, "what is forgotten by the blocks is forgotten here"
+        assert len(scheduler.prefixes._known) <= blocks + slots, "what lies nowhere is forgotten"
+        scheduler.prefixes.check()
     assert not scheduler.has_work
     assert (scheduler.blocks.active, scheduler.blocks.available) == (0, blocks)
     assert scheduler.prefixes.found == sum(item.cached for item in items)

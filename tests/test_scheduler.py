@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxdeploy.engine.batch import ROW_LENGTH, choose_shape, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
+from jaxdeploy.engine.host_tier import Transfer
 from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch, Scheduler
 from jaxdeploy.engine.sequence import Sequence
@@ -19,11 +20,13 @@ BLOCK_SIZE = 4
 SESSION_LEN = 96
 
 
-def make_scheduler(blocks: int = 64, batch: int = 4, budget: int = 64, longest_prompt: int = SESSION_LEN) -> Scheduler:
+def make_scheduler(
+    blocks: int = 64, batch: int = 4, budget: int = 64, longest_prompt: int = SESSION_LEN, slots: int = 0
+) -> Scheduler:
     manager = BlockManager(blocks)
     return Scheduler(
         manager,
-        PrefixCache(manager, BLOCK_SIZE, longest_prompt),
+        PrefixCache(manager, BLOCK_SIZE, longest_prompt, slots),
         block_size=BLOCK_SIZE,
         max_batch_size=batch,
         max_prefill_tokens=budget,
@@ -55,6 +58,7 @@ class FakeModel:
         self._ahead = ahead
         self._flight: list[Chunk] = []
         self._contents: dict[tuple[int, int], int] = {}
+        self._host: dict[tuple[int, int], int] = {}
 
     @property
     def flying(self) -> bool:
@@ -63,6 +67,8 @@ class FakeModel:
 
     def step(self) -> ScheduledBatch:
         batch = self.scheduler.schedule()
+        for copy in self.scheduler.prefixes.transfers():
+            self._copy(copy)
         chunks = [*batch.decodes, *batch.chunks]
         for chunk in chunks:
             assert chunk.end == chunk.sequence.computed
@@ -84,6 +90,15 @@ class FakeModel:
         item = chunk.sequence
         coming = [token_at(item.request_id, place) for place in range(len(item.token_ids), position + 1)]
         return hash((*item.token_ids[: position + 1], *coming))
+
+    def _copy(self, copy: Transfer) -> None:
+        """A whole block, as it is at this moment."""
+        for offset in range(BLOCK_SIZE):
+            block, slot = (copy.block, offset), (copy.slot, offset)
+            if copy.to_device:
+                self._contents[block] = self._host[slot]
+            else:
+                self._host[slot] = self._contents[block]
 
     def _place(self, chunk: Chunk, position: int) -> tuple[int, int]:
         return chunk.sequence.blocks[position // BLOCK_SIZE].index, position % BLOCK_SIZE
@@ -314,11 +329,12 @@ REQUEST = st.tuples(
     batch=st.integers(1, 5),
     budget=st.sampled_from([32, 64, 96]),
     ahead=st.booleans(),
+    slots=st.sampled_from([0, 3, 40]),
 )
 def test_every_request_finishes_in_order_and_within_bounds(
-    requests: list[tuple[int, int, int, int | None]], blocks: int, batch: int, budget: int, ahead: bool
+    requests: list[tuple[int, int, int, int | None]], blocks: int, batch: int, budget: int, ahead: bool, slots: int
 ) -> None:
-    scheduler = make_scheduler(blocks, batch, budget)
+    scheduler = make_scheduler(blocks, batch, budget, slots=slots)
     shapes = step_shapes(batch, budget, scheduler.blocks_for(SESSION_LEN))
     model = FakeModel(scheduler, ahead=ahead)
     items = [sequence(f"{index:03}", length, new) for index, (length, new, _, _) in enumerate(requests)]

@@ -102,12 +102,13 @@ def tiny_engine(
     shapes: list[StepShape] = SHAPES,
     runner: ModelRunner | None = None,
     sharing: bool = True,
+    slots: int = 0,
 ) -> Engine:
     """A new engine over the shared runner: its own scheduler, slots and blocks."""
     manager = BlockManager(blocks)
     scheduler = Scheduler(
         manager,
-        PrefixCache(manager, BLOCK_SIZE, SESSION_LEN if sharing else 0),
+        PrefixCache(manager, BLOCK_SIZE, SESSION_LEN if sharing else 0, slots),
         block_size=BLOCK_SIZE,
         max_batch_size=batch,
         max_prefill_tokens=max_prefill,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxdeploy.engine.sequence import Block
 
@@ -13,10 +13,14 @@ class OutOfBlocksError(Exception):
 
 
 class BlockManager:
-    """Hands out ``num_blocks`` blocks. Cached ones are taken when none is free, the oldest first."""
+    """Hands out ``num_blocks`` blocks. Cached ones are taken when none is free, the oldest first.
+
+    ``on_evict`` hears the index of each that is, before it is handed out.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.on_evict: Callable[[int], None] = _nobody
         self._free = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._uses = [0] * num_blocks
@@ -83,13 +87,22 @@ class BlockManager:
         assert free | cached | held == set(range(self.num_blocks)), "a block is in two states, or in none"
 
     def _take(self) -> Block:
-        index = self._free.popleft() if self._free else self._cached.popitem(last=False)[0]
+        index = self._free.popleft() if self._free else self._evict()
         self._stamps[index] += 1
         self._uses[index] = 1
         return Block(index, self._stamps[index])
+
+    def _evict(self) -> int:
+        index, _ = self._cached.popitem(last=False)
+        self.on_evict(index)
+        return index
 
     def _drop(self, block: Block) -> bool:
         """One holder less; whether that was the last."""
         assert self._stamps[block.index] == block.stamp, "a block was released by somebody who no longer holds it"
         self._uses[block.index] -= 1
         return self._uses[block.index] == 0
+
+
+def _nobody(index: int) -> None:
+    """Where nobody wants to know."""

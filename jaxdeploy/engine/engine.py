@@ -6,6 +6,7 @@ and the host reads them one step late.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.errors import ContextLengthError, RequestError
 from jaxdeploy.messages import Request, StepOutput, TokenLogprob
+
+logger = logging.getLogger("jaxdeploy")
 
 Array = np.ndarray[Any, Any]
 
@@ -61,6 +64,8 @@ class Engine:
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
         """Compile everything that can run; ``progress`` wraps the list of steps, to show a bar."""
         self._runner.warm_up(self._shapes, progress)
+        if self.scheduler.prefixes.host.num_slots:
+            self._weigh_host_memory()
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -93,6 +98,18 @@ class Engine:
         self._flight = None
         self._runner.close()
 
+    def _weigh_host_memory(self) -> None:
+        """Do without it where a block is computed again in less time than it takes to bring it back."""
+        largest = max(self._shapes, key=lambda shape: (shape.prefill_tokens, -shape.decodes))
+        again = self._runner.seconds_to_compute(largest) * self.scheduler.block_size
+        back = self._runner.seconds_to_restore()
+        logger.info(
+            "a KV block comes back from host memory in %.3f ms, and is computed in %.3f ms", 1e3 * back, 1e3 * again
+        )
+        if back > again:
+            logger.warning("num_cpu_blocks: host memory is not used, evicted blocks are computed again faster")
+            self.scheduler.prefixes.host.close()
+
     def _must_see_tokens(self) -> bool:
         """Whether a sequence's next token depends on one in flight in a way that only the host can tell."""
         return self._flight is not None and any(sequence.reads_tokens for _, sequence in self._flight.rows)
@@ -102,6 +119,7 @@ class Engine:
         batch = self.scheduler.schedule()
         if not batch:
             return None
+        self._runner.copy_blocks(self.scheduler.prefixes.transfers())
         for sequence in batch.admitted:
             assert sequence.slot is not None, "an admitted sequence has a slot"
             self._runner.write_tokens(sequence.slot, sequence.token_ids)

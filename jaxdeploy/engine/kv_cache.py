@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,12 +21,19 @@ from pallas_kernels.kv_pool import Pool, QuantizedPool
 CPU_LIMIT = 1 << 30
 """Most bytes of KV cache on a CPU unless a block count is given: free memory says little there."""
 
+MEMINFO = Path("/proc/meminfo")
+HOST_SHARE = 0.25
+"""Share of the host memory free at start that evicted blocks may take, unless a count is given."""
+MOST_ON_HOST = 4
+"""Most blocks there for each on the device: what is found in more is rarely asked for again."""
+
 
 @dataclass(frozen=True)
 class CachePlan:
     """``num_blocks`` blocks of ``block_size`` tokens, ``block_bytes`` bytes each on one device, and why so many.
 
-    ``bits`` are those of a quantised element, 8 or 4; ``None`` stores floats.
+    ``bits`` are those of a quantised element, 8 or 4; ``None`` stores floats. ``num_slots`` more are kept in host
+    memory, ``slot_bytes`` bytes each.
     """
 
     num_blocks: int
@@ -33,14 +41,17 @@ class CachePlan:
     block_bytes: int
     reason: str
     bits: int | None = None
+    num_slots: int = 0
+    slot_bytes: int = 0
 
     def __str__(self) -> str:
         size = _size(self.num_blocks * self.block_bytes)
         tokens = self.num_blocks * self.block_size
         kind = f"int{self.bits} KV cache" if self.bits else "KV cache"
+        host = f"; {self.num_slots} more on the host, {_size(self.num_slots * self.slot_bytes)}" * (self.num_slots > 0)
         return (
             f"{kind}: {self.num_blocks} blocks of {self.block_size} tokens = {tokens} tokens, "
-            f"{_size(self.block_bytes)} a block, {size} in all ({self.reason})"
+            f"{_size(self.block_bytes)} a block, {size} in all ({self.reason}){host}"
         )
 
 
@@ -62,7 +73,8 @@ def plan_cache(
     Raises:
         CacheTooSmallError: one sequence of ``session_len`` tokens does not fit; the message shows the arithmetic.
     """
-    size = block_bytes(model, config.block_size, dtype, bits) // mesh.size
+    whole = block_bytes(model, config.block_size, dtype, bits)
+    size = whole // mesh.size
     per_sequence = -(-session_len // config.block_size)
     count, reason = _count_blocks(config, mesh, size, per_sequence * max_batch_size)
     if count < per_sequence:
@@ -71,7 +83,7 @@ def plan_cache(
             f"({per_sequence} x {_size(size)} = {_size(per_sequence * size)}), but there are {count} "
             f"({reason}); lower session_len, or give the cache more room with cache_max_entry_count or num_blocks"
         )
-    return CachePlan(count, config.block_size, size, reason, bits)
+    return CachePlan(count, config.block_size, size, reason, bits, _count_slots(config, mesh, whole, count), whole)
 
 
 def allocate_pools(
@@ -125,6 +137,28 @@ def _count_blocks(config: EngineConfig, mesh: Mesh, size: int, wanted: int) -> t
     least = min(left for left in free if left is not None)
     share = config.cache_max_entry_count
     return int(least * share) // size, f"{share:g} of {_size(least)} free after weights on each device"
+
+
+def _count_slots(config: EngineConfig, mesh: Mesh, size: int, num_blocks: int) -> int:
+    """Blocks of ``size`` bytes that the host keeps beside ``num_blocks`` on the device."""
+    if config.num_cpu_blocks is not None:
+        return config.num_cpu_blocks
+    if not config.enable_prefix_caching or _on_cpu(mesh):
+        return 0
+    return min(int(_free_host_bytes() * HOST_SHARE) // size, MOST_ON_HOST * num_blocks)
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    """Where the device's memory is the host's."""
+    return bool(mesh.devices.flat[0].platform == "cpu")
+
+
+def _free_host_bytes() -> int:
+    """Host memory that is free now, in bytes; 0 where the system does not say."""
+    if not MEMINFO.is_file():
+        return 0
+    entries = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return int(entries.get("MemAvailable", "0 kB").split()[0]) << 10
 
 
 def _free_bytes(device: jax.Device) -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import timeit
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -14,6 +15,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdeploy.engine.batch import SAMPLING_FLOATS, ModelInputs, StepShape, padding_inputs, unpack
+from jaxdeploy.engine.host_blocks import GROUP, HostBlocks
+from jaxdeploy.engine.host_tier import Transfer
 from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.decoder import Decoder
@@ -35,6 +38,7 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, pools: Pools, mesh: Mesh, *, slots: int, session_len: int) -> None:
         self._forward, self._leaves = flat_step(decoder, mesh)
         self._pools = pools
+        self._host_blocks = HostBlocks(pools)
         self._pool_shardings = jax.tree.map(lambda array: array.sharding, pools)
         self._replicated = replicated(mesh)
         self._vocab_size = decoder.config.vocab_size
@@ -47,6 +51,10 @@ class ModelRunner:
         row = np.zeros((self._buffer.shape[1],), np.int32)
         row[: len(token_ids)] = token_ids
         self._buffer = _write_row(self._buffer, np.int32(slot), row)
+
+    def copy_blocks(self, transfers: Iterable[Transfer]) -> None:
+        """Launch copies of blocks between device and host, in their order."""
+        self._pools = self._host_blocks.carry_out(self._pools, transfers)
 
     def run(self, inputs: ModelInputs) -> Sampled:
         """Launch one step; what it samples are device arrays of ``inputs.shape.sequences`` rows, on their way here."""
@@ -67,6 +75,25 @@ class ModelRunner:
                 jax.block_until_ready(self.run(inputs))
         self._warm = True
 
+    def seconds_to_restore(self) -> float:
+        """How long a block takes from host memory to the device; compiles the copies and leaves nothing behind."""
+        there = [Transfer(0, slot, to_device=False) for slot in range(GROUP)]
+        back = [Transfer(0, slot, to_device=True) for slot in range(GROUP)]
+        self.copy_blocks(there)
+
+        def copy() -> None:
+            self.copy_blocks(back)
+            jax.block_until_ready(self._pools)
+
+        seconds = _seconds(copy) / GROUP
+        self._host_blocks.clear()
+        return seconds
+
+    def seconds_to_compute(self, shape: StepShape) -> float:
+        """How long one of the prompt tokens takes in a step of ``shape``, when all are computed together."""
+        inputs = padding_inputs(shape, self._vocab_size, full_sampler=False)
+        return _seconds(lambda: jax.block_until_ready(self.run(inputs))) / shape.prefill_tokens
+
     def compiled(self, inputs: ModelInputs) -> jax.stages.Compiled:
         """The program that ``run`` would use for such inputs, to look at its memory and its instructions."""
         extra = () if inputs.allowed is None else (inputs.allowed,)
@@ -81,6 +108,7 @@ class ModelRunner:
         for array in (*self._leaves, *jax.tree.leaves(self._pools), self._buffer):
             array.delete()
         self._leaves, self._pools = (), ()
+        self._host_blocks.clear()
         self._steps.clear()
 
     def _step(self, shape: StepShape, *, full: bool) -> Any:
@@ -105,6 +133,12 @@ def flat_step(decoder: Decoder, mesh: Mesh) -> tuple[Callable[..., Any], tuple[j
     graph, weights = nnx.split(decoder)
     leaves, tree = jax.tree.flatten(weights)
     return partial(_forward, graph, tree, mesh), tuple(leaves)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """The shortest of three runs, after one to warm up."""
+    work()
+    return min(timeit.repeat(work, number=1, repeat=3))
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 from jaxdeploy.engine.block_manager import BlockManager
-from jaxdeploy.engine.sequence import Block, Sequence
+from jaxdeploy.engine.host_tier import HostTier, Transfer
+from jaxdeploy.engine.sequence import Block, Node, Sequence
 
-_Key = tuple[Block | None, tuple[int, ...]]
+_Key = tuple[Node | None, tuple[int, ...]]
 """The block before, and the tokens in this one. So a key stands for all tokens from the beginning on."""
 
 
@@ -15,54 +16,92 @@ class PrefixCache:
     """Finds and notes whole blocks by their tokens; hashes narrow the search, tokens decide.
 
     A block is noted as soon as a step is scheduled that fills it: sequences later in the same step may attend to it
-    already, since a step writes all its keys and values before anything attends to them.
+    already, since a step writes all its keys and values before anything attends to them. Blocks that the device evicts
+    go to ``num_slots`` slots in host memory and come back when they are found there.
 
     ``longest_prompt``: only sequences whose prompts have at most so many tokens take part; 0 turns sharing off.
     """
 
-    def __init__(self, blocks: BlockManager, block_size: int, longest_prompt: int = sys.maxsize) -> None:
-        self.asked = self.found = 0
+    def __init__(
+        self, blocks: BlockManager, block_size: int, longest_prompt: int = sys.maxsize, num_slots: int = 0
+    ) -> None:
+        self.asked = self.found = self.restored = 0
+        self.host = HostTier(num_slots, self._forget)
         self._blocks, self._size, self._longest = blocks, block_size, longest_prompt
-        self._known: dict[_Key, Block] = {}
-        self._keys: dict[int, _Key] = {}
+        self._known: dict[_Key, Node] = {}
+        self._on_device: dict[int, Node] = {}
+        blocks.on_evict = self._evicted
 
     def serves(self, sequence: Sequence) -> bool:
         """Whether a sequence shares blocks with others."""
         return sequence.prompt_length <= self._longest
 
-    def hold(self, sequence: Sequence) -> list[Block]:
-        """Hold the blocks that have the first tokens of a sequence; one token at least is left to be computed."""
-        if not self.serves(sequence):
-            return []
-        chain: list[Block] = []
-        for index in range((len(sequence.token_ids) - 1) // self._size):
-            block = self._known.get(self._key(sequence, index, chain[-1] if chain else None))
-            if block is None:
-                break
-            chain.append(block)
-        return self._blocks.hold(chain)
+    def find(self, sequence: Sequence) -> list[Node]:
+        """What is kept of the first tokens of a sequence, wherever it lies; one token at least is left to compute."""
+        chain: list[Node] = []
+        if self.serves(sequence):
+            for index in range((len(sequence.token_ids) - 1) // self._size):
+                node = self._known.get(self._key(sequence, index, chain))
+                if node is None:
+                    break
+                chain.append(node)
+        return chain
+
+    def bring(self, nodes: list[Node], missing: int) -> list[Block]:
+        """The blocks of ``nodes``, whose blocks on the device are held, and enough new ones to make ``missing`` more.
+
+        Nodes that the device has lost take the first of those.
+        """
+        with self.host.pinned(nodes):
+            fresh = self._blocks.allocate(missing)
+        blocks = []
+        for node in nodes:
+            if node.block is None:
+                node.block = fresh.pop(0)
+                self._on_device[node.block.index] = node
+                self.host.restore(node, node.block.index)
+                self.restored += 1
+            blocks.append(node.block)
+        return blocks + fresh
 
     def note(self, sequence: Sequence, computed: int) -> None:
         """Note the blocks that are full once ``computed`` tokens of a sequence are.
 
         Where another block has the same tokens already, that one stays known.
         """
-        if not self.serves(sequence):
-            return
         for index in range(len(sequence.noted), computed // self._size):
-            key = self._key(sequence, index, sequence.noted[-1] if sequence.noted else None)
-            block = self._known.get(key)
-            if block is None or not self._blocks.is_valid(block):
-                block = sequence.blocks[index]
-                self._forget(block.index)
-                self._known[key], self._keys[block.index] = block, key
-            sequence.noted.append(block)
+            key = self._key(sequence, index, sequence.noted)
+            node = self._known.setdefault(key, Node(*key))
+            if node.block is None:
+                node.block = sequence.blocks[index]
+                self._on_device[node.block.index] = node
+            sequence.noted.append(node)
 
-    def _forget(self, index: int) -> None:
-        """What a physical block held before."""
-        key = self._keys.pop(index, None)
-        if key is not None and (known := self._known.get(key)) and known.index == index:
-            del self._known[key]
+    def transfers(self) -> list[Transfer]:
+        """Copies between device and host that must run before the next step, in this order."""
+        return self.host.transfers()
 
-    def _key(self, sequence: Sequence, index: int, before: Block | None) -> _Key:
-        return before, tuple(sequence.token_ids[index * self._size : (index + 1) * self._size])
+    def check(self) -> None:
+        """Assert that what is known lies where it is said to lie, and nothing else is kept."""
+        nodes = list(self._known.values())
+        on_device = {node.block.index: node for node in nodes if node.block is not None}
+        assert all(self._known[node.before, node.tokens] is node for node in nodes), "a key leads to another node"
+        assert all(self._blocks.is_valid(node.block) for node in on_device.values() if node.block), "a block was lost"
+        assert on_device == self._on_device, "a block is known under two names, or is forgotten"
+        self.host.check([node for node in nodes if node.slot is not None])
+
+    def _evicted(self, index: int) -> None:
+        node = self._on_device.pop(index, None)
+        if node is not None:
+            node.block = None
+            self.host.save(node, index)
+            self._forget(node)
+
+    def _forget(self, node: Node) -> None:
+        """Once it lies nowhere."""
+        if node.block is None and node.slot is None:
+            del self._known[node.before, node.tokens]
+
+    def _key(self, sequence: Sequence, index: int, before: list[Node]) -> _Key:
+        tokens = sequence.token_ids[index * self._size : (index + 1) * self._size]
+        return before[-1] if before else None, tuple(tokens)

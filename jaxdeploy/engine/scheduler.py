@@ -159,16 +159,19 @@ class Scheduler:
         """
         if sequence.in_flight:
             return False
-        kept = self.blocks.hold(sequence.blocks)
-        computed = min(sequence.computed, len(kept) * self.block_size)
-        if not kept:
-            kept = self.prefixes.hold(sequence)
-            computed = len(kept) * self.block_size
-        missing = self.blocks_for(len(sequence.token_ids)) - len(kept)
+        own, found = self.blocks.hold(sequence.blocks), self.prefixes.find(sequence)
+        computed = min(sequence.computed, len(own) * self.block_size)
+        if len(found) > len(own):
+            self.blocks.retire(own)
+            own, computed = [], len(found) * self.block_size
+        else:
+            found = []
+        held = own or self.blocks.hold([node.block for node in found if node.block is not None])
+        missing = self.blocks_for(len(sequence.token_ids)) - len(held)
         if missing > self.blocks.available:
-            self.blocks.retire(kept)
+            self.blocks.retire(held)
             return False
-        sequence.blocks = kept + self.blocks.allocate(missing)
+        sequence.blocks = own + self.prefixes.bring(found, missing)
         first_time, sequence.prefill_end = not sequence.prefill_end, len(sequence.token_ids)
         sequence.computed = min(computed, sequence.prefill_end - 1)
         sequence.noted = []

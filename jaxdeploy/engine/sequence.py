@@ -15,6 +15,19 @@ class Block:
     stamp: int
 
 
+@dataclass(eq=False, slots=True)
+class Node:
+    """A whole block of tokens behind those of ``before``, and where its keys and values are kept.
+
+    ``block`` on the device, ``slot`` in host memory, both or, in the end, neither.
+    """
+
+    before: Node | None = field(repr=False)
+    tokens: tuple[int, ...]
+    block: Block | None = None
+    slot: int | None = None
+
+
 @dataclass(eq=False)
 class Sequence:
     """Tokens known so far, and how far they have been computed.
@@ -22,8 +35,8 @@ class Sequence:
     ``computed`` tokens have keys and values in ``blocks``, or get them in a step that has been scheduled; ``in_flight``
     tokens are sampled by such steps and not yet known here. ``prefill_end`` tokens were known when the sequence last
     began to run: up to there it is prefilling, beyond it decodes. ``slot`` is its row on the device while it runs.
-    ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` are the blocks by which others find
-    its tokens, its own or such as had the same before (``PrefixCache``).
+    ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` is how others find its
+    tokens, in its own blocks or such as had the same before (``PrefixCache``).
     """
 
     request: Request
@@ -34,7 +47,7 @@ class Sequence:
     slot: int | None = None
     blocks: list[Block] = field(default_factory=list)
     cached: int = 0
-    noted: list[Block] = field(default_factory=list)
+    noted: list[Node] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
