@@ -97,6 +97,13 @@ class EngineConfig:
     max_prefill_token_num: int | None = _positive(
         "most prompt tokens in one engine step; default: 8192 on GPU, 512 on CPU", None, "give a number of tokens"
     )
+    num_tokens_per_iter: int | None = _positive(
+        "most tokens in a step that computes prompts beside replies, so that those do not stall; default: 2048 on GPU, "
+        "128 on CPU",
+        None,
+        "give a number of tokens",
+        least=0,
+    )
     rope_scaling_factor: float = setting(
         0.0,
         "stretch positions by this factor (dynamic NTK); 0: as the model's config.json says",
@@ -135,7 +142,6 @@ class EngineConfig:
     max_log_len: int | None = ignored("prompts are not logged")
     max_prefill_iters: int | None = ignored("prompts are cut by max_prefill_token_num")
     mp_engine_backend: str | None = ignored(_ONE_ENGINE)
-    num_tokens_per_iter: int | None = ignored("prompts are cut by max_prefill_token_num")
     prefill_interval: int | None = ignored("prompts and replies share every step")
     thread_safe: bool | None = ignored("calls from several threads are always safe")
     trust_remote_code: bool | None = ignored("no code from a checkpoint is ever run")

@@ -45,11 +45,18 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to generate. ``n`` alternatives are ``n`` requests that differ in their seed."""
+    """One sequence to generate. ``n`` alternatives are ``n`` requests that differ in their seed.
+
+    Of those that wait the lowest ``priority`` comes first; equal ones share fairly between ``tenant``s, whatever a
+    server takes for one. A request that is not complete ``timeout`` seconds after it came is aborted, ``None`` never.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    priority: int = 0
+    tenant: str = ""
+    timeout: float | None = None
 
 
 @dataclass(frozen=True)

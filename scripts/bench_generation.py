@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench_record import write_result
+from bench_record import spread, write_result
 from tqdm import tqdm
 
 from jaxdeploy.checkpoint.source import read_hf_config
@@ -255,9 +254,7 @@ def summarise(
 
 def rates(tokens: int, timings: Sequence[Timing], part: str) -> dict[str, Any]:
     """Tokens per second: median, extremes and samples."""
-    samples = sorted(tokens / getattr(timing, part) for timing in timings)
-    rounded = [round(sample, 2) for sample in samples]
-    return {"p50": statistics.median(rounded), "min": rounded[0], "max": rounded[-1], "samples": rounded}
+    return spread(tokens / getattr(timing, part) for timing in timings)
 
 
 def report(metrics: dict[str, Any], ratios: dict[str, float]) -> None:

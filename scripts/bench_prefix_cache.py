@@ -10,7 +10,6 @@ new in every round; medians are compared.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from bench_generation import SHAPES, write_shape
-from bench_record import write_result
+from bench_record import spread, write_result
 from tqdm import tqdm
 
 from jaxdeploy.checkpoint.source import read_hf_config
@@ -122,12 +121,6 @@ def timed(running: Engine, prompts: Sequence[Tokens], new: int) -> tuple[float, 
             first = first or time.perf_counter() - start
             texts[output.request_id] += output.token_ids
     return first, time.perf_counter() - start, list(texts.values())
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, extremes and samples."""
-    samples = [round(value, 4) for value in sorted(values)]
-    return {"p50": statistics.median(samples), "min": samples[0], "max": samples[-1], "samples": samples}
 
 
 def report(metrics: Mapping[str, Any], ratios: Mapping[str, float]) -> None:

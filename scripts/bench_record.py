@@ -9,8 +9,9 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,12 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def spread(values: Iterable[float]) -> dict[str, Any]:
+    """Median, extremes and all samples."""
+    samples = [round(value, 4) for value in sorted(values)]
+    return {"p50": statistics.median(samples), "min": samples[0], "max": samples[-1], "samples": samples}
 
 
 def _check_ratios(ratios: Mapping[str, float]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -189,6 +191,7 @@ def test_session_len_ends_a_reply() -> None:
         (request("used", [1]), "request_id=used is in use; choose another"),
         (request("new", [1, VOCAB]), "prompt_token_ids must be between 0 and 95; check the tokenizer"),
         (request("new", [-1]), "prompt_token_ids must be between 0 and 95; check the tokenizer"),
+        (replace(request("new", [1]), timeout=0.0), "timeout=0.0 must be above 0; give a number of seconds, or none"),
         (request("new", [1], logprobs=21), "logprobs=21 must be between 0 and 20; ask for fewer"),
     ],
 )
@@ -229,6 +232,28 @@ def test_abort_frees_what_a_request_holds(steps: int) -> None:
         assert step() <= {"stays"}
     assert tokens == dense_greedy(prompt(20), 16)
     engine.add(request("gone", prompt(5)))  # its name is free again
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_request_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """It ends as aborted, waiting or running, with what it has; a later one of its name has its own time."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    engine = tiny_engine()
+    engine.add(replace(request("late", prompt(20)), timeout=5))
+    engine.add(request("other", prompt(20)))
+    outputs = [output for _ in range(steps) for output in engine.step()]
+    now = 104.9
+    outputs += engine.step()
+    assert not any(output.finish_reason for output in outputs)
+    now = 105.0
+    outputs = engine.step()
+    assert [output.token_ids for output in outputs if output.request_id == "late"] == [()]
+    assert [output.finish_reason for output in outputs if output.request_id == "late"] == [FinishReason.ABORT]
+    engine.add(replace(request("late", prompt(20)), timeout=5))
+    while engine.has_work:
+        assert FinishReason.ABORT not in [output.finish_reason for output in engine.step()]
+    assert engine.scheduler.blocks.active == 0
 
 
 def test_names_are_free_again_after_the_end() -> None:

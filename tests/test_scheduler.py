@@ -12,8 +12,9 @@ from jaxdeploy.engine.batch import ROW_LENGTH, choose_shape, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.host_tier import Transfer
 from jaxdeploy.engine.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduler import MOST_PARTIAL, Chunk, ScheduledBatch, Scheduler
 from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.waiting import MOST_TENANTS
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
 
 BLOCK_SIZE = 4
@@ -21,7 +22,12 @@ SESSION_LEN = 96
 
 
 def make_scheduler(
-    blocks: int = 64, batch: int = 4, budget: int = 64, longest_prompt: int = SESSION_LEN, slots: int = 0
+    blocks: int = 64,
+    batch: int = 4,
+    budget: int = 64,
+    longest_prompt: int = SESSION_LEN,
+    slots: int = 0,
+    mixed: int | None = None,
 ) -> Scheduler:
     manager = BlockManager(blocks)
     return Scheduler(
@@ -30,6 +36,7 @@ def make_scheduler(
         block_size=BLOCK_SIZE,
         max_batch_size=batch,
         max_prefill_tokens=budget,
+        max_mixed_tokens=budget + batch if mixed is None else mixed,
         chunk_multiple=ROW_LENGTH,
         session_len=SESSION_LEN,
     )
@@ -174,6 +181,100 @@ def test_a_large_prompt_is_not_overtaken() -> None:
     assert names(model.step())[2] == "a"
     assert names(model.step())[2] == ""  # c would fit
     assert scheduler.waiting == 2
+
+
+def test_replies_do_not_wait_for_long_prompts() -> None:
+    scheduler = make_scheduler(budget=96, mixed=35)
+    model = FakeModel(scheduler)
+    scheduler.add(sequence("a", 3, new=9))
+    model.step()
+    scheduler.add(sequence("b", 90, new=1))
+    assert [chunk.length for _ in range(3) for chunk in model.step().chunks] == [32, 32, 26]
+
+
+def test_the_least_is_a_row() -> None:
+    scheduler = make_scheduler(budget=96, mixed=1)
+    model = FakeModel(scheduler)
+    scheduler.add(sequence("a", 3, new=9))
+    model.step()
+    scheduler.add(sequence("b", 40, new=1))
+    assert [chunk.length for _ in range(2) for chunk in model.step().chunks] == [32, 8]
+
+
+def test_short_prompts_pass_long_ones_which_go_on() -> None:
+    scheduler = make_scheduler(budget=64, blocks=200, batch=8)
+    model = FakeModel(scheduler)
+    for name in "ab":
+        scheduler.add(sequence(name, 200, new=1))
+    steps = []
+    for _ in range(5):
+        steps.append([(chunk.sequence.request_id, chunk.length) for chunk in model.step().chunks])
+        if len(steps) == 2:
+            scheduler.add(sequence("s", 10, new=1))
+    assert steps == [[("a", 64)], [("a", 32), ("b", 32)], [("a", 32), ("s", 10)], [("a", 64)], [("a", 8), ("b", 32)]]
+
+
+def test_few_prompts_are_half_computed() -> None:
+    scheduler = make_scheduler(budget=64, blocks=400, batch=16)
+    model = FakeModel(scheduler)
+    for index in range(12):
+        scheduler.add(sequence(f"{index}", 90, new=1))
+    while scheduler.has_work:
+        model.step()
+        assert sum(item.prefilling for item in scheduler._running) <= MOST_PARTIAL
+
+
+def asked(name: str, *, priority: int = 0, tenant: str = "", length: int = 3, new: int = 2) -> Sequence:
+    tokens = tuple(token_at(name, position) for position in range(length))
+    return Sequence(Request(name, tokens, SamplingParams(max_new_tokens=new), priority, tenant))
+
+
+def test_the_most_urgent_comes_first() -> None:
+    scheduler = make_scheduler(batch=1)
+    batches = run(
+        scheduler, [asked(name, priority=priority) for name, priority in zip("abcd", (1, 0, -1, 0), strict=True)]
+    )
+    assert "".join(names(batch)[2] for batch in batches) == "cbda"
+
+
+def test_the_least_urgent_makes_room() -> None:
+    scheduler = make_scheduler(blocks=6)
+    model = FakeModel(scheduler)
+    items = [asked(name, priority=priority, length=7, new=12) for name, priority in zip("abc", (1, 0, 0), strict=True)]
+    for item in items:
+        scheduler.add(item)
+    while not scheduler.preemptions:
+        batch = model.step()
+    assert (names(batch)[0], items[0].slot) == ("bc", None)
+    while scheduler.has_work:
+        model.step()
+
+
+def test_tenants_share() -> None:
+    """However many one has asked before: after two of A's, B has been served less."""
+    scheduler = make_scheduler(batch=1)
+    items = [asked(f"{n}", tenant="A") for n in range(5)] + [asked(name, tenant="B") for name in "xyz"]
+    batches = run(scheduler, items)
+    assert "".join(names(batch)[2] for batch in batches) == "0x1y2z34"
+
+
+def test_service_cannot_be_saved_up() -> None:
+    """B, who comes late, is not served until it has had as much as A ever had, but takes turns from now on."""
+    scheduler = make_scheduler(batch=1)
+    model = FakeModel(scheduler)
+    run(scheduler, [asked(f"{n}", tenant="A") for n in range(10)], model)
+    first = [asked(f"{n}", tenant="A") for n in range(3)]
+    batches = run(scheduler, [*first, *(asked(name, tenant="B") for name in "xyz")], model)
+    assert "".join(names(batch)[2] for batch in batches) == "0x1y2z"
+
+
+def test_accounts_are_few() -> None:
+    scheduler = make_scheduler()
+    for tenant in range(MOST_TENANTS + 50):
+        item = asked("a", tenant=f"{tenant}")
+        scheduler.add(item)
+        scheduler.abort(item)
+    assert len(scheduler._waiting._served) <= MOST_TENANTS + 1
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -335,7 +436,7 @@ def test_every_request_finishes_in_order_and_within_bounds(
     requests: list[tuple[int, int, int, int | None]], blocks: int, batch: int, budget: int, ahead: bool, slots: int
 ) -> None:
     scheduler = make_scheduler(blocks, batch, budget, slots=slots)
-    shapes = step_shapes(batch, budget, scheduler.blocks_for(SESSION_LEN))
+    shapes = step_shapes(batch, budget, scheduler.max_mixed_tokens, scheduler.blocks_for(SESSION_LEN))
     model = FakeModel(scheduler, ahead=ahead)
     items = [sequence(f"{index:03}", length, new) for index, (length, new, _, _) in enumerate(requests)]
     arrival = sorted(range(len(items)), key=lambda index: requests[index][2])

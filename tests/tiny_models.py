@@ -112,6 +112,7 @@ def tiny_engine(
         block_size=BLOCK_SIZE,
         max_batch_size=batch,
         max_prefill_tokens=max_prefill,
+        max_mixed_tokens=max_prefill + batch,
         chunk_multiple=ROW_LENGTH,
         session_len=SESSION_LEN,
     )

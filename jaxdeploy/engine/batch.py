@@ -84,13 +84,15 @@ class StepShape:
         return layout
 
 
-def step_shapes(max_batch_size: int, max_prefill_tokens: int, table_length: int) -> list[StepShape]:
-    """Every shape of a step: decodes in powers of two, prompt chunks alone or beside a full set of decodes."""
+def step_shapes(
+    max_batch_size: int, max_prefill_tokens: int, max_mixed_tokens: int, table_length: int
+) -> list[StepShape]:
+    """Every shape of a step: decodes in powers of two, prompt chunks alone or, fewer of them, beside all decodes."""
     decodes = _powers(1, max_batch_size)
     prefills = _powers(ROW_LENGTH, max_prefill_tokens)
     pairs = [(count, 0) for count in decodes] + [(0, tokens) for tokens in prefills]
     if max_batch_size > 1:
-        pairs += [(decodes[-1], tokens) for tokens in prefills]
+        pairs += [(decodes[-1], tokens) for tokens in _powers(ROW_LENGTH, min(max_prefill_tokens, max_mixed_tokens))]
     return [StepShape(count, tokens, table_length, max_batch_size) for count, tokens in pairs]
 
 

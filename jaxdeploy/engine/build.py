@@ -46,6 +46,7 @@ class Limits:
     session_len: int
     max_batch_size: int
     max_prefill_tokens: int
+    max_mixed_tokens: int
     dtype: jnp.dtype
 
 
@@ -107,8 +108,14 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
         logger.warning("session_len=%d is more than the %d tokens the model was made for", session_len, stretched)
     max_batch_size = config.max_batch_size or (8 if on_cpu else 128)
     prefill = config.max_prefill_token_num or (512 if on_cpu else 8192)
-    prefill = min(prefill, max_batch_size * session_len)
-    return Limits(session_len, max_batch_size, -(-prefill // ROW_LENGTH) * ROW_LENGTH, _dtype(model, config, on_cpu))
+    prefill = _whole_rows(min(prefill, max_batch_size * session_len))
+    mixed = _whole_rows(config.num_tokens_per_iter or (128 if on_cpu else 2048))
+    return Limits(session_len, max_batch_size, prefill, mixed, _dtype(model, config, on_cpu))
+
+
+def _whole_rows(tokens: int) -> int:
+    """``tokens``, or a few more."""
+    return -(-tokens // ROW_LENGTH) * ROW_LENGTH
 
 
 def longest_shared(model: ModelConfig, config: EngineConfig) -> int:
@@ -149,13 +156,14 @@ def _assemble(
         block_size=plan.block_size,
         max_batch_size=limits.max_batch_size,
         max_prefill_tokens=limits.max_prefill_tokens,
+        max_mixed_tokens=limits.max_mixed_tokens,
         chunk_multiple=ROW_LENGTH,
         session_len=limits.session_len,
     )
     pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
     runner = ModelRunner(decoder, pools, mesh, slots=limits.max_batch_size, session_len=limits.session_len)
     table_length = scheduler.blocks_for(limits.session_len)
-    shapes = step_shapes(limits.max_batch_size, limits.max_prefill_tokens, table_length)
+    shapes = step_shapes(limits.max_batch_size, limits.max_prefill_tokens, limits.max_mixed_tokens, table_length)
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     return Engine(scheduler, runner, shapes, decoder.config.vocab_size)
 

@@ -6,7 +6,9 @@ and the host reads them one step late.
 
 from __future__ import annotations
 
+import heapq
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +57,7 @@ class Engine:
         self._vocab_size = vocab_size
         self._sequences: dict[str, Sequence] = {}
         self._flight: Flight | None = None
+        self._deadlines: list[tuple[float, str]] = []
 
     @property
     def has_work(self) -> bool:
@@ -76,6 +79,9 @@ class Engine:
         """
         self._check(request)
         sequence = Sequence(request)
+        if request.timeout is not None:
+            sequence.deadline = time.monotonic() + request.timeout
+            heapq.heappush(self._deadlines, (sequence.deadline, request.request_id))
         self._sequences[request.request_id] = sequence
         self.scheduler.add(sequence)
 
@@ -87,7 +93,9 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Launch a step, then take in what the one before sampled: the new token of every sequence that got one."""
-        outputs = self._take_in() if self._must_see_tokens() else []
+        outputs = self._give_up()
+        if self._must_see_tokens():
+            outputs += self._take_in()
         launched = self._launch()
         outputs += self._take_in()
         self._flight = launched
@@ -109,6 +117,17 @@ class Engine:
         if back > again:
             logger.warning("num_cpu_blocks: host memory is not used, evicted blocks are computed again faster")
             self.scheduler.prefixes.host.close()
+
+    def _give_up(self) -> list[StepOutput]:
+        """Abort what is not complete in its time."""
+        outputs = []
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            deadline, name = heapq.heappop(self._deadlines)
+            sequence = self._sequences.get(name)
+            if sequence is not None and sequence.deadline == deadline:  # else it is another of that name
+                self.abort(name)
+                outputs.append(StepOutput(name, (), sequence.finish_reason, cached_tokens=sequence.cached))
+        return outputs
 
     def _must_see_tokens(self) -> bool:
         """Whether a sequence's next token depends on one in flight in a way that only the host can tell."""
@@ -150,6 +169,8 @@ class Engine:
             )
         if not all(0 <= token < self._vocab_size for token in request.prompt_token_ids):
             raise RequestError(f"prompt_token_ids must be between 0 and {self._vocab_size - 1}; check the tokenizer")
+        if request.timeout is not None and not request.timeout > 0:
+            raise RequestError(f"timeout={request.timeout} must be above 0; give a number of seconds, or none")
         wanted = request.sampling.logprobs
         if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
             raise RequestError(f"logprobs={wanted} must be between 0 and {MAX_LOGPROBS}; ask for fewer")

@@ -1,4 +1,4 @@
-"""What runs in the next step: first come, first served; decodes first, then chunks of prompts in one token budget."""
+"""What runs in the next step: decodes first, then chunks of prompts in one token budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.waiting import PROMPT_COST, REPLY_COST, WaitingQueue
 from jaxdeploy.messages import FinishReason
+
+MOST_PARTIAL = 4
+"""Prompts that may be half computed at a time: more hold blocks to little use, fewer let long ones block the way."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Scheduler:
     It runs ahead: a step may be scheduled before the tokens of the one before are known, as long as the device runs
     them in order. What such a step computes for a sequence that turns out to have ended is dropped.
 
-    Prompts begin behind what ``prefixes`` finds of them in the cache. ``chunk_multiple``: rows of the batch hold that
-    many tokens, so a chunk costs a multiple of it.
+    Prompts begin behind what ``prefixes`` finds of them in the cache. A step computes up to ``max_prefill_tokens`` of
+    prompts, and beside replies up to ``max_mixed_tokens`` in all, so that those do not stall. ``chunk_multiple``: rows
+    of the batch hold that many tokens, so a chunk costs a multiple of it.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Scheduler:
         block_size: int,
         max_batch_size: int,
         max_prefill_tokens: int,
+        max_mixed_tokens: int,
         chunk_multiple: int,
         session_len: int,
     ) -> None:
@@ -68,11 +74,12 @@ class Scheduler:
         self.prefixes = prefixes
         self.block_size = block_size
         self.max_prefill_tokens = max_prefill_tokens
+        self.max_mixed_tokens = max_mixed_tokens
         self.chunk_multiple = chunk_multiple
         self.session_len = session_len
         self.preemptions = 0
         self._slots = deque(range(max_batch_size))
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
 
     @property
@@ -91,8 +98,8 @@ class Scheduler:
         return len(self._running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind those that came before it."""
-        self._waiting.append(sequence)
+        """Queue a sequence."""
+        self._waiting.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and free its blocks."""
@@ -105,24 +112,16 @@ class Scheduler:
         Tokens that it samples are in flight until ``commit``.
         """
         decodes = tuple(self._chunk(sequence, 1) for sequence in self._grow(self._decoding()))
-        budget = self.max_prefill_tokens
-        chunks = []
-        for sequence in self._running:
-            if sequence.prefilling and budget > 0:
-                chunks.append(self._chunk(sequence, budget))
-                budget -= self._cost(chunks[-1].length)
-        admitted = []
-        while budget > 0 and self._waiting and self._slots and self._admit(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            admitted.append(sequence)
-            chunks.append(self._chunk(sequence, budget))
-            budget -= self._cost(chunks[-1].length)
-        return ScheduledBatch(decodes, tuple(chunks), tuple(admitted))
+        room = self.max_mixed_tokens - len(decodes) if decodes else self.max_prefill_tokens
+        rows = max(room // self.chunk_multiple, 1)
+        chunks, admitted = self._prefill(rows * self.chunk_multiple)
+        return ScheduledBatch(decodes, chunks, admitted)
 
     def commit(self, tokens: Mapping[Sequence, int]) -> None:
         """Take in what the oldest step in flight has sampled; sequences that end with it give back slot and blocks."""
         for sequence, token in tokens.items():
             sequence.append(token, self.session_len)
+            self._waiting.charge(sequence, REPLY_COST)
             if sequence.finish_reason is not None:
                 self._drop(sequence)
 
@@ -130,24 +129,61 @@ class Scheduler:
         """Blocks that ``tokens`` tokens take up."""
         return -(-tokens // self.block_size)
 
+    def _prefill(self, budget: int) -> tuple[tuple[Chunk, ...], tuple[Sequence, ...]]:
+        """Chunks of prompts, and the sequences among them that got their slot.
+
+        Half of the budget goes to who came first. Then come prompts that can be finished, new ones, and with what is
+        left those that came first again: so a long prompt neither starves nor stands in the way of short ones.
+        """
+        chunks: dict[Sequence, Chunk] = {}
+        left = budget
+
+        def give(sequence: Sequence, most: int) -> None:
+            nonlocal left
+            if sequence.prefilling and most > 0:
+                chunk = self._chunk(sequence, most)
+                left -= self._cost(chunk.length)
+                before = chunks.get(sequence)
+                chunks[sequence] = (
+                    chunk if before is None else Chunk(sequence, before.start, before.length + chunk.length)
+                )
+
+        running, admitted = [sequence for sequence in self._running if sequence.prefilling], []
+        half = self._cost(budget // 2)
+        for sequence in running:
+            give(sequence, half - (budget - left))
+        for sequence in sorted(running, key=_uncomputed):
+            if _uncomputed(sequence) <= left:
+                give(sequence, left)
+        while left > 0 and self._may_admit() and self._admit(self._waiting.first()):
+            admitted.append(self._running[-1])
+            give(admitted[-1], left)
+        for sequence in running:
+            give(sequence, left)
+        return tuple(chunks.values()), tuple(admitted)
+
+    def _may_admit(self) -> bool:
+        partial = sum(sequence.prefilling for sequence in self._running)
+        return bool(self._waiting and self._slots and partial < MOST_PARTIAL)
+
     def _decoding(self) -> list[Sequence]:
-        """Running sequences behind their prefill, but for those that end by length with what is in flight."""
-        return [
-            sequence
-            for sequence in self._running
-            if not sequence.prefilling and sequence.length < sequence.longest(self.session_len)
-        ]
+        """Running sequences behind their prefill, but for those that end by length with what is in flight.
+
+        Those that are to keep their blocks longest come first.
+        """
+        behind = [sequence for sequence in self._running if not sequence.prefilling]
+        return sorted((item for item in behind if item.length < item.longest(self.session_len)), key=_rank)
 
     def _grow(self, decodes: Iterable[Sequence]) -> list[Sequence]:
-        """Give decoding sequences room for their next token, the oldest first; the youngest are preempted for it."""
+        """Give decoding sequences room for their next token, in turn; the last of all are preempted for it."""
         return [sequence for sequence in decodes if sequence.slot is not None and self._make_room(sequence)]
 
     def _make_room(self, sequence: Sequence) -> bool:
         missing = self.blocks_for(sequence.length) - len(sequence.blocks)
         while missing > self.blocks.available:
-            youngest = self._running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+            last = max(self._running, key=_rank)
+            self._preempt(last)
+            if last is sequence:
                 return False
         sequence.blocks += self.blocks.allocate(missing)
         return True
@@ -179,7 +215,9 @@ class Scheduler:
             sequence.cached = sequence.computed
             self.prefixes.asked += sequence.prompt_length
             self.prefixes.found += sequence.cached
+            self._waiting.charge(sequence, PROMPT_COST * sequence.prompt_length)
         sequence.slot = self._slots.popleft()
+        self._waiting.remove(sequence)
         self._running.append(sequence)
         return True
 
@@ -203,12 +241,12 @@ class Scheduler:
         return -(-tokens // self.chunk_multiple) * self.chunk_multiple
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; its blocks stay cached until others need them, the rest is recomputed."""
+        """Back to the head of its queue; its blocks stay cached until others need them, the rest is recomputed."""
         self.preemptions += 1
         self._running.remove(sequence)
         self.blocks.retire(sequence.blocks)
         self._free_slot(sequence)
-        self._waiting.appendleft(sequence)
+        self._waiting.put_back(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended; blocks by which others may find its tokens stay cached."""
@@ -226,3 +264,13 @@ class Scheduler:
         assert sequence.slot is not None, "only running sequences have a slot to give back"
         self._slots.append(sequence.slot)
         sequence.slot = None
+
+
+def _uncomputed(sequence: Sequence) -> int:
+    """Tokens that its prefill still has to compute."""
+    return sequence.prefill_end - sequence.computed
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    """Who keeps its blocks when there are too few: the most urgent, then who came first."""
+    return sequence.request.priority, sequence.arrival

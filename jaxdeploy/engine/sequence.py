@@ -32,14 +32,17 @@ class Node:
 class Sequence:
     """Tokens known so far, and how far they have been computed.
 
-    ``computed`` tokens have keys and values in ``blocks``, or get them in a step that has been scheduled; ``in_flight``
-    tokens are sampled by such steps and not yet known here. ``prefill_end`` tokens were known when the sequence last
-    began to run: up to there it is prefilling, beyond it decodes. ``slot`` is its row on the device while it runs.
-    ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` is how others find its
-    tokens, in its own blocks or such as had the same before (``PrefixCache``).
+    ``arrival`` counts up from sequence to sequence; ``deadline`` is on the monotonic clock, in seconds. ``computed``
+    tokens have keys and values in ``blocks``, or get them in a step that has been scheduled; ``in_flight`` tokens are
+    sampled by such steps and not yet known here. ``prefill_end`` tokens were known when the sequence last began to run:
+    up to there it is prefilling, beyond it decodes. ``slot`` is its row on the device while it runs. ``cached`` tokens
+    of the prompt were in the cache when it first ran. ``noted`` is how others find its tokens, in its own blocks or in
+    such as had the same before (``PrefixCache``).
     """
 
     request: Request
+    arrival: int = 0
+    deadline: float | None = None
     token_ids: list[int] = field(init=False)
     computed: int = 0
     in_flight: int = 0

@@ -1,0 +1,84 @@
+"""Who runs next: the most urgent, then whose tenant was served least, then who came first."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from jaxdeploy.engine.sequence import Sequence
+
+PROMPT_COST, REPLY_COST = 1, 2
+"""What a token of a prompt and one of a reply count for; a reply's takes a step of its own."""
+
+MOST_TENANTS = 4096
+"""Tenants whose account is kept while nothing of theirs waits."""
+
+
+class WaitingQueue:
+    """Sequences that have no slot, in the order in which they are to get one.
+
+    Tenants of equal priority share fairly: each has an account of the tokens it was served, and the lowest is next. One
+    that comes back after a pause starts no lower than those that are waiting, so that nobody can save up service: the
+    virtual token counter of arXiv:2401.00588.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[int, str], deque[Sequence]] = {}
+        self._served: dict[str, int] = {}
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In no particular order."""
+        for queue in self._queues.values():
+            yield from queue
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind those of its tenant."""
+        tenant, waiting = sequence.request.tenant, {tenant for _, tenant in self._queues}
+        if tenant not in waiting:
+            lowest = min((self._served[other] for other in waiting), default=0)
+            self._served[tenant] = max(self._served.pop(tenant, 0), lowest)
+            self._forget_tenants(waiting)
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        self._queue_of(sequence).append(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """Queue a sequence that has run before those of its tenant."""
+        self._queue_of(sequence).appendleft(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out."""
+        key = _key(sequence)
+        self._queues[key].remove(sequence)
+        if not self._queues[key]:
+            del self._queues[key]
+
+    def first(self) -> Sequence:
+        """The next to run; there must be one."""
+        _, queue = min(
+            self._queues.items(), key=lambda item: (item[0][0], self._served[item[0][1]], item[1][0].arrival)
+        )
+        return queue[0]
+
+    def charge(self, sequence: Sequence, cost: int) -> None:
+        """Note on its tenant's account what a sequence was served."""
+        tenant = sequence.request.tenant
+        self._served[tenant] = self._served.get(tenant, 0) + cost
+
+    def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
+        self._served.setdefault(sequence.request.tenant, 0)
+        return self._queues.setdefault(_key(sequence), deque())
+
+    def _forget_tenants(self, waiting: set[str]) -> None:
+        """Keep the accounts few: those who have not asked for longest go first."""
+        if len(self._served) > MOST_TENANTS:
+            oldest = next(tenant for tenant in self._served if tenant not in waiting)
+            del self._served[oldest]
+
+
+def _key(sequence: Sequence) -> tuple[int, str]:
+    return sequence.request.priority, sequence.request.tenant
