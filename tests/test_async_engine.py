@@ -16,7 +16,7 @@ from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
 from jaxdeploy.errors import ContextLengthError, RequestError
 from jaxdeploy.messages import FinishReason
 from tests.tiny_models import SESSION_LEN, prompt, request
-from tests.tiny_text import generate, joined, tiny_generator
+from tests.tiny_text import active_blocks, generate, joined, tiny_generator
 
 LENGTHS = (1, 20, 33, 64, 90)
 ENDLESS = {"max_new_tokens": SESSION_LEN}
@@ -37,7 +37,7 @@ def engine() -> Iterator[AsyncEngine]:
     yield running
     if running.healthy:
         assert until(lambda: not running.generator.has_work)
-        assert running.generator.engine.scheduler.blocks.active == 0
+        assert active_blocks(running.generator) == 0
     running.close()
     assert not running.healthy
 
@@ -109,7 +109,7 @@ def test_leaving_early_aborts_and_frees(engine: AsyncEngine, aborted: list[str])
     asyncio.run(leave())
     assert until(lambda: aborted == ["a"])
     assert until(lambda: not engine.generator.has_work)
-    assert engine.generator.engine.scheduler.blocks.active == 0
+    assert active_blocks(engine.generator) == 0
 
 
 def test_cancelling_a_caller_aborts_its_request(engine: AsyncEngine, aborted: list[str]) -> None:

@@ -15,7 +15,7 @@ from jaxdeploy.errors import CheckpointError, ContextLengthError
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
 from tests.test_text_stream import cut
 from tests.tiny_models import SESSION_LEN, dense_greedy, prompt, request, tiny_engine
-from tests.tiny_text import LETTERS, generate, joined, text_of, tiny_generator
+from tests.tiny_text import LETTERS, active_blocks, generate, joined, text_of, tiny_generator
 
 
 def text_request(name: str, length: int, *, stop_words: tuple[str, ...] = (), **kw: Any) -> TextRequest:
@@ -42,7 +42,7 @@ def test_a_stop_word_ends_a_reply_and_frees_its_blocks() -> None:
     assert joined(outputs)[0] == cut(plain_text(20), (stop,), include_stop=False)
     assert outputs[-1].finish_reason is FinishReason.STOP
     assert len(outputs) < 16
-    assert generator.engine.scheduler.blocks.active == 0
+    assert active_blocks(generator) == 0
 
 
 def test_stop_words_at_random() -> None:
@@ -101,7 +101,7 @@ def test_abort_says_nothing_more_and_frees_blocks() -> None:
     generator.abort("never was")
     while generator.has_work:
         assert {output.request_id for output in generator.step()} == {"b"}
-    assert generator.engine.scheduler.blocks.active == 0
+    assert active_blocks(generator) == 0
     assert joined(generate(generator, [text_request("a", 20)])["a"])[0] == plain_text(20)
 
 
@@ -137,10 +137,11 @@ def test_as_a_context_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
 CONFIG = EngineConfig(max_batch_size=1, max_prefill_token_num=32, warmup=False)
 
 
-def test_golden_story(shared: Path) -> None:
+@pytest.mark.parametrize("own_process", [False, True])
+def test_golden_story(shared: Path, own_process: bool) -> None:
     """The text that the model's author published, byte for byte; his program ended it with a newline."""
     folder = shared / "assets/models/stories260K"
-    with Generator.from_pretrained(str(folder), CONFIG) as generator:
+    with Generator.from_pretrained(str(folder), CONFIG, own_process=own_process) as generator:
         bos = generator.tokenizer.bos_token_id
         assert bos is not None
         sampling = SamplingParams(max_new_tokens=256, stop_token_ids=generator.eos_token_ids)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdeploy.engine.sampler import MAX_LOGPROBS, Sampled, SamplingRows, greedy, sample
+from jaxdeploy.engine.checks import MAX_LOGPROBS
+from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
 
 Array = np.ndarray[Any, Any]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from jaxdeploy.chat_template import ChatTemplate
+from jaxdeploy.engine.checks import EngineLike
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
 from jaxdeploy.tokenizer import Tokenizer
@@ -64,11 +65,17 @@ class PairsDetokenizer:
         return held
 
 
-def tiny_generator(engine: Engine | None = None) -> Generator:
+def tiny_generator(engine: EngineLike | None = None) -> Generator:
     """A generator over a tiny engine."""
     tokenizer = cast(Tokenizer, Pairs())
     template = ChatTemplate.resolve("base", tokenizer, "LlamaForCausalLM")
     return Generator(engine or tiny_engine(), tokenizer, template, {}, frozenset())
+
+
+def active_blocks(generator: Generator) -> int:
+    """KV blocks that somebody holds."""
+    assert isinstance(generator.engine, Engine)
+    return generator.engine.scheduler.blocks.active
 
 
 def generate(generator: Generator, requests: Iterable[TextRequest]) -> dict[str, list[TextOutput]]:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from queue import Empty, SimpleQueue
 
+from jaxdeploy.config import ChatTemplateConfig, EngineConfig
 from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
 from jaxdeploy.errors import JaxdeployError
 
@@ -24,7 +25,10 @@ class EngineStoppedError(JaxdeployError):
 
 
 class AsyncEngine:
-    """Runs a ``Generator`` in a thread of its own; coroutines submit requests and iterate over their outputs."""
+    """Runs a ``Generator`` in a thread of its own; coroutines submit requests and iterate over their outputs.
+
+    ``from_pretrained`` puts the engine under it into a process, so that only text is left to the thread.
+    """
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
@@ -34,6 +38,20 @@ class AsyncEngine:
         self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="jaxdeploy-engine", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        config: EngineConfig,
+        *,
+        chat_template: ChatTemplateConfig | str | None = None,
+        progress: bool = False,
+    ) -> AsyncEngine:
+        """Load ``model`` into an engine in a process of its own. Arguments and errors are those of ``Generator``'s."""
+        return cls(
+            Generator.from_pretrained(model, config, chat_template=chat_template, progress=progress, own_process=True)
+        )
 
     @property
     def healthy(self) -> bool:

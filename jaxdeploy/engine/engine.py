@@ -17,11 +17,12 @@ import jax
 import numpy as np
 
 from jaxdeploy.engine.batch import StepShape, build_inputs, choose_shape, sampled_rows
+from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.model_runner import ModelRunner
-from jaxdeploy.engine.sampler import MAX_LOGPROBS, Sampled
+from jaxdeploy.engine.sampler import Sampled
 from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.engine.sequence import Sequence
-from jaxdeploy.errors import ContextLengthError, RequestError
+from jaxdeploy.engine.spans import Spans
 from jaxdeploy.messages import Request, StepOutput, TokenLogprob
 
 logger = logging.getLogger("jaxdeploy")
@@ -48,13 +49,17 @@ class Flight:
 
 
 class Engine:
-    """Runs sequences through scheduler and model. One thread calls it; it holds no text, only tokens."""
+    """Runs sequences through scheduler and model. One thread calls it; it holds no text, only tokens.
+
+    ``spans`` names the parts of a step: schedule, admit, build, dispatch; then, of the step before, wait and commit.
+    """
 
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, shapes: list[StepShape], vocab_size: int) -> None:
         self.scheduler = scheduler
+        self.spans = Spans()
         self._runner = runner
         self._shapes = shapes
-        self._vocab_size = vocab_size
+        self.limits = RequestLimits(scheduler.session_len, vocab_size)
         self._sequences: dict[str, Sequence] = {}
         self._flight: Flight | None = None
         self._deadlines: list[tuple[float, str]] = []
@@ -77,7 +82,8 @@ class Engine:
             ContextLengthError: the prompt leaves no room for a token in ``session_len``.
             RequestError: an empty prompt, a token outside the vocabulary, too many logprobs, or a name in use.
         """
-        self._check(request)
+        check_name(request, request.request_id in self._sequences)
+        self.limits.check(request)
         sequence = Sequence(request)
         if request.timeout is not None:
             sequence.deadline = time.monotonic() + request.timeout
@@ -135,15 +141,20 @@ class Engine:
 
     def _launch(self) -> Flight | None:
         """Schedule, build and start a step; ``None`` when nothing can run."""
-        batch = self.scheduler.schedule()
+        with self.spans("schedule"):
+            batch = self.scheduler.schedule()
         if not batch:
             return None
-        self._runner.copy_blocks(self.scheduler.prefixes.transfers())
-        for sequence in batch.admitted:
-            assert sequence.slot is not None, "an admitted sequence has a slot"
-            self._runner.write_tokens(sequence.slot, sequence.token_ids)
-        shape = choose_shape(self._shapes, batch)
-        sampled = self._runner.run(build_inputs(shape, batch, self._vocab_size))
+        with self.spans("admit"):
+            self._runner.copy_blocks(self.scheduler.prefixes.transfers())
+            for sequence in batch.admitted:
+                assert sequence.slot is not None, "an admitted sequence has a slot"
+                self._runner.write_tokens(sequence.slot, sequence.token_ids)
+        with self.spans("build"):
+            shape = choose_shape(self._shapes, batch)
+            inputs = build_inputs(shape, batch, self.limits.vocab_size)
+        with self.spans("dispatch"):
+            sampled = self._runner.run(inputs)
         return Flight(sampled, [(row, chunk.sequence) for row, chunk in sampled_rows(shape, batch)])
 
     def _take_in(self) -> list[StepOutput]:
@@ -151,29 +162,12 @@ class Engine:
         flight, self._flight = self._flight, None
         if flight is None:
             return []
-        sampled = _to_host(flight.sampled)
-        rows = [(row, sequence) for row, sequence in flight.rows if sequence.finish_reason is None]
-        self.scheduler.commit({sequence: int(sampled.tokens[row]) for row, sequence in rows})
-        return [self._output(row, sequence, sampled) for row, sequence in rows]
-
-    def _check(self, request: Request) -> None:
-        length, limit = len(request.prompt_token_ids), self.scheduler.session_len
-        if request.request_id in self._sequences:
-            raise RequestError(f"request_id={request.request_id} is in use; choose another")
-        if not length:
-            raise RequestError("prompt='' must have at least one token; give some text")
-        if length >= limit:
-            raise ContextLengthError(
-                f"prompt of {length} tokens must be shorter than session_len={limit}; "
-                "shorten it, or start with a larger session_len"
-            )
-        if not all(0 <= token < self._vocab_size for token in request.prompt_token_ids):
-            raise RequestError(f"prompt_token_ids must be between 0 and {self._vocab_size - 1}; check the tokenizer")
-        if request.timeout is not None and not request.timeout > 0:
-            raise RequestError(f"timeout={request.timeout} must be above 0; give a number of seconds, or none")
-        wanted = request.sampling.logprobs
-        if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
-            raise RequestError(f"logprobs={wanted} must be between 0 and {MAX_LOGPROBS}; ask for fewer")
+        with self.spans("wait"):
+            sampled = _to_host(flight.sampled)
+        with self.spans("commit"):
+            rows = [(row, sequence) for row, sequence in flight.rows if sequence.finish_reason is None]
+            self.scheduler.commit({sequence: int(sampled.tokens[row]) for row, sequence in rows})
+            return [self._output(row, sequence, sampled) for row, sequence in rows]
 
     def _output(self, row: int, sequence: Sequence, sampled: HostSample) -> StepOutput:
         if sequence.finish_reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,8 @@ from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
 from jaxdeploy.engine.build import build_engine
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.checks import EngineLike
+from jaxdeploy.engine.remote import RemoteEngine
 from jaxdeploy.engine.text_stream import TextStream
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.generation_config import eos_token_ids
@@ -54,7 +56,7 @@ class Generator:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineLike,
         tokenizer: Tokenizer,
         template: ChatTemplate,
         defaults: Mapping[str, Any],
@@ -65,7 +67,7 @@ class Generator:
         self.template = template
         self.generation_defaults = defaults
         self.eos_token_ids = eos
-        self.session_len = engine.scheduler.session_len
+        self.session_len = engine.limits.session_len
         self._streams: dict[str, tuple[TextRequest, TextStream]] = {}
 
     @classmethod
@@ -76,8 +78,11 @@ class Generator:
         *,
         chat_template: ChatTemplateConfig | str | None = None,
         progress: bool = False,
+        own_process: bool = False,
     ) -> Generator:
         """Load ``model``, a local folder or a hub id; ``progress`` shows bars on stderr.
+
+        ``own_process`` runs the engine in one (``RemoteEngine``).
 
         Raises ``ModelNotFoundError``, ``CheckpointError``, ``UnsupportedModelError``, ``ConfigError``.
         """
@@ -92,7 +97,8 @@ class Generator:
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate.resolve(chat_template, tokenizer, architecture)
         defaults = _generation_defaults(folder)
-        engine = build_engine(folder, hf, config, progress=progress)
+        build = partial(build_engine, folder, hf, config, progress=progress)
+        engine: EngineLike = RemoteEngine(build) if own_process else build()
         return cls(engine, tokenizer, template, defaults, eos_token_ids(tokenizer, hf, defaults))
 
     @property

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MAX_LOGPROBS = 20
-"""Most alternatives that are reported with a token."""
+from jaxdeploy.engine.checks import MAX_LOGPROBS
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,178 @@
+"""An engine in a process of its own: nothing that the caller's threads do keeps its steps waiting."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+from jaxdeploy.engine.checks import EngineLike, RequestLimits, check_name
+from jaxdeploy.errors import JaxdeployError
+from jaxdeploy.messages import Request, StepOutput
+
+PATIENCE = 0.005
+"""Seconds that ``step`` waits for outputs, so that its caller can see to new requests."""
+SWITCH_INTERVAL = 1e-4
+"""Seconds after which the thread that sends has to let the one that steps go on; Python's own 5 ms are a whole step."""
+LAST_WORDS = 10.0
+"""Seconds that the process has to end by itself."""
+
+
+class EngineDiedError(JaxdeployError):
+    """The engine's process has ended, with what it said last."""
+
+    http_status = 503
+
+
+class RemoteEngine:
+    """Stands for an engine that ``build`` makes in a process of its own. One thread calls it.
+
+    ``build`` must pickle. Only that process touches the devices: on a GPU the caller's must not use JAX.
+
+    Raises whatever ``build`` raises.
+    """
+
+    def __init__(self, build: Callable[[], EngineLike]) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._connection, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(theirs, build), name="jaxdeploy-engine", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._names: dict[str, str] = {}
+        """What a request is called there → its name here: names may be used again, numbers are not."""
+        self._numbers: dict[str, str] = {}
+        self._count = 0
+        self._limits: RequestLimits = self._receive()
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What it takes."""
+        return self._limits
+
+    @property
+    def has_work(self) -> bool:
+        """Whether outputs are to come."""
+        return bool(self._numbers)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises like ``Engine.add``."""
+        check_name(request, request.request_id in self._numbers)
+        self._limits.check(request)
+        self._count += 1
+        number = str(self._count)
+        self._numbers[request.request_id], self._names[number] = number, request.request_id
+        self._send("add", replace(request, request_id=number))
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; one that has ended, or never was, is no error."""
+        number = self._numbers.pop(request_id, None)
+        if number is not None:
+            del self._names[number]
+            self._send("abort", number)
+
+    def step(self) -> list[StepOutput]:
+        """What has come since the last call, if need be after a moment."""
+        outputs: list[StepOutput] = []
+        while self._connection.poll(0 if outputs else PATIENCE):
+            outputs += self._receive()
+        return [self._named(output) for output in outputs if output.request_id in self._names]
+
+    def close(self) -> None:
+        """End the process, and with it give the device memory back."""
+        if self._process.is_alive():
+            self._send("close", None)
+            self._process.join(LAST_WORDS)
+            self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def _named(self, output: StepOutput) -> StepOutput:
+        name = self._names[output.request_id]
+        if output.finish_reason is not None:
+            del self._names[output.request_id], self._numbers[name]
+        return replace(output, request_id=name)
+
+    def _send(self, what: str, about: Any) -> None:
+        try:
+            self._connection.send((what, about))
+        except OSError as error:
+            raise self._death() from error
+
+    def _receive(self) -> Any:
+        """The next message. Raises what the process reports, or ``EngineDiedError`` when it reports nothing more."""
+        try:
+            message = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._death() from error
+        if isinstance(message, Exception):
+            self._process.join(LAST_WORDS)
+            raise message
+        return message
+
+    def _death(self) -> EngineDiedError:
+        self._process.join(LAST_WORDS)
+        return EngineDiedError(f"the engine's process ended with exit code {self._process.exitcode}; restart it")
+
+
+def _serve(connection: Connection, build: Callable[[], EngineLike]) -> None:
+    """The life of the process: build an engine, obey, step, report."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it decides when it ends
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    with _outbox(connection) as send:
+        try:
+            engine = build()
+            send(engine.limits)
+            gc.collect()
+            gc.freeze()  # what is here now stays; looking through it again and again would hold up steps
+            while _obey(connection, engine):
+                if outputs := engine.step():
+                    send(outputs)
+            engine.close()
+        except EOFError:
+            return  # whoever started it is gone
+        except Exception as error:
+            send(_sendable(error))
+
+
+@contextmanager
+def _outbox(connection: Connection) -> Iterator[Callable[[Any], None]]:
+    """Send from a thread: were the engine to wait for its reader, and the reader for it, nothing would go on."""
+    messages: SimpleQueue[Any] = SimpleQueue()
+
+    def deliver() -> None:
+        with suppress(OSError):  # whoever started it is gone
+            while (message := messages.get()) is not None:
+                connection.send(message)
+
+    thread = threading.Thread(target=deliver, name="jaxdeploy-outbox")
+    thread.start()
+    yield messages.put
+    messages.put(None)
+    thread.join()
+
+
+def _obey(connection: Connection, engine: EngineLike) -> bool:
+    """Do what was asked for since the last step, waiting while there is nothing else to do; whether to go on."""
+    while not engine.has_work or connection.poll():
+        what, about = connection.recv()
+        if what == "close":
+            return False
+        (engine.add if what == "add" else engine.abort)(about)
+    return True
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever an exception of others does when it is pickled
+        return EngineDiedError(f"the engine failed: {type(error).__name__}: {error}")
+    return error

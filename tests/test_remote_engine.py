@@ -1,0 +1,213 @@
+"""An engine in a process of its own is the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
+from jaxdeploy.engine.checks import EngineLike, RequestLimits
+from jaxdeploy.engine.generator import TextRequest
+from jaxdeploy.engine.remote import EngineDiedError, RemoteEngine
+from jaxdeploy.errors import ConfigError, ContextLengthError, RequestError
+from jaxdeploy.messages import FinishReason, Request, StepOutput
+from tests.tiny_models import SESSION_LEN, VOCAB, outputs_of, prompt, request, tiny_engine
+from tests.tiny_text import generate, joined, tiny_generator
+
+
+@pytest.fixture(scope="module")
+def remote() -> Iterator[RemoteEngine]:
+    """One for all: the process has to import JAX and compile."""
+    engine = RemoteEngine(tiny_engine)
+    yield engine
+    engine.close()
+    assert not engine._process.is_alive()
+
+
+class Echo:
+    """An engine without a model: a request gets its prompt, a token a step; ``fails`` after as many steps."""
+
+    limits = RequestLimits(SESSION_LEN, VOCAB)
+
+    def __init__(self, fails: int = 1 << 30) -> None:
+        self._left: dict[str, list[int]] = {}
+        self._fails = fails
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._left)
+
+    def add(self, item: Request) -> None:
+        self._left[item.request_id] = list(item.prompt_token_ids)
+
+    def abort(self, request_id: str) -> None:
+        self._left.pop(request_id, None)
+
+    def step(self) -> list[StepOutput]:
+        self._fails -= 1
+        if self._fails < 0:
+            raise OddError("no luck", 3)
+        return [self._output(name) for name in list(self._left)]
+
+    def _output(self, name: str) -> StepOutput:
+        token = self._left[name].pop(0)
+        if self._left[name]:
+            return StepOutput(name, (token,))
+        del self._left[name]
+        return StepOutput(name, (token,), FinishReason.LENGTH)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class OddError(Exception):
+    """One that pickles but does not come back."""
+
+    def __init__(self, text: str, number: int) -> None:
+        super().__init__(text)
+
+
+def refuse(error: Exception) -> EngineLike:
+    raise error
+
+
+def refuse_oddly() -> EngineLike:
+    raise OddError("no luck", 3)
+
+
+def echo(fails: int = 1 << 30) -> EngineLike:
+    return Echo(fails)
+
+
+def collect(engine: RemoteEngine, requests: list[Request]) -> dict[str, list[int]]:
+    tokens: dict[str, list[int]] = {item.request_id: [] for item in requests}
+    for item in requests:
+        engine.add(item)
+    while engine.has_work:
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+    return tokens
+
+
+def test_its_outputs_are_those_of_an_engine(remote: RemoteEngine) -> None:
+    items = [request(f"{n}", prompt(n), temperature=n % 2, seed=n, logprobs=n % 3 or None) for n in (1, 20, 33, 50)]
+    expected = outputs_of(tiny_engine(), items)
+    seen: dict[str, list[StepOutput]] = {item.request_id: [] for item in items}
+    for item in items:
+        remote.add(item)
+    while remote.has_work:
+        for output in remote.step():
+            seen[output.request_id].append(output)
+    assert seen == expected
+
+
+def test_with_text_around_it(remote: RemoteEngine) -> None:
+    items = [TextRequest(request(f"{n}", prompt(n)), stop_words=("never",)) for n in (5, 20)]
+    seen, expected = generate(tiny_generator(remote), items), generate(tiny_generator(), items)
+    assert {name: joined(outputs) for name, outputs in seen.items()} == {
+        name: joined(outputs) for name, outputs in expected.items()
+    }
+
+
+def test_an_asynchronous_engine_over_it(remote: RemoteEngine) -> None:
+    expected = {f"{n}": joined(generate(tiny_generator(), [TextRequest(request("a", prompt(n)))])["a"]) for n in (5, 9)}
+
+    async def ask(engine: AsyncEngine, length: int) -> tuple[str, list[int]]:
+        return joined([output async for output in engine.generate(TextRequest(request(f"{length}", prompt(length))))])
+
+    async def both(engine: AsyncEngine) -> Any:
+        return await asyncio.wait_for(asyncio.gather(ask(engine, 5), ask(engine, 9)), 60)
+
+    generator = tiny_generator(remote)
+    generator.close = lambda: None  # type: ignore[method-assign]
+    engine = AsyncEngine(generator)
+    assert asyncio.run(both(engine)) == [expected["5"], expected["9"]]
+    engine.close()
+
+
+def test_bad_requests_raise_at_once(remote: RemoteEngine) -> None:
+    with pytest.raises(ContextLengthError, match="session_len=128"):
+        remote.add(request("a", prompt(SESSION_LEN)))
+    with pytest.raises(RequestError, match="prompt_token_ids must be between 0 and 95"):
+        remote.add(request("a", [VOCAB]))
+    remote.add(request("a", prompt(5)))
+    with pytest.raises(RequestError, match="request_id=a is in use"):
+        remote.add(request("a", prompt(5)))
+    remote.abort("a")
+    remote.abort("never was")
+    assert not remote.has_work
+
+
+def test_outputs_of_what_was_aborted_reach_nobody() -> None:
+    """Not even one who has its name now."""
+    engine = RemoteEngine(echo)
+    for round_ in range(20):
+        engine.add(Request("a", (1,) * 50))
+        engine.abort("a")
+        assert collect(engine, [Request("a", (2, 3, 4, round_))]) == {"a": [2, 3, 4, round_]}
+    engine.close()
+
+
+def test_more_than_the_pipe_holds() -> None:
+    """Both sides write before they read."""
+    engine = RemoteEngine(echo)
+    items = [Request(f"{n}", tuple((n + k) % VOCAB for k in range(60))) for n in range(1000)]
+    assert collect(engine, items) == {item.request_id: list(item.prompt_token_ids) for item in items}
+    engine.close()
+
+
+def test_what_cannot_be_built_says_why() -> None:
+    with pytest.raises(ConfigError, match="tp=3 does not fit"):
+        RemoteEngine(partial(refuse, ConfigError("tp=3 does not fit")))
+    with pytest.raises(EngineDiedError, match="OddError: no luck"):
+        RemoteEngine(refuse_oddly)
+
+
+def step_until_it_ends(engine: RemoteEngine) -> None:
+    for _ in range(10_000):
+        engine.step()
+
+
+@pytest.mark.parametrize("how", ["fails", "killed", "interrupted"])
+def test_the_end_of_the_process(how: str) -> None:
+    engine = RemoteEngine(partial(echo, 5) if how == "fails" else echo)
+    engine.add(Request("a", (1,) * 90))
+    assert engine._process.pid is not None
+    if how == "interrupted":  # a terminal sends it to both; the process leaves it to its owner
+        os.kill(engine._process.pid, signal.SIGINT)
+        assert until(engine, lambda: not engine.has_work)
+    else:
+        if how == "killed":
+            os.kill(engine._process.pid, signal.SIGKILL)
+        message = {"fails": "OddError: no luck", "killed": "ended with exit code -9; restart it"}[how]
+        with pytest.raises(EngineDiedError, match=message):
+            step_until_it_ends(engine)
+    engine.close()
+    engine.close()
+
+
+def until(engine: RemoteEngine, condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
+        engine.step()
+    return condition()
+
+
+def test_who_waits_for_a_dead_process_hears_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    engine = AsyncEngine(tiny_generator(RemoteEngine(partial(echo, 5))))
+
+    async def ask() -> None:
+        async for _ in engine.generate(TextRequest(request("a", (1,) * 90))):
+            pass
+
+    with pytest.raises(EngineStoppedError):
+        asyncio.run(asyncio.wait_for(ask(), 30))
+    assert "OddError: no luck" in caplog.text
+    engine.close()
