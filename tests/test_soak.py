@@ -1,0 +1,80 @@
+"""The scheduler for a long time: at random, and on a simulated device through hours of traffic."""
+
+from __future__ import annotations
+
+import gc
+import random
+
+import pytest
+from simulate_traffic import BLOCKS, HOUR, SLOTS, Device, new_scheduler, simulate
+
+from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.engine.sequence import Node, Sequence
+from jaxdeploy.messages import Request, SamplingParams
+from tests.test_scheduler import SESSION_LEN, FakeModel, make_scheduler
+
+TEXTS = [tuple(range(start, start + SESSION_LEN)) for start in (1000, 2000, 3000)]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("operations", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_operations_at_random(operations: int, ahead: bool) -> None:
+    """Add, fork, abort, preempt, step. The model asserts that everybody finds the keys and values that are theirs."""
+    chance = random.Random(operations)
+    scheduler = make_scheduler(blocks=48, batch=6, budget=64, slots=30, mixed=40)
+    model, alive, ended = FakeModel(scheduler, ahead=ahead), list[Sequence](), 0
+    for operation in range(operations):
+        what = chance.choices(["step", "add", "fork", "abort", "preempt"], [60, 14, 4, 3, 4])[0]
+        if what == "add" and len(alive) < 40:
+            alive.append(asked(chance, f"{operation}", chance.choice(TEXTS)[: chance.randint(1, 90)]))
+            scheduler.add(alive[-1])
+        elif what == "fork" and alive:
+            first = chance.choice(alive)
+            for number in range(3):
+                alive.append(asked(chance, f"{operation} {number}", first.request.prompt_token_ids))
+                scheduler.add(alive[-1])
+        elif what == "abort" and alive:
+            scheduler.abort(chance.choice(alive))
+        elif what == "preempt" and scheduler._running:
+            scheduler._preempt(chance.choice(scheduler._running))
+        else:
+            model.step()
+        ended += sum(item.finish_reason is not None for item in alive)
+        alive = [item for item in alive if item.finish_reason is None]
+        scheduler.blocks.check()
+        scheduler.prefixes.check()
+    while scheduler.has_work:
+        model.step()
+    assert ended > operations // 12
+    assert scheduler.preemptions > operations // 50
+    assert scheduler.prefixes.restored > operations // 50
+    assert_nothing_is_left(scheduler, 48, 30)
+
+
+def asked(chance: random.Random, name: str, tokens: tuple[int, ...]) -> Sequence:
+    sampling = SamplingParams(max_new_tokens=chance.randint(1, 20))
+    return Sequence(Request(name, tokens, sampling, chance.choice([0, 0, 0, 1]), chance.choice("ABC")))
+
+
+def assert_nothing_is_left(scheduler: Scheduler, blocks: int, slots: int) -> None:
+    scheduler.blocks.check()
+    scheduler.prefixes.check()
+    assert (scheduler.blocks.active, scheduler.blocks.available) == (0, blocks)
+    assert (scheduler.running, scheduler.waiting, len(scheduler._slots)) == (0, 0, len(set(scheduler._slots)))
+    assert len(scheduler.prefixes._known) <= blocks + slots
+    assert not scheduler._waiting._queues
+
+
+@pytest.mark.parametrize("seconds", [30, pytest.param(HOUR, marks=pytest.mark.slow)])
+def test_hours_of_traffic(seconds: float) -> None:
+    """Nobody starves, tenants that ask for more than their share get it alike, and nothing is left behind."""
+    device = Device(new_scheduler())
+    found = simulate(device, calm=seconds, busy=seconds)
+    assert found["calm_wait_s"]["max"] < 30
+    assert found["busy_waiting_at_the_end"] > 10 * seconds
+    assert found["busy_fairness_index"] > 0.99
+    assert_nothing_is_left(device.scheduler, BLOCKS, SLOTS)
+    device.flight.clear()
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, Sequence)], "somebody holds what has ended"
+    assert sum(isinstance(thing, Node) for thing in gc.get_objects()) <= 2 * (BLOCKS + SLOTS)
