@@ -104,6 +104,12 @@ class EngineConfig:
         "give a number of tokens",
         least=0,
     )
+    decode_steps: int = _positive(
+        "tokens that every reply gets in one launch while nobody waits; more than 1 helps where the host is slower "
+        "than the device",
+        1,
+        "1 is usual",
+    )
     rope_scaling_factor: float = setting(
         0.0,
         "stretch positions by this factor (dynamic NTK); 0: as the model's config.json says",

@@ -100,7 +100,7 @@ class Device:
         self.now += FIXED + PER_TOKEN * sum(chunk.length for chunk in chunks)
         self.steps += 1
         landed, self.flight = self.flight, [chunk.sequence for chunk in chunks if chunk.samples]
-        tokens = {item: 7 for item in landed if item.finish_reason is None}
+        tokens = {item: [7] for item in landed if item.finish_reason is None}
         self.scheduler.commit(tokens)
         for item in tokens:
             tenant, first = item.request.tenant, item.request_id not in self.waits

@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxdeploy.engine.engine import Engine
 from jaxdeploy.errors import ContextLengthError, RequestError
 from jaxdeploy.messages import FinishReason, Request
 from tests.tiny_models import (
+    IN_A_ROW,
     SESSION_LEN,
+    SHAPES_IN_A_ROW,
     VOCAB,
     dense_greedy,
     dense_logits,
@@ -177,6 +180,47 @@ def test_bad_words_of_several_tokens() -> None:
     assert tokens[5] == dense_logits([*prompt(20), *plain[:5]])[-1].argsort()[-2] != plain[5]
     assert single not in tokens
     assert all(tuple(tokens[i : i + 3]) != bad[0] for i in range(len(tokens)))
+
+
+def in_a_row(**options: Any) -> Engine:
+    """An engine that decodes several tokens in a launch."""
+    return tiny_engine(shapes=SHAPES_IN_A_ROW, decode_steps=IN_A_ROW, **options)
+
+
+def test_decodes_in_a_row_are_those_one_by_one() -> None:
+    """With samplers, preemption, and requests of different lengths; as many in a row as none of them minds."""
+    for blocks in (128, 20):
+        engine, items = in_a_row(blocks=blocks), mixed((40, 41, 42, 43, 30, 60), max_new_tokens=40)
+        assert run(engine, items) == run(tiny_engine(), items)
+        assert (engine.scheduler.preemptions > 0) == (blocks == 20)
+    outputs = outputs_of(in_a_row(), [request("a", prompt(20), max_new_tokens=14)])["a"]
+    assert [len(output.token_ids) for output in outputs] == [1, 3, 3, 3, 3, 1]
+
+
+def test_decodes_in_a_row_stop_where_they_should() -> None:
+    plain = dense_greedy(prompt(20), 16)
+    for place in range(3, 9):
+        stop = plain[place]
+        item = request("a", prompt(20), stop_token_ids=frozenset({stop}), logprobs=2)
+        got, expected = (outputs_of(engine, [item])["a"] for engine in (in_a_row(), tiny_engine()))
+        assert [token for output in got for token in output.token_ids] == plain[: plain.index(stop) + 1]
+        assert reasons({"a": got}) == {"a": FinishReason.STOP}
+        for ours, theirs in zip(
+            *([each for one in outputs for each in one.logprobs] for outputs in (got, expected)), strict=True
+        ):
+            assert ours.token_id == theirs.token_id
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=2e-5)
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+
+
+def test_what_the_host_must_see_is_decoded_one_by_one() -> None:
+    plain = dense_greedy(prompt(20), 16)
+    for sampling in (
+        {"bad_token_sequences": (tuple(plain[3:6]),)},
+        {"stop_token_ids": frozenset(plain), "min_new_tokens": 9},
+    ):
+        item = request("a", prompt(20), **sampling)
+        assert run(in_a_row(), [item]) == run(tiny_engine(), [item])
 
 
 def test_session_len_ends_a_reply() -> None:

@@ -14,7 +14,7 @@ from jaxdeploy.engine.generator import Generator, TextRequest
 from jaxdeploy.errors import CheckpointError, ContextLengthError
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
 from tests.test_text_stream import cut
-from tests.tiny_models import SESSION_LEN, dense_greedy, prompt, request, tiny_engine
+from tests.tiny_models import IN_A_ROW, SESSION_LEN, SHAPES_IN_A_ROW, dense_greedy, prompt, request, tiny_engine
 from tests.tiny_text import LETTERS, active_blocks, generate, joined, text_of, tiny_generator
 
 
@@ -43,6 +43,17 @@ def test_a_stop_word_ends_a_reply_and_frees_its_blocks() -> None:
     assert outputs[-1].finish_reason is FinishReason.STOP
     assert len(outputs) < 16
     assert active_blocks(generator) == 0
+
+
+@pytest.mark.parametrize("include_stop", [False, True])
+def test_a_stop_word_among_tokens_that_come_together(include_stop: bool) -> None:
+    """What comes behind it in the same output is neither text nor token."""
+    stop = plain_text(20)[7:10]
+    item = text_request("a", 20, stop_words=(stop,), include_stop=include_stop)
+    together = tiny_generator(tiny_engine(shapes=SHAPES_IN_A_ROW, decode_steps=IN_A_ROW))
+    got, expected = (joined(generate(generator, [item])["a"]) for generator in (together, tiny_generator()))
+    assert got == expected
+    assert active_blocks(together) == 0
 
 
 def test_stop_words_at_random() -> None:

@@ -19,6 +19,7 @@ from jaxdeploy.models.decoder import decoder_from
 from tests.tiny_models import (
     CONFIG,
     SHAPES,
+    SHAPES_IN_A_ROW,
     VOCAB,
     lasting_runner,
     params,
@@ -68,7 +69,7 @@ def test_pools_and_buffer_are_donated() -> None:
 
 
 @pytest.mark.parametrize("full_sampler", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, SHAPES_IN_A_ROW[-1]], ids=str)
 def test_no_step_copies_a_pool(shape: StepShape, full_sampler: bool) -> None:
     """XLA may find a copy handy, and then every step would move the whole cache; pools are updated in place."""
     compiled = lasting_runner(1).compiled(padding_inputs(shape, VOCAB, full_sampler=full_sampler))

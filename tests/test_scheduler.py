@@ -28,6 +28,7 @@ def make_scheduler(
     longest_prompt: int = SESSION_LEN,
     slots: int = 0,
     mixed: int | None = None,
+    decode_steps: int = 1,
 ) -> Scheduler:
     manager = BlockManager(blocks)
     return Scheduler(
@@ -39,6 +40,7 @@ def make_scheduler(
         max_mixed_tokens=budget + batch if mixed is None else mixed,
         chunk_multiple=ROW_LENGTH,
         session_len=SESSION_LEN,
+        decode_steps=decode_steps,
     )
 
 
@@ -50,6 +52,11 @@ def sequence(name: str, length: int, new: int = 4, **sampling: object) -> Sequen
 def token_at(name: str, position: int) -> int:
     """What the model says at a position, prompt or not."""
     return crc32(f"{name} {position}".encode()) % 1000
+
+
+def sampled(chunk: Chunk) -> list[int]:
+    """What the model says behind a chunk."""
+    return [token_at(chunk.sequence.request_id, place) for place in range(chunk.first_new, chunk.end + 1)]
 
 
 class FakeModel:
@@ -88,7 +95,7 @@ class FakeModel:
         launched = [chunk for chunk in chunks if chunk.samples]
         landed, self._flight = (self._flight, launched) if self._ahead else (launched, [])
         running = [chunk for chunk in landed if chunk.sequence.finish_reason is None]
-        self.scheduler.commit({chunk.sequence: token_at(chunk.sequence.request_id, chunk.end) for chunk in running})
+        self.scheduler.commit({chunk.sequence: sampled(chunk) for chunk in running})
         self.scheduler.blocks.check()
         return batch
 
@@ -292,6 +299,39 @@ def test_stop_tokens(sampling: dict[str, object], length: int, reason: FinishRea
     assert (len(item.token_ids), item.finish_reason) == (length, reason)
 
 
+def test_decodes_in_a_row_while_nobody_waits() -> None:
+    scheduler = make_scheduler(decode_steps=4)
+    model, item = FakeModel(scheduler), sequence("a", 5, new=12)
+    scheduler.add(item)
+    batches = [model.step() for _ in range(3)]
+    scheduler.add(sequence("b", 3, new=2))
+    batches += [model.step() for _ in range(3)]
+    assert [(batch.repeats, [chunk.length for chunk in batch.decodes]) for batch in batches] == [
+        (1, []),  # the prompt
+        (4, [4]),
+        (4, [4]),
+        (1, [1]),  # beside the other's prompt
+        (1, [1, 1]),  # the other has but one left
+        (1, [1]),  # and now it has
+    ]
+    assert item.token_ids == [token_at("a", position) for position in range(17)]
+
+
+def test_a_stop_within_decodes_in_a_row() -> None:
+    scheduler = make_scheduler(decode_steps=4)
+    item = sequence("a", 5, new=12, stop_token_ids=frozenset({token_at("a", 7)}))
+    run(scheduler, [item])
+    assert (len(item.token_ids), item.finish_reason) == (8, FinishReason.STOP)
+
+
+def test_nobody_is_preempted_for_decodes_in_a_row() -> None:
+    scheduler = make_scheduler(blocks=24, decode_steps=8)
+    items = [sequence(name, 20, new=20) for name in "ab"]
+    batches = run(scheduler, items)
+    assert scheduler.preemptions == 0
+    assert {batch.repeats for batch in batches} == {1, 8}
+
+
 def test_nothing_runs_beyond_what_may_be_generated() -> None:
     """An end by length is known while its last token is in flight; an end by a stop token costs a step."""
     for stops, batches in (frozenset(), 4), (frozenset({token_at("a", 5)}), 4):
@@ -431,12 +471,19 @@ REQUEST = st.tuples(
     budget=st.sampled_from([32, 64, 96]),
     ahead=st.booleans(),
     slots=st.sampled_from([0, 3, 40]),
+    decode_steps=st.sampled_from([1, 3]),
 )
 def test_every_request_finishes_in_order_and_within_bounds(
-    requests: list[tuple[int, int, int, int | None]], blocks: int, batch: int, budget: int, ahead: bool, slots: int
+    requests: list[tuple[int, int, int, int | None]],
+    blocks: int,
+    batch: int,
+    budget: int,
+    ahead: bool,
+    slots: int,
+    decode_steps: int,
 ) -> None:
-    scheduler = make_scheduler(blocks, batch, budget, slots=slots)
-    shapes = step_shapes(batch, budget, scheduler.max_mixed_tokens, scheduler.blocks_for(SESSION_LEN))
+    scheduler = make_scheduler(blocks, batch, budget, slots=slots, decode_steps=decode_steps)
+    shapes = step_shapes(batch, budget, scheduler.max_mixed_tokens, scheduler.blocks_for(SESSION_LEN), decode_steps)
     model = FakeModel(scheduler, ahead=ahead)
     items = [sequence(f"{index:03}", length, new) for index, (length, new, _, _) in enumerate(requests)]
     arrival = sorted(range(len(items)), key=lambda index: requests[index][2])

@@ -21,7 +21,7 @@ TEXTS = [tuple(range(start, start + SESSION_LEN)) for start in (1000, 2000, 3000
 def test_operations_at_random(operations: int, ahead: bool) -> None:
     """Add, fork, abort, preempt, step. The model asserts that everybody finds the keys and values that are theirs."""
     chance = random.Random(operations)
-    scheduler = make_scheduler(blocks=48, batch=6, budget=64, slots=30, mixed=40)
+    scheduler = make_scheduler(blocks=48, batch=6, budget=64, slots=30, mixed=40, decode_steps=2)
     model, alive, ended = FakeModel(scheduler, ahead=ahead), list[Sequence](), 0
     for operation in range(operations):
         what = chance.choices(["step", "add", "fork", "abort", "preempt"], [60, 14, 4, 3, 4])[0]

@@ -38,6 +38,9 @@ SHAPES = [
     for decodes, prefill in ((1, 0), (4, 0), (SLOTS, 0), (0, 32), (SLOTS, MAX_PREFILL))
 ]
 """Fewer than ``step_shapes`` lists, so that few programs are compiled; every batch still fits one."""
+IN_A_ROW = 3
+SHAPES_IN_A_ROW = [*SHAPES, *(StepShape(decodes, 0, TABLE_LENGTH, SLOTS, IN_A_ROW) for decodes in (1, SLOTS))]
+"""For engines that decode several tokens in a launch."""
 
 CONFIG = ModelConfig(
     vocab_size=VOCAB,
@@ -103,6 +106,7 @@ def tiny_engine(
     runner: ModelRunner | None = None,
     sharing: bool = True,
     slots: int = 0,
+    decode_steps: int = 1,
 ) -> Engine:
     """A new engine over the shared runner: its own scheduler, slots and blocks."""
     manager = BlockManager(blocks)
@@ -115,6 +119,7 @@ def tiny_engine(
         max_mixed_tokens=max_prefill + batch,
         chunk_multiple=ROW_LENGTH,
         session_len=SESSION_LEN,
+        decode_steps=decode_steps,
     )
     return Engine(scheduler, runner or lasting_runner(tp), shapes, VOCAB)
 
@@ -131,7 +136,8 @@ def request(name: str, prompt_ids: Iterable[int], **sampling: Any) -> Request:
 
 def run(engine: Engine, requests: Iterable[Request]) -> dict[str, list[int]]:
     """Generate for all ``requests`` together: name → tokens."""
-    return {name: [output.token_ids[0] for output in outputs] for name, outputs in outputs_of(engine, requests).items()}
+    collected = outputs_of(engine, requests)
+    return {name: [token for output in outputs for token in output.token_ids] for name, outputs in collected.items()}
 
 
 def run_one(engine: Engine, prompt_ids: Iterable[int], **sampling: Any) -> list[int]:

@@ -34,15 +34,19 @@ SAMPLING_FLOATS = (
 
 @dataclass(frozen=True)
 class StepShape:
-    """One static shape. ``table_length`` is M, blocks of the longest sequence; ``max_sequences`` bounds the prompts."""
+    """One static shape. ``table_length`` is M, blocks of the longest sequence; ``max_sequences`` bounds the prompts.
+
+    ``repeats`` tokens are decoded by each sequence, one after the other, in a single launch.
+    """
 
     decodes: int
     prefill_tokens: int
     table_length: int
     max_sequences: int
+    repeats: int = 1
 
     def __str__(self) -> str:
-        return f"({self.decodes}, {self.prefill_tokens})"
+        return f"({self.decodes}, {self.prefill_tokens})" + f" x {self.repeats}" * (self.repeats > 1)
 
     @property
     def row_length(self) -> int:
@@ -69,7 +73,7 @@ class StepShape:
         per_sequence = (
             "slot",  # row of the token buffer
             "prompt_length",
-            "length",  # tokens up to the end of this step's: where the new token goes
+            "length",  # tokens up to the end of this step's: where the (first) new token goes
             "samples",  # 1 if its new token counts, 0 for padding and unfinished prompts
             "last_token",  # index in the step of the token whose logits are sampled from
             "top_k",
@@ -85,15 +89,21 @@ class StepShape:
 
 
 def step_shapes(
-    max_batch_size: int, max_prefill_tokens: int, max_mixed_tokens: int, table_length: int
+    max_batch_size: int, max_prefill_tokens: int, max_mixed_tokens: int, table_length: int, decode_steps: int = 1
 ) -> list[StepShape]:
-    """Every shape of a step: decodes in powers of two, prompt chunks alone or, fewer of them, beside all decodes."""
+    """Every shape of a step: decodes in powers of two, prompt chunks alone or, fewer of them, beside all decodes.
+
+    Decodes alone also ``decode_steps`` times in one launch, where that is more than one.
+    """
     decodes = _powers(1, max_batch_size)
     prefills = _powers(ROW_LENGTH, max_prefill_tokens)
     pairs = [(count, 0) for count in decodes] + [(0, tokens) for tokens in prefills]
     if max_batch_size > 1:
         pairs += [(decodes[-1], tokens) for tokens in _powers(ROW_LENGTH, min(max_prefill_tokens, max_mixed_tokens))]
-    return [StepShape(count, tokens, table_length, max_batch_size) for count, tokens in pairs]
+    shapes = [StepShape(count, tokens, table_length, max_batch_size) for count, tokens in pairs]
+    if decode_steps > 1:
+        shapes += [StepShape(count, 0, table_length, max_batch_size, decode_steps) for count in decodes]
+    return shapes
 
 
 def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
@@ -123,7 +133,7 @@ def build_inputs(shape: StepShape, batch: ScheduledBatch, vocab_size: int) -> Mo
         return ModelInputs(shape, _pack(shape, batch))
     allowed = _everything(shape, vocab_size)
     for row, chunk in rows:
-        forbid(allowed, row, chunk.sequence, chunk.end)
+        forbid(allowed, row, chunk.sequence, chunk.first_new)
     return ModelInputs(shape, _pack(shape, batch), allowed)
 
 
@@ -177,7 +187,7 @@ def _fill_sequence(fields: Mapping[str, Array], index: int, chunk: Chunk) -> Non
     assert sequence.slot is not None, "a scheduled sequence has a slot"
     fields["slot"][index] = sequence.slot
     fields["prompt_length"][index] = sequence.prompt_length
-    fields["length"][index] = chunk.end
+    fields["length"][index] = chunk.first_new
     fields["samples"][index] = chunk.samples
     fields["block_tables"][index, : len(sequence.blocks)] = [block.index for block in sequence.blocks]
     fields["top_k"][index] = 1 if sampling.greedy else sampling.top_k
@@ -199,6 +209,8 @@ def _fill_chunk(fields: Mapping[str, Array], shape: StepShape, index: int, row: 
 
 
 def _fits(shape: StepShape, batch: ScheduledBatch) -> bool:
+    if shape.repeats != batch.repeats:
+        return False
     if len(batch.decodes) > shape.decodes or len(batch.chunks) > shape.prompts:
         return False
     return sum(-(-chunk.length // shape.row_length) for chunk in batch.chunks) <= shape.rows

@@ -47,6 +47,7 @@ class Limits:
     max_batch_size: int
     max_prefill_tokens: int
     max_mixed_tokens: int
+    decode_steps: int
     dtype: jnp.dtype
 
 
@@ -110,7 +111,8 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
     prefill = config.max_prefill_token_num or (512 if on_cpu else 8192)
     prefill = _whole_rows(min(prefill, max_batch_size * session_len))
     mixed = _whole_rows(config.num_tokens_per_iter or (128 if on_cpu else 2048))
-    return Limits(session_len, max_batch_size, prefill, mixed, _dtype(model, config, on_cpu))
+    dtype = _dtype(model, config, on_cpu)
+    return Limits(session_len, max_batch_size, prefill, mixed, config.decode_steps, dtype)
 
 
 def _whole_rows(tokens: int) -> int:
@@ -159,11 +161,14 @@ def _assemble(
         max_mixed_tokens=limits.max_mixed_tokens,
         chunk_multiple=ROW_LENGTH,
         session_len=limits.session_len,
+        decode_steps=limits.decode_steps,
     )
     pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
     runner = ModelRunner(decoder, pools, mesh, slots=limits.max_batch_size, session_len=limits.session_len)
     table_length = scheduler.blocks_for(limits.session_len)
-    shapes = step_shapes(limits.max_batch_size, limits.max_prefill_tokens, limits.max_mixed_tokens, table_length)
+    shapes = step_shapes(
+        limits.max_batch_size, limits.max_prefill_tokens, limits.max_mixed_tokens, table_length, limits.decode_steps
+    )
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     return Engine(scheduler, runner, shapes, decoder.config.vocab_size)
 

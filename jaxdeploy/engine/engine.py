@@ -32,7 +32,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class HostSample:
-    """``Sampled`` on the host."""
+    """``Sampled`` on the host, every array with the tokens in a row as another first dimension."""
 
     tokens: Array
     logprobs: Array | None
@@ -42,10 +42,11 @@ class HostSample:
 
 @dataclass(frozen=True)
 class Flight:
-    """A step that has been launched: what it samples, and for which sequence in which row."""
+    """A step that has been launched: what it samples, ``repeats`` times, and for which sequence in which row."""
 
     sampled: Sampled
     rows: list[tuple[int, Sequence]]
+    repeats: int
 
 
 class Engine:
@@ -155,7 +156,7 @@ class Engine:
             inputs = build_inputs(shape, batch, self.limits.vocab_size)
         with self.spans("dispatch"):
             sampled = self._runner.run(inputs)
-        return Flight(sampled, [(row, chunk.sequence) for row, chunk in sampled_rows(shape, batch)])
+        return Flight(sampled, [(row, chunk.sequence) for row, chunk in sampled_rows(shape, batch)], batch.repeats)
 
     def _take_in(self) -> list[StepOutput]:
         """Wait for the step in flight and commit what it sampled; sequences that have ended since are left out."""
@@ -163,34 +164,45 @@ class Engine:
         if flight is None:
             return []
         with self.spans("wait"):
-            sampled = _to_host(flight.sampled)
+            sampled = _to_host(flight)
         with self.spans("commit"):
             rows = [(row, sequence) for row, sequence in flight.rows if sequence.finish_reason is None]
-            self.scheduler.commit({sequence: int(sampled.tokens[row]) for row, sequence in rows})
-            return [self._output(row, sequence, sampled) for row, sequence in rows]
+            known = [len(sequence.token_ids) for _, sequence in rows]
+            self.scheduler.commit({sequence: sampled.tokens[:, row].tolist() for row, sequence in rows})
+            return [
+                self._output(row, sequence, length, sampled)
+                for (row, sequence), length in zip(rows, known, strict=True)
+            ]
 
-    def _output(self, row: int, sequence: Sequence, sampled: HostSample) -> StepOutput:
+    def _output(self, row: int, sequence: Sequence, known: int, sampled: HostSample) -> StepOutput:
         if sequence.finish_reason is not None:
             del self._sequences[sequence.request_id]
-        token = sequence.token_ids[-1]
-        logprobs = _logprob(token, row, sequence.sampling.logprobs, sampled)
-        return StepOutput(sequence.request_id, (token,), sequence.finish_reason, logprobs, sequence.cached)
+        tokens = tuple(sequence.token_ids[known:])
+        wanted = sequence.sampling.logprobs
+        logprobs = (
+            ()
+            if wanted is None
+            else tuple(_logprob(token, sampled, index, row, wanted) for index, token in enumerate(tokens))
+        )
+        return StepOutput(sequence.request_id, tokens, sequence.finish_reason, logprobs, sequence.cached)
 
 
-def _to_host(sampled: Sampled) -> HostSample:
+def _to_host(flight: Flight) -> HostSample:
     def fetch(array: jax.Array | None) -> Array | None:
-        return None if array is None else np.asarray(array)
+        if array is None:
+            return None
+        return np.asarray(array) if flight.repeats > 1 else np.asarray(array)[None]
 
-    return HostSample(
-        np.asarray(sampled.tokens), fetch(sampled.logprobs), fetch(sampled.top_tokens), fetch(sampled.top_logprobs)
-    )
+    tokens = fetch(flight.sampled.tokens)
+    assert tokens is not None, "every step samples"
+    rest = (fetch(array) for array in flight.sampled[1:])
+    return HostSample(tokens, *rest)
 
 
-def _logprob(token: int, row: int, wanted: int | None, sampled: HostSample) -> tuple[TokenLogprob, ...]:
-    if wanted is None:
-        return ()
+def _logprob(token: int, sampled: HostSample, index: int, row: int, wanted: int) -> TokenLogprob:
     assert sampled.logprobs is not None, "a sequence that wants log-probabilities selects the full sampler"
     assert sampled.top_tokens is not None, "the full sampler reports the likeliest tokens"
     assert sampled.top_logprobs is not None, "the full sampler reports the likeliest tokens"
-    ids, values = sampled.top_tokens[row, :wanted].tolist(), sampled.top_logprobs[row, :wanted].tolist()
-    return (TokenLogprob(token, float(sampled.logprobs[row]), tuple(zip(ids, values, strict=True))),)
+    ids = sampled.top_tokens[index, row, :wanted].tolist()
+    values = sampled.top_logprobs[index, row, :wanted].tolist()
+    return TokenLogprob(token, float(sampled.logprobs[index, row]), tuple(zip(ids, values, strict=True)))

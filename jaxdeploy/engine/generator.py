@@ -147,15 +147,23 @@ class Generator:
     def _text_output(self, output: StepOutput) -> TextOutput:
         request, stream = self._streams[output.request_id]
         reason = output.finish_reason
-        hidden = reason is FinishReason.STOP and not request.include_stop
-        text = "".join(stream.push(token) for token in output.token_ids if not hidden)
+        shown = output.token_ids
+        if reason is FinishReason.STOP and not request.include_stop:
+            shown = shown[:-1]
+        text, tokens = "", output.token_ids
+        for count, token in enumerate(shown, 1):
+            text += stream.push(token)
+            if stream.stopped:
+                tokens = tokens[:count]
+                break
         if stream.stopped and reason is None:
             self.engine.abort(output.request_id)
         if stream.stopped or reason is not None:
             text += stream.finish()
             reason = FinishReason.STOP if stream.stopped else reason
             del self._streams[output.request_id]
-        return TextOutput(output.request_id, text, output.token_ids, output.logprobs, reason, output.cached_tokens)
+        logprobs = output.logprobs[: len(tokens)]
+        return TextOutput(output.request_id, text, tokens, logprobs, reason, output.cached_tokens)
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

@@ -157,9 +157,38 @@ def _forward(
     packed: jax.Array,
     allowed: jax.Array | None = None,
 ) -> tuple[Sampled, Pools, jax.Array]:
-    """One step: embed → layers → logits of the last tokens → sample → note the tokens in the buffer."""
+    """One step; or several in a row, whose samples are stacked."""
     decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
     fields = unpack(packed, shape)
+    one = partial(_once, decoder, mesh, shape, allowed)
+    if shape.repeats == 1:
+        return one(fields, pools, buffer)
+
+    def step(carry: _Carry) -> _Carry:
+        index, sampled, pools, buffer = carry
+        new, pools, buffer = one({**fields, "length": fields["length"] + index}, pools, buffer)
+        return index + 1, jax.tree.map(lambda all_, row: all_.at[index].set(row), sampled, new), pools, buffer
+
+    sample = jax.eval_shape(one, fields, pools, buffer)[0]
+    empty = jax.tree.map(lambda row: jnp.zeros((shape.repeats, *row.shape), row.dtype), sample)
+    start = jnp.int32(0), empty, pools, buffer
+    _, sampled, pools, buffer = jax.lax.while_loop(lambda carry: carry[0] < shape.repeats, step, start)
+    return sampled, pools, buffer
+
+
+_Carry = tuple[jax.Array, Sampled, Pools, jax.Array]
+
+
+def _once(
+    decoder: Decoder,
+    mesh: Mesh,
+    shape: StepShape,
+    allowed: jax.Array | None,
+    fields: Mapping[str, jax.Array],
+    pools: Pools,
+    buffer: jax.Array,
+) -> tuple[Sampled, Pools, jax.Array]:
+    """Embed → layers → logits of the last tokens → sample → note the tokens in the buffer."""
     layout = _layout(fields, shape, pools[0], mesh)
     tokens = buffer[fields["slot"][layout.sequence], layout.positions]
     lengths = fields["prompt_length"][layout.sequence]

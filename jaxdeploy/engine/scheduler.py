@@ -26,8 +26,13 @@ class Chunk:
 
     @property
     def end(self) -> int:
-        """Where the next token goes."""
+        """Where the last token goes that is sampled, if any is."""
         return self.start + self.length
+
+    @property
+    def first_new(self) -> int:
+        """Where the first one goes: of a prompt there is but one, decodes in a row sample one each."""
+        return self.start + 1 if self.start >= self.sequence.prefill_end else self.end
 
     @property
     def samples(self) -> bool:
@@ -37,11 +42,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """One step: chunks of one token that decode, chunks of prompts, and sequences that just got their slot."""
+    """One step: sequences that decode, chunks of prompts, and sequences that just got their slot.
+
+    Each of the first decodes ``repeats`` tokens.
+    """
 
     decodes: tuple[Chunk, ...] = ()
     chunks: tuple[Chunk, ...] = ()
     admitted: tuple[Sequence, ...] = ()
+    repeats: int = 1
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
@@ -55,7 +64,8 @@ class Scheduler:
 
     Prompts begin behind what ``prefixes`` finds of them in the cache. A step computes up to ``max_prefill_tokens`` of
     prompts, and beside replies up to ``max_mixed_tokens`` in all, so that those do not stall. ``chunk_multiple``: rows
-    of the batch hold that many tokens, so a chunk costs a multiple of it.
+    of the batch hold that many tokens, so a chunk costs a multiple of it. While nobody waits, a step decodes
+    ``decode_steps`` tokens in a row.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class Scheduler:
         max_mixed_tokens: int,
         chunk_multiple: int,
         session_len: int,
+        decode_steps: int = 1,
     ) -> None:
         self.blocks = blocks
         self.prefixes = prefixes
@@ -77,6 +88,7 @@ class Scheduler:
         self.max_mixed_tokens = max_mixed_tokens
         self.chunk_multiple = chunk_multiple
         self.session_len = session_len
+        self.decode_steps = decode_steps
         self.preemptions = 0
         self._slots = deque(range(max_batch_size))
         self._waiting = WaitingQueue()
@@ -111,17 +123,24 @@ class Scheduler:
 
         Tokens that it samples are in flight until ``commit``.
         """
-        decodes = tuple(self._chunk(sequence, 1) for sequence in self._grow(self._decoding()))
+        ready = self._decoding()
+        repeats = self._repeats(ready)
+        decodes = tuple(self._decode(sequence, repeats) for sequence in self._grow(ready, repeats))
         room = self.max_mixed_tokens - len(decodes) if decodes else self.max_prefill_tokens
         rows = max(room // self.chunk_multiple, 1)
         chunks, admitted = self._prefill(rows * self.chunk_multiple)
-        return ScheduledBatch(decodes, chunks, admitted)
+        return ScheduledBatch(decodes, chunks, admitted, repeats)
 
-    def commit(self, tokens: Mapping[Sequence, int]) -> None:
-        """Take in what the oldest step in flight has sampled; sequences that end with it give back slot and blocks."""
-        for sequence, token in tokens.items():
-            sequence.append(token, self.session_len)
-            self._waiting.charge(sequence, REPLY_COST)
+    def commit(self, tokens: Mapping[Sequence, Iterable[int]]) -> None:
+        """Take in what the oldest step in flight has sampled; sequences that end with it give back slot and blocks.
+
+        Tokens behind a sequence's end are dropped.
+        """
+        for sequence, new in tokens.items():
+            for token in new:
+                if sequence.finish_reason is None:
+                    sequence.append(token, self.session_len)
+                    self._waiting.charge(sequence, REPLY_COST)
             if sequence.finish_reason is not None:
                 self._drop(sequence)
 
@@ -174,18 +193,36 @@ class Scheduler:
         behind = [sequence for sequence in self._running if not sequence.prefilling]
         return sorted((item for item in behind if item.length < item.longest(self.session_len)), key=_rank)
 
-    def _grow(self, decodes: Iterable[Sequence]) -> list[Sequence]:
-        """Give decoding sequences room for their next token, in turn; the last of all are preempted for it."""
-        return [sequence for sequence in decodes if sequence.slot is not None and self._make_room(sequence)]
+    def _repeats(self, ready: list[Sequence]) -> int:
+        """Tokens that all of ``ready`` can decode in a row, without anybody waiting for the end of it: some, or one."""
+        count = self.decode_steps
+        if count == 1 or self._waiting or any(sequence.prefilling for sequence in self._running):
+            return 1
+        room = sum(max(self._missing(sequence, count), 0) for sequence in ready)
+        free = all(
+            sequence.length + count <= sequence.longest(self.session_len)
+            and sequence.generated >= sequence.sampling.min_new_tokens
+            and not sequence.reads_tokens
+            for sequence in ready
+        )
+        return count if free and room <= self.blocks.available else 1
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        missing = self.blocks_for(sequence.length) - len(sequence.blocks)
+    def _grow(self, decodes: Iterable[Sequence], count: int) -> list[Sequence]:
+        """Give decoding sequences room for ``count`` tokens, in turn; the last of all are preempted for it."""
+        return [sequence for sequence in decodes if sequence.slot is not None and self._make_room(sequence, count)]
+
+    def _missing(self, sequence: Sequence, count: int) -> int:
+        """Blocks that a sequence needs to compute ``count`` tokens in a row, the last that it has the first of them."""
+        return self.blocks_for(sequence.length + count - 1) - len(sequence.blocks)
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        missing = self._missing(sequence, count)
         while missing > self.blocks.available:
             last = max(self._running, key=_rank)
             self._preempt(last)
             if last is sequence:
                 return False
-        sequence.blocks += self.blocks.allocate(missing)
+        sequence.blocks += self.blocks.allocate(max(missing, 0))
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -226,6 +263,14 @@ class Scheduler:
         chunk = Chunk(sequence, sequence.computed, min(budget, sequence.length - sequence.computed))
         sequence.computed = chunk.end
         sequence.in_flight += chunk.samples
+        self._note(sequence)
+        return chunk
+
+    def _decode(self, sequence: Sequence, count: int) -> Chunk:
+        """The last token of a sequence, and those that follow from it."""
+        chunk = Chunk(sequence, sequence.computed, count)
+        sequence.computed = chunk.end
+        sequence.in_flight += count
         self._note(sequence)
         return chunk
 
