@@ -79,5 +79,9 @@ def _engine_faults(step: dict[str, Any]) -> Iterator[str]:
     if step["command_buffers"] != 1 or step["outside_command_buffers"]:
         found = f"{step['command_buffers']} CUDA graphs and {step['outside_command_buffers']} launches outside"
         yield f"{found}; the bar is one graph of all"
-    if step["step"] == "decode" and step["launches_per_layer"] > LAUNCHES_PER_LAYER[1]:
+    if step["bytes_in_place"] != step["bytes_held"]:
+        yield f"{step['bytes_in_place']} bytes updated in place; the bar is all {step['bytes_held']}"
+    if step["host_callbacks"]:
+        yield f"{step['host_callbacks']} calls of the host; the bar is 0"
+    if step["step"].startswith("decode") and step["launches_per_layer"] > LAUNCHES_PER_LAYER[1]:
         yield f"{step['launches_per_layer']} launches a layer; the bar is {LAUNCHES_PER_LAYER[1]}"

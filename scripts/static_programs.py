@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxdeploy.checkpoint.quantized import hold_quantized
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.engine.batch import StepShape, packed_size
-from jaxdeploy.engine.model_runner import flat_step
+from jaxdeploy.engine.model_runner import LOOP_IN_GRAPH, flat_step
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import abstract_params, decoder_from
 from jaxdeploy.models.families import llama
@@ -32,9 +32,13 @@ STEP_BATCH = 8
 ENGINE_STEPS = {"decode": (8, 0), "mixed": (8, 512), "prefill": (0, 512)}
 """Steps of the engine: decoding sequences and prompt tokens."""
 
+IN_A_ROW = 4
+"""Tokens that a step decodes in a row, in a loop on the device."""
+
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
 
 ENGINE_POOL = (1024, 2, 8, 64, 128)
+SLOTS, SESSION_LEN, TABLE_LENGTH = 256, 4096, 64
 
 
 @dataclass(frozen=True)
@@ -150,15 +154,22 @@ def measure_step(tp: int) -> dict[str, Any]:
 
 def measure_engine() -> list[dict[str, Any]]:
     """Compile steps of the engine with layers of a Llama-3-8B: what a layer launches, and what is copied."""
-    return [
-        _measure_engine_step(name, *sizes, small=small)
+    plain = [
+        _measure_engine_step(name, StepShape(*sizes, TABLE_LENGTH, SLOTS), small=small)
         for small in (False, True)
         for name, sizes in ENGINE_STEPS.items()
     ]
+    decode, row = (StepShape(STEP_BATCH, 0, TABLE_LENGTH, SLOTS, repeats) for repeats in (1, IN_A_ROW))
+    return [
+        *plain,
+        _measure_engine_step("decode, sampling", decode, small=True, sampling=True),
+        _measure_engine_step("decode in a row", row, small=True),
+    ]
 
 
-def _measure_engine_step(name: str, decodes: int, prompt_tokens: int, *, small: bool) -> dict[str, Any]:
-    few, more = (_engine_step(layers, decodes, prompt_tokens, small=small) for layers in (2, 4))
+def _measure_engine_step(name: str, shape: StepShape, *, small: bool, sampling: bool = False) -> dict[str, Any]:
+    """``launches_per_layer`` counts a loop's once."""
+    few, more = (_engine_step(layers, shape, small=small, sampling=sampling) for layers in (2, 4))
     launches = [sum(launch.on_device for launch in program.launches) for program in (few, more)]
     return {
         "jax": jax.__version__,
@@ -170,13 +181,22 @@ def _measure_engine_step(name: str, decodes: int, prompt_tokens: int, *, small: 
         "outside_command_buffers": sum(launch.on_device and launch.depth == 0 for launch in more.launches),
         "temp_bytes": more.memory.temp_size_in_bytes,
         "pool_copies": more.copies(f"{'u8' if small else 'bf16'}[{','.join(map(str, ENGINE_POOL))}]"),
+        "bytes_in_place": more.memory.alias_size_in_bytes,
+        "bytes_held": sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(_held(4, small))),
+        "host_callbacks": more.hlo.count("callback"),
     }
 
 
-def _engine_step(layers: int, decodes: int, prompt_tokens: int, *, small: bool) -> Any:
-    """The engine's step for ``decodes`` sequences and a prompt of ``prompt_tokens``, compiled.
+def _held(layers: int, small: bool) -> tuple[Any, Any]:
+    """What the engine hands from step to step: pools and token buffer."""
+    pool = _pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16)
+    return (pool,) * layers, jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
 
-    ``small``: with weights in 4 bits and a KV cache in 8.
+
+def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) -> Any:
+    """The engine's step of ``shape``, compiled.
+
+    ``small``: with weights in 4 bits and a KV cache in 8. ``sampling``: with the full sampler.
     """
     config = ModelConfig(
         vocab_size=128256,
@@ -191,15 +211,17 @@ def _engine_step(layers: int, decodes: int, prompt_tokens: int, *, small: bool) 
         rope=RopeConfig(theta=500000.0),
         windows=(None,) * layers,
     )
-    shape = StepShape(decodes, prompt_tokens, table_length=64, max_sequences=256)
     mesh, params = Mesh(np.array(offline_devices("h200")), ("tp",)), abstract_params(config, jnp.dtype(jnp.bfloat16))
     if small:
         params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, mesh.size)
     values: Any = {path: param.get_value() for path, param in params.items()}
     step, weights = flat_step(decoder_from(config, values, mesh), mesh)
-    pools = (_pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16),) * layers
-    buffer, packed = (jax.ShapeDtypeStruct(size, jnp.int32) for size in ((256, 4096), (packed_size(shape),)))
-    return compile_for("h200", partial(step, shape), weights, pools, buffer, packed, donate=(1, 2))
+    inputs = [jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32)]
+    if sampling:
+        inputs.append(jax.ShapeDtypeStruct((shape.sequences, config.vocab_size // 32), jnp.uint32))
+    options = LOOP_IN_GRAPH if shape.repeats > 1 else None
+    held = _held(layers, small)
+    return compile_for("h200", partial(step, shape), weights, *held, *inputs, donate=(1, 2), options=options)
 
 
 def _pool_in_8_bits() -> QuantizedPool:

@@ -85,10 +85,14 @@ def test_a_step_that_breaks_a_bar(change: dict[str, Any], line: str) -> None:
         ({"launches_per_layer": 7.5}, ["7.5 launches a layer; the bar is 7"]),
         ({"pool_copies": 2}, ["2 pool copies; the bar is 0"]),
         ({"outside_command_buffers": 3}, ["1 CUDA graphs and 3 launches outside; the bar is one graph of all"]),
+        ({"step": "decode in a row", "launches_per_layer": 8.0}, ["8.0 launches a layer; the bar is 7"]),
+        ({"bytes_in_place": 9}, ["9 bytes updated in place; the bar is all 10"]),
+        ({"host_callbacks": 1}, ["1 calls of the host; the bar is 0"]),
     ],
 )
 def test_a_step_of_the_engine(change: dict[str, Any], lines: list[str]) -> None:
-    step = {**STEP, "step": "decode", "weights": "W4A16", "kv": "int8", **change}
+    of_the_engine = {"weights": "W4A16", "kv": "int8", "bytes_in_place": 10, "bytes_held": 10, "host_callbacks": 0}
+    step = {**STEP, "step": "decode", **of_the_engine, **change}
     found = failures([], [], [step])
     assert found == [f"engine's {step['step']} step, W4A16 weights, int8 KV, jax 0.10.2: {line}" for line in lines]
 

@@ -28,6 +28,12 @@ logger = logging.getLogger("jaxdeploy")
 Pools = tuple[Pool, ...]
 
 
+LOOP_IN_GRAPH = {
+    "xla_gpu_enable_command_buffer": ("FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE")
+}
+"""XLA's own choice of what a CUDA graph may hold, and loops: without them the host would wait in every round of one."""
+
+
 class ModelRunner:
     """Weights, KV pools and the token buffer on the device, and the compiled steps over them.
 
@@ -41,6 +47,7 @@ class ModelRunner:
         self._host_blocks = HostBlocks(pools)
         self._pool_shardings = jax.tree.map(lambda array: array.sharding, pools)
         self._replicated = replicated(mesh)
+        self._on_gpu = mesh.devices.flat[0].platform != "cpu"
         self._vocab_size = decoder.config.vocab_size
         self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
         self._steps: dict[tuple[StepShape, bool], Any] = {}
@@ -67,7 +74,7 @@ class ModelRunner:
 
     def warm_up(self, shapes: list[StepShape], progress: Callable[[list[Any]], Any]) -> None:
         """Compile every step and run it on padding until its CUDA graph exists; a later compile logs a warning."""
-        runs = 3 if self._replicated.mesh.devices.flat[0].platform != "cpu" else 1
+        runs = 3 if self._on_gpu else 1
         self.write_tokens(0, [])
         for shape, full in progress([(shape, full) for shape in shapes for full in (False, True)]):
             inputs = padding_inputs(shape, self._vocab_size, full_sampler=full)
@@ -120,6 +127,7 @@ class ModelRunner:
                 partial(self._forward, shape),
                 donate_argnums=(1, 2),
                 out_shardings=(self._replicated, self._pool_shardings, self._replicated),
+                compiler_options=LOOP_IN_GRAPH if shape.repeats > 1 and self._on_gpu else None,
             )
         return self._steps[key]
 
