@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,7 @@ IN_A_ROW = 4
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
 
 ENGINE_POOL = (1024, 2, 8, 64, 128)
+VOCAB = 128256
 SLOTS, SESSION_LEN, TABLE_LENGTH = 256, 4096, 64
 
 
@@ -187,19 +188,10 @@ def _measure_engine_step(name: str, shape: StepShape, *, small: bool, sampling: 
     }
 
 
-def _held(layers: int, small: bool) -> tuple[Any, Any]:
-    """What the engine hands from step to step: pools and token buffer."""
-    pool = _pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16)
-    return (pool,) * layers, jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
-
-
-def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) -> Any:
-    """The engine's step of ``shape``, compiled.
-
-    ``small``: with weights in 4 bits and a KV cache in 8. ``sampling``: with the full sampler.
-    """
+def llama_8b(layers: int, mesh: Mesh, *, small: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The engine's step over ``layers`` layers of a Llama-3-8B, as ``flat_step`` gives it; weights are shapes only."""
     config = ModelConfig(
-        vocab_size=128256,
+        vocab_size=VOCAB,
         hidden_size=4096,
         num_layers=layers,
         num_heads=32,
@@ -211,14 +203,28 @@ def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) 
         rope=RopeConfig(theta=500000.0),
         windows=(None,) * layers,
     )
-    mesh, params = Mesh(np.array(offline_devices("h200")), ("tp",)), abstract_params(config, jnp.dtype(jnp.bfloat16))
+    params = abstract_params(config, jnp.dtype(jnp.bfloat16))
     if small:
         params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, mesh.size)
     values: Any = {path: param.get_value() for path, param in params.items()}
-    step, weights = flat_step(decoder_from(config, values, mesh), mesh)
+    return flat_step(decoder_from(config, values, mesh), mesh)
+
+
+def _held(layers: int, small: bool) -> tuple[Any, Any]:
+    """What the engine hands from step to step: pools and token buffer."""
+    pool = _pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16)
+    return (pool,) * layers, jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
+
+
+def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) -> Any:
+    """The engine's step of ``shape``, compiled.
+
+    ``small``: with weights in 4 bits and a KV cache in 8. ``sampling``: with the full sampler.
+    """
+    step, weights = llama_8b(layers, Mesh(np.array(offline_devices("h200")), ("tp",)), small=small)
     inputs = [jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32)]
     if sampling:
-        inputs.append(jax.ShapeDtypeStruct((shape.sequences, config.vocab_size // 32), jnp.uint32))
+        inputs.append(jax.ShapeDtypeStruct((shape.sequences, VOCAB // 32), jnp.uint32))
     options = LOOP_IN_GRAPH if shape.repeats > 1 else None
     held = _held(layers, small)
     return compile_for("h200", partial(step, shape), weights, *held, *inputs, donate=(1, 2), options=options)
