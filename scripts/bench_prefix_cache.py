@@ -147,6 +147,7 @@ def draw(metrics: Mapping[str, Any], turns: int, path: Path) -> None:
         seconds = [metrics[name][f"ttft of turn {turn}, s"]["p50"] for turn in range(1, turns + 1)]
         axes.plot(range(1, turns + 1), seconds, "o-", color=color)
         axes.annotate(name, (turns, seconds[-1]), (8, 0), textcoords="offset points", va="center", color=color)
+    axes.set_xticks(range(1, turns + 1))
     axes.set(xlabel="turn", ylim=(0, None), xlim=(0.7, turns + 1.4))
     axes.set_title("Seconds to the first token of a reply", loc="left", fontsize=11, weight="bold")
     axes.spines[["top", "right"]].set_visible(False)

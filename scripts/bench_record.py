@@ -58,11 +58,18 @@ def write_result(
 
 
 def git_sha(root: Path = ROOT) -> str:
-    """The commit that was measured, with ``-dirty`` after it where tracked files differ; ``unknown`` outside git."""
+    """The commit that was measured, with ``-dirty`` after it where tracked files differ; ``unknown`` outside git.
+
+    Results do not count: a script may write one after the other.
+    """
     sha = _git(root, "rev-parse", "HEAD")
     if not sha:
         return "unknown"
-    return f"{sha}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else sha
+    return (
+        f"{sha}-dirty"
+        if _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        else sha
+    )
 
 
 def device() -> dict[str, Any]:

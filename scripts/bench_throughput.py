@@ -282,20 +282,20 @@ def work(jobs: Sequence[Job]) -> dict[str, int]:
 
 
 def summary(jobs: Sequence[Job], rides: Sequence[Ride]) -> dict[str, Any]:
-    """Rates and waits of one system; the median ride's own percentiles."""
+    """Rates and waits of one system; the median ride's own percentiles, of tokens where it says when each came."""
     assert all(ride.output == sum(job.new for job in jobs) for ride in rides), "a system left tokens out"
     prompt = sum(len(job.prompt) for job in jobs)
     middle = sorted(rides, key=lambda ride: ride.seconds)[len(rides) // 2]
     first = [events[0][0] - jobs[job].comes for job, events in middle.tokens.items()]
     whole = [events[-1][0] - jobs[job].comes for job, events in middle.tokens.items()]
     gaps = [after[0] - before[0] for events in middle.tokens.values() for before, after in pairwise(events)]
+    streamed = {"ttft_s": percentiles(first), "itl_s": percentiles(gaps)} if gaps else {}
     return {
         "output_tok_s": spread([ride.output / ride.seconds for ride in rides]),
         "total_tok_s": spread([(prompt + ride.output) / ride.seconds for ride in rides]),
         "seconds": spread([ride.seconds for ride in rides]),
-        "ttft_s": percentiles(first),
         "latency_s": percentiles(whole),
-        **({"itl_s": percentiles(gaps)} if gaps else {}),
+        **streamed,
     }
 
 
@@ -333,10 +333,10 @@ def draw(rides: Mapping[str, Sequence[Ride]], path: Path) -> None:
         times = [0.0, *(when for when, _ in events)]
         counts = np.cumsum([0, *(count for _, count in events)])
         axes.plot(times, counts, color=COLORS[name], drawstyle="steps-post")
-        axes.annotate(name, (times[-1], counts[-1]), (0, 6), textcoords="offset points", ha="right", color=COLORS[name])
-    axes.set(xlabel="seconds", ylim=(0, None), xlim=(0, None))
+        axes.annotate(name, (times[-1], counts[-1]), (5, 4), textcoords="offset points", color=COLORS[name])
+    axes.set(xlabel="seconds")
     axes.set_title("Output tokens delivered", loc="left", fontsize=11, weight="bold")
-    axes.margins(y=0.12)
+    axes.set(ylim=(0, None), xlim=(0, 1.25 * max(axes.dataLim.x1, 1)))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     figure.savefig(path, format="png", dpi=150, facecolor="white")

@@ -26,7 +26,7 @@ from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.engine.waiting import PROMPT_COST, REPLY_COST
 from jaxdeploy.messages import Request, SamplingParams
 
-BLOCKS, SLOTS, BLOCK_SIZE = 1200, 2000, 16
+BLOCKS, HOST_BLOCKS, BLOCK_SIZE = 1200, 2000, 16
 CAPACITY = 34.0
 """Requests of the mix below that the device can do in a second; found by running it."""
 TENANTS = {"A": 1.0, "B": 1.5, "C": 2.5, "D": 5.0}
@@ -120,7 +120,7 @@ def new_scheduler() -> Scheduler:
     blocks = BlockManager(BLOCKS)
     return Scheduler(
         blocks,
-        PrefixCache(blocks, BLOCK_SIZE, num_slots=SLOTS),
+        PrefixCache(blocks, BLOCK_SIZE, host_blocks=HOST_BLOCKS),
         block_size=BLOCK_SIZE,
         max_batch_size=64,
         max_prefill_tokens=2048,
@@ -167,7 +167,13 @@ def main() -> None:
     metrics = simulate(Device(new_scheduler()), half, half, args.seed)
     report(metrics)
     if args.out:
-        config = {"hours": args.hours, "seed": args.seed, "tenants": TENANTS, "blocks": BLOCKS, "host_slots": SLOTS}
+        config = {
+            "hours": args.hours,
+            "seed": args.seed,
+            "tenants": TENANTS,
+            "blocks": BLOCKS,
+            "host_blocks": HOST_BLOCKS,
+        }
         write_result(args.out, "traffic/1", config, metrics, {"fairness index": metrics["busy_fairness_index"]})
 
 

@@ -32,7 +32,7 @@ def sequence(length: int, *, slot: int = 0, blocks: tuple[int, ...] = (0,), prom
     item = Sequence(Request("a", tuple(range(prompt)), SamplingParams(**kw)))
     item.token_ids = list(range(length))
     item.slot, item.prefill_end = slot, length
-    item.blocks = [Block(index, 1) for index in blocks]
+    item.hold([Block(index, 1) for index in blocks])
     return item
 
 

@@ -39,21 +39,21 @@ def copies(scheduler: Scheduler) -> list[bool]:
 
 
 def test_what_was_evicted_comes_back() -> None:
-    scheduler = make_scheduler(blocks=24, slots=40)
+    scheduler = make_scheduler(blocks=24, host_blocks=40)
     seen = copies(scheduler)
     assert ran(scheduler, ask("a", TEXT[:40]), ask("x", FILLING), ask("b", TEXT[:40])) == [0, 0, 36]
     assert seen.count(True) == scheduler.prefixes.restored == 8  # one was never evicted
 
 
 def test_the_oldest_is_given_up() -> None:
-    """The last blocks of a prompt are evicted first, so three slots end with its first ones."""
-    scheduler = make_scheduler(blocks=24, slots=3)
+    """The last blocks of a prompt are evicted first, so three on the host end with its first ones."""
+    scheduler = make_scheduler(blocks=24, host_blocks=3)
     assert ran(scheduler, ask("a", TEXT[:40]), ask("x", FILLING), ask("b", TEXT[:40])) == [0, 0, 16]
     assert scheduler.prefixes.host.used == 3
 
 
 def test_what_is_kept_there_is_copied_once() -> None:
-    scheduler = make_scheduler(blocks=24, slots=40)
+    scheduler = make_scheduler(blocks=24, host_blocks=40)
     model = FakeModel(scheduler)
     for round_ in range(4):
         run(scheduler, [ask(f"a{round_}", TEXT[:40])], model)
@@ -67,14 +67,14 @@ def test_what_is_kept_there_is_copied_once() -> None:
 
 
 def test_what_is_about_to_come_back_is_not_given_up() -> None:
-    """Making room for it evicts others, who would like its slots."""
-    scheduler = make_scheduler(blocks=24, slots=9)
+    """Making room for it evicts others, who would like its place."""
+    scheduler = make_scheduler(blocks=24, host_blocks=9)
     asked = [ask("a", TEXT[:40]), ask("x", FILLING), ask("b", TEXT[:40]), ask("c", (*TEXT[:36], 1, 2, 3))]
     assert ran(scheduler, *asked) == [0, 0, 36, 36]
 
 
 def test_a_preempted_sequence_is_swapped_in() -> None:
-    scheduler = make_scheduler(blocks=24, slots=24)
+    scheduler = make_scheduler(blocks=24, host_blocks=24)
     model, item = FakeModel(scheduler), sequence("b", 50, new=9)
     scheduler.add(item)
     model.step()
@@ -92,9 +92,9 @@ def crowded(**sampling: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("tp", [1, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("slots", [3, 64])
-def test_tokens_are_those_of_a_large_device(slots: int, tp: int) -> None:
-    engine, items = tiny_engine(blocks=12, slots=slots, tp=tp), crowded()
+@pytest.mark.parametrize("host_blocks", [3, 64])
+def test_tokens_are_those_of_a_large_device(host_blocks: int, tp: int) -> None:
+    engine, items = tiny_engine(blocks=12, host_blocks=host_blocks, tp=tp), crowded()
     truth = run_engine(tiny_engine(tp=tp), items)
     assert run_engine(engine, items) == truth
     outputs = outputs_of(engine, items)
@@ -119,8 +119,8 @@ def test_copies_are_exact(bits: int | None, tp: int) -> None:
     before = [np.asarray(array).copy() for array in jax.tree.leaves(pools)]
     host = HostBlocks(pools)
     places = random.permutation(2 * count)
-    there = [Transfer(int(block), slot, to_device=False) for slot, block in enumerate(places[:count])]
-    back = [Transfer(int(block), slot, to_device=True) for slot, block in enumerate(places[count:])]
+    there = [Transfer(int(block), here, to_device=False) for here, block in enumerate(places[:count])]
+    back = [Transfer(int(block), here, to_device=True) for here, block in enumerate(places[count:])]
     pools = host.carry_out(pools, [*there, *back])
     assert all(held.sharding.memory_kind == "pinned_host" for held in jax.tree.leaves(host._held))
     for old, array in zip(before, jax.tree.leaves(pools), strict=True):
@@ -132,11 +132,11 @@ def test_copies_are_exact(bits: int | None, tp: int) -> None:
 @pytest.mark.parametrize(("restore", "used"), [(0.0, 5), (9.0, 0)])
 def test_the_faster_way_is_taken(monkeypatch: pytest.MonkeyPatch, restore: float, used: int) -> None:
     """Whether to bring back or to compute again is measured at warm-up."""
-    engine = tiny_engine(slots=5, shapes=SHAPES[3:4])
+    engine = tiny_engine(host_blocks=5, shapes=SHAPES[3:4])
     runner = lasting_runner(1)
     monkeypatch.setattr(runner, "warm_up", lambda shapes, progress: None)
     assert runner.seconds_to_restore() > 0
     assert runner.seconds_to_compute(SHAPES[3]) > 0
     monkeypatch.setattr(runner, "seconds_to_restore", lambda: restore)
     engine.warm_up()
-    assert engine.scheduler.prefixes.host.num_slots == used
+    assert engine.scheduler.prefixes.host.num_blocks == used

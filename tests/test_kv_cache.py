@@ -144,7 +144,7 @@ def test_pools_are_zero_and_cut_along_kv_heads(tp: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "kilobytes", "slots"),
+    ("config", "kilobytes", "host_blocks"),
     [
         ({}, 4 * BLOCK_BYTES * 10 // 1024, 10),
         ({}, 10**9, 4 * 6),
@@ -153,17 +153,17 @@ def test_pools_are_zero_and_cut_along_kv_heads(tp: int) -> None:
         ({"enable_prefix_caching": False}, 10**9, 0),
     ],
 )
-def test_slots_on_the_host(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: dict[str, Any], kilobytes: int, slots: int
+def test_blocks_on_the_host(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: dict[str, Any], kilobytes: int, host_blocks: int
 ) -> None:
     """A quarter of what is free there, at most four times what the device has; none on a CPU unless asked for."""
     meminfo = tmp_path / "meminfo"
     meminfo.write_text(f"MemTotal:       9999999999 kB\nMemAvailable:   {kilobytes} kB\n")
     monkeypatch.setattr(kv_cache, "MEMINFO", meminfo)
-    assert plan(num_blocks=6, session_len=90, **config).num_slots == config.get("num_cpu_blocks", 0)
+    assert plan(num_blocks=6, session_len=90, **config).host_blocks == config.get("num_cpu_blocks", 0)
     monkeypatch.setattr(kv_cache, "_on_cpu", lambda mesh: False)
     made = plan(num_blocks=6, session_len=90, tp=2, **config)
-    assert (made.num_slots, made.slot_bytes) == (slots, BLOCK_BYTES)
-    assert ("more on the host" in str(made)) == (slots > 0)
+    assert (made.host_blocks, made.host_block_bytes) == (host_blocks, BLOCK_BYTES)
+    assert ("more on the host" in str(made)) == (host_blocks > 0)
     meminfo.unlink()
-    assert plan(num_blocks=6, session_len=90, **config).num_slots == config.get("num_cpu_blocks", 0)
+    assert plan(num_blocks=6, session_len=90, **config).host_blocks == config.get("num_cpu_blocks", 0)

@@ -117,7 +117,7 @@ LIKE = st.tuples(
     batch=st.integers(1, 5),
     budget=st.sampled_from([32, 64, 96]),
     ahead=st.booleans(),
-    slots=st.sampled_from([0, 3, 40]),
+    host_blocks=st.sampled_from([0, 3, 40]),
 )
 def test_shared_blocks_hold_what_everybody_expects(
     requests: list[tuple[tuple[int, ...], int, int, int, int | None]],
@@ -125,10 +125,10 @@ def test_shared_blocks_hold_what_everybody_expects(
     batch: int,
     budget: int,
     ahead: bool,
-    slots: int,
+    host_blocks: int,
 ) -> None:
     """The model asserts it at every step, under preemption, eviction to the host and back, and abort."""
-    scheduler = make_scheduler(blocks, batch, budget, slots=slots)
+    scheduler = make_scheduler(blocks, batch, budget, host_blocks=host_blocks)
     model = FakeModel(scheduler, ahead=ahead)
     items = [ask(f"{index}", text[:length], new) for index, (text, length, new, _, _) in enumerate(requests)]
     for step in range(5000):
@@ -140,7 +140,7 @@ def test_shared_blocks_hold_what_everybody_expects(
         if step > 12 and not scheduler.has_work:
             break
         model.step()
-        assert len(scheduler.prefixes._known) <= blocks + slots, "what lies nowhere is forgotten"
+        assert len(scheduler.prefixes._known) <= blocks + host_blocks, "what lies nowhere is forgotten"
         scheduler.prefixes.check()
     assert not scheduler.has_work
     assert (scheduler.blocks.active, scheduler.blocks.available) == (0, blocks)

@@ -26,14 +26,14 @@ def make_scheduler(
     batch: int = 4,
     budget: int = 64,
     longest_prompt: int = SESSION_LEN,
-    slots: int = 0,
+    host_blocks: int = 0,
     mixed: int | None = None,
     decode_steps: int = 1,
 ) -> Scheduler:
     manager = BlockManager(blocks)
     return Scheduler(
         manager,
-        PrefixCache(manager, BLOCK_SIZE, longest_prompt, slots),
+        PrefixCache(manager, BLOCK_SIZE, longest_prompt, host_blocks),
         block_size=BLOCK_SIZE,
         max_batch_size=batch,
         max_prefill_tokens=budget,
@@ -108,11 +108,11 @@ class FakeModel:
     def _copy(self, copy: Transfer) -> None:
         """A whole block, as it is at this moment."""
         for offset in range(BLOCK_SIZE):
-            block, slot = (copy.block, offset), (copy.slot, offset)
+            block, here = (copy.block, offset), (copy.host_block, offset)
             if copy.to_device:
-                self._contents[block] = self._host[slot]
+                self._contents[block] = self._host[here]
             else:
-                self._host[slot] = self._contents[block]
+                self._host[here] = self._contents[block]
 
     def _place(self, chunk: Chunk, position: int) -> tuple[int, int]:
         return chunk.sequence.blocks[position // BLOCK_SIZE].index, position % BLOCK_SIZE
@@ -470,7 +470,7 @@ REQUEST = st.tuples(
     batch=st.integers(1, 5),
     budget=st.sampled_from([32, 64, 96]),
     ahead=st.booleans(),
-    slots=st.sampled_from([0, 3, 40]),
+    host_blocks=st.sampled_from([0, 3, 40]),
     decode_steps=st.sampled_from([1, 3]),
 )
 def test_every_request_finishes_in_order_and_within_bounds(
@@ -479,10 +479,10 @@ def test_every_request_finishes_in_order_and_within_bounds(
     batch: int,
     budget: int,
     ahead: bool,
-    slots: int,
+    host_blocks: int,
     decode_steps: int,
 ) -> None:
-    scheduler = make_scheduler(blocks, batch, budget, slots=slots, decode_steps=decode_steps)
+    scheduler = make_scheduler(blocks, batch, budget, host_blocks=host_blocks, decode_steps=decode_steps)
     shapes = step_shapes(batch, budget, scheduler.max_mixed_tokens, scheduler.blocks_for(SESSION_LEN), decode_steps)
     model = FakeModel(scheduler, ahead=ahead)
     items = [sequence(f"{index:03}", length, new) for index, (length, new, _, _) in enumerate(requests)]

@@ -6,7 +6,7 @@ import gc
 import random
 
 import pytest
-from simulate_traffic import BLOCKS, HOUR, SLOTS, Device, new_scheduler, simulate
+from simulate_traffic import BLOCKS, HOST_BLOCKS, HOUR, Device, new_scheduler, simulate
 
 from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.engine.sequence import Node, Sequence
@@ -21,7 +21,7 @@ TEXTS = [tuple(range(start, start + SESSION_LEN)) for start in (1000, 2000, 3000
 def test_operations_at_random(operations: int, ahead: bool) -> None:
     """Add, fork, abort, preempt, step. The model asserts that everybody finds the keys and values that are theirs."""
     chance = random.Random(operations)
-    scheduler = make_scheduler(blocks=48, batch=6, budget=64, slots=30, mixed=40, decode_steps=2)
+    scheduler = make_scheduler(blocks=48, batch=6, budget=64, host_blocks=30, mixed=40, decode_steps=2)
     model, alive, ended = FakeModel(scheduler, ahead=ahead), list[Sequence](), 0
     for operation in range(operations):
         what = chance.choices(["step", "add", "fork", "abort", "preempt"], [60, 14, 4, 3, 4])[0]
@@ -56,12 +56,12 @@ def asked(chance: random.Random, name: str, tokens: tuple[int, ...]) -> Sequence
     return Sequence(Request(name, tokens, sampling, chance.choice([0, 0, 0, 1]), chance.choice("ABC")))
 
 
-def assert_nothing_is_left(scheduler: Scheduler, blocks: int, slots: int) -> None:
+def assert_nothing_is_left(scheduler: Scheduler, blocks: int, host_blocks: int) -> None:
     scheduler.blocks.check()
     scheduler.prefixes.check()
     assert (scheduler.blocks.active, scheduler.blocks.available) == (0, blocks)
     assert (scheduler.running, scheduler.waiting, len(scheduler._slots)) == (0, 0, len(set(scheduler._slots)))
-    assert len(scheduler.prefixes._known) <= blocks + slots
+    assert len(scheduler.prefixes._known) <= blocks + host_blocks
     assert not scheduler._waiting._queues
 
 
@@ -73,8 +73,8 @@ def test_hours_of_traffic(seconds: float) -> None:
     assert found["calm_wait_s"]["max"] < 30
     assert found["busy_waiting_at_the_end"] > 10 * seconds
     assert found["busy_fairness_index"] > 0.99
-    assert_nothing_is_left(device.scheduler, BLOCKS, SLOTS)
+    assert_nothing_is_left(device.scheduler, BLOCKS, HOST_BLOCKS)
     device.flight.clear()
     gc.collect()
     assert not [thing for thing in gc.get_objects() if isinstance(thing, Sequence)], "somebody holds what has ended"
-    assert sum(isinstance(thing, Node) for thing in gc.get_objects()) <= 2 * (BLOCKS + SLOTS)
+    assert sum(isinstance(thing, Node) for thing in gc.get_objects()) <= 2 * (BLOCKS + HOST_BLOCKS)

@@ -105,14 +105,14 @@ def tiny_engine(
     shapes: list[StepShape] = SHAPES,
     runner: ModelRunner | None = None,
     sharing: bool = True,
-    slots: int = 0,
+    host_blocks: int = 0,
     decode_steps: int = 1,
 ) -> Engine:
     """A new engine over the shared runner: its own scheduler, slots and blocks."""
     manager = BlockManager(blocks)
     scheduler = Scheduler(
         manager,
-        PrefixCache(manager, BLOCK_SIZE, SESSION_LEN if sharing else 0, slots),
+        PrefixCache(manager, BLOCK_SIZE, SESSION_LEN if sharing else 0, host_blocks),
         block_size=BLOCK_SIZE,
         max_batch_size=batch,
         max_prefill_tokens=max_prefill,

@@ -197,7 +197,7 @@ def _fill_sequences(fields: Mapping[str, Array], first: int, chunks: tuple[Chunk
     for name in SAMPLING_FLOATS:
         fields[name].view(np.float32)[rows] = [getattr(sampling, name) for sampling in samplings]
     for row, sequence in enumerate(sequences, first):
-        fields["block_tables"][row, : len(sequence.blocks)] = [block.index for block in sequence.blocks]
+        fields["block_tables"][row, : len(sequence.block_table)] = sequence.block_table
 
 
 def _slot(sequence: Sequence) -> int:

@@ -154,7 +154,7 @@ def _assemble(
     blocks = BlockManager(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
-        PrefixCache(blocks, plan.block_size, longest_shared, plan.num_slots),
+        PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
         block_size=plan.block_size,
         max_batch_size=limits.max_batch_size,
         max_prefill_tokens=limits.max_prefill_tokens,

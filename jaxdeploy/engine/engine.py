@@ -73,7 +73,7 @@ class Engine:
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
         """Compile everything that can run; ``progress`` wraps the list of steps, to show a bar."""
         self._runner.warm_up(self._shapes, progress)
-        if self.scheduler.prefixes.host.num_slots:
+        if self.scheduler.prefixes.host.num_blocks:
             self._weigh_host_memory()
 
     def add(self, request: Request) -> None:
@@ -168,7 +168,8 @@ class Engine:
         with self.spans("commit"):
             rows = [(row, sequence) for row, sequence in flight.rows if sequence.finish_reason is None]
             known = [len(sequence.token_ids) for _, sequence in rows]
-            self.scheduler.commit({sequence: sampled.tokens[:, row].tolist() for row, sequence in rows})
+            tokens = sampled.tokens.T.tolist()
+            self.scheduler.commit({sequence: tokens[row] for row, sequence in rows})
             return [
                 self._output(row, sequence, length, sampled)
                 for (row, sequence), length in zip(rows, known, strict=True)

@@ -22,7 +22,7 @@ Content = Any
 
 
 class HostBlocks:
-    """Slots of pinned host memory, each for the content of one block. Copies overlap with steps that run."""
+    """Pinned host memory for the content of blocks. Copies overlap with steps that run."""
 
     def __init__(self, pools: tuple[Pool, ...]) -> None:
         self._on_device = jax.tree.map(lambda array: array.sharding, pools[0])
@@ -49,10 +49,10 @@ class HostBlocks:
     def _save(self, pools: tuple[Pool, ...], copies: list[Transfer]) -> None:
         contents = self._gather(pools, _padded([copy.block for copy in copies], 0))
         for copy, content in zip(copies, contents, strict=False):
-            self._held[copy.slot] = jax.device_put(content, self._on_host)
+            self._held[copy.host_block] = jax.device_put(content, self._on_host)
 
     def _restore(self, pools: tuple[Pool, ...], copies: list[Transfer]) -> tuple[Pool, ...]:
-        contents = [jax.device_put(self._held[copy.slot], self._on_device) for copy in copies]
+        contents = [jax.device_put(self._held[copy.host_block], self._on_device) for copy in copies]
         contents += [contents[0]] * (GROUP - len(contents))
         nowhere = stored(pools[0]).shape[0]
         restored: tuple[Pool, ...] = self._scatter(pools, _padded([copy.block for copy in copies], nowhere), contents)

@@ -32,8 +32,8 @@ MOST_ON_HOST = 4
 class CachePlan:
     """``num_blocks`` blocks of ``block_size`` tokens, ``block_bytes`` bytes each on one device, and why so many.
 
-    ``bits`` are those of a quantised element, 8 or 4; ``None`` stores floats. ``num_slots`` more are kept in host
-    memory, ``slot_bytes`` bytes each.
+    ``bits`` are those of a quantised element, 8 or 4; ``None`` stores floats. ``host_blocks`` more are kept in host
+    memory, ``host_block_bytes`` bytes each.
     """
 
     num_blocks: int
@@ -41,14 +41,15 @@ class CachePlan:
     block_bytes: int
     reason: str
     bits: int | None = None
-    num_slots: int = 0
-    slot_bytes: int = 0
+    host_blocks: int = 0
+    host_block_bytes: int = 0
 
     def __str__(self) -> str:
         size = _size(self.num_blocks * self.block_bytes)
         tokens = self.num_blocks * self.block_size
         kind = f"int{self.bits} KV cache" if self.bits else "KV cache"
-        host = f"; {self.num_slots} more on the host, {_size(self.num_slots * self.slot_bytes)}" * (self.num_slots > 0)
+        there = _size(self.host_blocks * self.host_block_bytes)
+        host = f"; {self.host_blocks} more on the host, {there}" if self.host_blocks else ""
         return (
             f"{kind}: {self.num_blocks} blocks of {self.block_size} tokens = {tokens} tokens, "
             f"{_size(self.block_bytes)} a block, {size} in all ({self.reason}){host}"
@@ -83,7 +84,9 @@ def plan_cache(
             f"({per_sequence} x {_size(size)} = {_size(per_sequence * size)}), but there are {count} "
             f"({reason}); lower session_len, or give the cache more room with cache_max_entry_count or num_blocks"
         )
-    return CachePlan(count, config.block_size, size, reason, bits, _count_slots(config, mesh, whole, count), whole)
+    return CachePlan(
+        count, config.block_size, size, reason, bits, _count_host_blocks(config, mesh, whole, count), whole
+    )
 
 
 def allocate_pools(
@@ -139,7 +142,7 @@ def _count_blocks(config: EngineConfig, mesh: Mesh, size: int, wanted: int) -> t
     return int(least * share) // size, f"{share:g} of {_size(least)} free after weights on each device"
 
 
-def _count_slots(config: EngineConfig, mesh: Mesh, size: int, num_blocks: int) -> int:
+def _count_host_blocks(config: EngineConfig, mesh: Mesh, size: int, num_blocks: int) -> int:
     """Blocks of ``size`` bytes that the host keeps beside ``num_blocks`` on the device."""
     if config.num_cpu_blocks is not None:
         return config.num_cpu_blocks

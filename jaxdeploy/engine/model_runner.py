@@ -84,8 +84,8 @@ class ModelRunner:
 
     def seconds_to_restore(self) -> float:
         """How long a block takes from host memory to the device; compiles the copies and leaves nothing behind."""
-        there = [Transfer(0, slot, to_device=False) for slot in range(GROUP)]
-        back = [Transfer(0, slot, to_device=True) for slot in range(GROUP)]
+        there = [Transfer(0, block, to_device=False) for block in range(GROUP)]
+        back = [Transfer(0, block, to_device=True) for block in range(GROUP)]
         self.copy_blocks(there)
 
         def copy() -> None:

@@ -17,16 +17,16 @@ class PrefixCache:
 
     A block is noted as soon as a step is scheduled that fills it: sequences later in the same step may attend to it
     already, since a step writes all its keys and values before anything attends to them. Blocks that the device evicts
-    go to ``num_slots`` slots in host memory and come back when they are found there.
+    go to ``host_blocks`` in host memory and come back when they are found there.
 
     ``longest_prompt``: only sequences whose prompts have at most so many tokens take part; 0 turns sharing off.
     """
 
     def __init__(
-        self, blocks: BlockManager, block_size: int, longest_prompt: int = sys.maxsize, num_slots: int = 0
+        self, blocks: BlockManager, block_size: int, longest_prompt: int = sys.maxsize, host_blocks: int = 0
     ) -> None:
         self.asked = self.found = self.restored = 0
-        self.host = HostTier(num_slots, self._forget)
+        self.host = HostTier(host_blocks, self._forget)
         self._blocks, self._size, self._longest = blocks, block_size, longest_prompt
         self._known: dict[_Key, Node] = {}
         self._on_device: dict[int, Node] = {}
@@ -64,12 +64,12 @@ class PrefixCache:
             blocks.append(node.block)
         return blocks + fresh
 
-    def note(self, sequence: Sequence, computed: int) -> None:
-        """Note the blocks that are full once ``computed`` tokens of a sequence are.
+    def note(self, sequence: Sequence, full: int) -> None:
+        """Note the first ``full`` blocks of a sequence.
 
         Where another block has the same tokens already, that one stays known.
         """
-        for index in range(len(sequence.noted), computed // self._size):
+        for index in range(len(sequence.noted), full):
             key = self._key(sequence, index, sequence.noted)
             node = self._known.setdefault(key, Node(*key))
             if node.block is None:
@@ -88,7 +88,7 @@ class PrefixCache:
         assert all(self._known[node.before, node.tokens] is node for node in nodes), "a key leads to another node"
         assert all(self._blocks.is_valid(node.block) for node in on_device.values() if node.block), "a block was lost"
         assert on_device == self._on_device, "a block is known under two names, or is forgotten"
-        self.host.check([node for node in nodes if node.slot is not None])
+        self.host.check([node for node in nodes if node.host_block is not None])
 
     def _evicted(self, index: int) -> None:
         node = self._on_device.pop(index, None)
@@ -99,7 +99,7 @@ class PrefixCache:
 
     def _forget(self, node: Node) -> None:
         """Once it lies nowhere."""
-        if node.block is None and node.slot is None:
+        if node.block is None and node.host_block is None:
             del self._known[node.before, node.tokens]
 
     def _key(self, sequence: Sequence, index: int, before: list[Node]) -> _Key:

@@ -111,6 +111,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
+        sequence.longest = min(sequence.longest, self.session_len)
         self._waiting.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -139,7 +140,7 @@ class Scheduler:
         for sequence, new in tokens.items():
             for token in new:
                 if sequence.finish_reason is None:
-                    sequence.append(token, self.session_len)
+                    sequence.append(token)
                     self._waiting.charge(sequence, REPLY_COST)
             if sequence.finish_reason is not None:
                 self._drop(sequence)
@@ -191,7 +192,7 @@ class Scheduler:
         Those that are to keep their blocks longest come first.
         """
         behind = [sequence for sequence in self._running if not sequence.prefilling]
-        return sorted((item for item in behind if item.length < item.longest(self.session_len)), key=_rank)
+        return sorted((item for item in behind if item.length < item.longest), key=_rank)
 
     def _repeats(self, ready: list[Sequence]) -> int:
         """Tokens that all of ``ready`` can decode in a row, without anybody waiting for the end of it: some, or one."""
@@ -200,7 +201,7 @@ class Scheduler:
             return 1
         room = sum(max(self._missing(sequence, count), 0) for sequence in ready)
         free = all(
-            sequence.length + count <= sequence.longest(self.session_len)
+            sequence.length + count <= sequence.longest
             and sequence.generated >= sequence.sampling.min_new_tokens
             and not sequence.reads_tokens
             for sequence in ready
@@ -222,7 +223,8 @@ class Scheduler:
             self._preempt(last)
             if last is sequence:
                 return False
-        sequence.blocks += self.blocks.allocate(max(missing, 0))
+        if missing > 0:
+            sequence.hold(self.blocks.allocate(missing))
         return True
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -244,7 +246,8 @@ class Scheduler:
         if missing > self.blocks.available:
             self.blocks.retire(held)
             return False
-        sequence.blocks = own + self.prefixes.bring(found, missing)
+        sequence.blocks, sequence.block_table = [], []
+        sequence.hold(own + self.prefixes.bring(found, missing))
         first_time, sequence.prefill_end = not sequence.prefill_end, len(sequence.token_ids)
         sequence.computed = min(computed, sequence.prefill_end - 1)
         sequence.noted = []
@@ -278,9 +281,10 @@ class Scheduler:
         """Let others find what is computed of a sequence, as far as its tokens are known. Returns blocks found so."""
         if not self.prefixes.serves(sequence):
             return 0
-        known = min(sequence.computed, len(sequence.token_ids))
-        self.prefixes.note(sequence, known)
-        return known // self.block_size
+        full = min(sequence.computed, len(sequence.token_ids)) // self.block_size
+        if full > len(sequence.noted):
+            self.prefixes.note(sequence, full)
+        return full
 
     def _cost(self, tokens: int) -> int:
         return -(-tokens // self.chunk_multiple) * self.chunk_multiple
@@ -302,7 +306,7 @@ class Scheduler:
         shared = self._note(sequence)
         self.blocks.release(sequence.blocks[shared:])
         self.blocks.retire(sequence.blocks[:shared])
-        sequence.blocks = []
+        sequence.blocks, sequence.block_table = [], []
         self._free_slot(sequence)
 
     def _free_slot(self, sequence: Sequence) -> None:

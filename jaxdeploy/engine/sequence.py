@@ -19,42 +19,49 @@ class Block:
 class Node:
     """A whole block of tokens behind those of ``before``, and where its keys and values are kept.
 
-    ``block`` on the device, ``slot`` in host memory, both or, in the end, neither.
+    ``block`` on the device, ``host_block`` in host memory, both or, in the end, neither.
     """
 
     before: Node | None = field(repr=False)
     tokens: tuple[int, ...]
     block: Block | None = None
-    slot: int | None = None
+    host_block: int | None = None
 
 
 @dataclass(eq=False)
 class Sequence:
     """Tokens known so far, and how far they have been computed.
 
-    ``arrival`` counts up from sequence to sequence; ``deadline`` is on the monotonic clock, in seconds. ``computed``
-    tokens have keys and values in ``blocks``, or get them in a step that has been scheduled; ``in_flight`` tokens are
-    sampled by such steps and not yet known here. ``prefill_end`` tokens were known when the sequence last began to run:
-    up to there it is prefilling, beyond it decodes. ``slot`` is its row on the device while it runs. ``cached`` tokens
-    of the prompt were in the cache when it first ran. ``noted`` is how others find its tokens, in its own blocks or in
-    such as had the same before (``PrefixCache``).
+    ``longest`` is the most tokens that it may have. ``arrival`` counts up from sequence to sequence; ``deadline`` is on
+    the monotonic clock, in seconds. ``computed`` tokens have keys and values in ``blocks``, or get them in a step that
+    has been scheduled; ``in_flight`` tokens are sampled by such steps and not yet known here. ``prefill_end`` tokens
+    were known when the sequence last began to run: up to there it is prefilling, beyond it decodes. ``slot`` is its row
+    on the device while it runs, ``block_table`` the indices of its blocks. ``cached`` tokens of the prompt were in the
+    cache when it first ran. ``noted`` is how others find its tokens, in its own blocks or in such as had the same
+    before (``PrefixCache``).
     """
 
     request: Request
     arrival: int = 0
     deadline: float | None = None
     token_ids: list[int] = field(init=False)
+    prompt_length: int = field(init=False)
+    longest: int = field(init=False)
     computed: int = 0
     in_flight: int = 0
     prefill_end: int = 0
     slot: int | None = None
     blocks: list[Block] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
     cached: int = 0
     noted: list[Node] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+        self.prompt_length = len(self.token_ids)
+        self.longest = self.prompt_length + self.sampling.max_new_tokens
+        self._always_sampler = _needs_sampler(self.sampling)
 
     @property
     def request_id(self) -> str:
@@ -65,11 +72,6 @@ class Sequence:
     def sampling(self) -> SamplingParams:
         """How its tokens are chosen."""
         return self.request.sampling
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens that were asked with."""
-        return len(self.request.prompt_token_ids)
 
     @property
     def length(self) -> int:
@@ -89,31 +91,34 @@ class Sequence:
     @property
     def needs_sampler(self) -> bool:
         """Whether choosing its next token takes more than the largest logit."""
-        sampling = self.sampling
-        penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
-        return (
-            not sampling.greedy
-            or penalties != (1.0, 0.0, 0.0)
-            or sampling.logprobs is not None
-            or bool(sampling.bad_token_sequences)
-            or self.generated < sampling.min_new_tokens
-        )
+        return self._always_sampler or self.generated < self.sampling.min_new_tokens
 
     @property
     def reads_tokens(self) -> bool:
         """Whether its next token cannot be chosen before the host has seen the last."""
         return any(len(words) > 1 for words in self.sampling.bad_token_sequences)
 
-    def longest(self, session_len: int) -> int:
-        """Tokens that it may have."""
-        return min(self.prompt_length + self.sampling.max_new_tokens, session_len)
+    def hold(self, blocks: list[Block]) -> None:
+        """Have ``blocks`` behind those that it has."""
+        self.blocks += blocks
+        self.block_table += [block.index for block in blocks]
 
-    def append(self, token_id: int, session_len: int) -> None:
+    def append(self, token_id: int) -> None:
         """Take a token that was in flight and note whether it ends the sequence."""
         self.in_flight -= 1
         self.token_ids.append(token_id)
         sampling = self.sampling
         if self.generated >= sampling.min_new_tokens and token_id in sampling.stop_token_ids:
             self.finish_reason = FinishReason.STOP
-        elif len(self.token_ids) >= self.longest(session_len):
+        elif len(self.token_ids) >= self.longest:
             self.finish_reason = FinishReason.LENGTH
+
+
+def _needs_sampler(sampling: SamplingParams) -> bool:
+    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+    return (
+        not sampling.greedy
+        or penalties != (1.0, 0.0, 0.0)
+        or sampling.logprobs is not None
+        or bool(sampling.bad_token_sequences)
+    )
