@@ -6,6 +6,7 @@ device needs to know about it travels as one int32 array, whose fields ``StepSha
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ SAMPLING_FLOATS = (
     "frequency_penalty",
 )
 """Fields that hold the bit patterns of float32 numbers."""
+
+SETTINGS = ("prompt_length", "top_k", "seed", *SAMPLING_FLOATS)
+"""Fields that are the same in all steps of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -170,34 +174,48 @@ def _pack(shape: StepShape, batch: ScheduledBatch) -> Array:
 
 def packed_size(shape: StepShape) -> int:
     """Number of int32 in the packed array of ``shape``."""
-    return sum(math.prod(size) for size in shape.fields().values())
+    return _places(shape)[-1][2]
 
 
 def unpack(packed: Any, shape: StepShape) -> dict[str, Any]:
     """The fields of a packed array by name: views of a numpy array, slices of a jax one."""
-    fields, start = {}, 0
+    return {name: packed[start:end].reshape(size) for name, start, end, size in _places(shape)}
+
+
+@functools.cache
+def _places(shape: StepShape) -> list[tuple[str, int, int, tuple[int, ...]]]:
+    """Name, start, end and shape of every field."""
+    places, start = [], 0
     for name, size in shape.fields().items():
         end = start + math.prod(size)
-        fields[name] = packed[start:end].reshape(size)
+        places.append((name, start, end, size))
         start = end
-    return fields
+    return places
 
 
 def _fill_sequences(fields: Mapping[str, Array], first: int, chunks: tuple[Chunk, ...]) -> None:
     """The per-sequence fields of ``chunks``, in rows from ``first`` on: field by field, which numpy takes faster."""
     sequences = [chunk.sequence for chunk in chunks]
-    samplings = [sequence.sampling for sequence in sequences]
     rows = slice(first, first + len(sequences))
     fields["slot"][rows] = [_slot(sequence) for sequence in sequences]
-    fields["prompt_length"][rows] = [sequence.prompt_length for sequence in sequences]
     fields["length"][rows] = [chunk.first_new for chunk in chunks]
     fields["samples"][rows] = [chunk.samples for chunk in chunks]
-    fields["top_k"][rows] = [1 if sampling.greedy else sampling.top_k for sampling in samplings]
-    fields["seed"].view(np.uint32)[rows] = [sampling.seed & 0xFFFFFFFF for sampling in samplings]
-    for name in SAMPLING_FLOATS:
-        fields[name].view(np.float32)[rows] = [getattr(sampling, name) for sampling in samplings]
+    settings = np.array([_settings(sequence) for sequence in sequences], np.int32).reshape(-1, len(SETTINGS))
+    for name, column in zip(SETTINGS, settings.T, strict=True):
+        fields[name][rows] = column
     for row, sequence in enumerate(sequences, first):
         fields["block_tables"][row, : len(sequence.block_table)] = sequence.block_table
+
+
+def _settings(sequence: Sequence) -> tuple[int, ...]:
+    """What is the same in all its steps, in the order of ``SETTINGS``."""
+    if sequence.settings is None:
+        sampling = sequence.sampling
+        floats = np.array([getattr(sampling, name) for name in SAMPLING_FLOATS], np.float32)
+        seed = np.array(sampling.seed & 0xFFFFFFFF, np.uint32)
+        top_k = 1 if sampling.greedy else sampling.top_k
+        sequence.settings = sequence.prompt_length, top_k, int(seed.view(np.int32)), *floats.view(np.int32).tolist()
+    return sequence.settings
 
 
 def _slot(sequence: Sequence) -> int:

@@ -38,7 +38,7 @@ class Sequence:
     were known when the sequence last began to run: up to there it is prefilling, beyond it decodes. ``slot`` is its row
     on the device while it runs, ``block_table`` the indices of its blocks. ``cached`` tokens of the prompt were in the
     cache when it first ran. ``noted`` is how others find its tokens, in its own blocks or in such as had the same
-    before (``PrefixCache``).
+    before (``PrefixCache``). ``settings`` is what a step takes of it that never changes, once it has been laid out.
     """
 
     request: Request
@@ -54,6 +54,7 @@ class Sequence:
     blocks: list[Block] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     cached: int = 0
+    settings: tuple[int, ...] | None = None
     noted: list[Node] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
