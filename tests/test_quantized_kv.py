@@ -27,6 +27,7 @@ from jaxdeploy.models.rope import Rotary, apply_rotary
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import ENVIRONMENT
 from pallas_kernels.kv_pool import QuantizedPool, dequantize, quantize
+from tests.selection import every_other
 from tests.tiny_models import (
     BLOCK_SIZE,
     CONFIG,
@@ -39,6 +40,7 @@ from tests.tiny_models import (
     dense_decoder,
     dense_logits,
     lasting_runner,
+    live_arrays,
     outputs_of,
     params,
     prompt,
@@ -150,7 +152,7 @@ def mixed(*lengths: int, **sampling: Any) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", every_other([8, 4]))
 def test_together_is_one_by_one(bits: int) -> None:
     items = mixed(1, 16, 17, 40, 64, 100)
     together = run(engine_of(bits), items)
@@ -208,11 +210,11 @@ def test_no_step_copies_a_pool(shape: StepShape, bits: int) -> None:
 
 def test_close_gives_the_memory_back() -> None:
     run(engine_of(8), mixed(5))
-    before = len(jax.live_arrays())
+    before = live_arrays()
     engine = tiny_engine(runner=new_runner(ModelRunner, 8), shapes=FEW_SHAPES)
     assert run(engine, mixed(5)) == run(engine_of(8), mixed(5))
     engine.close()
-    assert len(jax.live_arrays()) == before
+    assert live_arrays() == before
 
 
 def parameters_of(low_high: Array) -> Array:

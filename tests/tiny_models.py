@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -162,6 +163,12 @@ def outputs_of(engine: Engine, requests: Iterable[Request]) -> dict[str, list[St
 def reasons(outputs: Mapping[str, list[StepOutput]]) -> dict[str, FinishReason | None]:
     """Why each ended."""
     return {name: steps[-1].finish_reason for name, steps in outputs.items()}
+
+
+def live_arrays() -> int:
+    """Arrays that somebody holds; not what other tests have left to the garbage collector."""
+    gc.collect()
+    return len(jax.live_arrays())
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from jaxdeploy.errors import CacheTooSmallError, CheckpointError, ConfigError
 from jaxdeploy.models.registry import read_config
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.kv_pool import QuantizedPool, pool_bits
-from tests.tiny_models import VOCAB, outputs_of, prompt, request
+from tests.tiny_models import VOCAB, live_arrays, outputs_of, prompt, request
 
 HF: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -60,7 +60,7 @@ def compiled() -> Iterator[list[str]]:
 def test_nothing_is_compiled_after_warm_up(
     tmp_path: Path, compiled: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    before = len(jax.live_arrays())
+    before = live_arrays()
     engine = build(tmp_path, warmup=True, num_blocks=2, block_size=32)
     assert "jit(_forward)" in compiled
     compiled.clear()
@@ -83,7 +83,7 @@ def test_nothing_is_compiled_after_warm_up(
     assert compiled == []
     assert "compiling a step after warm-up" not in caplog.text
     engine.close()
-    assert len(jax.live_arrays()) == before
+    assert live_arrays() == before
 
 
 def test_a_compile_after_warm_up_is_noticed(
