@@ -56,12 +56,13 @@ class PrefixCache:
             fresh = self._blocks.allocate(missing)
         blocks = []
         for node in nodes:
-            if node.block is None:
-                node.block = fresh.pop(0)
-                self._on_device[node.block.index] = node
-                self.host.restore(node, node.block.index)
+            block = node.block
+            if block is None:
+                block = fresh.pop(0)
+                self._settle(node, block)
+                self.host.restore(node, block.index)
                 self.restored += 1
-            blocks.append(node.block)
+            blocks.append(block)
         return blocks + fresh
 
     def note(self, sequence: Sequence, full: int) -> None:
@@ -73,8 +74,7 @@ class PrefixCache:
             key = self._key(sequence, index, sequence.noted)
             node = self._known.setdefault(key, Node(*key))
             if node.block is None:
-                node.block = sequence.blocks[index]
-                self._on_device[node.block.index] = node
+                self._settle(node, sequence.blocks[index])
             sequence.noted.append(node)
 
     def transfers(self) -> list[Transfer]:
@@ -89,6 +89,17 @@ class PrefixCache:
         assert all(self._blocks.is_valid(node.block) for node in on_device.values() if node.block), "a block was lost"
         assert on_device == self._on_device, "a block is known under two names, or is forgotten"
         self.host.check([node for node in nodes if node.host_block is not None])
+
+    def _settle(self, node: Node, block: Block) -> None:
+        """Note that ``block`` has what ``node`` stands for, and nothing else.
+
+        It may have stood for the same tokens behind a block that has been forgotten since: nobody can find that.
+        """
+        before = self._on_device.get(block.index)
+        if before is not None:
+            before.block = None
+            self._forget(before)
+        node.block, self._on_device[block.index] = block, node
 
     def _evicted(self, index: int) -> None:
         node = self._on_device.pop(index, None)
