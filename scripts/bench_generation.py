@@ -178,38 +178,51 @@ def time_engine(engine: Engine, case: Case, vocab_size: int) -> Timing:
     return Timing(first - start, time.perf_counter() - first)
 
 
-def transformers(folder: Path, args: argparse.Namespace) -> System:
-    """``generate`` of a float32 model with random weights: greedy, static batch, its default cache."""
+def transformers_model(folder: Path) -> Any:
+    """A float32 model of transformers' with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32).eval()
+
+
+def generate_at(model: Any, ids: Any, mask: Any, new: int) -> list[float]:
+    """Have transformers' ``generate`` give every row exactly ``new`` greedy tokens; when each of them came."""
+    import torch
     from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-    config = AutoConfig.from_pretrained(folder)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    times: list[float] = []
 
     class Clock(StoppingCriteria):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            self.times.append(time.perf_counter())
+            times.append(time.perf_counter())
             return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=StoppingCriteriaList([Clock()]),
+        )
+    return times
+
+
+def transformers(folder: Path, args: argparse.Namespace) -> System:
+    """Transformers' ``generate``: greedy, static batch, its default cache."""
+    import torch
+
+    model = transformers_model(folder)
+
     def run(case: Case) -> Timing:
-        clock, ids = Clock(), torch.tensor(case.prompts(config.vocab_size))
+        ids = torch.tensor(case.prompts(model.config.vocab_size))
         start = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=case.new,
-                min_new_tokens=case.new,
-                do_sample=False,
-                pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([clock]),
-            )
-        return Timing(clock.times[0] - start, clock.times[-1] - clock.times[0])
+        times = generate_at(model, ids, torch.ones_like(ids), case.new)
+        return Timing(times[0] - start, times[-1] - times[0])
 
     return run
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_generation import PAUSE, SHAPES, write_shape
+from bench_generation import PAUSE, SHAPES, generate_at, transformers_model, write_shape
 from bench_record import spread, write_result
 from tqdm import tqdm
 
@@ -181,42 +181,21 @@ def ours(folder: Path, args: argparse.Namespace) -> System:
 def transformers(folder: Path, args: argparse.Namespace) -> dict[str, System]:
     """A float32 model with random weights: ``generate`` on batches in order of arrival, and its continuous batching."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.generation.configuration_utils import ContinuousBatchingConfig
-    from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-    config = AutoConfig.from_pretrained(folder)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-    class Clock(StoppingCriteria):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            self.times.append(time.perf_counter())
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+    model = transformers_model(folder)
 
     def static(jobs: Sequence[Job]) -> Ride:
         ride, start = Ride(), time.perf_counter()
         for first in range(0, len(jobs), args.concurrency):
-            group, clock = jobs[first : first + args.concurrency], Clock()
+            group = jobs[first : first + args.concurrency]
             longest = max(len(job.prompt) for job in group)
             ids = torch.tensor([[0] * (longest - len(job.prompt)) + list(job.prompt) for job in group])
             mask = torch.tensor([[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in group])
-            most = max(job.new for job in group)
-            with torch.inference_mode():
-                model.generate(
-                    ids,
-                    attention_mask=mask,
-                    max_new_tokens=most,
-                    min_new_tokens=most,
-                    do_sample=False,
-                    pad_token_id=0,
-                    stopping_criteria=StoppingCriteriaList([clock]),
-                )
+            times = generate_at(model, ids, mask, max(job.new for job in group))
             for index, job in enumerate(group, first):
-                for when in clock.times[: job.new]:
+                for when in times[: job.new]:
                     ride.note(index, when - start, 1)
         ride.seconds = time.perf_counter() - start
         return ride
@@ -332,9 +311,9 @@ def draw(rides: Mapping[str, Sequence[Ride]], path: Path) -> None:
         events = sorted(event for events in ride.tokens.values() for event in events)
         times = [0.0, *(when for when, _ in events)]
         counts = np.cumsum([0, *(count for _, count in events)])
-        axes.plot(times, counts, color=COLORS[name], drawstyle="steps-post")
-        axes.annotate(name, (times[-1], counts[-1]), (5, 4), textcoords="offset points", color=COLORS[name])
-    axes.set(xlabel="seconds")
+        axes.plot(times, counts, color=COLORS[name], label=name, drawstyle="steps-post")
+    axes.set(xlabel="seconds", ylim=(0, None), xlim=(0, None))
+    axes.legend(loc="lower right", frameon=False)
     axes.set_title("Output tokens delivered", loc="left", fontsize=11, weight="bold")
     axes.set(ylim=(0, None), xlim=(0, 1.25 * max(axes.dataLim.x1, 1)))
     axes.spines[["top", "right"]].set_visible(False)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
-from jaxdeploy.engine.checks import EngineLike, RequestLimits
+from jaxdeploy.engine.checks import RequestLimits
+from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.generator import TextRequest
 from jaxdeploy.engine.remote import EngineDiedError, RemoteEngine
 from jaxdeploy.errors import ConfigError, ContextLengthError, RequestError

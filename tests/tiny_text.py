@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from jaxdeploy.chat_template import ChatTemplate
-from jaxdeploy.engine.checks import EngineLike
 from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
 from jaxdeploy.tokenizer import Tokenizer
 from tests.tiny_models import VOCAB, tiny_engine

@@ -3,43 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from jaxdeploy.errors import ContextLengthError, RequestError
-from jaxdeploy.messages import Request, StepOutput
+from jaxdeploy.messages import Request
 
 MAX_LOGPROBS = 20
 """Most alternatives that are reported with a token."""
-
-
-class EngineLike(Protocol):
-    """What an ``Engine`` is to those who use it, wherever it runs."""
-
-    @property
-    def limits(self) -> RequestLimits:
-        """What it takes."""
-        ...
-
-    @property
-    def has_work(self) -> bool:
-        """Whether ``step`` has anything to do."""
-        ...
-
-    def add(self, request: Request) -> None:
-        """Queue a request, or raise."""
-        ...
-
-    def abort(self, request_id: str) -> None:
-        """Drop a request; one that has ended, or never was, is no error."""
-        ...
-
-    def step(self) -> list[StepOutput]:
-        """What has come since the last call."""
-        ...
-
-    def close(self) -> None:
-        """Give the device memory back."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -179,12 +179,9 @@ class Engine:
         if sequence.finish_reason is not None:
             del self._sequences[sequence.request_id]
         tokens = tuple(sequence.token_ids[known:])
-        wanted = sequence.sampling.logprobs
-        logprobs = (
-            ()
-            if wanted is None
-            else tuple(_logprob(token, sampled, index, row, wanted) for index, token in enumerate(tokens))
-        )
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if (wanted := sequence.sampling.logprobs) is not None:
+            logprobs = tuple(_logprob(token, sampled, index, row, wanted) for index, token in enumerate(tokens))
         return StepOutput(sequence.request_id, tokens, sequence.finish_reason, logprobs, sequence.cached)
 
 

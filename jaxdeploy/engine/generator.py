@@ -14,7 +14,7 @@ from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
 from jaxdeploy.engine.build import build_engine
-from jaxdeploy.engine.checks import EngineLike
+from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.remote import RemoteEngine
 from jaxdeploy.engine.text_stream import TextStream
 from jaxdeploy.errors import CheckpointError

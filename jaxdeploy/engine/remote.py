@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from jaxdeploy.engine.checks import EngineLike, RequestLimits, check_name
+from jaxdeploy.engine.checks import RequestLimits, check_name
+from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import Request, StepOutput
 

@@ -1,0 +1,38 @@
+"""What an engine is to those who use it: in the same process, in another, or a stand-in."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from jaxdeploy.engine.checks import RequestLimits
+from jaxdeploy.messages import Request, StepOutput
+
+
+class EngineLike(Protocol):
+    """The part of ``Engine`` that does not depend on where it runs."""
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What it takes."""
+        ...
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has anything to do."""
+        ...
+
+    def add(self, request: Request) -> None:
+        """Queue a request, or raise."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request; one that has ended, or never was, is no error."""
+        ...
+
+    def step(self) -> list[StepOutput]:
+        """What has come since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Give the device memory back."""
+        ...
