@@ -7,10 +7,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
+from numpy.testing import assert_allclose
 
 from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.checks import RequestLimits
@@ -97,6 +99,16 @@ def collect(engine: RemoteEngine, requests: list[Request]) -> dict[str, list[int
     return tokens
 
 
+def without_logprobs(output: StepOutput) -> StepOutput:
+    return replace(output, logprobs=())
+
+
+def logprobs_of(outputs: list[StepOutput]) -> list[tuple[float, float]]:
+    """Each token with its logprob: the chosen ones, then the likeliest."""
+    reported = [one for output in outputs for one in output.logprobs]
+    return [pair for one in reported for pair in ((one.token_id, one.logprob), *one.top)]
+
+
 def test_its_outputs_are_those_of_an_engine(remote: RemoteEngine) -> None:
     items = [request(f"{n}", prompt(n), temperature=n % 2, seed=n, logprobs=n % 3 or None) for n in (1, 20, 33, 50)]
     expected = outputs_of(tiny_engine(), items)
@@ -106,7 +118,9 @@ def test_its_outputs_are_those_of_an_engine(remote: RemoteEngine) -> None:
     while remote.has_work:
         for output in remote.step():
             seen[output.request_id].append(output)
-    assert seen == expected
+    for name, outputs in expected.items():
+        assert [without_logprobs(one) for one in seen[name]] == [without_logprobs(one) for one in outputs]
+        assert_allclose(logprobs_of(seen[name]), logprobs_of(outputs), atol=2e-5)  # in another batch rounding differs
 
 
 def test_with_text_around_it(remote: RemoteEngine) -> None:
