@@ -13,6 +13,7 @@ import pytest
 
 from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ContextLengthError, RequestError
 from jaxdeploy.messages import FinishReason
 from tests.tiny_models import SESSION_LEN, prompt, request
@@ -159,6 +160,26 @@ def test_a_bad_request_fails_its_caller_only(engine: AsyncEngine, item: TextRequ
 
     expected = joined(generate(tiny_generator(), [text_request("good", 20)])["good"])
     assert joined(asyncio.run(both())) == expected
+
+
+def test_how_it_stands(engine: AsyncEngine) -> None:
+    async def ask() -> tuple[EngineStats, EngineStats]:
+        outputs = cast(Any, engine.generate(text_request("a", 20, **ENDLESS)))
+        async with aclosing(outputs):
+            await anext(outputs)
+            during = await engine.stats()
+        while (after := await engine.stats()).running:
+            await asyncio.sleep(0)
+        return during, after
+
+    during, after = asyncio.run(asyncio.wait_for(ask(), 20))
+    assert (during.running, during.waiting, during.prompt_tokens) == (1, 0, 20)
+    assert during.active_blocks >= 2
+    assert during.generated_tokens >= 1
+    assert (after.active_blocks, after.cached_blocks + after.active_blocks < after.blocks) == (0, True)
+    engine.close()
+    with pytest.raises(EngineStoppedError):
+        asyncio.run(engine.stats())
 
 
 def test_abort_by_name(engine: AsyncEngine) -> None:

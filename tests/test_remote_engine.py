@@ -19,6 +19,7 @@ from jaxdeploy.engine.checks import RequestLimits
 from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.generator import TextRequest
 from jaxdeploy.engine.remote import EngineDiedError, RemoteEngine
+from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ConfigError, ContextLengthError, RequestError
 from jaxdeploy.messages import FinishReason, Request, StepOutput
 from tests.tiny_models import SESSION_LEN, VOCAB, outputs_of, prompt, request, tiny_engine
@@ -38,6 +39,10 @@ class Echo:
     """An engine without a model: a request gets its prompt, a token a step; ``fails`` after as many steps."""
 
     limits = RequestLimits(SESSION_LEN, VOCAB)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self._left))
 
     def __init__(self, fails: int = 1 << 30) -> None:
         self._left: dict[str, list[int]] = {}
@@ -167,6 +172,31 @@ def test_outputs_of_what_was_aborted_reach_nobody() -> None:
         engine.add(Request("a", (1,) * 50))
         engine.abort("a")
         assert collect(engine, [Request("a", (2, 3, 4, round_))]) == {"a": [2, 3, 4, round_]}
+    engine.close()
+
+
+def test_how_it_stands() -> None:
+    """Also when nothing comes out: what was aborted runs no more."""
+    engine = RemoteEngine(echo)
+    assert engine.stats == EngineStats()
+    for name in "ab":
+        engine.add(Request(name, (1,) * 100))
+    assert until(engine, lambda: engine.stats.running == 2)
+    engine.abort("a")
+    engine.abort("b")
+    assert not engine.has_work
+    assert until(engine, lambda: engine.stats.running == 0)
+    assert engine.step() == []
+    engine.close()
+
+
+def test_looking_loses_no_output() -> None:
+    engine, tokens = RemoteEngine(echo), list[int]()
+    engine.add(Request("a", tuple(range(50))))
+    while engine.has_work:
+        assert engine.stats.running <= 1
+        tokens += [token for output in engine.step() for token in output.token_ids]
+    assert tokens == list(range(50))
     engine.close()
 
 

@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
 from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 
 logger = logging.getLogger("jaxdeploy")
@@ -84,6 +85,19 @@ class AsyncEngine:
         finally:
             if not finished:
                 self._commands.put(lambda: self._abort(request_id))
+
+    async def stats(self) -> EngineStats:
+        """How the engine stands. Raises ``EngineStoppedError``."""
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[EngineStats] = loop.create_future()
+
+        def look() -> None:
+            stats = self.generator.engine.stats
+            with contextlib.suppress(RuntimeError):  # the caller's loop is closed
+                loop.call_soon_threadsafe(_resolve, found, stats)
+
+        self._send(look)
+        return await found
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream raises ``EngineStoppedError``."""
@@ -159,3 +173,8 @@ class AsyncEngine:
         if stream is not None:
             self.generator.abort(request_id)
             stream(error)
+
+
+def _resolve(future: asyncio.Future[EngineStats], stats: EngineStats) -> None:
+    if not future.done():  # whoever asked may have gone
+        future.set_result(stats)

@@ -23,6 +23,7 @@ from jaxdeploy.engine.sampler import Sampled
 from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.engine.spans import Spans
+from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.messages import Request, StepOutput, TokenLogprob
 
 logger = logging.getLogger("jaxdeploy")
@@ -69,6 +70,26 @@ class Engine:
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
         return self.scheduler.has_work
+
+    @property
+    def stats(self) -> EngineStats:
+        """How it stands."""
+        scheduler = self.scheduler
+        blocks, prefixes = scheduler.blocks, scheduler.prefixes
+        return EngineStats(
+            waiting=scheduler.waiting,
+            running=scheduler.running,
+            blocks=blocks.num_blocks,
+            active_blocks=blocks.active,
+            cached_blocks=blocks.cached,
+            host_blocks=prefixes.host.num_blocks,
+            used_host_blocks=prefixes.host.used,
+            prompt_tokens=prefixes.asked,
+            cached_tokens=prefixes.found,
+            restored_blocks=prefixes.restored,
+            generated_tokens=scheduler.generated,
+            preemptions=scheduler.preemptions,
+        )
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
         """Compile everything that can run; ``progress`` wraps the list of steps, to show a bar."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from jaxdeploy.engine.checks import RequestLimits
+from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.messages import Request, StepOutput
 
 
@@ -19,6 +20,11 @@ class EngineLike(Protocol):
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """How it stands."""
         ...
 
     def add(self, request: Request) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.engine_like import EngineLike
+from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import Request, StepOutput
 
@@ -52,12 +53,21 @@ class RemoteEngine:
         """What a request is called there → its name here: names may be used again, numbers are not."""
         self._numbers: dict[str, str] = {}
         self._count = 0
-        self._limits: RequestLimits = self._receive()
+        self._arrived: list[StepOutput] = []
+        self._limits: RequestLimits
+        self._stats: EngineStats
+        self._limits, self._stats = self._receive()
 
     @property
     def limits(self) -> RequestLimits:
         """What it takes."""
         return self._limits
+
+    @property
+    def stats(self) -> EngineStats:
+        """How it stands, as far as it has said."""
+        self._drain(0)
+        return self._stats
 
     @property
     def has_work(self) -> bool:
@@ -82,9 +92,8 @@ class RemoteEngine:
 
     def step(self) -> list[StepOutput]:
         """What has come since the last call, if need be after a moment."""
-        outputs: list[StepOutput] = []
-        while self._connection.poll(0 if outputs else PATIENCE):
-            outputs += self._receive()
+        self._drain(0 if self._arrived else PATIENCE)
+        outputs, self._arrived = self._arrived, []
         return [self._named(output) for output in outputs if output.request_id in self._names]
 
     def close(self) -> None:
@@ -95,6 +104,13 @@ class RemoteEngine:
             self._process.kill()
         self._process.join()
         self._connection.close()
+
+    def _drain(self, patience: float) -> None:
+        """Take what has been sent, waiting for it at most so many seconds."""
+        while self._connection.poll(patience):
+            outputs, self._stats = self._receive()
+            self._arrived += outputs
+            patience = 0
 
     def _named(self, output: StepOutput) -> StepOutput:
         name = self._names[output.request_id]
@@ -131,12 +147,15 @@ def _serve(connection: Connection, build: Callable[[], EngineLike]) -> None:
     with _outbox(connection) as send:
         try:
             engine = build()
-            send(engine.limits)
+            said = engine.stats
+            send((engine.limits, said))
             gc.collect()
             gc.freeze()  # what is here now stays; looking through it again and again would hold up steps
             while _obey(connection, engine):
-                if outputs := engine.step():
-                    send(outputs)
+                outputs, stats = engine.step(), engine.stats
+                if outputs or stats != said:
+                    send((outputs, stats))
+                    said = stats
             engine.close()
         except EOFError:
             return  # whoever started it is gone
@@ -163,11 +182,13 @@ def _outbox(connection: Connection) -> Iterator[Callable[[Any], None]]:
 
 def _obey(connection: Connection, engine: EngineLike) -> bool:
     """Do what was asked for since the last step, waiting while there is nothing else to do; whether to go on."""
-    while not engine.has_work or connection.poll():
+    idle = not engine.has_work
+    while idle or connection.poll():
         what, about = connection.recv()
         if what == "close":
             return False
         (engine.add if what == "add" else engine.abort)(about)
+        idle = False
     return True
 
 

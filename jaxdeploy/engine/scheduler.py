@@ -89,7 +89,7 @@ class Scheduler:
         self.chunk_multiple = chunk_multiple
         self.session_len = session_len
         self.decode_steps = decode_steps
-        self.preemptions = 0
+        self.preemptions = self.generated = 0
         self._slots = deque(range(max_batch_size))
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []
@@ -141,6 +141,7 @@ class Scheduler:
             for token in new:
                 if sequence.finish_reason is None:
                     sequence.append(token)
+                    self.generated += 1
                     self._waiting.charge(sequence, REPLY_COST)
             if sequence.finish_reason is not None:
                 self._drop(sequence)

@@ -1,0 +1,32 @@
+"""How an engine stands, in numbers: plain and picklable, for those who watch it from another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Sequences and KV blocks now, and what has been counted since the engine began.
+
+    ``cached_blocks`` nobody holds, but their content may still be found. ``prompt_tokens`` of all sequences that began
+    to run, ``cached_tokens`` of them found in the cache; ``restored_blocks`` were brought back from host memory for it.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    blocks: int = 0
+    active_blocks: int = 0
+    cached_blocks: int = 0
+    host_blocks: int = 0
+    used_host_blocks: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    restored_blocks: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the prompt tokens that did not have to be computed."""
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
