@@ -40,10 +40,6 @@ class Echo:
 
     limits = RequestLimits(SESSION_LEN, VOCAB)
 
-    @property
-    def stats(self) -> EngineStats:
-        return EngineStats(running=len(self._left))
-
     def __init__(self, fails: int = 1 << 30) -> None:
         self._left: dict[str, list[int]] = {}
         self._fails = fails
@@ -51,6 +47,10 @@ class Echo:
     @property
     def has_work(self) -> bool:
         return bool(self._left)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self._left))
 
     def add(self, item: Request) -> None:
         self._left[item.request_id] = list(item.prompt_token_ids)
@@ -243,6 +243,17 @@ def until(engine: RemoteEngine, condition: Callable[[], bool]) -> bool:
     while not condition() and time.monotonic() < deadline:
         engine.step()
     return condition()
+
+
+def test_who_asks_how_a_dead_process_stands_hears_of_it() -> None:
+    remote = RemoteEngine(echo)
+    engine = AsyncEngine(tiny_generator(remote))
+    assert remote._process.pid is not None
+    os.kill(remote._process.pid, signal.SIGKILL)
+    remote._process.join()
+    with pytest.raises(EngineDiedError, match="ended with exit code -9"):
+        asyncio.run(asyncio.wait_for(engine.stats(), 30))
+    engine.close()
 
 
 def test_who_waits_for_a_dead_process_hears_of_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -87,14 +87,18 @@ class AsyncEngine:
                 self._commands.put(lambda: self._abort(request_id))
 
     async def stats(self) -> EngineStats:
-        """How the engine stands. Raises ``EngineStoppedError``."""
+        """How the engine stands. Raises ``EngineStoppedError``, or what the engine died of."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[EngineStats] = loop.create_future()
 
         def look() -> None:
-            stats = self.generator.engine.stats
+            try:
+                self._check_running()
+                answer: EngineStats | Exception = self.generator.engine.stats
+            except Exception as error:  # whoever asked hears of it; what else was asked for goes on
+                answer = error
             with contextlib.suppress(RuntimeError):  # the caller's loop is closed
-                loop.call_soon_threadsafe(_resolve, found, stats)
+                loop.call_soon_threadsafe(_resolve, found, answer)
 
         self._send(look)
         return await found
@@ -111,9 +115,12 @@ class AsyncEngine:
 
     def _send(self, command: Callable[[], None]) -> None:
         with self._sending:
-            if self._stopped:
-                raise EngineStoppedError("the engine has stopped; restart it")
+            self._check_running()
             self._commands.put(command)
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise EngineStoppedError("the engine has stopped; restart it")
 
     def _run(self) -> None:
         """The engine thread: take commands, run a step, hand out its outputs."""
@@ -149,8 +156,7 @@ class AsyncEngine:
 
     def _submit(self, request: TextRequest, deliver: _Stream) -> None:
         try:
-            if self._stopped:
-                raise EngineStoppedError("the engine has stopped; restart it")
+            self._check_running()
             self.generator.submit(request)
         except Exception as error:  # whatever is wrong with a request is its caller's alone
             deliver(error)
@@ -175,6 +181,10 @@ class AsyncEngine:
             stream(error)
 
 
-def _resolve(future: asyncio.Future[EngineStats], stats: EngineStats) -> None:
-    if not future.done():  # whoever asked may have gone
-        future.set_result(stats)
+def _resolve(future: asyncio.Future[EngineStats], answer: EngineStats | Exception) -> None:
+    if future.done():  # whoever asked has gone
+        return
+    if isinstance(answer, Exception):
+        future.set_exception(answer)
+    else:
+        future.set_result(answer)
