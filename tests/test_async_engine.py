@@ -162,7 +162,21 @@ def test_a_bad_request_fails_its_caller_only(engine: AsyncEngine, item: TextRequ
     assert joined(asyncio.run(both())) == expected
 
 
-def test_how_it_stands(engine: AsyncEngine) -> None:
+def test_how_it_stands(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = engine.generator.step
+
+    def until_it_speaks() -> list[TextOutput]:
+        """Else the reply might be over before anybody asks."""
+        if outputs := step():
+            monkeypatch.setattr(engine.generator, "step", pause)
+        return outputs
+
+    def pause() -> list[TextOutput]:
+        time.sleep(0.001)
+        return []
+
+    monkeypatch.setattr(engine.generator, "step", until_it_speaks)
+
     async def ask() -> tuple[EngineStats, EngineStats]:
         outputs = cast(Any, engine.generate(text_request("a", 20, **ENDLESS)))
         async with aclosing(outputs):
