@@ -245,9 +245,12 @@ def run(shared: Path) -> Callable[..., subprocess.CompletedProcess[bytes]]:
     return call
 
 
-def test_golden_story(run: Callable[..., subprocess.CompletedProcess[bytes]], shared: Path) -> None:
+@pytest.mark.parametrize("saving", ["--no-warmup", pytest.param(None, marks=pytest.mark.slow)])
+def test_golden_story(
+    run: Callable[..., subprocess.CompletedProcess[bytes]], shared: Path, saving: str | None
+) -> None:
     usual = "--cap", "completion", "--prompt", "", "--temperature", "0", "--max-new-tokens", "256"
-    done = run(*usual, "--max-batch-size", "1")  # fewer shapes to compile
+    done = run(*usual, *([saving] if saving else []))
     assert done.stdout == (shared / "assets/models/stories260K/golden_greedy.txt").read_bytes()
     assert done.returncode == 0
     assert b"tok/s" in done.stderr
