@@ -246,9 +246,7 @@ def run(shared: Path) -> Callable[..., subprocess.CompletedProcess[bytes]]:
 
 
 @pytest.mark.parametrize("saving", ["--no-warmup", pytest.param(None, marks=pytest.mark.slow)])
-def test_golden_story(
-    run: Callable[..., subprocess.CompletedProcess[bytes]], shared: Path, saving: str | None
-) -> None:
+def test_golden_story(run: Callable[..., subprocess.CompletedProcess[bytes]], shared: Path, saving: str | None) -> None:
     usual = "--cap", "completion", "--prompt", "", "--temperature", "0", "--max-new-tokens", "256"
     done = run(*usual, *([saving] if saving else []))
     assert done.stdout == (shared / "assets/models/stories260K/golden_greedy.txt").read_bytes()
