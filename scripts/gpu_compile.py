@@ -26,18 +26,20 @@ from static_bars import bars, failures
 
 FOLDER = ROOT / "benchmarks/results/static"
 DEVICES = ("a100", "rtx4090", "h200", "b200")
-STEPS = ("1", "8")
-"""Tensor-parallel sizes of the decode step, compiled for an H200."""
+STEPS = "steps"
+"""Decode steps and the engine's own, compiled for an H200."""
 
-ENGINE = "engine"
+TP = (1, 8)
+"""Tensor-parallel sizes of the decode step."""
 
 
 def work(task: str, out: Path) -> None:
-    """What a subprocess does: measure one device or one step; a kernel that fails takes no other along."""
+    """What a subprocess does: measure the kernels for one device, or the steps; one that fails takes no other along."""
     from static_programs import describe, entries, measure, measure_engine, measure_step
 
-    if task in STEPS or task == ENGINE:
-        out.write_text(json.dumps(measure_engine() if task == ENGINE else measure_step(int(task))))
+    if task == STEPS:
+        decode = {f"decode_step-h200-tp{tp}": {"decode_step": measure_step(tp)} for tp in TP}
+        out.write_text(json.dumps({**decode, "engine-h200": {"engine_steps": measure_engine()}}))
         return
     found = []
     for entry in entries(task):
@@ -50,7 +52,7 @@ def work(task: str, out: Path) -> None:
 
 
 def run_task(task: str, folder: Path) -> tuple[str, Any]:
-    """Run ``work`` in a process of its own; what it wrote, and its last words where it died."""
+    """Run ``work`` in a process of its own; what it wrote. Exits with its last words where it died."""
     out = folder / f"{task}.json"
     command = [sys.executable, __file__, "--work", task, "--work-out", str(out)]
     ran = subprocess.run(
@@ -65,18 +67,14 @@ def run_task(task: str, folder: Path) -> tuple[str, Any]:
 
 
 def write(results: dict[str, Any], folder: Path, seconds: float) -> None:
-    """One file per device with its kernels, and one per decode step."""
+    """One file per device with its kernels, and one per kind of step."""
     import jax
 
-    for task, found in results.items():
-        if task in STEPS:
-            name, tables = f"decode_step-h200-tp{task}", {"kernels": [], "decode_step": found}
-        elif task == ENGINE:
-            name, tables = "engine-h200", {"kernels": [], "engine_steps": found}
-        else:
-            name, tables = f"kernels-{task}", {"kernels": found}
-        config = {"compiled_for": task if task in DEVICES else "h200", "jax": jax.__version__, "bars": bars()}
-        metrics = {"seconds": round(seconds, 1)}
+    steps = results.get(STEPS, {})
+    kernels = {f"kernels-{device}": {"kernels": results[device]} for device in results if device != STEPS}
+    for name, tables in {**kernels, **steps}.items():
+        config = {"compiled_for": name.split("-")[1], "jax": jax.__version__, "bars": bars()}
+        metrics, tables = {"seconds": round(seconds, 1)}, {"kernels": [], **tables}
         write_result(folder / f"{name}-jax{jax.__version__}.json", "static/1", config, metrics, {}, tables=tables)
 
 
@@ -101,18 +99,20 @@ def main() -> int:
     """Exit status 1 when a bar is broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", nargs="*", default=list(DEVICES), choices=DEVICES)
-    parser.add_argument("--steps", nargs="*", default=list(STEPS), choices=STEPS, help="tensor-parallel sizes")
-    parser.add_argument("--no-engine", action="store_true", help="leave the engine's own steps out")
+    parser.add_argument("--no-steps", action="store_true", help="kernels only")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the JSON files")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--work-out", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        work(args.work, args.work_out)
+        from pallas_kernels.offline import kernels_compiled_once
+
+        with kernels_compiled_once():
+            work(args.work, args.work_out)
         return 0
     console, start = Console(width=200), time.monotonic()
-    engine_task = [] if args.no_engine else [ENGINE]
-    tasks = [*args.steps, *engine_task, *sorted(args.devices, key=lambda name: name != "h200")]  # the longest first
+    steps_task = [] if args.no_steps else [STEPS]
+    tasks = [*steps_task, *sorted(args.devices, key=lambda name: name != "h200")]  # the longest first
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool, Progress(console=console) as progress:
         bar = progress.add_task("compiling", total=len(tasks))
@@ -120,9 +120,10 @@ def main() -> int:
             results[task] = found
             progress.advance(bar)
     write(results, args.out, time.monotonic() - start)
-    kernels = [kernel for task, found in results.items() if task in DEVICES for kernel in found]
-    engine = results.get(ENGINE, [])
-    steps = [found for task, found in results.items() if task in STEPS]
+    kernels = [kernel for task in results if task != STEPS for kernel in results[task]]
+    tables = results.get(STEPS, {}).values()
+    steps = [table["decode_step"] for table in tables if "decode_step" in table]
+    engine = [step for table in tables for step in table.get("engine_steps", [])]
     show(kernels, steps, engine, console)
     broken = failures(kernels, steps, engine)
     for line in broken:

@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.offline.program import _read_mosaic_launch
-from pallas_kernels.offline.sass import KernelCode, _instructions
+from pallas_kernels.offline.sass import MachineCode, _instructions
 
 LISTING = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;                  /* 0x00000a00ff017b82 */
@@ -23,14 +23,14 @@ LISTING = """
 
 
 def test_instructions_and_loops() -> None:
-    code = KernelCode("k", 32, 0, 0, tuple(_instructions(LISTING)))
+    code = MachineCode(tuple(_instructions(LISTING)))
     assert [opcode for _, opcode, _ in code.code][:3] == ["LDC", "S2R", "LDG.E.128"]
     assert code.loops() == [["LDG.E.128", "HMMA.16816.F32.BF16", "BRA"]], "a branch to itself ends the listing, no loop"
     assert code.hot_loop() == code.loops()[0]
 
 
 def test_a_kernel_without_a_loop() -> None:
-    assert KernelCode("k", 8, 0, 0, tuple(_instructions(LISTING.split("@P1")[0]))).hot_loop() == []
+    assert MachineCode(tuple(_instructions(LISTING.split("@P1")[0]))).hot_loop() == []
 
 
 WAITING = """
@@ -52,14 +52,14 @@ WAITING = """
 
 def test_a_branch_back_from_the_end_of_a_kernel_is_no_loop() -> None:
     """Around the loop over chunks is one over tiles; a wait that fails is repeated after the end, and part of both."""
-    code = KernelCode("k", 168, 0, 0, tuple(_instructions(WAITING)))
+    code = MachineCode(tuple(_instructions(WAITING)))
     assert sorted(map(len, code.loops())) == [2, 10, 12]
 
 
 def test_the_hot_loop_may_hold_loops_that_wait() -> None:
     work = "".join(f"        /*{16 * at:04x}*/   FADD R0, R0, R1 ;\n" for at in range(20))
     wait = "        /*0140*/   SYNCS.PHASECHK P0, [UR4] ;\n        /*0150*/   @!P0 BRA 0x140 ;\n"
-    code = KernelCode("k", 8, 0, 0, tuple(_instructions(work + wait + "        /*0160*/   @P1 BRA 0x0 ;\n")))
+    code = MachineCode(tuple(_instructions(work + wait + "        /*0160*/   @P1 BRA 0x0 ;\n")))
     assert len(code.hot_loop()) == 23
 
 

@@ -7,7 +7,15 @@ Needs the packages of the ``gpu-compile`` extra (XLA's CUDA compiler, and CUDA's
 from __future__ import annotations
 
 from pallas_kernels.offline.devices import DEVICES, offline_mesh
-from pallas_kernels.offline.program import Program, compile_for, compile_on_mesh
+from pallas_kernels.offline.program import Program, compile_for, compile_on_mesh, kernels_compiled_once
 from pallas_kernels.offline.sass import KernelCode
 
-__all__ = ["DEVICES", "KernelCode", "Program", "compile_for", "compile_on_mesh", "offline_mesh"]
+__all__ = [
+    "DEVICES",
+    "KernelCode",
+    "Program",
+    "compile_for",
+    "compile_on_mesh",
+    "kernels_compiled_once",
+    "offline_mesh",
+]

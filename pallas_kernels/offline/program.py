@@ -7,8 +7,8 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceSharding
 
 from pallas_kernels.offline.devices import DEVICES, offline_devices
-from pallas_kernels.offline.sass import KernelCode, assemble
+from pallas_kernels.offline.sass import Kernels
 
 _INDENT = 4
 """Spaces before what is inside an entry of XLA's listing, for each level."""
@@ -27,6 +27,8 @@ _GROUPS = ("kCommandBuffer", "kAsyncStart", "kAsyncDone", "kSequential", "kWhile
 
 _MOSAIC = "mosaic"
 """Folder for what Mosaic GPU writes, within that of XLA."""
+
+_kernel_cache: ContextVar[Path | None] = ContextVar("_kernel_cache", default=None)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Launch:
 
 
 class Program:
-    """The compiled function: ``launches``, ``kernels`` by name, memory."""
+    """The compiled function: ``launches``, memory, and ``kernels`` by name, as XLA's emitters and Pallas made them."""
 
     def __init__(self, compiled: jax.stages.Compiled, device: str, dump: Path) -> None:
         self.compiled, self.device = compiled, device
@@ -55,7 +57,8 @@ class Program:
             dump.glob("*.thunk_sequence.txt")
         )
         self.launches = [launch for path in texts for launch in _read_launches(path.read_text("utf-8"))]
-        self._ptx = [path.read_text("utf-8") for path in sorted(dump.glob("**/*.ptx"))]
+        sources = (path.read_text("utf-8") for path in sorted(dump.glob("**/*.ptx")))
+        self.kernels = Kernels(sources, DEVICES[device].arch)
         mosaic = (_read_mosaic_launch(path) for path in sorted((dump / _MOSAIC).glob("*.ll")))
         self._mosaic_launches = {launch.name: launch for launch in mosaic}
         self.hlo: str = compiled.as_text() or ""
@@ -64,13 +67,6 @@ class Program:
     def memory(self) -> Any:
         """XLA's ``CompiledMemoryStats``: temp, argument, output and alias sizes in bytes."""
         return self.compiled.memory_analysis()
-
-    @cached_property
-    def kernels(self) -> dict[str, KernelCode]:
-        """Every kernel that XLA's emitters and Pallas made, assembled; equal ones appear once."""
-        arch = DEVICES[self.device].arch
-        codes = [assemble(text, arch) for text in self._ptx if ".entry" in text]
-        return {code.name: code for code in codes}
 
     def launched(self, name: str) -> Launch:
         """The first launch of kernel ``name`` (grid, threads, shared memory)."""
@@ -113,10 +109,31 @@ def compile_on_mesh(
     return _compile(lowered, device, options)
 
 
+@contextmanager
+def kernels_compiled_once() -> Iterator[None]:
+    """Within it, a kernel is compiled for the first program that has it, and for one kind of device.
+
+    It then stands in the ``kernels`` of that program only, and may be launched by another name. For those who look at
+    launches and memory: they wait half as long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        token = _kernel_cache.set(Path(folder, "kernels"))
+        try:
+            yield
+        finally:
+            _kernel_cache.reset(token)
+
+
 def _compile(lowered: Any, device: str, options: Any) -> Program:
     with tempfile.TemporaryDirectory() as folder, _mosaic_dumps(Path(folder, _MOSAIC)):
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
-        compiled = lowered.compile(compiler_options={**dump, **(options or {})})
+        wanted = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
+        if cache := _kernel_cache.get():
+            # XLA has the cache only where it compiles kernels in parallel.
+            wanted |= {
+                "xla_gpu_kernel_cache_file": str(cache),
+                "xla_gpu_enable_llvm_module_compilation_parallelism": True,
+            }
+        compiled = lowered.compile(compiler_options={**wanted, **(options or {})})
         return Program(compiled, device, Path(folder))
 
 

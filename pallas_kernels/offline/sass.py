@@ -6,8 +6,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +18,9 @@ class ToolMissingError(Exception):
 
 
 @dataclass(frozen=True)
-class KernelCode:
-    """One kernel. ``spills`` is bytes to and from local memory, ``code`` is (address, opcode, operands)."""
+class MachineCode:
+    """The instructions of a kernel: (address, opcode, operands)."""
 
-    name: str
-    registers: int
-    spills: int
-    static_smem: int
     code: tuple[tuple[int, str, str], ...]
 
     def loops(self) -> list[list[str]]:
@@ -58,6 +54,25 @@ class KernelCode:
             frozenset({head}.union(*(_reachable(end, before, without=head) for end in ends)))
             for head, ends in closing.items()
         ]
+
+
+@dataclass(frozen=True)
+class KernelCode:
+    """One kernel, assembled to ``cubin``. ``spills`` is bytes to and from local memory."""
+
+    name: str
+    registers: int
+    spills: int
+    static_smem: int
+    cubin: bytes = field(repr=False)
+
+    @cached_property
+    def machine_code(self) -> MachineCode:
+        """What ``cuobjdump`` reads in ``cubin``, when it is first asked for: that takes longer than to assemble it."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "kernel.cubin")
+            file.write_bytes(self.cubin)
+            return MachineCode(tuple(_instructions(_run(_tool("cuobjdump"), "-sass", str(file)))))
 
 
 _WAITING = 16
@@ -96,23 +111,40 @@ def _reachable(start: int, edges: Mapping[int, Sequence[int]], *, without: int) 
     return seen
 
 
-def assemble(ptx: str, arch: str) -> KernelCode:
-    """Assemble the PTX of one kernel. Raises ``ToolMissingError``, or ``RuntimeError`` with ptxas's words."""
-    match = re.search(r"\.entry\s+([\w$]+)", ptx)
-    if match is None:
-        raise ValueError("the PTX has no .entry: it is not a kernel")
+class Kernels(Mapping[str, KernelCode]):
+    """Kernels by name, in the PTX texts ``sources`` of one each; each is assembled when it is first asked for.
+
+    Texts of no kernel are passed over; of equal ones one stays. Asking raises ``ToolMissingError``, or ``RuntimeError``
+    with ptxas's words.
+    """
+
+    def __init__(self, sources: Iterable[str], arch: str) -> None:
+        entries = ((re.search(r"\.entry\s+([\w$]+)", text), text) for text in sources)
+        self._sources, self._arch = {match[1]: text for match, text in entries if match}, arch
+
+    def __getitem__(self, name: str) -> KernelCode:
+        return _assemble(name, self._sources[name], self._arch)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+@cache
+def _assemble(name: str, ptx: str, arch: str) -> KernelCode:
     with tempfile.TemporaryDirectory() as folder:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx, encoding="utf-8")
         report = _run(_tool("ptxas"), "-v", f"-arch={arch}", str(source), "-o", str(cubin))
-        listing = _run(_tool("cuobjdump"), "-sass", str(cubin))
-    return KernelCode(
-        name=match[1],
-        registers=_number(r"Used (\d+) registers", report),
-        spills=_number(r"(\d+) bytes spill stores", report) + _number(r"(\d+) bytes spill loads", report),
-        static_smem=_number(r"(\d+) bytes smem", report),
-        code=tuple(_instructions(listing)),
-    )
+        return KernelCode(
+            name=name,
+            registers=_number(r"Used (\d+) registers", report),
+            spills=_number(r"(\d+) bytes spill stores", report) + _number(r"(\d+) bytes spill loads", report),
+            static_smem=_number(r"(\d+) bytes smem", report),
+            cubin=cubin.read_bytes(),
+        )
 
 
 def _instructions(listing: str) -> Iterator[tuple[int, str, str]]:
