@@ -106,7 +106,8 @@ class Bench:
     def run(self) -> dict[str, Any]:
         """Measure the ceilings, then every shape; the result as it is written."""
         tasks = in_turn({Op(name): self.shapes(Op(name)) for name in self.args.ops})
-        self.ceilings = ceilings(self.args.rounds, self.args.tiny)
+        sizes: dict[str, Any] = {"nbytes": 2**20, "side": 128} if self.args.tiny else {}
+        self.ceilings = ceilings(self.args.rounds, **sizes)
         done = 0
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=self.console) as progress:

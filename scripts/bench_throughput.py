@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tqdm import tqdm
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.build import build_engine
+from jaxdeploy.engine.engine import Engine
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.messages import Request, SamplingParams
 
@@ -75,12 +78,14 @@ def main() -> None:
         if args.model is None:
             write_shape(folder, args.shape, args.session_len)
         jobs = read_jobs(args, read_hf_config(folder)["vocab_size"])
-        systems = {OURS: ours(folder, args)}
+        engine = build(folder, args)
+        systems: dict[str, System] = {OURS: partial(ours, engine)}
         if args.compare:
             systems |= transformers(folder, args)
         rides = measure(systems, jobs, args.rounds)
-    metrics = {name: summary(jobs, each) for name, each in rides.items()}
+    metrics: dict[str, Any] = {name: summary(jobs, each) for name, each in rides.items()}
     metrics["work"] = work(jobs)
+    metrics["kv_tokens"] = engine.stats.blocks * engine.scheduler.block_size
     ratios = {
         f"output_tok_s vs {name}": round(metrics[OURS]["output_tok_s"]["p50"] / metrics[name]["output_tok_s"]["p50"], 3)
         for name in rides
@@ -97,7 +102,9 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     """Flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", help="trace (.csv), or conversations in ShareGPT's form (.json)")
+    parser.add_argument(
+        "file", help="trace (.csv), conversations in ShareGPT's form (.json), or lengths for all: 1024+256"
+    )
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", help="folder with config.json and, for texts, a tokenizer; weights are random")
     model.add_argument("--shape", choices=SHAPES, default="llama-110m", help="a built-in shape (default: llama-110m)")
@@ -108,6 +115,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: 3)")
     parser.add_argument("--dtype", default="auto", help="dtype of ours; transformers runs float32")
     parser.add_argument("--session-len", type=int, default=1024)
+    parser.add_argument(
+        "--compile-all",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile all steps first, not only those that the round before the timed ones takes (default: yes)",
+    )
     parser.add_argument("--quant-policy", type=int, default=0, help="KV cache of ours: 0, 8 or 4")
     parser.add_argument("--compare", choices=("transformers",), help="run this beside ours ([parity] extra)")
     parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
@@ -117,11 +130,22 @@ def parse_args() -> argparse.Namespace:
 
 def read_jobs(args: argparse.Namespace, vocab: int) -> list[Job]:
     """The first ``--num-prompts`` requests of the file that fit into ``--session-len``."""
-    read = read_conversations if args.file.endswith(".json") else read_trace
+    if re.fullmatch(r"\d+\+\d+", args.file):
+        read = equal_lengths
+    else:
+        read = read_conversations if args.file.endswith(".json") else read_trace
     jobs = [job for job in read(args, vocab) if len(job.prompt) + job.new <= args.session_len][: args.num_prompts]
     if not jobs:
         raise ConfigError(f"{args.file}: has no request of at most session_len={args.session_len} tokens; raise it")
     return [replace(job, comes=job.comes * args.arrivals) for job in jobs]
+
+
+def equal_lengths(args: argparse.Namespace, vocab: int) -> Iterator[Job]:
+    """Random prompts of one length, and replies of one length."""
+    random = np.random.default_rng(0)
+    prompt, new = map(int, args.file.split("+"))
+    for _ in range(args.num_prompts):
+        yield Job(tuple(random.integers(3, vocab, prompt).tolist()), new)
 
 
 def read_trace(args: argparse.Namespace, vocab: int) -> Iterator[Job]:
@@ -152,8 +176,8 @@ def read_conversations(args: argparse.Namespace, vocab: int) -> Iterator[Job]:
                 yield Job(tuple(prompt), len(reply))
 
 
-def ours(folder: Path, args: argparse.Namespace) -> System:
-    """Our engine, warmed up."""
+def build(folder: Path, args: argparse.Namespace) -> Engine:
+    """Our engine."""
     config = EngineConfig(
         dtype=args.dtype,
         load_format="dummy",
@@ -161,21 +185,22 @@ def ours(folder: Path, args: argparse.Namespace) -> System:
         max_batch_size=args.concurrency,
         quant_policy=args.quant_policy,
         enable_prefix_caching=False,  # every round asks the same
+        warmup=args.compile_all,
     )
-    engine = build_engine(folder, read_hf_config(folder), config, progress=True)
+    return build_engine(folder, read_hf_config(folder), config, progress=True)
 
-    def run(jobs: Sequence[Job]) -> Ride:
-        ride, coming, start = Ride(), list(enumerate(jobs)), time.perf_counter()
-        while coming or engine.has_work:
-            while coming and coming[0][1].comes <= time.perf_counter() - start:
-                index, job = coming.pop(0)
-                engine.add(Request(str(index), job.prompt, SamplingParams(max_new_tokens=job.new)))
-            for output in engine.step():
-                ride.note(int(output.request_id), time.perf_counter() - start, len(output.token_ids))
-        ride.seconds = time.perf_counter() - start
-        return ride
 
-    return run
+def ours(engine: Engine, jobs: Sequence[Job]) -> Ride:
+    """All jobs through our engine."""
+    ride, coming, start = Ride(), list(enumerate(jobs)), time.perf_counter()
+    while coming or engine.has_work:
+        while coming and coming[0][1].comes <= time.perf_counter() - start:
+            index, job = coming.pop(0)
+            engine.add(Request(str(index), job.prompt, SamplingParams(max_new_tokens=job.new)))
+        for output in engine.step():
+            ride.note(int(output.request_id), time.perf_counter() - start, len(output.token_ids))
+    ride.seconds = time.perf_counter() - start
+    return ride
 
 
 def transformers(folder: Path, args: argparse.Namespace) -> dict[str, System]:

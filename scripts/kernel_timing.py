@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 CACHE_BYTES = 256 * 2**20
 """What the arrays of a program exceed together: a few times the largest L2 cache (126 MB on a B200)."""
@@ -171,12 +172,13 @@ def take_turns(programs: Mapping[str, Program], rounds: int) -> dict[str, list[f
     return samples
 
 
-def ceilings(rounds: int, tiny: bool) -> dict[str, float]:
-    """What this device reaches: bytes/s of a large copy, read and written; operations/s of a bf16 matrix product."""
-    nbytes, side = (2**20, 128) if tiny else (2**32, 8192)
+def ceilings(
+    rounds: int, *, nbytes: int = 2**32, side: int = 8192, dtype: DTypeLike = jnp.bfloat16
+) -> dict[str, float]:
+    """What this device reaches: bytes/s of a large copy, read and written; operations/s of a square matrix product."""
     keys = jax.random.split(jax.random.key(0), 3)
     source = jax.random.bits(keys[0], (nbytes // 4,), jnp.uint32)
-    factors = [jax.random.normal(key, (side, side), jnp.bfloat16) for key in keys[1:]]
+    factors = [jax.random.normal(key, (side, side), dtype) for key in keys[1:]]
     programs = {
         "copy_bytes_s": Program(jnp.copy, [(source,)]),
         "matmul_flop_s": Program(jnp.dot, [(factors[0], factors[1])]),

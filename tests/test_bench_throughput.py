@@ -48,6 +48,12 @@ def test_what_does_not_fit_is_left_out(trace: Path) -> None:
         read_jobs(args(trace, session_len=9), 100)
 
 
+def test_equal_lengths() -> None:
+    jobs = read_jobs(args(Path("30+7"), num_prompts=3), 100)
+    assert [(len(job.prompt), job.new) for job in jobs] == [(30, 7)] * 3
+    assert jobs[0].prompt != jobs[1].prompt
+
+
 def test_conversations(tmp_path: Path) -> None:
     """The first question and the length of its answer; what is too short, or has no answer, does not count."""
     question, answer = "What is the capital of France?", "The capital of France is Paris."

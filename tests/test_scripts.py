@@ -84,6 +84,58 @@ def test_gpu_suite_runs_numerics_then_the_benchmark(tmp_path: Path) -> None:
     assert ran.returncode == 1, "what failed first is not forgotten"
 
 
+def test_gpu_suite_end_to_end(tmp_path: Path) -> None:
+    """With the same; a benchmark that fails keeps none of the others from running."""
+    for name, text in (("nvidia-smi", "echo 580.1"), ("python", 'echo "$@"; case "$*" in *bench_gen*) exit 1; esac')):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAXDEPLOY_PYTHON": str(tmp_path / "python")}
+    out = tmp_path / "out"
+    ran = run_script("gpu_suite", "--end-to-end", "--out", str(out), "--peers", "/peers", **environment)
+    asked = [line for line in ran.stdout.splitlines() if not line.startswith("===")]
+    assert [line.split()[0] for line in asked] == [
+        "scripts/bench_generation.py",
+        "scripts/bench_throughput.py",
+        "/peers/peers_transformers.py",
+        "scripts/bench_throughput.py",
+        "scripts/end_to_end_goals.py",
+    ]
+    assert ran.returncode == 1
+
+
+def test_end_to_end_goals() -> None:
+    """From files of the form that the benchmarks write; what was not measured is said to be so."""
+    from end_to_end_goals import FILES, goals
+
+    assert {goal.verdict for goal in goals({name: {} for name in FILES})} == {"not measured"}
+    rate, share = "decode_tok_s 1x(128,256)", "weights of copy bandwidth 1x(128,256)"
+    long, bf16 = "operations of matmul rate 1x(32000,2)", "jaxdeploy llama-8b"
+    metrics = {
+        "jaxdeploy": {rate: {"p50": 500.0}, "share_of_ceilings": {share: 0.7, long: 0.3}},
+        bf16: {rate: {"p50": 200.0}, "share_of_ceilings": {share: 0.8, long: 0.6}},
+    }
+    peers = [{"name": "decode_static_compiled", "tok_s": 250.0}, {"name": "continuous_batching", "tok_s": None}]
+    ours = {"jaxdeploy": {"output_tok_s": {"p50": 9000.0}}}
+    found = goals(
+        {
+            "generation": {"metrics": metrics, "ratios": {f"{rate} vs {bf16}": 2.5}},
+            "throughput": {"metrics": {**ours, "kv_tokens": 1000}},
+            "throughput_int8": {"metrics": {**ours, "kv_tokens": 1940}},
+            "peers": {"metrics": peers},
+        }
+    )
+    assert [(goal.value, goal.verdict) for goal in found] == [
+        (2.5, "held"),
+        (0.7, "held"),
+        (0.8, "held"),
+        (2.0, "missed"),
+        (0.6, "held"),
+        (None, "not measured"),
+        (1.94, "held"),
+    ]
+
+
 @pytest.mark.parametrize(("driver", "extra"), [("580.65.06", "cuda13"), ("570.12", "cuda12"), ("N/A", "")])
 def test_the_cuda_extra_follows_the_driver(driver: str, extra: str, tmp_path: Path) -> None:
     path = tmp_path / "nvidia-smi"

@@ -54,11 +54,13 @@ class Engine:
     """Runs sequences through scheduler and model. One thread calls it; it holds no text, only tokens.
 
     ``spans`` names the parts of a step: schedule, admit, build, dispatch; then, of the step before, wait and commit.
+    ``weight_bytes`` of weights are read in every one.
     """
 
     def __init__(self, scheduler: Scheduler, runner: ModelRunner, shapes: list[StepShape], vocab_size: int) -> None:
         self.scheduler = scheduler
         self.spans = Spans()
+        self.weight_bytes = runner.weight_bytes
         self._runner = runner
         self._shapes = shapes
         self.limits = RequestLimits(scheduler.session_len, vocab_size)

@@ -38,11 +38,13 @@ class ModelRunner:
     """Weights, KV pools and the token buffer on the device, and the compiled steps over them.
 
     The token buffer int32 [slots, L] holds the tokens of every running sequence: a step reads its inputs there and
-    writes what it sampled, so the next step needs no token from the host.
+    writes what it sampled, so the next step needs no token from the host. ``weight_bytes`` is what a step reads of the
+    weights, on all devices together: all but the embeddings, of which it takes a few rows.
     """
 
     def __init__(self, decoder: Decoder, pools: Pools, mesh: Mesh, *, slots: int, session_len: int) -> None:
         self._forward, self._leaves = flat_step(decoder, mesh)
+        self.weight_bytes = _bytes_read(decoder)
         self._pools = pools
         self._host_blocks = HostBlocks(pools)
         self._pool_shardings = jax.tree.map(lambda array: array.sharding, pools)
@@ -141,6 +143,12 @@ def flat_step(decoder: Decoder, mesh: Mesh) -> tuple[Callable[..., Any], tuple[j
     graph, weights = nnx.split(decoder)
     leaves, tree = jax.tree.flatten(weights)
     return partial(_forward, graph, tree, mesh), tuple(leaves)
+
+
+def _bytes_read(decoder: Decoder) -> int:
+    parts = [decoder] if decoder.config.tie_embeddings else [decoder, decoder.embed]
+    everything, *rows_of = (sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(part))) for part in parts)
+    return int(everything - sum(rows_of))
 
 
 def _seconds(work: Callable[[], Any]) -> float:
