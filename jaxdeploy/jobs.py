@@ -15,20 +15,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One reply to generate: the ``alternative``-th of ``how.n`` for a prompt."""
+    """One reply to generate: the ``alternative``-th of ``how.n`` for a prompt.
+
+    ``goes_on``: the session's next prompt is expected to go on from it.
+    """
 
     ids: tuple[int, ...]
     session_id: int
     index: int
     how: ResolvedGeneration
     alternative: int
+    goes_on: bool = False
 
     def request(self, request_id: str) -> TextRequest:
         """What the generator is asked for."""
         from jaxdeploy.engine.generator import TextRequest
 
         return TextRequest(
-            request=Request(request_id, self.ids, self.how.alternatives()[self.alternative]),
+            request=Request(
+                request_id,
+                self.ids,
+                self.how.alternatives()[self.alternative],
+                session_id=str(self.session_id) if self.goes_on else None,
+            ),
             stop_words=self.how.stop_words,
             skip_special_tokens=self.how.skip_special_tokens,
             spaces_between_special_tokens=self.how.spaces_between_special_tokens,

@@ -49,6 +49,8 @@ class Request:
 
     Of those that wait the lowest ``priority`` comes first; equal ones share fairly between ``tenant``s, whatever a
     server takes for one. A request that is not complete ``timeout`` seconds after it came is aborted, ``None`` never.
+    A prompt that goes on from the last request of its ``session_id`` has only new tokens computed, as long as the old
+    ones are in the cache.
     """
 
     request_id: str
@@ -57,6 +59,7 @@ class Request:
     priority: int = 0
     tenant: str = ""
     timeout: float | None = None
+    session_id: str | None = None
 
 
 @dataclass(frozen=True)

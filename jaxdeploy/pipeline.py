@@ -192,7 +192,7 @@ class Pipeline:
     ) -> Iterator[Response]:
         messages = [*session.messages, {"role": "user", "content": prompt}]
         jobs, _ = self._jobs(messages, gen_config, session_id=session.session_id, **options)
-        return self._remember(prompt, session, self._stream(jobs[:1]))
+        return self._remember(prompt, session, self._stream([dataclasses.replace(jobs[0], goes_on=True)]))
 
     def _remember(self, prompt: str, session: Session, pieces: Iterator[Response]) -> Iterator[Response]:
         reply: Response | None = None

@@ -13,6 +13,7 @@ from tests.tiny_models import IN_A_ROW, SHAPES_IN_A_ROW, prompt, run, tiny_engin
 
 FEATURES: dict[str, dict[str, Any]] = {
     "prefix cache": {"sharing": True},
+    "sessions": {"sharing": True},
     "preemption": {"blocks": 20},
     "small chunks": {"max_prefill": 32},
     "decodes in a row": {"decode_steps": IN_A_ROW, "shapes": SHAPES_IN_A_ROW},
@@ -31,12 +32,15 @@ def several() -> list[Any]:
     return [pytest.param(each, id=" + ".join(each), marks=marks) for each, marks in zip(together, slow, strict=True)]
 
 
-def talk(engine: Engine) -> list[list[int]]:
-    """Replies of two turns of six conversations, three of which begin alike."""
+def talk(engine: Engine, *, sessions: bool = False) -> list[list[int]]:
+    """Replies of two turns of six conversations, three of which begin alike; ``sessions``: the engine is told which."""
     common, replies = prompt(35), list[list[int]]()
     said = [[*common, *prompt(n, seed=1)] for n in (2, 9, 20)] + [list(prompt(n)) for n in (3, 20, 51)]
     for turn in range(2):
-        asked = [Request(f"{n}", tuple(tokens), SamplingParams(max_new_tokens=12)) for n, tokens in enumerate(said)]
+        asked = [
+            Request(name, tuple(tokens), SamplingParams(max_new_tokens=12), session_id=name if sessions else None)
+            for name, tokens in zip("012345", said, strict=True)
+        ]
         tokens = run(engine, asked)
         replies += tokens.values()
         said = [[*before, *tokens[f"{n}"], *prompt(5, seed=turn)] for n, before in enumerate(said)]
@@ -54,7 +58,7 @@ def test_no_token_changes(names: tuple[str, ...], expected: list[list[int]]) -> 
     for name in names:
         options |= FEATURES[name]
     engine = tiny_engine(**options)
-    assert talk(engine) == expected
+    assert talk(engine, sessions="sessions" in names) == expected
     assert engine.scheduler.preemptions > 0 or "preemption" not in names
-    assert engine.scheduler.prefixes.found > 0 or not {"prefix cache", "host memory"} & set(names)
+    assert engine.scheduler.prefixes.found > 0 or not {"prefix cache", "sessions", "host memory"} & set(names)
     assert engine.scheduler.prefixes.restored > 0 or "host memory" not in names

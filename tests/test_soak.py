@@ -19,12 +19,13 @@ TEXTS = [tuple(range(start, start + SESSION_LEN)) for start in (1000, 2000, 3000
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("operations", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_operations_at_random(operations: int, ahead: bool) -> None:
-    """Add, fork, abort, preempt, step. The model asserts that everybody finds the keys and values that are theirs."""
+    """Add, fork, go on, abort, preempt, step. The model asserts that everybody finds the right keys and values."""
     chance = random.Random(operations)
     scheduler = make_scheduler(blocks=48, batch=6, budget=64, host_blocks=30, mixed=40, decode_steps=2)
     model, alive, ended = FakeModel(scheduler, ahead=ahead), list[Sequence](), 0
+    talks: dict[str, tuple[int, ...]] = {}
     for operation in range(operations):
-        what = chance.choices(["step", "add", "fork", "abort", "preempt"], [60, 14, 4, 3, 4])[0]
+        what = chance.choices(["step", "add", "fork", "go on", "abort", "preempt"], [60, 12, 4, 4, 3, 4])[0]
         if what == "add" and len(alive) < 40:
             alive.append(asked(chance, f"{operation}", chance.choice(TEXTS)[: chance.randint(1, 90)]))
             scheduler.add(alive[-1])
@@ -33,14 +34,21 @@ def test_operations_at_random(operations: int, ahead: bool) -> None:
             for number in range(3):
                 alive.append(asked(chance, f"{operation} {number}", first.request.prompt_token_ids))
                 scheduler.add(alive[-1])
+        elif what == "go on" and talks:
+            session, tokens = chance.choice(sorted(talks.items()))
+            alive.append(asked(chance, f"{operation}", (*tokens, *range(chance.randint(1, 9))), session))
+            scheduler.add(alive[-1])
         elif what == "abort" and alive:
             scheduler.abort(chance.choice(alive))
         elif what == "preempt" and scheduler._running:
             scheduler._preempt(chance.choice(scheduler._running))
         else:
             model.step()
-        ended += sum(item.finish_reason is not None for item in alive)
-        alive = [item for item in alive if item.finish_reason is None]
+        for item in [item for item in alive if item.finish_reason is not None]:
+            alive.remove(item)
+            ended += 1
+            if item.request.session_id is not None and len(item.token_ids) < 80:
+                talks[item.request.session_id] = tuple(item.token_ids)
         scheduler.blocks.check()
         scheduler.prefixes.check()
     while scheduler.has_work:
@@ -51,9 +59,11 @@ def test_operations_at_random(operations: int, ahead: bool) -> None:
     assert_nothing_is_left(scheduler, 48, 30)
 
 
-def asked(chance: random.Random, name: str, tokens: tuple[int, ...]) -> Sequence:
+def asked(chance: random.Random, name: str, tokens: tuple[int, ...], session: str | None = None) -> Sequence:
     sampling = SamplingParams(max_new_tokens=chance.randint(1, 20))
-    return Sequence(Request(name, tokens, sampling, chance.choice([0, 0, 0, 1]), chance.choice("ABC")))
+    session = session or chance.choice([None, "s", "t", "u", "v"])
+    priority, tenant = chance.choice([0, 0, 0, 1]), chance.choice("ABC")
+    return Sequence(Request(name, tokens, sampling, priority, tenant, session_id=session))
 
 
 def assert_nothing_is_left(scheduler: Scheduler, blocks: int, host_blocks: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.sessions import Sessions
 from jaxdeploy.engine.waiting import PROMPT_COST, REPLY_COST, WaitingQueue
 from jaxdeploy.messages import FinishReason
 
@@ -92,6 +93,7 @@ class Scheduler:
         self.preemptions = self.generated = 0
         self._slots = deque(range(max_batch_size))
         self._waiting = WaitingQueue()
+        self._sessions = Sessions(blocks.num_blocks)
         self._running: list[Sequence] = []
 
     @property
@@ -112,6 +114,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         sequence.longest = min(sequence.longest, self.session_len)
+        if self.prefixes.serves(sequence):
+            self._sessions.resume(sequence)
         self._waiting.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -305,8 +309,10 @@ class Scheduler:
             return
         self._running.remove(sequence)
         shared = self._note(sequence)
-        self.blocks.release(sequence.blocks[shared:])
-        self.blocks.retire(sequence.blocks[:shared])
+        left = self.prefixes.serves(sequence) and self._sessions.leave(sequence)
+        kept = len(sequence.blocks) if left else shared
+        self.blocks.release(sequence.blocks[kept:])
+        self.blocks.retire(sequence.blocks[:kept])
         sequence.blocks, sequence.block_table = [], []
         self._free_slot(sequence)
 
