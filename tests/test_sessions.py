@@ -60,7 +60,8 @@ def test_only_one_may_go_on() -> None:
     both = [turn(name, (*first.token_ids, token)) for name, token in (("b", 1), ("c", 2))]
     run(scheduler, both, model)
     assert [item.cached for item in both] == [13, 12]
-    assert both[0].block_table == both[1].block_table == []
+    assert not both[0].block_table
+    assert not both[1].block_table
 
 
 def test_blocks_are_not_kept_from_others() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,36 +123,33 @@ def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
 class ModelInputs:
     """One step as the device takes it: its shape, the packed array, and what the full sampler needs beside it.
 
+    ``rows``: rows of the sampled tokens and what they are sampled behind, for those that get a token in this step.
     ``allowed`` uint32 [rows, ceil(V / 32)] (see ``SamplingRows``) selects the full sampler; with ``None`` the likeliest
     tokens are taken.
     """
 
     shape: StepShape
     packed: Array
+    rows: tuple[tuple[int, Chunk], ...] = ()
     allowed: Mask | None = None
 
 
 def build_inputs(shape: StepShape, batch: ScheduledBatch, vocab_size: int) -> ModelInputs:
     """Lay ``batch`` out in ``shape``. Padding rows have length 0 and sample nothing."""
-    rows = sampled_rows(shape, batch)
+    chunks = (*enumerate(batch.decodes), *enumerate(batch.chunks, shape.decodes))
+    rows = tuple((row, chunk) for row, chunk in chunks if chunk.samples)
     if not any(chunk.sequence.needs_sampler for _, chunk in rows):
-        return ModelInputs(shape, _pack(shape, batch))
+        return ModelInputs(shape, _pack(shape, batch), rows)
     allowed = _everything(shape, vocab_size)
     for row, chunk in rows:
         forbid(allowed, row, chunk.sequence, chunk.first_new)
-    return ModelInputs(shape, _pack(shape, batch), allowed)
+    return ModelInputs(shape, _pack(shape, batch), rows, allowed)
 
 
 def padding_inputs(shape: StepShape, vocab_size: int, *, full_sampler: bool) -> ModelInputs:
     """A step of nothing but padding, to warm up with."""
     packed = np.zeros(packed_size(shape), np.int32)
-    return ModelInputs(shape, packed, _everything(shape, vocab_size) if full_sampler else None)
-
-
-def sampled_rows(shape: StepShape, batch: ScheduledBatch) -> list[tuple[int, Chunk]]:
-    """Rows of the sampled tokens and what they are sampled behind, for those that get a token in this step."""
-    chunks = [*enumerate(batch.decodes), *enumerate(batch.chunks, shape.decodes)]
-    return [(row, chunk) for row, chunk in chunks if chunk.samples]
+    return ModelInputs(shape, packed, allowed=_everything(shape, vocab_size) if full_sampler else None)
 
 
 def _everything(shape: StepShape, vocab_size: int) -> Mask:
@@ -200,21 +198,28 @@ def _fill_sequences(fields: Mapping[str, Array], first: int, chunks: tuple[Chunk
     fields["slot"][rows] = [_slot(sequence) for sequence in sequences]
     fields["length"][rows] = [chunk.first_new for chunk in chunks]
     fields["samples"][rows] = [chunk.samples for chunk in chunks]
-    settings = np.array([_settings(sequence) for sequence in sequences], np.int32).reshape(-1, len(SETTINGS))
+    settings = _joined(_settings(sequence) for sequence in sequences).reshape(-1, len(SETTINGS))
     for name, column in zip(SETTINGS, settings.T, strict=True):
         fields[name][rows] = column
-    for row, sequence in enumerate(sequences, first):
-        fields["block_tables"][row, : len(sequence.block_table)] = sequence.block_table
+    tables = fields["block_tables"][rows]
+    lengths = np.array([len(sequence.block_table) for sequence in sequences], np.int32)
+    tables[np.arange(tables.shape[1]) < lengths[:, None]] = _joined(sequence.block_table for sequence in sequences)
 
 
-def _settings(sequence: Sequence) -> tuple[int, ...]:
+def _joined(parts: Iterable[array[int]]) -> Array:
+    """Arrays of int32 one behind the other; numpy would take each of them by itself."""
+    return np.frombuffer(b"".join(parts), np.int32)
+
+
+def _settings(sequence: Sequence) -> array[int]:
     """What is the same in all its steps, in the order of ``SETTINGS``."""
     if sequence.settings is None:
         sampling = sequence.sampling
         floats = np.array([getattr(sampling, name) for name in SAMPLING_FLOATS], np.float32)
         seed = np.array(sampling.seed & 0xFFFFFFFF, np.uint32)
         top_k = 1 if sampling.greedy else sampling.top_k
-        sequence.settings = sequence.prompt_length, top_k, int(seed.view(np.int32)), *floats.view(np.int32).tolist()
+        bits = int(seed.view(np.int32)), *floats.view(np.int32).tolist()
+        sequence.settings = array("i", (sequence.prompt_length, top_k, *bits))
     return sequence.settings
 
 

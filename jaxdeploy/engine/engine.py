@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdeploy.engine.batch import StepShape, build_inputs, choose_shape, sampled_rows
+from jaxdeploy.engine.batch import StepShape, build_inputs, choose_shape
 from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.engine.sampler import Sampled
@@ -179,7 +179,7 @@ class Engine:
             inputs = build_inputs(shape, batch, self.limits.vocab_size)
         with self.spans("dispatch"):
             sampled = self._runner.run(inputs)
-        return Flight(sampled, [(row, chunk.sequence) for row, chunk in sampled_rows(shape, batch)], batch.repeats)
+        return Flight(sampled, [(row, chunk.sequence) for row, chunk in inputs.rows], batch.repeats)
 
     def _take_in(self) -> list[StepOutput]:
         """Wait for the step in flight and commit what it sampled; sequences that have ended since are left out."""

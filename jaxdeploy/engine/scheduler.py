@@ -251,7 +251,7 @@ class Scheduler:
         if missing > self.blocks.available:
             self.blocks.retire(held)
             return False
-        sequence.blocks, sequence.block_table = [], []
+        sequence.hold_none()
         sequence.hold(own + self.prefixes.bring(found, missing))
         first_time, sequence.prefill_end = not sequence.prefill_end, len(sequence.token_ids)
         sequence.computed = min(computed, sequence.prefill_end - 1)
@@ -284,12 +284,10 @@ class Scheduler:
 
     def _note(self, sequence: Sequence) -> int:
         """Let others find what is computed of a sequence, as far as its tokens are known. Returns blocks found so."""
-        if not self.prefixes.serves(sequence):
-            return 0
         full = min(sequence.computed, len(sequence.token_ids)) // self.block_size
-        if full > len(sequence.noted):
+        if full > len(sequence.noted) and self.prefixes.serves(sequence):
             self.prefixes.note(sequence, full)
-        return full
+        return len(sequence.noted)
 
     def _cost(self, tokens: int) -> int:
         return -(-tokens // self.chunk_multiple) * self.chunk_multiple
@@ -313,7 +311,7 @@ class Scheduler:
         kept = len(sequence.blocks) if left else shared
         self.blocks.release(sequence.blocks[kept:])
         self.blocks.retire(sequence.blocks[:kept])
-        sequence.blocks, sequence.block_table = [], []
+        sequence.hold_none()
         self._free_slot(sequence)
 
     def _free_slot(self, sequence: Sequence) -> None:

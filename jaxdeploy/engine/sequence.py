@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
@@ -36,9 +37,9 @@ class Sequence:
     the monotonic clock, in seconds. ``computed`` tokens have keys and values in ``blocks``, or get them in a step that
     has been scheduled; ``in_flight`` tokens are sampled by such steps and not yet known here. ``prefill_end`` tokens
     were known when the sequence last began to run: up to there it is prefilling, beyond it decodes. ``slot`` is its row
-    on the device while it runs, ``block_table`` the indices of its blocks. ``cached`` tokens of the prompt were in the
-    cache when it first ran. ``noted`` is how others find its tokens, in its own blocks or in such as had the same
-    before (``PrefixCache``). ``settings`` is what a step takes of it that never changes, once it has been laid out.
+    on the device while it runs, ``block_table`` the int32 indices of its blocks. ``cached`` tokens of the prompt were
+    in the cache when it first ran. ``noted`` is how others find its tokens, in its own blocks or in such as had the
+    same before (``PrefixCache``). ``settings`` is what a step takes of it that never changes, once that is laid out.
     """
 
     request: Request
@@ -52,9 +53,9 @@ class Sequence:
     prefill_end: int = 0
     slot: int | None = None
     blocks: list[Block] = field(default_factory=list)
-    block_table: list[int] = field(default_factory=list)
+    block_table: array[int] = field(default_factory=lambda: array("i"))
     cached: int = 0
-    settings: tuple[int, ...] | None = None
+    settings: array[int] | None = None
     noted: list[Node] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -102,7 +103,11 @@ class Sequence:
     def hold(self, blocks: list[Block]) -> None:
         """Have ``blocks`` behind those that it has."""
         self.blocks += blocks
-        self.block_table += [block.index for block in blocks]
+        self.block_table.extend(block.index for block in blocks)
+
+    def hold_none(self) -> None:
+        """Have no blocks any more."""
+        self.blocks, self.block_table = [], array("i")
 
     def append(self, token_id: int) -> None:
         """Take a token that was in flight and note whether it ends the sequence."""
