@@ -126,13 +126,11 @@ def kernels_compiled_once() -> Iterator[None]:
 
 def _compile(lowered: Any, device: str, options: Any) -> Program:
     with tempfile.TemporaryDirectory() as folder, _mosaic_dumps(Path(folder, _MOSAIC)):
-        wanted = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
+        wanted: dict[str, Any] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_dump_emitter_re": "ptx"}
         if cache := _kernel_cache.get():
-            # XLA has the cache only where it compiles kernels in parallel.
-            wanted |= {
-                "xla_gpu_kernel_cache_file": str(cache),
-                "xla_gpu_enable_llvm_module_compilation_parallelism": True,
-            }
+            wanted["xla_gpu_kernel_cache_file"] = str(cache)
+            if jax.__version_info__ < (0, 11):  # or it has no such cache; later ones always compile kernels in parallel
+                wanted["xla_gpu_enable_llvm_module_compilation_parallelism"] = True
         compiled = lowered.compile(compiler_options={**wanted, **(options or {})})
         return Program(compiled, device, Path(folder))
 
