@@ -193,6 +193,8 @@ def _places(shape: StepShape) -> list[tuple[str, int, int, tuple[int, ...]]]:
 
 def _fill_sequences(fields: Mapping[str, Array], first: int, chunks: tuple[Chunk, ...]) -> None:
     """The per-sequence fields of ``chunks``, in rows from ``first`` on: field by field, which numpy takes faster."""
+    if not chunks:
+        return
     sequences = [chunk.sequence for chunk in chunks]
     rows = slice(first, first + len(sequences))
     fields["slot"][rows] = [_slot(sequence) for sequence in sequences]

@@ -71,7 +71,8 @@ class ModelRunner:
         extra = () if inputs.allowed is None else (inputs.allowed,)
         sampled: Sampled
         sampled, self._pools, self._buffer = step(self._leaves, self._pools, self._buffer, inputs.packed, *extra)
-        jax.copy_to_host_async(sampled)
+        if self._on_gpu:  # a CPU's memory is the host's
+            jax.copy_to_host_async(sampled)
         return sampled
 
     def warm_up(self, shapes: list[StepShape], progress: Callable[[list[Any]], Any]) -> None:
