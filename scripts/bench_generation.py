@@ -111,22 +111,23 @@ def main() -> None:
         folder = Path(args.model or scratch)
         if args.model is None:
             write_shape(folder, args.shape, args.session_len)
-        engines = {OURS: build(folder, args, cases)}
+        folders = {OURS: folder} | {f"{OURS} {shape}": folder / shape for shape in args.also}
         for shape in args.also:
             write_shape(folder / shape, shape, args.session_len)
-            engines[f"{OURS} {shape}"] = build(folder / shape, args, cases)
+        engines = {name: build(each, args, cases) for name, each in folders.items()}
         compiles = watch_compiles()
         systems: dict[str, System] = {name: partial(time_engine, engine) for name, engine in engines.items()}
         if args.compare == "transformers":
             systems["transformers"] = transformers(folder)
-        hf = read_hf_config(folder)
-        timings, model = measure(systems, cases, args.rounds), family_of(hf).model_config(hf)
+        timings = measure(systems, cases, args.rounds)
+        configs = {name: read_hf_config(each) for name, each in folders.items()}
     metrics, ratios = summarise(timings, args.decode, args.prefill)
     metrics["compiles_after_warmup"] = len(compiles)
     report(metrics, ratios)
     if args.ceilings:
         metrics["ceilings"] = reached
         for name, engine in engines.items():
+            model = family_of(configs[name]).model_config(configs[name])
             metrics[name]["share_of_ceilings"] = shares(engine, model, timings[name], reached)
         Console().print({name: metrics[name]["share_of_ceilings"] for name in engines})
     config = {key: value for key, value in vars(args).items() if key not in ("decode", "prefill", "out")}

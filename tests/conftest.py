@@ -14,7 +14,7 @@ XLA_FLAGS: dict[str, object] = {
     "--xla_force_host_platform_device_count": 8,
     "--xla_backend_optimization_level": 0,  # the suite spends its time compiling, not computing
 }
-if version("jaxlib").startswith("0.10."):  # compiles in half the time; later ones have no such flag
+if version("jaxlib").startswith("0.10."):  # compiles faster; later ones have no such flag
     XLA_FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 COMPILATION_CACHE = Path.home() / ".cache/jaxdeploy/test-xla"
 for _flag, _value in XLA_FLAGS.items():

@@ -83,7 +83,7 @@ def test_real_shapes_on_a_gpu(shape: Shape) -> None:
     test_real_shapes(shape)
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     m=st.sampled_from((1, 17, 65)),
     k=st.sampled_from((32, 96, 256)),

@@ -307,8 +307,8 @@ class Scheduler:
             return
         self._running.remove(sequence)
         shared = self._note(sequence)
-        left = self.prefixes.serves(sequence) and self._sessions.leave(sequence)
-        kept = len(sequence.blocks) if left else shared
+        remembered = self.prefixes.serves(sequence) and self._sessions.leave(sequence)
+        kept = len(sequence.blocks) if remembered else shared
         self.blocks.release(sequence.blocks[kept:])
         self.blocks.retire(sequence.blocks[:kept])
         sequence.hold_none()

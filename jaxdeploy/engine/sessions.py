@@ -44,7 +44,10 @@ class Sessions:
 
         They are its own from now on: it writes on where the last turn ended, so no other may begin there.
         """
-        turn = self._turns.get(sequence.request.session_id or "")
-        if turn is not None and sequence.token_ids[: len(turn.token_ids)] == turn.token_ids:
-            del self._turns[sequence.request.session_id or ""]
+        session = sequence.request.session_id
+        if session is None or session not in self._turns:
+            return
+        turn = self._turns[session]
+        if sequence.token_ids[: len(turn.token_ids)] == turn.token_ids:
+            del self._turns[session]
             sequence.blocks, sequence.computed = turn.blocks, len(turn.token_ids)

@@ -114,7 +114,7 @@ def kernels_compiled_once() -> Iterator[None]:
     """Within it, a kernel is compiled for the first program that has it, and for one kind of device.
 
     It then stands in the ``kernels`` of that program only, and may be launched by another name. For those who look at
-    launches and memory: they wait half as long.
+    launches and memory, and wait less.
     """
     with tempfile.TemporaryDirectory() as folder:
         token = _kernel_cache.set(Path(folder, "kernels"))
