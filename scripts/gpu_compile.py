@@ -35,20 +35,22 @@ TP = (1, 8)
 
 def work(task: str, out: Path) -> None:
     """What a subprocess does: measure the kernels for one device, or the steps; one that fails takes no other along."""
-    from static_programs import describe, entries, measure, measure_engine, measure_step
+    from static_programs import Found, count_instructions, entries, measure, measure_engine, measure_step
 
     if task == STEPS:
         decode = {f"decode_step-h200-tp{tp}": {"decode_step": measure_step(tp)} for tp in TP}
         out.write_text(json.dumps({**decode, "engine-h200": {"engine_steps": measure_engine()}}))
         return
-    found = []
+    found: list[Found] = []
     for entry in entries(task):
         try:
             found += measure(entry, task)
         except Exception as error:
             first, *_ = str(error).splitlines() or [""]
-            found.append({**describe(entry, task), "error": f"{type(error).__name__}: {first}"})
-        out.write_text(json.dumps(found))
+            found.append(Found.nothing(entry, task, error=f"{type(error).__name__}: {first}"))
+        out.write_text(json.dumps([kernel.figures for kernel in found]))
+    count_instructions(found)
+    out.write_text(json.dumps([kernel.figures for kernel in found]))
 
 
 def run_task(task: str, folder: Path) -> tuple[str, Any]:

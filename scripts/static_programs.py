@@ -25,7 +25,7 @@ from jaxdeploy.models.families import llama
 from pallas_kernels.decode_layer.step import compile_llama_8b
 from pallas_kernels.dispatch import OPS, NoBackendError
 from pallas_kernels.kv_pool import QuantizedPool
-from pallas_kernels.offline import compile_for
+from pallas_kernels.offline import KernelCode, Program, compile_for, disassemble
 from pallas_kernels.offline.devices import offline_devices
 
 STEP_BATCH = 8
@@ -77,13 +77,24 @@ def entries(device: str) -> Iterator[Entry]:
                 seen.add(kind)
 
 
-def measure(entry: Entry, device: str) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Found:
+    """A kernel's ``figures``; where its instructions are to be counted, its ``code`` and what a trip consumes."""
+
+    figures: dict[str, Any]
+    code: KernelCode | None = None
+    elements_per_thread: float = 0
+
+    @classmethod
+    def nothing(cls, entry: Entry, device: str, **why: str) -> Found:
+        """No kernel, and why there is none."""
+        return cls({**describe(entry, device), **why})
+
+
+def measure(entry: Entry, device: str) -> list[Found]:
     """Compile ``entry`` and describe its kernels; ``refused`` holds the reason where the backend does not do the call.
 
-    Within ``kernels_compiled_once``, those that no entry before had.
-
-    ``instructions_per_element`` is for kernels with a loop that all their threads run: not for those of Mosaic GPU,
-    whose warpgroups do different things.
+    Within ``kernels_compiled_once``, those that no entry before had. ``count_instructions`` completes the figures.
     """
     op = getattr(importlib.import_module(f"pallas_kernels.{entry.op}"), entry.op)
     shapes = importlib.import_module(f"pallas_kernels.{entry.op}.shapes")
@@ -98,7 +109,7 @@ def measure(entry: Entry, device: str) -> list[dict[str, Any]]:
     try:
         program = compile_for(device, partial(op, backend=entry.backend, **options), *args)
     except NoBackendError as refusal:
-        return [{**describe(entry, device), "refused": str(refusal)}]
+        return [Found.nothing(entry, device, refused=str(refusal))]
     per_trip: dict[str, int] = {}
     if entry.backend == "pallas_triton":
         elements = shapes.elements_per_trip(entry.shape, shapes.tiles_for(entry.shape, device))
@@ -106,12 +117,10 @@ def measure(entry: Entry, device: str) -> list[dict[str, Any]]:
     found = []
     launched = {*program.kernels, *(launch.name for launch in program.launches)}
     assert any(name.startswith(entry.op) for name in launched), f"no kernel of {entry.op} is in {launched}"
-    for unique in program.kernels:
+    for unique in sorted(program.kernels):
         name = re.sub(r"__\d+$", "", unique)  # XLA counts kernels that it has compiled by one name
         if name.startswith(entry.op):
-            code, launch, counted = program.kernels[unique], program.launched(unique), None
-            if name in per_trip and (trip := len(code.machine_code.hot_loop())):
-                counted = trip * launch.threads / per_trip[name]
+            code, launch = program.kernels[unique], program.launched(unique)
             figures = {
                 "kernel": name,
                 "registers": code.registers,
@@ -119,12 +128,26 @@ def measure(entry: Entry, device: str) -> list[dict[str, Any]]:
                 "smem_bytes": launch.smem_bytes + code.static_smem,
                 "threads": launch.threads,
                 "ctas": math.prod(launch.grid),
-                "instructions_per_element": None if counted is None else round(counted, 3),
+                "instructions_per_element": None,
                 "temp_bytes": program.memory.temp_size_in_bytes,
                 "argument_bytes": program.memory.argument_size_in_bytes,
             }
-            found.append({**describe(entry, device), **figures})
+            counted = code if name in per_trip else None
+            found.append(Found({**describe(entry, device), **figures}, counted, per_trip.get(name, 0) / launch.threads))
     return found
+
+
+def count_instructions(found: list[Found]) -> None:
+    """Set ``instructions_per_element`` of kernels of one device: instructions of the hot loop per element it consumes.
+
+    That is for kernels with a loop that all their threads run: not for those of Mosaic GPU, whose warpgroups do
+    different things.
+    """
+    counted = [(kernel, kernel.code) for kernel in found if kernel.code is not None]
+    codes = disassemble([code for _, code in counted])
+    for (kernel, _), code in zip(counted, codes, strict=True):
+        if trip := len(code.hot_loop()):
+            kernel.figures["instructions_per_element"] = round(trip / kernel.elements_per_thread, 3)
 
 
 def describe(entry: Entry, device: str) -> dict[str, Any]:
@@ -151,7 +174,7 @@ def measure_step(tp: int) -> dict[str, Any]:
         "layers": compiled.layers,
         "launches_per_layer": round(compiled.launches_per_layer, 2),
         "command_buffers": program.command_buffers,
-        "outside_command_buffers": sum(launch.on_device and launch.depth == 0 for launch in program.launches),
+        "outside_command_buffers": program.outside_command_buffers,
         "temp_bytes": program.memory.temp_size_in_bytes,
         "alias_bytes": program.memory.alias_size_in_bytes,
         "pool_copies": compiled.pool_copies,
@@ -175,21 +198,22 @@ def measure_engine() -> list[dict[str, Any]]:
 
 
 def _measure_engine_step(name: str, shape: StepShape, *, small: bool, sampling: bool = False) -> dict[str, Any]:
-    """``launches_per_layer`` counts a loop's once."""
-    few, more = (_engine_step(layers, shape, small=small, sampling=sampling) for layers in (2, 4))
-    launches = [sum(launch.on_device for launch in program.launches) for program in (few, more)]
+    """``launches`` counts a loop's once; ``launches_per_layer`` is not there when ``sampling``, which is after them."""
+    few = None if sampling else _engine_step(1, shape, small=small)
+    more = _engine_step(2, shape, small=small, sampling=sampling)
     return {
         "jax": jax.__version__,
         "step": name,
         "weights": "W4A16" if small else "bf16",
         "kv": "int8" if small else "bf16",
-        "launches_per_layer": (launches[1] - launches[0]) / 2,
+        "launches": more.on_device,
+        "launches_per_layer": None if few is None else more.on_device - few.on_device,
         "command_buffers": more.command_buffers,
-        "outside_command_buffers": sum(launch.on_device and launch.depth == 0 for launch in more.launches),
+        "outside_command_buffers": more.outside_command_buffers,
         "temp_bytes": more.memory.temp_size_in_bytes,
         "pool_copies": more.copies(f"{'u8' if small else 'bf16'}[{','.join(map(str, ENGINE_POOL))}]"),
         "bytes_in_place": more.memory.alias_size_in_bytes,
-        "bytes_held": sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(_held(4, small))),
+        "bytes_held": sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(_held(2, small))),
         "host_callbacks": more.hlo.count("callback"),
     }
 
@@ -222,7 +246,7 @@ def _held(layers: int, small: bool) -> tuple[Any, Any]:
     return (pool,) * layers, jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
 
 
-def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) -> Any:
+def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool = False) -> Program:
     """The engine's step of ``shape``, compiled.
 
     ``small``: with weights in 4 bits and a KV cache in 8. ``sampling``: with the full sampler.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
 
+from pallas_kernels.offline import KernelCode, disassemble, sass
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.offline.program import _read_mosaic_launch
 from pallas_kernels.offline.sass import MachineCode, _instructions
@@ -61,6 +63,40 @@ def test_the_hot_loop_may_hold_loops_that_wait() -> None:
     wait = "        /*0140*/   SYNCS.PHASECHK P0, [UR4] ;\n        /*0150*/   @!P0 BRA 0x140 ;\n"
     code = MachineCode(tuple(_instructions(work + wait + "        /*0160*/   @P1 BRA 0x0 ;\n")))
     assert len(code.hot_loop()) == 23
+
+
+def _cubin(code: bytes) -> bytes:
+    """An ELF file with sections of data, of ``code``, and of nothing."""
+    sections = [(1, 2, b"data"), (1, 6, code), (0, 0, b"")]
+    content = b"".join(data for *_, data in sections)
+    places = [64 + sum(len(data) for *_, data in sections[:at]) for at in range(len(sections))]
+    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF", 2, 190, 1, 0, 0, 64 + len(content), 0, 64, 0, 0, 64, 3, 0)
+    table = [
+        struct.pack("<IIQQQQIIQQ", 0, kind, flags, 0, at, len(data), 0, 0, 0, 0)
+        for at, (kind, flags, data) in zip(places, sections, strict=True)
+    ]
+    return header + content + b"".join(table)
+
+
+def test_kernels_are_disassembled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+
+    def nvdisasm(*command: str) -> str:
+        runs.append(command[1:-1])
+        code = Path(command[-1]).read_bytes()
+        return "".join(f"        /*{at:04x}*/   OP{code[at]} R0 ;\n" for at in range(0, len(code), 16))
+
+    monkeypatch.setattr(sass, "_tool", str)
+    monkeypatch.setattr(sass, "_run", nvdisasm)
+    sizes = (2, 3, 1)
+    kernels = [KernelCode(f"k{size}", "sm_90a", 8, 0, 0, _cubin(bytes([size]) * 16 * size)) for size in sizes]
+    found = disassemble(kernels)
+    assert [[opcode for _, opcode, _ in code.code] for code in found] == [[f"OP{size}"] * size for size in sizes]
+    assert runs == [("--binary", "SM90a")]
+    assert kernels[1].machine_code.code[0] == (0, "OP3", "R0")
+    assert disassemble([]) == []
+    with pytest.raises(ValueError, match="arch="):
+        disassemble([kernels[0], KernelCode("k", "sm_80", 8, 0, 0, b"")])
 
 
 def test_what_mosaic_launches(tmp_path: Path) -> None:

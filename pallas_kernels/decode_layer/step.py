@@ -203,12 +203,11 @@ def compile_llama_8b(device: str, *, batch: int, tp: int = 1, **options: Any) ->
     layers, fewer = LLAMA_3_8B["layers"], 4
     program, (params, pools, *_) = _compile(device, shape, tp, LLAMA_3_8B)
     shallow, _ = _compile(device, shape, tp, {**LLAMA_3_8B, "layers": fewer})
-    launches, base = (sum(launch.on_device for launch in each.launches) for each in (program, shallow))
     weights = {leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1}
     return CompiledStep(
         program,
         layers,
-        (launches - base) / (layers - fewer),
+        (program.on_device - shallow.on_device) / (layers - fewer),
         pool_copies=_made(program, set(jax.tree.leaves(pools))),
         weight_copies=_made(program, weights),
     )

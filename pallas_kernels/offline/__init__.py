@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pallas_kernels.offline.devices import DEVICES, offline_mesh
 from pallas_kernels.offline.program import Program, compile_for, compile_on_mesh, kernels_compiled_once
-from pallas_kernels.offline.sass import KernelCode
+from pallas_kernels.offline.sass import KernelCode, disassemble
 
 __all__ = [
     "DEVICES",
@@ -16,6 +16,7 @@ __all__ = [
     "Program",
     "compile_for",
     "compile_on_mesh",
+    "disassemble",
     "kernels_compiled_once",
     "offline_mesh",
 ]

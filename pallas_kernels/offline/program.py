@@ -75,6 +75,16 @@ class Program:
         return next(launch for launch in self.launches if launch.name == name)
 
     @property
+    def on_device(self) -> int:
+        """Launches that put work on the device; those of a loop count once."""
+        return sum(launch.on_device for launch in self.launches)
+
+    @property
+    def outside_command_buffers(self) -> int:
+        """Those of them at the top level, in no CUDA graph."""
+        return sum(launch.on_device and launch.depth == 0 for launch in self.launches)
+
+    @property
     def command_buffers(self) -> int:
         """CUDA graphs at the top level."""
         return sum(launch.kind == "kCommandBuffer" and launch.depth == 0 for launch in self.launches)

@@ -1,15 +1,18 @@
-"""The machine code of a kernel: PTX assembled by ``ptxas``, read back by ``cuobjdump``."""
+"""The machine code of a kernel: PTX assembled by ``ptxas``, read back by ``nvdisasm``."""
 
 from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 
@@ -19,7 +22,7 @@ class ToolMissingError(Exception):
 
 @dataclass(frozen=True)
 class MachineCode:
-    """The instructions of a kernel: (address, opcode, operands)."""
+    """The instructions of a kernel: (address, opcode, operands). Its first need not have address 0."""
 
     code: tuple[tuple[int, str, str], ...]
 
@@ -58,9 +61,10 @@ class MachineCode:
 
 @dataclass(frozen=True)
 class KernelCode:
-    """One kernel, assembled to ``cubin``. ``spills`` is bytes to and from local memory."""
+    """One kernel, assembled for ``arch`` to ``cubin``. ``spills`` is bytes to and from local memory."""
 
     name: str
+    arch: str
     registers: int
     spills: int
     static_smem: int
@@ -68,12 +72,48 @@ class KernelCode:
 
     @cached_property
     def machine_code(self) -> MachineCode:
-        """What ``cuobjdump`` reads in ``cubin``, when it is first asked for: that takes longer than to assemble it."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "kernel.cubin")
-            file.write_bytes(self.cubin)
-            return MachineCode(tuple(_instructions(_run(_tool("cuobjdump"), "-sass", str(file)))))
+        """Its instructions; of several kernels ``disassemble`` reads them sooner."""
+        (code,) = disassemble([self])
+        return code
 
+
+def disassemble(kernels: Sequence[KernelCode]) -> list[MachineCode]:
+    """What ``nvdisasm`` reads in ``kernels``, all of one ``arch``: in one run, since most of a run is its start.
+
+    Raises ``ToolMissingError``, ``ValueError`` where they are of several architectures, or ``RuntimeError`` with
+    nvdisasm's words.
+    """
+    archs = {kernel.arch for kernel in kernels}
+    if not archs:
+        return []
+    if len(archs) > 1:
+        raise ValueError(f"arch={sorted(archs)} are several; disassemble the kernels of one at a time")
+    texts = [_code_section(kernel.cubin) for kernel in kernels]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(texts))
+        file.flush()
+        model = archs.pop().replace("sm_", "SM")
+        listed = list(_instructions(_run(_tool("nvdisasm"), "--binary", model, file.name)))
+    ends = list(accumulate(map(len, texts)))
+    starts = [0, *ends[:-1]]
+    addresses = [address for address, _, _ in listed]
+    return [
+        MachineCode(tuple(listed[bisect_left(addresses, start) : bisect_left(addresses, end)]))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _code_section(cubin: bytes) -> bytes:
+    """The one section of instructions in an ELF file of 64 bits (System V ABI, chapter 4)."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count = struct.unpack_from("<HH", cubin, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + at * size) for at in range(count)]
+    (code,) = (cubin[at : at + length] for _, _, flags, _, at, length in headers if flags & _EXECUTABLE)
+    return code
+
+
+_EXECUTABLE = 4
+"""The flag SHF_EXECINSTR of an ELF section."""
 
 _WAITING = 16
 """Instructions of the longest loop that does nothing but wait for a barrier."""
@@ -140,6 +180,7 @@ def _assemble(name: str, ptx: str, arch: str) -> KernelCode:
         report = _run(_tool("ptxas"), "-v", f"-arch={arch}", str(source), "-o", str(cubin))
         return KernelCode(
             name=name,
+            arch=arch,
             registers=_number(r"Used (\d+) registers", report),
             spills=_number(r"(\d+) bytes spill stores", report) + _number(r"(\d+) bytes spill loads", report),
             static_smem=_number(r"(\d+) bytes smem", report),
