@@ -83,5 +83,5 @@ def _engine_faults(step: dict[str, Any]) -> Iterator[str]:
         yield f"{step['bytes_in_place']} bytes updated in place; the bar is all {step['bytes_held']}"
     if step["host_callbacks"]:
         yield f"{step['host_callbacks']} calls of the host; the bar is 0"
-    if step["step"].startswith("decode") and (step["launches_per_layer"] or 0) > LAUNCHES_PER_LAYER[1]:
+    if step["step"].startswith("decode") and step["launches_per_layer"] > LAUNCHES_PER_LAYER[1]:
         yield f"{step['launches_per_layer']} launches a layer; the bar is {LAUNCHES_PER_LAYER[1]}"

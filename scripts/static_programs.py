@@ -198,16 +198,15 @@ def measure_engine() -> list[dict[str, Any]]:
 
 
 def _measure_engine_step(name: str, shape: StepShape, *, small: bool, sampling: bool = False) -> dict[str, Any]:
-    """``launches`` counts a loop's once; ``launches_per_layer`` is not there when ``sampling``, which is after them."""
-    few = None if sampling else _engine_step(1, shape, small=small)
-    more = _engine_step(2, shape, small=small, sampling=sampling)
+    """``launches`` counts a loop's once, and so does ``launches_per_layer``."""
+    few, more = (_engine_step(layers, shape, small=small, sampling=sampling) for layers in (1, 2))
     return {
         "jax": jax.__version__,
         "step": name,
         "weights": "W4A16" if small else "bf16",
         "kv": "int8" if small else "bf16",
         "launches": more.on_device,
-        "launches_per_layer": None if few is None else more.on_device - few.on_device,
+        "launches_per_layer": more.on_device - few.on_device,
         "command_buffers": more.command_buffers,
         "outside_command_buffers": more.outside_command_buffers,
         "temp_bytes": more.memory.temp_size_in_bytes,
@@ -246,7 +245,7 @@ def _held(layers: int, small: bool) -> tuple[Any, Any]:
     return (pool,) * layers, jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
 
 
-def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool = False) -> Program:
+def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) -> Program:
     """The engine's step of ``shape``, compiled.
 
     ``small``: with weights in 4 bits and a KV cache in 8. ``sampling``: with the full sampler.
