@@ -11,6 +11,7 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -99,13 +100,15 @@ def step_shapes(
 ) -> list[StepShape]:
     """Every shape of a step: decodes in powers of two, prompt chunks alone or, fewer of them, beside all decodes.
 
+    Prompts are what takes the time of a step, so there are shapes for halfway between their powers of two as well.
+
     Decodes alone also ``decode_steps`` times in one launch, where that is more than one.
     """
     decodes = _powers(1, max_batch_size)
-    prefills = _powers(ROW_LENGTH, max_prefill_tokens)
+    prefills = _prompt_sizes(max_prefill_tokens)
     pairs = [(count, 0) for count in decodes] + [(0, tokens) for tokens in prefills]
     if max_batch_size > 1:
-        pairs += [(decodes[-1], tokens) for tokens in _powers(ROW_LENGTH, min(max_prefill_tokens, max_mixed_tokens))]
+        pairs += [(decodes[-1], tokens) for tokens in _prompt_sizes(min(max_prefill_tokens, max_mixed_tokens))]
     shapes = [StepShape(count, tokens, table_length, max_batch_size) for count, tokens in pairs]
     if decode_steps > 1:
         shapes += [StepShape(count, 0, table_length, max_batch_size, decode_steps) for count in decodes]
@@ -247,6 +250,13 @@ def _fits(shape: StepShape, batch: ScheduledBatch) -> bool:
     if len(batch.decodes) > shape.decodes or len(batch.chunks) > shape.prompts:
         return False
     return sum(-(-chunk.length // shape.row_length) for chunk in batch.chunks) <= shape.rows
+
+
+def _prompt_sizes(last: int) -> list[int]:
+    """Whole rows: powers of two of them, and halfway between, up to and including ``last`` tokens."""
+    powers = _powers(ROW_LENGTH, last)
+    between = [(less + more) // 2 for less, more in pairwise(powers)]
+    return sorted({*powers, *(tokens for tokens in between if tokens % ROW_LENGTH == 0)})
 
 
 def _powers(first: int, last: int) -> list[int]:
