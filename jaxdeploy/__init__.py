@@ -39,13 +39,8 @@ def quantize(model: str, config: QuantConfig | None = None, **settings: Any) -> 
     return run(model, config, **settings)
 
 
-def serve(*args: Any, **kwargs: Any) -> Any:
-    """Start the HTTP server. Raises ``JaxdeployError`` as long as there is none."""
-    from importlib import import_module
-    from importlib.util import find_spec
+def serve(model: str, *args: Any, **kwargs: Any) -> None:
+    """Serve ``model`` over HTTP; see ``jaxdeploy.server.run.serve``, which this calls."""
+    from jaxdeploy.server import serve as run
 
-    from jaxdeploy.errors import JaxdeployError
-
-    if find_spec("jaxdeploy.server") is None:
-        raise JaxdeployError("jaxdeploy.serve arrives with the HTTP server; use pipeline() meanwhile")
-    return import_module("jaxdeploy.server").serve(*args, **kwargs)
+    run(model, *args, **kwargs)

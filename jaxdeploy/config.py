@@ -227,8 +227,10 @@ class GenerationConfig:
         flag=False,
     )
     include_stop_str_in_output: bool | None = setting(None, "keep the text that ended the reply", flag=False)
+    response_format: dict[str, Any] | None = setting(
+        None, "form that the reply has to have; see jaxdeploy.response_format", flag=False
+    )
 
-    response_format: dict[str, Any] | None = missing("describe the form in the prompt")
     logits_processors: list[Any] | None = missing("bad_words and the penalties change logits")
     output_logits: str | None = missing("logprobs reports log-probabilities")
     output_last_hidden_state: str | None = missing("leave it out")
@@ -237,6 +239,42 @@ class GenerationConfig:
     preserve_cache: bool | None = ignored("the cache is freed when the reply ends")
     with_cache: bool | None = ignored("the cache is freed when the reply ends")
     return_routed_experts: bool | None = ignored("no family here has experts")
+
+
+@settings
+class ServerConfig:
+    """How the HTTP server listens, whom it lets in, and how much it takes.
+
+    Raises:
+        ConfigError: a value breaks its rule, or a name is unknown.
+    """
+
+    server_name: str = setting("0.0.0.0", "address to listen on; 127.0.0.1: this machine alone")
+    server_port: int = setting(
+        23333, "port to listen on", holds=lambda value: 0 <= value < 65536, rule="must lie between 0 and 65535"
+    )
+    api_keys: list[str] | None = setting(None, "keys of which every request must bring one; default: none is needed")
+    ssl: bool = setting(False, "speak HTTPS")
+    ssl_certfile: str | None = setting(None, "certificate chain (PEM); default: the environment's SSL_CERTFILE")
+    ssl_keyfile: str | None = setting(None, "its private key (PEM); default: the environment's SSL_KEYFILE")
+    allow_origins: list[str] | None = setting(
+        None, "web pages of these origins may ask (CORS), * all; default: none but the server's own"
+    )
+    allow_credentials: bool = setting(False, "CORS: requests may bring cookies")
+    allow_methods: list[str] | None = setting(None, "CORS: methods; default: all")
+    allow_headers: list[str] | None = setting(None, "CORS: headers; default: all")
+    tool_call_parser: str | None = setting(
+        None, "how the model writes calls: hermes, llama3, internlm2 or mistral; default: as its chat template tells"
+    )
+    reasoning_parser: str | None = setting(
+        None, "how the model writes thoughts: think; default: as its chat template tells"
+    )
+    max_concurrent_requests: int = _positive(
+        "replies that are generated or wait; what is more is turned away with 429", 1024, "give a number of replies"
+    )
+    max_body_size: int = _positive("largest body of a request, in bytes", 32 * 1024**2, "give a number of bytes")
+    disable_fastapi_docs: bool = setting(False, "have no /docs and /openapi.json")
+    log_format: str = setting("text", "how a line of the log reads", choices=("text", "json"))
 
 
 @settings

@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from jaxdeploy.config import GenerationConfig
+from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import SamplingParams
+from jaxdeploy.response_format import grammar_of
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
 MAX_NEW_TOKENS = 512
@@ -123,7 +125,17 @@ def _sampling(
         stop_token_ids=stop_ids,
         bad_token_sequences=bad_token_sequences(config.bad_words or (), tokenizer) + bad_ids,
         logprobs=config.logprobs,
+        grammar=_grammar(config),
     )
+
+
+def _grammar(config: GenerationConfig) -> str | None:
+    """What the reply must follow. Raises ``RequestError`` for what cannot go with it, or is none."""
+    if config.response_format is None:
+        return None
+    if config.ignore_eos or config.min_new_tokens:
+        raise RequestError("response_format says when a reply ends; leave ignore_eos and min_new_tokens out")
+    return grammar_of(config.response_format)
 
 
 def _draw(config: GenerationConfig, defaults: Mapping[str, Any], value: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class SamplingParams:
     """How the next token is chosen, in token ids only: texts were translated before a request reaches the engine.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1.0 keep every token. ``logprobs`` is the number of
-    alternatives reported with each token; ``None`` reports nothing, 0 only the chosen token's own.
+    alternatives reported with each token; ``None`` reports nothing, 0 only the chosen token's own. ``grammar`` is what
+    the reply must follow, in llguidance's form.
     """
 
     temperature: float = 0.0
@@ -36,6 +37,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    grammar: str | None = None
 
     @property
     def greedy(self) -> bool:

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
@@ -65,6 +67,12 @@ class AsyncEngine:
         Raises:
             RequestError: it cannot be served. EngineStoppedError: the engine stopped before it ended.
         """
+        async with aclosing(self.generate_all([request])) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def generate_all(self, requests: Sequence[TextRequest]) -> AsyncGenerator[TextOutput]:
+        """Outputs of all ``requests`` as they come, as ``generate`` does; where one fails the others are aborted."""
         outputs: asyncio.Queue[TextOutput | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -72,19 +80,20 @@ class AsyncEngine:
             with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-        request_id = request.request.request_id
-        self._send(lambda: self._submit(request, deliver))
-        finished = False
+        running = {request.request.request_id for request in requests}
+        for request in requests:
+            self._send(partial(self._submit, request, deliver))
         try:
-            while not finished:
+            while running:
                 output = await outputs.get()
-                finished = isinstance(output, Exception) or output.finish_reason is not None
                 if isinstance(output, Exception):
                     raise output
+                if output.finish_reason is not None:
+                    running.discard(output.request_id)
                 yield output
         finally:
-            if not finished:
-                self._commands.put(lambda: self._abort(request_id))
+            for request_id in running:
+                self._commands.put(partial(self._abort, request_id, deliver))
 
     async def stats(self) -> EngineStats:
         """How the engine stands. Raises ``EngineStoppedError``, or what the engine died of."""
@@ -170,8 +179,9 @@ class AsyncEngine:
                 del self._streams[output.request_id]
             stream(output)
 
-    def _abort(self, request_id: str) -> None:
-        if self._streams.pop(request_id, None) is not None:
+    def _abort(self, request_id: str, deliver: _Stream) -> None:
+        if self._streams.get(request_id) is deliver:  # else it was refused: the name may be another's
+            del self._streams[request_id]
             self.generator.abort(request_id)
 
     def _fail(self, request_id: str, error: Exception) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.batch import ROW_LENGTH, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.grammar import Grammars
 from jaxdeploy.engine.kv_cache import CachePlan, allocate_pools, plan_cache
 from jaxdeploy.engine.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.model_runner import ModelRunner
@@ -31,6 +33,7 @@ from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
+from jaxdeploy.tokenizer import Tokenizer
 from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError, preferred
 
 logger = logging.getLogger("jaxdeploy")
@@ -51,20 +54,31 @@ class Limits:
     dtype: jnp.dtype
 
 
-def build_engine(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, progress: bool = False) -> Engine:
+def build_engine(
+    folder: Path,
+    hf: Mapping[str, Any],
+    config: EngineConfig,
+    *,
+    ends: frozenset[int] = frozenset(),
+    progress: bool = False,
+) -> Engine:
     """Load the model of ``folder`` (its ``config.json`` is ``hf``) and get everything ready that a step needs.
+
+    ``ends`` are the tokens with which replies end that follow a grammar.
 
     Raises ``ConfigError``, ``CheckpointError``, ``UnsupportedModelError``, ``CacheTooSmallError``.
     """
     try:
-        return _build(folder, hf, config, progress=progress)
+        return _build(folder, hf, config, ends, progress=progress)
     except (NoBackendError, BackendNameError) as error:
         if named := os.environ.get(ENVIRONMENT):
             raise ConfigError(f"{ENVIRONMENT}={named} does not fit: {error}; name other backends, or none") from None
         raise
 
 
-def _build(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, progress: bool) -> Engine:
+def _build(
+    folder: Path, hf: Mapping[str, Any], config: EngineConfig, ends: frozenset[int], *, progress: bool
+) -> Engine:
     _enable_compilation_cache(config)
     model = _model_config(hf, config)
     check_divisible(
@@ -94,7 +108,8 @@ def _build(folder: Path, hf: Mapping[str, Any], config: EngineConfig, *, progres
         bits=policy.bits,
     )
     logger.info("%s", plan)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, longest_shared(model, config))
+    grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
+    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, longest_shared(model, config), grammars)
     if config.warmup:
         engine.warm_up(_bar if progress else _silent)
     return engine
@@ -149,7 +164,13 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
 
 
 def _assemble(
-    decoder: Decoder, plan: CachePlan, limits: Limits, mesh: Mesh, ranges: Ranges | None, longest_shared: int
+    decoder: Decoder,
+    plan: CachePlan,
+    limits: Limits,
+    mesh: Mesh,
+    ranges: Ranges | None,
+    longest_shared: int,
+    grammars: Grammars,
 ) -> Engine:
     blocks = BlockManager(plan.num_blocks)
     scheduler = Scheduler(
@@ -170,7 +191,7 @@ def _assemble(
         limits.max_batch_size, limits.max_prefill_tokens, limits.max_mixed_tokens, table_length, limits.decode_steps
     )
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
-    return Engine(scheduler, runner, shapes, decoder.config.vocab_size)
+    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars)
 
 
 def _enable_compilation_cache(config: EngineConfig) -> None:

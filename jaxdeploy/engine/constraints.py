@@ -1,4 +1,4 @@
-"""Tokens that a sequence may not take next: bad words, and its stops before ``min_new_tokens``; as bit masks."""
+"""Tokens that a sequence may not take next: bad words, early stops, what its grammar does not have; as bit masks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def forbid(mask: Mask, row: int, sequence: Sequence, length: int) -> None:
     for token in _forbidden(sequence, length):
         if 0 <= token < mask.shape[1] * 32:
             mask[row, token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
+    if sequence.matcher is not None:
+        sequence.matcher.allow(mask[row])
 
 
 def _forbidden(sequence: Sequence, length: int) -> Iterable[int]:

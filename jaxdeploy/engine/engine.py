@@ -10,6 +10,7 @@ import heapq
 import logging
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +19,20 @@ import numpy as np
 
 from jaxdeploy.engine.batch import StepShape, build_inputs, choose_shape
 from jaxdeploy.engine.checks import RequestLimits, check_name
+from jaxdeploy.engine.grammar import Grammars, Matcher
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.engine.sampler import Sampled
 from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.messages import Request, StepOutput, TokenLogprob
+from jaxdeploy.errors import RequestError
+from jaxdeploy.messages import FinishReason, Request, StepOutput, TokenLogprob
 
 logger = logging.getLogger("jaxdeploy")
+
+PATIENCE = 0.005
+"""Seconds that a step waits for a grammar where there is nothing else to do."""
 
 Array = np.ndarray[Any, Any]
 
@@ -54,10 +60,17 @@ class Engine:
     """Runs sequences through scheduler and model. One thread calls it; it holds no text, only tokens.
 
     ``spans`` names the parts of a step: schedule, admit, build, dispatch; then, of the step before, wait and commit.
-    ``weight_bytes`` of weights are read in every one.
+    ``weight_bytes`` of weights are read in every one. ``grammars`` makes what requests with a grammar follow.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, shapes: list[StepShape], vocab_size: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        shapes: list[StepShape],
+        vocab_size: int,
+        grammars: Grammars | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.spans = Spans()
         self.weight_bytes = runner.weight_bytes
@@ -67,11 +80,14 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._flight: Flight | None = None
         self._deadlines: list[tuple[float, str]] = []
+        self._grammars = grammars
+        self._compiler = ThreadPoolExecutor(1, "jaxdeploy-grammars")
+        self._compiling: dict[Sequence, Future[Matcher]] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._compiling)
 
     @property
     def stats(self) -> EngineStats:
@@ -79,7 +95,7 @@ class Engine:
         scheduler = self.scheduler
         blocks, prefixes = scheduler.blocks, scheduler.prefixes
         return EngineStats(
-            waiting=scheduler.waiting,
+            waiting=scheduler.waiting + len(self._compiling),
             running=scheduler.running,
             blocks=blocks.num_blocks,
             active_blocks=blocks.active,
@@ -113,17 +129,20 @@ class Engine:
             sequence.deadline = time.monotonic() + request.timeout
             heapq.heappush(self._deadlines, (sequence.deadline, request.request_id))
         self._sequences[request.request_id] = sequence
-        self.scheduler.add(sequence)
+        if request.sampling.grammar is None:
+            self.scheduler.add(sequence)
+        else:
+            self._compile(sequence, request.sampling.grammar)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free what it holds; one that has ended, or never was, is no error."""
         sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
+        if sequence is not None and self._compiling.pop(sequence, None) is None:
             self.scheduler.abort(sequence)
 
     def step(self) -> list[StepOutput]:
         """Launch a step, then take in what the one before sampled: the new token of every sequence that got one."""
-        outputs = self._give_up()
+        outputs = self._give_up() + self._take_compiled()
         if self._must_see_tokens():
             outputs += self._take_in()
         launched = self._launch()
@@ -134,6 +153,7 @@ class Engine:
     def close(self) -> None:
         """Give the device memory back."""
         self._flight = None
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         self._runner.close()
 
     def _weigh_host_memory(self) -> None:
@@ -148,6 +168,28 @@ class Engine:
             logger.warning("num_cpu_blocks: host memory is not used, evicted blocks are computed again faster")
             self.scheduler.prefixes.host.close()
 
+    def _compile(self, sequence: Sequence, grammar: str) -> None:
+        """Have a thread make what ``sequence`` follows: others go on meanwhile."""
+        if self._grammars is None:
+            raise RequestError("grammar is not there: the engine has no tokenizer; leave it out")
+        self._compiling[sequence] = self._compiler.submit(self._grammars.matcher, grammar)
+
+    def _take_compiled(self) -> list[StepOutput]:
+        """Queue sequences whose grammar is ready; those whose grammar turns out to be none end."""
+        if self._compiling and not self.scheduler.has_work:
+            wait(self._compiling.values(), PATIENCE, FIRST_COMPLETED)
+        outputs = []
+        for sequence in [sequence for sequence, matcher in self._compiling.items() if matcher.done()]:
+            try:
+                sequence.matcher = self._compiling.pop(sequence).result()
+            except RequestError as error:
+                logger.warning("request %s: %s", sequence.request_id, error)
+                del self._sequences[sequence.request_id]
+                outputs.append(StepOutput(sequence.request_id, (), FinishReason.ERROR))
+            else:
+                self.scheduler.add(sequence)
+        return outputs
+
     def _give_up(self) -> list[StepOutput]:
         """Abort what is not complete in its time."""
         outputs = []
@@ -156,7 +198,7 @@ class Engine:
             sequence = self._sequences.get(name)
             if sequence is not None and sequence.deadline == deadline:  # else it is another of that name
                 self.abort(name)
-                outputs.append(StepOutput(name, (), sequence.finish_reason, cached_tokens=sequence.cached))
+                outputs.append(StepOutput(name, (), FinishReason.ABORT, cached_tokens=sequence.cached))
         return outputs
 
     def _must_see_tokens(self) -> bool:

@@ -97,9 +97,10 @@ class Generator:
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate.resolve(chat_template, tokenizer, architecture)
         defaults = _generation_defaults(folder)
-        build = partial(build_engine, folder, hf, config, progress=progress)
+        ends = eos_token_ids(tokenizer, hf, defaults)
+        build = partial(build_engine, folder, hf, config, ends=ends, progress=progress)
         engine: EngineLike = RemoteEngine(build) if own_process else build()
-        return cls(engine, tokenizer, template, defaults, eos_token_ids(tokenizer, hf, defaults))
+        return cls(engine, tokenizer, template, defaults, ends)
 
     @property
     def has_work(self) -> bool:

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
+
+
+class MatcherLike(Protocol):
+    """What is needed of a ``jaxdeploy.engine.grammar.Matcher``."""
+
+    def allow(self, words: Any) -> None:
+        """Clear the bits of tokens that cannot come next."""
+        ...
+
+    def take(self, token_id: int) -> None:
+        """The reply goes on with ``token_id``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,7 @@ class Sequence:
     on the device while it runs, ``block_table`` the int32 indices of its blocks. ``cached`` tokens of the prompt were
     in the cache when it first ran. ``noted`` is how others find its tokens, in its own blocks or in such as had the
     same before (``PrefixCache``). ``settings`` is what a step takes of it that never changes, once that is laid out.
+    ``matcher`` follows the reply through its grammar, if it has one.
     """
 
     request: Request
@@ -56,6 +70,7 @@ class Sequence:
     block_table: array[int] = field(default_factory=lambda: array("i"))
     cached: int = 0
     settings: array[int] | None = None
+    matcher: MatcherLike | None = None
     noted: list[Node] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
@@ -98,7 +113,7 @@ class Sequence:
     @property
     def reads_tokens(self) -> bool:
         """Whether its next token cannot be chosen before the host has seen the last."""
-        return any(len(words) > 1 for words in self.sampling.bad_token_sequences)
+        return self.matcher is not None or any(len(words) > 1 for words in self.sampling.bad_token_sequences)
 
     def hold(self, blocks: list[Block]) -> None:
         """Have ``blocks`` behind those that it has."""
@@ -113,6 +128,8 @@ class Sequence:
         """Take a token that was in flight and note whether it ends the sequence."""
         self.in_flight -= 1
         self.token_ids.append(token_id)
+        if self.matcher is not None:
+            self.matcher.take(token_id)
         sampling = self.sampling
         if self.generated >= sampling.min_new_tokens and token_id in sampling.stop_token_ids:
             self.finish_reason = FinishReason.STOP
@@ -127,4 +144,5 @@ def _needs_sampler(sampling: SamplingParams) -> bool:
         or penalties != (1.0, 0.0, 0.0)
         or sampling.logprobs is not None
         or bool(sampling.bad_token_sequences)
+        or sampling.grammar is not None
     )

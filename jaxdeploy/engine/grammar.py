@@ -1,0 +1,104 @@
+"""Replies that follow a grammar: llguidance says which tokens may come next, from the bytes of the vocabulary's tokens.
+
+A grammar is given in llguidance's own form, a JSON text (``jaxdeploy.response_format`` makes it).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxdeploy.errors import RequestError
+from jaxdeploy.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+Words = np.ndarray[Any, np.dtype[np.uint32]]
+
+KEPT = 64
+"""Grammars that are kept compiled."""
+
+
+class Matcher:
+    """Follows one reply through its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allow(self, words: Words) -> None:
+        """Clear the bits of tokens that cannot come next in ``words``, uint32 [ceil(V / 32)].
+
+        What ends a reply may come where the grammar has come to an end.
+        """
+        allowed = np.empty_like(words)
+        self._matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
+        both = words & allowed
+        words[:] = both if both.any() else allowed  # words that were forbidden besides do not break the grammar
+
+    def take(self, token_id: int) -> None:
+        """The reply goes on with ``token_id``."""
+        self._matcher.consume_token(token_id)
+
+
+class Grammars:
+    """Makes matchers for one vocabulary of V tokens; ``eos_token_ids`` end a reply. Safe to use from several threads.
+
+    ``load`` gives the tokenizer when the first grammar comes.
+    """
+
+    def __init__(self, load: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._load = load
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._vocabulary: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def matcher(self, grammar: str) -> Matcher:
+        """At the beginning of ``grammar``. Raises ``RequestError`` where it is none, or too large."""
+        from llguidance import LLMatcher
+
+        if not self._eos_token_ids:
+            raise RequestError("the model has no token that ends a reply, so none can follow a grammar; leave it out")
+
+        with self._lock:
+            self._vocabulary = self._vocabulary or self._read_vocabulary()
+            compiled = self._compiled.pop(grammar, None)
+        compiled = compiled or LLMatcher(self._vocabulary, grammar)
+        if compiled.is_error():
+            raise RequestError(f"the grammar cannot be followed ({compiled.get_error()}); simplify it")
+        with self._lock:
+            self._compiled[grammar] = compiled
+            while len(self._compiled) > KEPT:
+                self._compiled.popitem(last=False)
+        return Matcher(compiled.deep_copy())
+
+    def _read_vocabulary(self) -> LLTokenizer:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        ends = sorted(self._eos_token_ids)
+        return LLTokenizer(TokenizerWrapper(_Vocabulary(self._load(), ends)), n_vocab=self._vocab_size, eos_token=ends)
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance wants to see it."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = ends[0]
+        self.bos_token_id = tokenizer.bos_token_id
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self.tokens = [self._bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+
+    def __call__(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_bos=False, parse_special=False)
+
+    def _bytes(self, token_id: int) -> bytes:
+        if token_id in self._tokenizer.special_ids:
+            return self._tokenizer.id_to_token(token_id).encode()
+        return self._tokenizer.token_bytes(token_id)

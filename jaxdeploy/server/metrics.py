@@ -1,0 +1,105 @@
+"""What Prometheus reads: how the engine stands, and how long replies took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from jaxdeploy.engine.generator import TextOutput
+from jaxdeploy.engine.stats import EngineStats
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """The counters and histograms of one server, in a registry of their own."""
+
+    def __init__(self, model: str) -> None:
+        self._registry = CollectorRegistry()
+        self._model = model
+
+        def gauge(name: str, help: str) -> Gauge:
+            return Gauge(f"jaxdeploy:{name}", help, ["model_name"], registry=self._registry).labels(model)
+
+        def histogram(name: str, help: str, buckets: Sequence[float]) -> Histogram:
+            named = Histogram(f"jaxdeploy:{name}", help, ["model_name"], buckets=buckets, registry=self._registry)
+            return named.labels(model)
+
+        def counter(name: str, help: str) -> Counter:
+            return Counter(f"jaxdeploy:{name}", help, ["model_name"], registry=self._registry).labels(model)
+
+        self._running = gauge("num_requests_running", "Sequences that have a place in the batch")
+        self._waiting = gauge("num_requests_waiting", "Sequences that wait for one")
+        self._usage = gauge("kv_cache_usage_perc", "Share of the KV blocks that sequences hold, 0 to 1")
+        self._hits = gauge("prefix_cache_hit_rate", "Share of all prompt tokens that were found in the cache, 0 to 1")
+        self._preempted = counter("num_preemptions", "Sequences that had to make room for others")
+        self._prompt = counter("prompt_tokens", "Prompt tokens of sequences that began to run")
+        self._cached = counter("cached_prompt_tokens", "Of these, tokens that were found in the cache")
+        self._generated = counter("generation_tokens", "Tokens generated")
+        self._first = histogram("time_to_first_token_seconds", "From a request to its first token", SECONDS)
+        self._each = histogram("time_per_output_token_seconds", "Per token after the first", SECONDS_PER_TOKEN)
+        self._whole = histogram("e2e_request_latency_seconds", "From a request to the end of its reply", SECONDS)
+        self._ended = Counter(
+            "jaxdeploy:request_success",
+            "Replies that ended, by why",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+        self._last = EngineStats()
+
+    def take(self, stats: EngineStats) -> None:
+        """Take over how the engine stands."""
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._usage.set(stats.active_blocks / stats.blocks if stats.blocks else 0.0)
+        self._hits.set(stats.hit_rate)
+        self._preempted.inc(stats.preemptions - self._last.preemptions)
+        self._prompt.inc(stats.prompt_tokens - self._last.prompt_tokens)
+        self._cached.inc(stats.cached_tokens - self._last.cached_tokens)
+        self._generated.inc(stats.generated_tokens - self._last.generated_tokens)
+        self._last = stats
+
+    def watch(self) -> ReplyTimes:
+        """Follow the replies to a request that has just come."""
+        return ReplyTimes(self)
+
+    def text(self) -> str:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self._registry).decode()
+
+    def note_first(self, seconds: float) -> None:
+        """The first token of a reply came after so long."""
+        self._first.observe(seconds)
+
+    def note_end(self, seconds: float, per_token: float | None, reason: str) -> None:
+        """A reply ended after so long, for ``reason``."""
+        self._whole.observe(seconds)
+        if per_token is not None:
+            self._each.observe(per_token)
+        self._ended.labels(self._model, reason).inc()
+
+
+class ReplyTimes:
+    """When the tokens of a request's replies came."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._begun = time.monotonic()
+        self._first: dict[str, float] = {}
+        self._tokens: dict[str, int] = {}
+
+    def note(self, output: TextOutput) -> None:
+        """A piece has come."""
+        now, name = time.monotonic(), output.request_id
+        if output.token_ids and name not in self._first:
+            self._first[name] = now
+            self._metrics.note_first(now - self._begun)
+        self._tokens[name] = self._tokens.get(name, 0) + len(output.token_ids)
+        if output.finish_reason is not None:
+            after = self._tokens[name] - 1
+            per_token = (now - self._first[name]) / after if after > 0 else None
+            self._metrics.note_end(now - self._begun, per_token, str(output.finish_reason))

@@ -1,0 +1,264 @@
+"""``/v1/chat/completions``: OpenAI's request and reply, with LMDeploy's additions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from jaxdeploy.config import GenerationConfig
+from jaxdeploy.engine.checks import MAX_LOGPROBS
+from jaxdeploy.errors import RequestError
+from jaxdeploy.server.protocol.fields import Sampling, StreamOptions, Strict, refused
+from jaxdeploy.server.protocol.usage import Usage
+
+MOST_MESSAGES = 4096
+MOST_TOOLS = 1024
+
+
+class TextPart(Strict):
+    """Text, in the form that has a type."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Strict):
+    """Name and arguments (JSON) of a call that the model made."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Strict):
+    """A call that the model made in an earlier reply."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class FunctionTool(Strict):
+    """A function that the model may call; ``parameters`` is a JSON Schema."""
+
+    name: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[\w./:-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """Something that the model may call."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class FunctionName(Strict):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedChoice(Strict):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class Message(Strict):
+    """Something that was said."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    audio: Any = refused("this model reads text only")
+    function_call: Any = refused("send tool_calls")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise RequestError(f"content=null says nothing in a message of role={self.role!r}; give it a text")
+        return self
+
+
+class ChatRequest(Sampling):
+    """A conversation that the model is to go on with."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="older name of max_completion_tokens")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    stream_options: StreamOptions | None = None
+    response_format: dict[str, Any] | None = Field(
+        None, description="form of the reply: text, json_object, json_schema, regex_schema, choice or grammar"
+    )
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(
+        None, description="default auto; required, or a function's name, has calls made by a grammar"
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="more variables for the chat template")
+    session_id: int | None = Field(None, ge=-1, lt=2**63, description="a conversation whose cache is kept; -1: none")
+
+    safety_identifier: str | None = Field(None, max_length=512, description="newer name of user")
+    prompt_cache_key: str | None = Field(None, description="of no need: prompts that begin alike always share")
+    metadata: dict[str, str] | None = Field(None, description="belongs to stored replies; none are stored")
+    logit_bias: Any = refused("bad_words forbids words", {})
+    functions: Any = refused("leave them out", [])
+    function_call: Any = refused("leave it out", "none", "auto")
+    store: Any = refused("replies are not kept", False)
+    service_tier: Any = refused("there is one", "auto", "default")
+    modalities: Any = refused("replies are texts", ["text"])
+    audio: Any = refused("replies are texts")
+    prediction: Any = refused("leave it out")
+    web_search_options: Any = refused("leave them out")
+    reasoning_effort: Any = refused("give what the chat template knows in chat_template_kwargs")
+    verbosity: Any = refused("say it in a message")
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError(f"top_logprobs={self.top_logprobs} needs logprobs=true; add it")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options are for streams only; add stream=true")
+        if self.must_call and not self.functions_to_call:
+            raise RequestError(f"tool_choice={self.tool_choice!r} names no function of tools; add it there")
+        if self.must_call and self.response_format not in (None, {"type": "text"}):
+            raise RequestError("tool_choice has a call made, response_format another text; leave one of them out")
+        return self
+
+    @property
+    def may_call(self) -> bool:
+        """Whether calls are looked for in the reply."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the reply must be calls."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)
+
+    @property
+    def functions_to_call(self) -> dict[str, Any]:
+        """Name → JSON Schema of the functions that may be called."""
+        named = self.tool_choice.function.name if isinstance(self.tool_choice, NamedChoice) else None
+        functions = [tool.function for tool in self.tools or []]
+        return {function.name: function.parameters for function in functions if named in (None, function.name)}
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is, as far as it says."""
+        return self.safety_identifier or self.user or ""
+
+    @property
+    def session(self) -> str | None:
+        """Name of the conversation in the engine."""
+        return None if self.session_id in (None, -1) else str(self.session_id)
+
+    def generation(self, calls: str | None) -> GenerationConfig:
+        """How the reply is generated; as long as there is room where no length is given. It follows ``calls``, if any.
+
+        Where calls may be made, special tokens are shown: some forms of calls have them.
+        """
+        longest = self.max_completion_tokens or self.max_tokens or 2**31 - 1
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        form = self.response_format if calls is None else {"type": "grammar", "grammar": calls}
+        config = self.generation_config(longest, logprobs, response_format=form)
+        if self.may_call:
+            config.skip_special_tokens = False
+        return config
+
+
+class LogprobOf(BaseModel):
+    """A token, its natural log-probability, and its bytes."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChosenLogprob(LogprobOf):
+    """A token of the reply, and the likeliest ones in its place."""
+
+    top_logprobs: list[LogprobOf]
+
+
+class ChoiceLogprobs(BaseModel):
+    """Log-probabilities of the tokens of a reply."""
+
+    content: list[ChosenLogprob]
+    refusal: None = None
+
+
+class Reply(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class Choice(BaseModel):
+    """One of the alternatives."""
+
+    index: int
+    message: Reply
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: str
+
+
+class ChatReply(BaseModel):
+    """The whole reply."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class CallDelta(BaseModel):
+    """What a chunk adds to a call: first its name, then pieces of its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: dict[str, str]
+
+
+class Delta(BaseModel):
+    """What a chunk adds to a reply."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
+
+
+class ChunkChoice(BaseModel):
+    """What a chunk adds to one of the alternatives."""
+
+    index: int
+    delta: Delta
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(BaseModel):
+    """A piece of a streamed reply."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None

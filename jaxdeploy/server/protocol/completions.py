@@ -1,0 +1,88 @@
+"""``/v1/completions``: texts or token ids that the model goes on with, as they are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import BaseModel, Field, model_validator
+
+from jaxdeploy.config import GenerationConfig
+from jaxdeploy.errors import RequestError
+from jaxdeploy.server.protocol.fields import Sampling, StreamOptions, refused
+from jaxdeploy.server.protocol.usage import Usage
+
+MOST_PROMPTS = 1024
+OPENAI_MAX_TOKENS = 16
+MOST_COMPLETION_LOGPROBS = 5
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[TokenId], Field(min_length=1)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+Prompt: TypeAlias = str | Ids | Texts | ManyIds
+
+
+class CompletionRequest(Sampling):
+    """Prompts to go on with: a text, several, the token ids of one, or of several."""
+
+    prompt: Prompt
+    max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="default 16; 0 needs echo")
+    logprobs: int | None = Field(None, ge=0, le=MOST_COMPLETION_LOGPROBS)
+    echo: bool | None = None
+    response_format: dict[str, Any] | None = Field(None, description="form of the reply, as for a chat")
+    stream_options: StreamOptions | None = None
+
+    suffix: Any = refused("put the whole prompt into the model's own infilling form", "")
+    best_of: Any = refused("ask for n and choose", 1)
+    logit_bias: Any = refused("bad_words forbids words", {})
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo=true has no log-probabilities of the prompt; leave logprobs out")
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens=0 gives nothing; ask for a token, or for echo=true")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options are for streams only; add stream=true")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts one by one."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    def generation(self) -> GenerationConfig:
+        """How replies are generated."""
+        longest = OPENAI_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return self.generation_config(max(longest, 1), self.logprobs, response_format=self.response_format)
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities of the tokens of a reply; ``text_offset`` counts characters from its start."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One reply, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+
+
+class CompletionReply(BaseModel):
+    """All replies, or in a stream a piece of one."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None

@@ -1,0 +1,105 @@
+"""What several APIs' requests have in common: the sampling fields, and how a request's fields become a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from jaxdeploy.config import GenerationConfig
+from jaxdeploy.errors import RequestError
+
+MOST_ALTERNATIVES = 128
+MOST_STOPS = 16
+LONGEST_STOP = 256
+_INT64 = 2**63
+
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)]
+
+
+@dataclass(frozen=True)
+class _Refused:
+    advice: str
+    fine: tuple[Any, ...]
+
+
+def refused(advice: str, *fine: Any) -> Any:
+    """A documented field whose feature is not there: ``None`` and the values in ``fine`` pass, all others raise."""
+    field: Any = Field(None, description=f"not there: {advice}")
+    field.metadata.append(_Refused(advice, fine))
+    return field
+
+
+class Strict(BaseModel):
+    """A part of a request: a field that is unknown, or whose feature is not there, is an error and never ignored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="after")
+    def _refuse(self) -> Self:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            for about in field.metadata:
+                if isinstance(about, _Refused) and value is not None and value not in about.fine:
+                    raise RequestError(f"{name}={value!r:.60} is not there; {about.advice}")
+        return self
+
+
+class Sampling(Strict):
+    """Fields of a request that say how tokens are chosen; OpenAI's, then those that LMDeploy adds."""
+
+    model: str = Field("", description="a name of GET /v1/models; none: the model that is served")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default 1")
+    top_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=MOST_ALTERNATIVES)
+    seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
+    stop: Stop | Stops | None = None
+    stream: bool | None = False
+    user: str | None = Field(None, max_length=512, description="shares of the engine are fair between users")
+
+    top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="0 keeps all tokens, 1 is greedy")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    ignore_eos: bool | None = None
+    min_new_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    stop_token_ids: TokenIds | None = None
+    bad_words: Stops | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: int = Field(0, ge=-(2**31), lt=2**31, description="the lowest comes first")
+
+    @property
+    def stop_words(self) -> list[str]:
+        """``stop`` as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def generation_config(self, max_new_tokens: int | None, logprobs: int | None, **more: Any) -> GenerationConfig:
+        """The fields as the engine's own config. As OpenAI has it, a reply is drawn at random unless told otherwise."""
+        names = (
+            "frequency_penalty presence_penalty temperature top_p n top_k min_p repetition_penalty ignore_eos "
+            "min_new_tokens stop_token_ids bad_words skip_special_tokens spaces_between_special_tokens "
+            "include_stop_str_in_output"
+        )
+        fields: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
+        return GenerationConfig(
+            **fields,
+            **more,
+            do_sample=True,
+            random_seed=self.seed,
+            stop_words=self.stop_words,
+            max_new_tokens=max_new_tokens,
+            logprobs=logprobs,
+        )
+
+
+class StreamOptions(Strict):
+    """What a stream brings beside the reply."""
+
+    include_usage: bool = Field(False, description="end with a chunk that has the usage, and no choice")
+    include_obfuscation: Any = refused("leave it out", False)

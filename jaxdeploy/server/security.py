@@ -1,0 +1,79 @@
+"""What every request has to pass before a route sees it: its key, and the size of its body."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxdeploy.server.error_handlers import answer, reply
+
+OPEN_PATHS = frozenset({"/health"})
+"""Answered without a key."""
+
+
+class KeyCheck:
+    """Lets requests through that bring one of ``keys``, as ``Authorization: Bearer KEY`` or ``x-api-key: KEY``."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._known(_key(Headers(scope=scope))):
+            await self._app(scope, receive, send)
+            return
+        body = reply("the API key is missing or wrong; send Authorization: Bearer KEY", "authentication_error")
+        body.error.code = "invalid_api_key"
+        await answer(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+
+    def _known(self, key: bytes) -> bool:
+        """Every key is compared in whole, so that the time taken tells nothing."""
+        digest = _digest(key)
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
+class BodyLimit:
+    """Refuses bodies of more than ``most`` bytes, told or not."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+        self._complaint = f"the body is larger than {most} bytes; send less"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        told = Headers(scope=scope).get("content-length", "0")
+        if not told.isdecimal() or int(told) > self._most:
+            await answer(reply(self._complaint, "invalid_request_error"), 413)(scope, receive, send)
+            return
+        taken = 0
+
+        async def counted() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self._most:
+                raise HTTPException(413, self._complaint)
+            return message
+
+        await self._app(scope, counted, send)
+
+
+def _key(headers: Headers) -> bytes:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+    return given.encode("latin-1")  # as ASGI servers read headers
+
+
+def _digest(key: bytes) -> bytes:
+    """Of one length, whatever the key's: else the comparison would tell that."""
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,227 @@
+"""The model behind the routes: prompts become token ids, token ids become replies; too many of them are turned away."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from jaxdeploy.config import GenerationConfig
+from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.engine.generator import TextOutput, TextRequest
+from jaxdeploy.errors import JaxdeployError, RequestError
+from jaxdeploy.generation_config import ResolvedGeneration, resolve
+from jaxdeploy.messages import Request
+from jaxdeploy.server.metrics import Metrics
+from jaxdeploy.server.parsers import reasoning_form, tool_form
+from jaxdeploy.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+TAIL = 16
+"""Tokens of a prompt's end that a mark is looked for in."""
+
+REMEMBERED = 64
+"""Requests whose durations say how long one that is turned away should wait."""
+
+
+class UnknownModelError(JaxdeployError):
+    """No model of that name is served."""
+
+    http_status = 404
+
+
+class OverloadedError(JaxdeployError):
+    """More is asked for than the server takes; ``retry_after`` is in seconds."""
+
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a request comes from: its id in the logs, who shares with whom, and what comes first."""
+
+    request_id: str
+    tenant: str = ""
+    priority: int = 0
+    session_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and how to go on with them."""
+
+    ids: tuple[int, ...]
+    how: ResolvedGeneration
+
+
+class Served:
+    """One loaded model by its ``name``. ``most`` replies at most are generated or wait at the same time.
+
+    ``tool_form`` and ``reasoning_form`` are how it writes calls and thoughts (``jaxdeploy.server.parsers``), by the
+    names given or as its chat template tells. Raises ``ConfigError`` for names that are unknown.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        name: str,
+        most: int,
+        *,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> None:
+        self.engine = engine
+        self.name = name
+        self.created = int(time.time())
+        self.most = most
+        self.held = 0
+        """Replies that are generated or wait."""
+        self.metrics = Metrics(name)
+        template = self.tokenizer.chat_template if engine.generator.template.jinja else None
+        self.tool_form = tool_form(tool_call_parser, template)
+        self.reasoning_form = reasoning_form(reasoning_parser, template)
+        self._running: dict[str, list[str]] = {}
+        """A request's id → what its replies are called in the engine."""
+        self._durations: deque[float] = deque(maxlen=REMEMBERED)
+
+    @property
+    def session_len(self) -> int:
+        """Most tokens of a prompt and its reply."""
+        return self.engine.generator.session_len
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self.engine.generator.tokenizer
+
+    def check_model(self, name: str) -> None:
+        """Raise ``UnknownModelError`` unless ``name`` is served, or empty."""
+        if name not in ("", self.name):
+            raise UnknownModelError(f"model={name!r:.80} is not served here; ask for {self.name!r}")
+
+    async def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> tuple[int, ...]:
+        """Token ids of a conversation; ``variables`` are the chat template's. Raises ``RequestError``."""
+        made = self.engine.generator
+        encode = made.template.encode
+        ids = await apart(
+            lambda: encode(messages, made.tokenizer, add_generation_prompt=add_generation_prompt, **variables)
+        )
+        return tuple(ids)
+
+    async def text_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a raw text, with the token that texts begin with. Raises ``RequestError`` if there are none."""
+        made = self.engine.generator
+        ids = await apart(lambda: made.template.encode_text(text, made.tokenizer))
+        if not ids and made.tokenizer.bos_token_id is not None:
+            ids = [made.tokenizer.bos_token_id]
+        if not ids:
+            raise RequestError("prompt='' has no tokens, and this model has no token to begin with; write some text")
+        return tuple(ids)
+
+    def ends_with(self, ids: Sequence[int], mark: str) -> bool:
+        """Whether a prompt ends with ``mark``."""
+        return self.tokenizer.decode(ids[-TAIL:], skip_special_tokens=False).rstrip().endswith(mark)
+
+    async def resolved(self, ids: tuple[int, ...], config: GenerationConfig, *, chat: bool) -> Prompt:
+        """``config`` without gaps, for ``ids``. Raises ``RequestError`` for what the engine would refuse."""
+        made = self.engine.generator
+
+        def fill() -> ResolvedGeneration:
+            return resolve(
+                config,
+                made.generation_defaults,
+                made.tokenizer,
+                eos_token_ids=made.eos_token_ids,
+                template_stops=made.template.stop_words if chat else (),
+            )
+
+        how = fill() if config.response_format is None else await apart(fill)  # a grammar may take its time
+        made.engine.limits.check(Request("", ids, how.sampling))
+        return Prompt(ids, how)
+
+    def check_room(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ``OverloadedError`` if replies to all ``prompts`` are too many now, ``RequestError`` if always."""
+        wanted = _count(prompts)
+        if wanted > self.most:
+            raise RequestError(f"n={wanted} replies in one request are more than {self.most}; ask for fewer")
+        if self.held + wanted > self.most:
+            raise OverloadedError(
+                f"{self.held} replies are generated or wait, {self.most} at most; try again later", self._retry_after()
+            )
+
+    async def replies(self, prompts: Sequence[Prompt], origin: Origin) -> AsyncGenerator[tuple[int, TextOutput]]:
+        """The replies to all ``prompts`` as they come, each piece with its index: ``n`` alternatives side by side.
+
+        Raises ``OverloadedError``, ``EngineStoppedError``.
+        """
+        requests = list(_requests(prompts, origin))
+        places = {request.request.request_id: index for index, request in enumerate(requests)}
+        self.check_room(prompts)
+        self.held += len(requests)
+        self._running[origin.request_id] = list(places)
+        begun, times = time.monotonic(), self.metrics.watch()
+        try:
+            async with aclosing(self.engine.generate_all(requests)) as outputs:
+                async for output in outputs:
+                    times.note(output)
+                    yield places[output.request_id], output
+        finally:
+            self.held -= len(requests)
+            del self._running[origin.request_id]
+            self._durations.append(time.monotonic() - begun)
+
+    async def abort(self, request_id: str | None) -> int:
+        """End the replies to one request, or to all; those who wait for them get an error. How many they were."""
+        named = self._running.values() if request_id is None else [self._running.get(request_id, [])]
+        names = [name for names in named for name in names]
+        for name in names:
+            await self.engine.abort(name)
+        return len(names)
+
+    def _retry_after(self) -> int:
+        """Seconds until a place may be free: what half of the last requests took."""
+        durations = sorted(self._durations)
+        return max(1, math.ceil(durations[len(durations) // 2])) if durations else 1
+
+
+def _count(prompts: Sequence[Prompt]) -> int:
+    return sum(prompt.how.n for prompt in prompts)
+
+
+async def apart(work: Callable[[], T]) -> T:
+    """Run ``work`` in a thread, so that others are not kept waiting by a long text."""
+    return await asyncio.to_thread(work)
+
+
+def _requests(prompts: Sequence[Prompt], origin: Origin) -> Iterator[TextRequest]:
+    count = 0
+    for prompt in prompts:
+        how = prompt.how
+        for sampling in how.alternatives():
+            yield TextRequest(
+                request=Request(
+                    f"{origin.request_id}-{count}",
+                    prompt.ids,
+                    sampling,
+                    priority=origin.priority,
+                    tenant=origin.tenant,
+                    session_id=origin.session_id,
+                ),
+                stop_words=how.stop_words,
+                skip_special_tokens=how.skip_special_tokens,
+                spaces_between_special_tokens=how.spaces_between_special_tokens,
+                include_stop=how.include_stop,
+            )
+            count += 1

@@ -1,0 +1,69 @@
+"""Server-sent events (the HTML standard, section 9.2): the only place that knows how a stream is framed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from jaxdeploy.server.error_handlers import error_reply
+
+T = TypeVar("T")
+
+PING_SECONDS = 15.0
+"""Silence after which a comment is sent, so that nothing on the way closes the connection."""
+
+PING = ": ping\n\n"
+DONE = "data: [DONE]\n\n"
+
+
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "the reply, or its pieces"}
+}
+"""What a route that can stream says of itself."""
+
+
+def event_stream(chunks: AsyncGenerator[BaseModel], ping_seconds: float = PING_SECONDS) -> StreamingResponse:
+    """``chunks`` as events, then ``[DONE]``. A failure on the way is the last event, in the form of an error."""
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(_framed(chunks, ping_seconds), media_type="text/event-stream", headers=headers)
+
+
+def event(chunk: BaseModel) -> str:
+    """One event."""
+    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+
+
+async def _framed(chunks: AsyncGenerator[BaseModel], ping_seconds: float) -> AsyncGenerator[str]:
+    async with aclosing(chunks), aclosing(with_pauses(chunks, ping_seconds)) as watched:
+        try:
+            async for chunk in watched:
+                yield PING if chunk is None else event(chunk)
+        except Exception as error:  # headers are out: this is the only way to tell
+            yield event(error_reply(error))
+        else:
+            yield DONE
+
+
+async def with_pauses(items: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None]:
+    """``items``, and ``None`` whenever nothing has come for so many seconds."""
+    coming = asyncio.ensure_future(anext(items))
+    try:
+        while True:
+            await asyncio.wait({coming}, timeout=seconds)
+            if not coming.done():
+                yield None
+                continue
+            try:
+                item = coming.result()
+            except StopAsyncIteration:
+                return
+            yield item
+            coming = asyncio.ensure_future(anext(items))
+    finally:
+        coming.cancel()
+        await asyncio.wait({coming})

@@ -1,0 +1,72 @@
+"""A server in a thread of the test's process, over the bundled model; real sockets, real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from jaxdeploy.chat import bundled_model
+from jaxdeploy.config import EngineConfig, ServerConfig
+from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.engine.generator import Generator
+from jaxdeploy.server.app import create_app
+from jaxdeploy.server.served import Served
+
+NAME = "demo"
+SESSION_LEN = 256
+MOST = 12
+"""Replies that the server takes at a time."""
+
+
+class RunningServer:
+    """Where it listens, and what is behind it."""
+
+    def __init__(self, served: Served, config: ServerConfig) -> None:
+        self.served = served
+        settings = uvicorn.Config(create_app(served, config), host="127.0.0.1", port=0, log_config=None, lifespan="off")
+        self._server = uvicorn.Server(settings)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        assert until(lambda: self._server.started), "the server did not start"
+        self.port: int = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def close(self) -> None:
+        """End it; the engine goes on."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    def idle(self) -> bool:
+        """Whether nobody holds a block or a place."""
+        stats = asyncio.run(self.served.engine.stats())
+        return not (stats.active_blocks or stats.running or stats.waiting or self.served.held)
+
+
+def demo_engine() -> AsyncEngine:
+    """The bundled model, in this process."""
+    config = EngineConfig(max_batch_size=8, session_len=SESSION_LEN, block_size=16, warmup=False)
+    return AsyncEngine(Generator.from_pretrained(bundled_model(), config))
+
+
+@contextmanager
+def running(
+    engine: AsyncEngine, most: int = MOST, parsers: dict[str, str] | None = None, **config: Any
+) -> Iterator[RunningServer]:
+    """A server over ``engine``."""
+    server = RunningServer(Served(engine, NAME, most, **(parsers or {})), ServerConfig(**config))
+    yield server
+    server.close()
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether it comes to hold in time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()

@@ -1,0 +1,142 @@
+"""The forms that a reply can be asked to have, and which tokens a grammar lets through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxdeploy.chat import bundled_model
+from jaxdeploy.config import GenerationConfig
+from jaxdeploy.engine.grammar import Grammars
+from jaxdeploy.errors import RequestError
+from jaxdeploy.generation_config import resolve
+from jaxdeploy.response_format import LARGEST, grammar_of
+from jaxdeploy.tokenizer import Tokenizer
+
+SCHEMAS = Path(__file__).parents[2] / "shared/assets/prompts/jsonschema"
+EOS = 4
+VOCAB = 1024
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(bundled_model())
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer: Tokenizer) -> Grammars:
+    return Grammars(lambda: tokenizer, VOCAB, frozenset({EOS, 2}))
+
+
+def accepts(grammars: Grammars, tokenizer: Tokenizer, grammar: str, text: str) -> bool:
+    """Whether every token of ``text``, and the end after them, may come when it comes."""
+    matcher = grammars.matcher(grammar)
+    for token_id in [*tokenizer.encode(text, add_bos=False, parse_special=False), EOS]:
+        words = np.full(VOCAB // 32, 0xFFFFFFFF, np.uint32)
+        matcher.allow(words)
+        if not words[token_id // 32] >> np.uint32(token_id % 32) & np.uint32(1):
+            return False
+        matcher.take(token_id)
+    return True
+
+
+def form(kind: str, **fields: Any) -> str:
+    grammar = grammar_of({"type": kind, **fields})
+    assert grammar is not None
+    return grammar
+
+
+@pytest.mark.parametrize(
+    ("grammar", "good", "bad"),
+    [
+        (form("json_object"), ['{"a": [1, null]}', "{}"], ["[]", "{", "5"]),
+        (
+            form("json_schema", json_schema={"name": "x", "schema": {"type": "array", "items": {"type": "integer"}}}),
+            ["[1,2]", "[]"],
+            ['["a"]', "[1.5]"],
+        ),
+        (form("json_schema", json_schema={"type": "boolean"}), ["true"], ["null"]),
+        (form("regex_schema", regex_schema="[0-9]{2}-[a-c]+"), ["12-abc"], ["1-a", "12-abcd", "12-"]),
+        (form("choice", choice=["yes", 'no "way"']), ["yes", 'no "way"'], ["ye", "yes no"]),
+        (form("grammar", grammar='start: "a" b\nb: /[0-9]/ | "(" b ")"'), ["a5", "a((7))"], ["a((7)", "5"]),
+        (form("grammar", grammar='root ::= "a" num\nnum ::= [0-9]+'), ["a12"], ["a", "b1"]),
+    ],
+)
+def test_what_follows_a_form(
+    grammars: Grammars, tokenizer: Tokenizer, grammar: str, good: list[str], bad: list[str]
+) -> None:
+    assert all(accepts(grammars, tokenizer, grammar, text) for text in good)
+    assert not any(accepts(grammars, tokenizer, grammar, text) for text in bad)
+
+
+def test_any_text_needs_no_grammar() -> None:
+    assert grammar_of(None) is None
+    assert grammar_of({"type": "text"}) is None
+
+
+@pytest.mark.parametrize(
+    ("response_format", "says"),
+    [
+        ({"type": "xml"}, "response_format.type='xml' is unknown; give text, json_object"),
+        ({}, "type=None"),
+        ({"type": "json_schema"}, "json_schema=None holds no schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"oneOf": [{}, {}]}}}, "oneOf"),
+        ({"type": "json_schema", "json_schema": {"schema": {"unevaluatedProperties": False}}}, "unevaluatedProperties"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "strnig"}}}, "cannot be followed"),
+        ({"type": "regex_schema", "regex_schema": "[a"}, "invalid regex"),
+        ({"type": "regex_schema", "regex_schema": 5}, "regex_schema=5 must be a text"),
+        ({"type": "choice", "choice": []}, "choice=.* must be a list of texts"),
+        ({"type": "grammar", "grammar": "root ::= ("}, "cannot be read"),
+        ({"type": "grammar", "grammar": "start: x"}, "cannot be followed"),
+        ({"type": "choice", "choice": ["x" * LARGEST]}, "is larger than"),
+    ],
+)
+def test_what_cannot_be_followed_is_named(response_format: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        grammar_of(response_format)
+
+
+def test_a_form_says_when_a_reply_ends(tokenizer: Tokenizer) -> None:
+    json_object = {"type": "json_object"}
+    assert resolve(GenerationConfig(response_format=json_object), {}, tokenizer).sampling.grammar is not None
+    with pytest.raises(RequestError, match="leave ignore_eos and min_new_tokens out"):
+        resolve(GenerationConfig(response_format=json_object, ignore_eos=True), {}, tokenizer)
+
+
+def test_forbidden_words_do_not_break_a_form(grammars: Grammars) -> None:
+    words = np.zeros(VOCAB // 32, np.uint32)
+    grammars.matcher(form("choice", choice=["a"])).allow(words)
+    assert words.any()
+
+
+def test_a_model_without_an_end_follows_nothing(tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="no token that ends a reply"):
+        Grammars(lambda: tokenizer, VOCAB, frozenset()).matcher(form("json_object"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SCHEMAS.is_dir(), reason="needs ../shared")
+def test_real_schemas(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    """At least 93 % are followed; their valid instances pass, token by token, and their invalid ones do not."""
+    followed = cases = 0
+    wrong = []
+    for line in (line for file in sorted(SCHEMAS.glob("*.jsonl")) for line in file.read_text().splitlines()):
+        case = json.loads(line)
+        cases += 1
+        try:
+            grammar = grammar_of({"type": "json_schema", "json_schema": {"schema": case["schema"]}})
+            assert grammar is not None
+            grammars.matcher(grammar)
+        except RequestError:
+            continue
+        followed += 1
+        for test in case["tests"]:
+            text = json.dumps(test["data"], ensure_ascii=False)
+            if accepts(grammars, tokenizer, grammar, text) != test["valid"]:
+                wrong.append((case["file"], test["valid"], text[:80]))
+    assert not wrong
+    assert followed >= 0.93 * cases

@@ -1,0 +1,414 @@
+"""The server through OpenAI's own client and plain HTTP: replies, streams, errors, keys, limits, clients that leave."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import httpx2
+import openai
+import pytest
+from pydantic import BaseModel
+
+from jaxdeploy.chat_template.sandbox import compile_template
+from jaxdeploy.engine.async_engine import AsyncEngine
+from tests.served import MOST, NAME, SESSION_LEN, RunningServer, demo_engine, running, until
+
+ASK: Any = [{"role": "user", "content": "What is 6 times 7?"}]
+GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 12}
+LONG: dict[str, Any] = {"model": NAME, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[AsyncEngine]:
+    made = demo_engine()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def one_server(engine: AsyncEngine) -> Iterator[RunningServer]:
+    with running(engine) as server:
+        yield server
+
+
+@pytest.fixture
+def server(one_server: RunningServer) -> Iterator[RunningServer]:
+    yield one_server
+    assert until(one_server.idle), "a test left something behind"
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def post(server: RunningServer, path: str, **body: Any) -> httpx2.Response:
+    return httpx2.post(server.url + path, json=body, timeout=60)
+
+
+def chat(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(**{"messages": ASK, **GREEDY, **options})
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert (model.id, model.object) == (NAME, "model")
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="'gpt' is not served here"):
+        client.models.retrieve("gpt")
+
+
+def test_a_reply_is_the_same_whole_streamed_and_from_the_engine(client: openai.OpenAI, server: RunningServer) -> None:
+    whole = chat(client)
+    assert whole.choices[0].message.role == "assistant"
+    assert whole.choices[0].finish_reason == "stop"
+    assert "42" in whole.choices[0].message.content
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    deltas = [chunk.choices[0].delta.content or "" for chunk in chunks[:-1]]
+    assert "".join(deltas) == whole.choices[0].message.content
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0, "the prompt was asked before"
+
+
+def test_usage_comes_only_where_it_was_asked_for(client: openai.OpenAI) -> None:
+    assert all(chunk.choices and chunk.usage is None for chunk in chat(client, stream=True))
+
+
+def test_alternatives(client: openai.OpenAI) -> None:
+    options = {"n": 3, "temperature": 2.0, "seed": 5, "max_tokens": 8}
+    reply = chat(client, **options)
+    texts = [choice.message.content for choice in reply.choices]
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    assert len(set(texts)) > 1, "they differ in their seeds"
+    streamed = ["", "", ""]
+    for chunk in chat(client, stream=True, **options):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts, "the seed makes them repeatable"
+
+
+def test_stop_words_and_length(client: openai.OpenAI) -> None:
+    whole = chat(client).choices[0].message.content
+    word = whole[3:6]
+    cut = chat(client, stop=[word]).choices[0]
+    assert (cut.message.content, cut.finish_reason) == (whole[: whole.index(word)], "stop")
+    assert chat(client, max_tokens=2).choices[0].finish_reason == "length"
+    assert chat(client, max_tokens=openai.omit, max_completion_tokens=2).usage.completion_tokens == 2
+
+
+def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
+    choice = chat(client, logprobs=True, top_logprobs=3).choices[0]
+    tokens = choice.logprobs.content
+    assert all(token.logprob == max(top.logprob for top in token.top_logprobs) for token in tokens), "it is greedy"
+    assert b"".join(bytes(token.bytes) for token in tokens).decode().startswith(choice.message.content.strip()[:8])
+    streamed = [
+        token
+        for chunk in chat(client, logprobs=True, top_logprobs=3, stream=True)
+        for token in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])
+    ]
+    assert [token.token for token in streamed] == [token.token for token in tokens]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"temperature": 3}, "temperature=3 is wrong: input should be less than or equal to 2"),
+        ({"temprature": 1}, "temprature is no field"),
+        ({"messages": []}, "messages=\\[\\] is wrong"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role='robot' is wrong"),
+        ({"messages": [{"role": "user"}]}, "content=null says nothing"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
+        ({"store": True}, "store=True is not there; replies are not kept"),
+        ({"logit_bias": {"5": 1}}, "logit_bias="),
+        ({"top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options are for streams only"),
+        ({"n": MOST + 1}, f"n={MOST + 1} replies in one request are more than {MOST}"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"chat_template_kwargs": 5}, "chat_template_kwargs=5"),
+    ],
+)
+def test_wrong_requests_say_what_is_wrong(server: RunningServer, options: dict[str, Any], says: str) -> None:
+    response = post(server, "/v1/chat/completions", **{"messages": ASK, **GREEDY, **options})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    assert re.search(says, error["message"]), error["message"]
+    assert "Traceback" not in response.text
+    assert "/work" not in response.text
+
+
+def test_other_errors_have_the_form_of_openai(client: openai.OpenAI, server: RunningServer) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        chat(client, model="gpt-4")
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match=f"session_len={SESSION_LEN}") as long:
+        chat(client, messages=[{"role": "user", "content": "word " * SESSION_LEN}], stream=True)
+    assert long.value.code == "context_length_exceeded"
+    for headers, says in (
+        ({"Content-Type": "application/json"}, "body is not JSON ("),
+        ({}, "body is not JSON by its type"),
+    ):
+        refused = httpx2.post(f"{server.url}/v1/completions", content="{", headers=headers)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].startswith(says)
+    assert httpx2.get(f"{server.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
+    assert httpx2.get(f"{server.url}/v1/completions").status_code == 405
+
+
+def test_completions(client: openai.OpenAI, server: RunningServer) -> None:
+    text = "The cat sat on"
+    single = client.completions.create(prompt=text, **GREEDY)
+    ids = post(server, "/tokenize", prompt=text).json()["tokens"]
+    assert client.completions.create(prompt=ids, **GREEDY).choices[0].text == single.choices[0].text
+    many = client.completions.create(prompt=[text, "Once upon"], n=2, echo=True, **GREEDY)
+    assert [choice.index for choice in many.choices] == [0, 1, 2, 3]
+    assert [choice.text for choice in many.choices[:2]] == [text + single.choices[0].text] * 2
+    assert many.choices[2].text.startswith("Once upon")
+
+    streamed = [""] * 4
+    for chunk in client.completions.create(prompt=[text, "Once upon"], n=2, echo=True, stream=True, **GREEDY):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [choice.text for choice in many.choices]
+
+
+def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
+    choice = client.completions.create(prompt="The cat", logprobs=2, **GREEDY).choices[0]
+    found = choice.logprobs
+    assert found is not None
+    assert len(found.tokens) == len(found.token_logprobs) == len(found.top_logprobs) == len(found.text_offset)
+    assert found.text_offset[:2] == [0, len(found.tokens[0])]
+
+
+def test_an_echo_alone(client: openai.OpenAI) -> None:
+    choice = client.completions.create(model=NAME, prompt="The cat", echo=True, max_tokens=0).choices[0]
+    assert (choice.text, choice.finish_reason) == ("The cat", "length")
+
+
+def test_tokens_from_texts_and_back(server: RunningServer) -> None:
+    found = post(server, "/tokenize", prompt="Hello there", add_special_tokens=False, return_token_strs=True).json()
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    assert post(server, "/detokenize", tokens=found["tokens"]).json() == {"prompt": "Hello there"}
+    chat_ids = post(server, "/tokenize", messages=ASK).json()["tokens"]
+    encoded = post(server, "/v1/encode", input=ASK[0]["content"], do_preprocess=True).json()
+    assert encoded == {"input_ids": chat_ids, "length": len(chat_ids)}
+    assert post(server, "/v1/encode", input=["a", "b c"]).json()["length"][0] >= 1
+    assert httpx2.get(f"{server.url}/tokenizer_info").json()["max_model_len"] == SESSION_LEN
+
+
+def test_health_and_metrics(client: openai.OpenAI, server: RunningServer) -> None:
+    chat(client)
+    assert httpx2.get(f"{server.url}/health").json() == {"status": "healthy"}
+    lines = httpx2.get(f"{server.url}/metrics").text.splitlines()
+    values = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+    label = f'{{model_name="{NAME}"}}'
+    assert values[f"jaxdeploy:generation_tokens_total{label}"] > 0
+    assert values[f"jaxdeploy:num_requests_running{label}"] == 0
+    assert values[f"jaxdeploy:time_to_first_token_seconds_count{label}"] > 0
+    assert 0 < values[f"jaxdeploy:prefix_cache_hit_rate{label}"] < 1
+    assert values[f'jaxdeploy:request_success_total{{finished_reason="stop",model_name="{NAME}"}}'] > 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(server: RunningServer, stream: bool) -> None:
+    body = json.dumps({"messages": ASK, "max_tokens": 200, "ignore_eos": True, "stream": stream})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{body}".encode())
+        assert until(lambda: not server.idle())
+        if stream:
+            assert b"200 OK" in connection.recv(4096)
+    assert until(server.idle, 5)
+
+
+def test_too_many_are_turned_away(client: openai.OpenAI, engine: AsyncEngine) -> None:
+    with running(engine, most=1) as small, small_client(small) as other:
+        stream = chat(other, stream=True, **LONG)
+        next(iter(stream))
+        assert until(lambda: small.served.held == 1)
+        with pytest.raises(openai.RateLimitError, match="1 replies are generated or wait") as turned_away:
+            chat(other)
+        assert int(turned_away.value.response.headers["retry-after"]) >= 1
+        stream.close()
+        assert until(small.idle)
+        assert chat(other).choices
+
+
+def test_a_request_is_ended_by_another(client: openai.OpenAI, server: RunningServer) -> None:
+    stream = iter(chat(client, stream=True, **LONG))
+    first = next(stream)
+    assert until(lambda: server.served.held == 1)
+    assert post(server, "/abort_request", request_id=first.id).json() == {"aborted": 1}
+    with pytest.raises(openai.APIError, match="was aborted"):
+        list(stream)
+    assert post(server, "/abort_request", abort_all=True).json() == {"aborted": 0}
+    assert post(server, "/abort_request").status_code == 400
+
+
+def small_client(server: RunningServer, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
+def test_keys(engine: AsyncEngine) -> None:
+    with running(engine, api_keys=["one", "zwei€"]) as guarded:
+        for key in ("one", "zwei€".encode().decode("latin-1")):
+            headers = {b"Authorization": f"Bearer {key}".encode("latin-1")}
+            assert httpx2.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
+        assert httpx2.get(f"{guarded.url}/v1/models", headers={"x-api-key": "one"}).status_code == 200
+        assert httpx2.get(f"{guarded.url}/health").status_code == 200
+        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nowhere", "/health/"):
+            assert httpx2.get(guarded.url + path).status_code == 401, path
+        with small_client(guarded, "on") as wrong, pytest.raises(openai.AuthenticationError, match="missing or wrong"):
+            wrong.models.list()
+
+
+def test_bodies_have_a_limit(engine: AsyncEngine) -> None:
+    with running(engine, max_body_size=2000) as small:
+        assert post(small, "/tokenize", prompt="x" * 1000).status_code == 200
+        assert post(small, "/tokenize", prompt="x" * 2000).status_code == 413
+
+        def pieces() -> Iterator[bytes]:
+            for _ in range(100):
+                yield b" " * 1000
+
+        response = httpx2.post(f"{small.url}/tokenize", content=pieces())
+        assert response.status_code == 413
+        assert "2000 bytes" in response.json()["error"]["message"]
+
+
+def test_other_origins_are_let_in_by_name(engine: AsyncEngine, server: RunningServer) -> None:
+    origin = {"Origin": "https://here.example"}
+    assert "access-control-allow-origin" not in httpx2.get(f"{server.url}/health", headers=origin).headers
+    with running(engine, allow_origins=["https://here.example"], api_keys=["k"]) as open_:
+        allowed = httpx2.get(f"{open_.url}/health", headers=origin).headers["access-control-allow-origin"]
+        assert allowed == "https://here.example"
+        preflight = {**origin, "Access-Control-Request-Method": "POST"}
+        assert httpx2.request("OPTIONS", f"{open_.url}/v1/models", headers=preflight).status_code == 200
+
+
+def test_requests_have_ids(server: RunningServer) -> None:
+    given = httpx2.get(f"{server.url}/health", headers={"x-request-id": "abc-1"})
+    assert given.headers["x-request-id"] == "abc-1"
+    unusable = httpx2.get(f"{server.url}/health", headers={"x-request-id": "no spaces"})
+    assert len(unusable.headers["x-request-id"]) == 32
+
+
+def test_the_documentation_can_be_left_out(engine: AsyncEngine, server: RunningServer) -> None:
+    assert httpx2.get(f"{server.url}/docs").status_code == 200
+    with running(engine, disable_fastapi_docs=True) as silent:
+        assert httpx2.get(f"{silent.url}/docs").status_code == 404
+        assert httpx2.get(f"{silent.url}/openapi.json").status_code == 404
+
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def test_replies_have_the_form_that_was_asked_for(client: openai.OpenAI) -> None:
+    class City(BaseModel):
+        name: Literal["Paris", "Rome"]
+        days: Literal[1, 2]
+
+    asked: Any = {"messages": ASK, "model": NAME, "max_tokens": 220, "temperature": 0}
+    parsed = client.chat.completions.parse(**asked, response_format=City)
+    assert isinstance(parsed.choices[0].message.parsed, City)
+    extra: Any = {"type": "choice", "choice": ["yes", "no"]}
+    replies = chat(client, n=3, temperature=1, response_format=extra)
+    assert {choice.message.content for choice in replies.choices} <= {"yes", "no"}
+    assert chat(client).choices[0].message.content not in ("yes", "no"), "others are free"
+    schema = {"name": "x", "schema": {"unevaluatedProperties": False}}
+    with pytest.raises(openai.BadRequestError, match="unevaluatedProperties"):
+        chat(client, response_format={"type": "json_schema", "json_schema": schema})
+
+
+@pytest.fixture(scope="module")
+def tool_server(engine: AsyncEngine) -> Iterator[RunningServer]:
+    """The same model with a template that shows tools, and thoughts."""
+    made = engine.generator
+    template = (
+        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for message in messages %}<|im_start|>"
+        "{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
+        "{{ call.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    usual, made.template = made.template, replace(made.template, jinja=compile_template(template), name="tools")
+    with running(engine, parsers={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as server:
+        yield server
+    made.template = usual
+
+
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "weather", "parameters": CITY}},
+    {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}},
+]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_call_is_made_where_one_must_be(tool_server: RunningServer, stream: bool) -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    with small_client(tool_server) as client:
+        reply = chat(client, tools=TOOLS, tool_choice=named, max_tokens=120, stream=stream)
+        chunks = list(reply) if stream else []
+    if stream:
+        calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert (calls[0].function.name, calls[0].id[:5]) == ("weather", "call_")
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        arguments = "".join(call.function.arguments for call in calls)
+        assert len(calls) > 2, "arguments come as they are written"
+    else:
+        (call,) = reply.choices[0].message.tool_calls
+        assert (call.function.name, reply.choices[0].finish_reason) == ("weather", "tool_calls")
+        assert reply.choices[0].message.content is None
+        arguments = call.function.arguments
+    given = json.loads(arguments)
+    assert given["city"] in ("Paris", "Rome")
+    assert 1 <= given["days"] <= 9
+
+
+def test_some_call_is_made_where_any_will_do(tool_server: RunningServer) -> None:
+    with small_client(tool_server) as client:
+        reply = chat(client, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, max_tokens=200)
+        (call,) = reply.choices[0].message.tool_calls
+        assert call.function.name in ("weather", "clock")
+        assert chat(client, tools=TOOLS, tool_choice="none").choices[0].message.tool_calls is None
+        free = chat(client, tools=TOOLS)
+        assert free.choices[0].finish_reason in ("stop", "length")
+        answered = [
+            *ASK,
+            {"role": "assistant", "tool_calls": [call.model_dump()]},
+            {"role": "tool", "tool_call_id": call.id, "content": "12 degrees"},
+        ]
+        assert chat(client, messages=answered, tools=TOOLS).choices
+        with pytest.raises(openai.BadRequestError, match="names no function of tools"):
+            chat(client, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "moon"}})
+
+
+def test_thoughts_are_told_apart(tool_server: RunningServer) -> None:
+    thoughtful: Any = {"type": "grammar", "grammar": 'start: "<think>" /[ab]{3}/ "</think>\\n42"'}
+    with small_client(tool_server) as client:
+        message = chat(client, response_format=thoughtful, max_tokens=40).choices[0].message
+        assert message.content == "42"
+        assert re.fullmatch("[ab]{3}", message.reasoning_content)
+        deltas = [
+            chunk.choices[0].delta for chunk in chat(client, response_format=thoughtful, max_tokens=40, stream=True)
+        ]
+    assert "".join(delta.content or "" for delta in deltas) == "42"
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == message.reasoning_content
+
+
+def test_tools_need_a_known_form_of_calls(server: RunningServer) -> None:
+    response = post(server, "/v1/chat/completions", messages=ASK, tools=TOOLS)
+    assert response.status_code == 400
+    assert "--tool-call-parser" in response.json()["error"]["message"]
