@@ -10,6 +10,7 @@ from jaxdeploy.config import (
     GenerationConfig,
     PytorchEngineConfig,
     QuantConfig,
+    ServerConfig,
     TurbomindEngineConfig,
 )
 from jaxdeploy.pipeline import Pipeline, pipeline
@@ -23,6 +24,7 @@ __all__ = [
     "PytorchEngineConfig",
     "QuantConfig",
     "Response",
+    "ServerConfig",
     "Session",
     "TurbomindEngineConfig",
     "pipeline",

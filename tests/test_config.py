@@ -98,7 +98,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
         (GenerationConfig, "repetition_penalty", 0.0),
         (GenerationConfig, "presence_penalty", 3),
         (GenerationConfig, "stop_words", [1]),
-        (GenerationConfig, "response_format", {"type": "json_object"}),
+        (GenerationConfig, "output_logits", "all"),
         (ChatTemplateConfig, "capability", "sing"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 
 import jaxdeploy
 from jaxdeploy import GenerationConfig, Response, Session, TurbomindEngineConfig, pipeline
-from jaxdeploy.errors import ConfigError, ContextLengthError, JaxdeployError, RequestError
+from jaxdeploy.errors import ConfigError, ContextLengthError, RequestError
 from jaxdeploy.messages import FinishReason
 from tests.fake_generator import FakeGenerator, fake_pipeline
 
@@ -254,11 +254,6 @@ def test_pipeline_reads_its_settings(loads: list[dict[str, Any]], caplog: pytest
         pipeline("m", log_level="LOUD")
 
 
-def test_serve_says_when() -> None:
-    with pytest.raises(JaxdeployError, match="arrives with the HTTP server"):
-        jaxdeploy.serve("m")
-
-
 def test_a_real_model(shared: Path) -> None:
     folder = shared / "assets/models/stories260K"
     config = jaxdeploy.EngineConfig(max_batch_size=2, session_len=64, warmup=False)
@@ -272,6 +267,8 @@ def test_a_real_model(shared: Path) -> None:
             streamed[piece.index] += piece.text
         assert streamed == texts(whole)
         assert [response.generate_token_len for response in whole] == [8, 8]
+        either = {"type": "choice", "choice": ["cat", "dog"]}
+        assert str(pipe("Once upon", response_format=either)) in ("cat", "dog")
         with pytest.raises(ContextLengthError, match="session_len"):
             pipe("Once upon a time " * 50)
     assert device_bytes() - held < 10_000, "close frees weights and KV cache"

@@ -73,6 +73,22 @@ def test_what_follows_a_form(
     assert not any(accepts(grammars, tokenizer, grammar, text) for text in bad)
 
 
+def test_a_tokenizer_that_begins_texts_with_a_space(shared: Path) -> None:
+    tokenizer = Tokenizer.load(shared / "assets/models/stories260K")
+    grammars = Grammars(lambda: tokenizer, 512, frozenset({2}))
+    matcher = grammars.matcher(form("choice", choice=["cat", "dog"]))
+    text = b""
+    while True:
+        words = np.full(512 // 32, 0xFFFFFFFF, np.uint32)
+        matcher.allow(words)
+        allowed = [token_id for token_id in range(512) if words[token_id // 32] >> np.uint32(token_id % 32) & 1]
+        if allowed == [2]:
+            break
+        matcher.take(allowed[-1])
+        text += tokenizer.token_bytes(allowed[-1])
+    assert text in (b"cat", b"dog")
+
+
 def test_any_text_needs_no_grammar() -> None:
     assert grammar_of(None) is None
     assert grammar_of({"type": "text"}) is None

@@ -85,6 +85,10 @@ class Grammars:
         return LLTokenizer(TokenizerWrapper(_Vocabulary(self._load(), ends)), n_vocab=self._vocab_size, eos_token=ends)
 
 
+_MARK = "\x02"
+"""Is never joined with what follows it into a token."""
+
+
 class _Vocabulary:
     """A tokenizer as llguidance wants to see it."""
 
@@ -96,7 +100,14 @@ class _Vocabulary:
         self.tokens = [self._bytes(token_id) for token_id in range(tokenizer.vocab_size)]
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_bos=False, parse_special=False)
+        """The tokens that ``text`` has when it goes on from another; some tokenizers begin every text with a space."""
+        wanted = text.encode()
+        for before in ("", _MARK):
+            ids = self._tokenizer.encode(before + text, add_bos=False, parse_special=False)
+            for start in range(len(ids)):
+                if b"".join(self.tokens[token_id] for token_id in ids[start:]) == wanted:
+                    return ids[start:]
+        return []  # nothing is certain, then: the model chooses among all tokens that go on so
 
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._tokenizer.special_ids:
