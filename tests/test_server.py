@@ -162,7 +162,8 @@ def test_other_errors_have_the_form_of_openai(client: openai.OpenAI, server: Run
         assert refused.status_code == 400
         assert refused.json()["error"]["message"].startswith(says)
     assert httpx2.get(f"{server.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
-    assert httpx2.get(f"{server.url}/v1/completions").status_code == 405
+    wrong_method = httpx2.get(f"{server.url}/v1/completions")
+    assert (wrong_method.status_code, wrong_method.headers["allow"]) == (405, "POST")
 
 
 def test_completions(client: openai.OpenAI, server: RunningServer) -> None:

@@ -108,6 +108,7 @@ def tiny_engine(
     sharing: bool = True,
     host_blocks: int = 0,
     decode_steps: int = 1,
+    grammars: Any = None,
 ) -> Engine:
     """A new engine over the shared runner: its own scheduler, slots and blocks."""
     manager = BlockManager(blocks)
@@ -122,7 +123,7 @@ def tiny_engine(
         session_len=SESSION_LEN,
         decode_steps=decode_steps,
     )
-    return Engine(scheduler, runner or lasting_runner(tp), shapes, VOCAB)
+    return Engine(scheduler, runner or lasting_runner(tp), shapes, VOCAB, grammars)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

@@ -124,6 +124,8 @@ class Engine:
         """
         check_name(request, request.request_id in self._sequences)
         self.limits.check(request)
+        if request.sampling.grammar is not None and self._grammars is None:
+            raise RequestError("grammar is not there: the engine has no tokenizer; leave it out")
         sequence = Sequence(request)
         if request.timeout is not None:
             sequence.deadline = time.monotonic() + request.timeout
@@ -170,8 +172,7 @@ class Engine:
 
     def _compile(self, sequence: Sequence, grammar: str) -> None:
         """Have a thread make what ``sequence`` follows: others go on meanwhile."""
-        if self._grammars is None:
-            raise RequestError("grammar is not there: the engine has no tokenizer; leave it out")
+        assert self._grammars is not None, "checked when it was added"
         self._compiling[sequence] = self._compiler.submit(self._grammars.matcher, grammar)
 
     def _take_compiled(self) -> list[StepOutput]:

@@ -86,7 +86,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "the handler is for these"
     status = error.status_code
-    return answer(reply(f"{request.method} {request.url.path}: {error.detail}", _type(status)), status)
+    body = reply(f"{request.method} {request.url.path}: {error.detail}", _type(status))
+    return answer(body, status, dict(error.headers or {}))
 
 
 async def _unknown(request: Request, error: Exception) -> JSONResponse:

@@ -1,0 +1,129 @@
+"""Sequences that follow a grammar, in a batch with free ones."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxdeploy.engine.engine import Engine
+from jaxdeploy.errors import RequestError
+from jaxdeploy.messages import FinishReason, Request
+from tests.tiny_models import SHAPES_IN_A_ROW, prompt, request, run, tiny_engine
+
+END = 95
+
+
+class Counting:
+    """Lets 2, 3, 4 … come in this order up to ``last``, then the end."""
+
+    def __init__(self, last: int) -> None:
+        self._next, self._last = 2, last
+
+    def allow(self, words: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
+        token_id = self._next if self._next <= self._last else END
+        words[:] = 0
+        words[token_id // 32] = 1 << token_id % 32
+
+    def take(self, token_id: int) -> None:
+        assert token_id in (self._next, END), "what was allowed was chosen"
+        self._next += 1
+
+
+class CountingGrammars:
+    """A grammar is the last number, or a fault. ``held``: none is ready before ``ready`` is set."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        self.ready = threading.Event()
+        if not held:
+            self.ready.set()
+
+    def matcher(self, grammar: str) -> Counting:
+        assert self.ready.wait(20)
+        if not grammar.isdecimal():
+            raise RequestError("the grammar cannot be followed")
+        return Counting(int(grammar))
+
+
+def counting(name: str, last: object, length: int = 20, **sampling: Any) -> Request:
+    return request(name, prompt(length), grammar=str(last), stop_token_ids=frozenset({END}), **sampling)
+
+
+def free(name: str, length: int) -> Request:
+    return request(name, prompt(length))
+
+
+def counted(last: int) -> list[int]:
+    return [*range(2, last + 1), END]
+
+
+def test_replies_follow_their_grammar_and_others_are_free() -> None:
+    alone = run(tiny_engine(), [free("a", 20), free("b", 33)])
+    engine = tiny_engine(grammars=CountingGrammars())
+    asked = [free("a", 20), counting("x", 9), free("b", 33), counting("y", 5, 40, temperature=1.0, seed=3)]
+    assert run(engine, asked) == {**alone, "x": counted(9), "y": counted(5)}
+
+
+@pytest.mark.parametrize("how", [{"blocks": 8}, {"decode_steps": 3, "shapes": SHAPES_IN_A_ROW}, {"sharing": False}])
+def test_whatever_else_happens(how: dict[str, Any]) -> None:
+    engine = tiny_engine(grammars=CountingGrammars(), **how)
+    asked = [counting(str(last), last, 20 + last) for last in (4, 9, 14)]
+    assert run(engine, [*asked, free("a", 20)])["14"] == counted(14)
+    assert engine.scheduler.blocks.active == 0
+
+
+def test_others_go_on_while_a_grammar_is_made() -> None:
+    grammars = CountingGrammars(held=True)
+    engine = tiny_engine(grammars=grammars)
+    engine.add(counting("slow", 4))
+    assert engine.stats.waiting == 1
+    engine.add(free("a", 20))
+    ended: list[str] = []
+    while "a" not in ended:
+        ended += [output.request_id for output in engine.step() if output.finish_reason]
+    assert engine.has_work
+    grammars.ready.set()
+    ended += [output.request_id for output in until_idle(engine) if output.finish_reason]
+    assert ended == ["a", "slow"]
+
+
+def test_one_that_is_given_up_while_its_grammar_is_made() -> None:
+    grammars = CountingGrammars(held=True)
+    engine = tiny_engine(grammars=grammars)
+    engine.add(counting("x", 4))
+    engine.abort("x")
+    assert not engine.has_work
+    engine.add(Request("y", prompt(20), counting("y", 4).sampling, timeout=0.01))
+    ended = until_idle(engine)
+    assert [(output.request_id, output.finish_reason) for output in ended] == [("y", FinishReason.ABORT)]
+    grammars.ready.set()
+    engine.close()
+
+
+def test_a_grammar_that_is_none_ends_its_sequence_alone(caplog: pytest.LogCaptureFixture) -> None:
+    engine = tiny_engine(grammars=CountingGrammars())
+    engine.add(counting("bad", "?"))
+    engine.add(counting("good", 5))
+    reasons = {output.request_id: output.finish_reason for output in until_idle(engine) if output.finish_reason}
+    assert reasons == {"bad": FinishReason.ERROR, "good": FinishReason.STOP}
+    assert "request bad: the grammar cannot be followed" in caplog.text
+    engine.add(counting("bad", 5))  # the name is free again
+    until_idle(engine)
+
+
+def test_an_engine_without_a_tokenizer_refuses_grammars() -> None:
+    engine = tiny_engine()
+    with pytest.raises(RequestError, match="the engine has no tokenizer"):
+        engine.add(counting("x", 5))
+    assert not engine.has_work
+    engine.add(free("x", 5))
+    until_idle(engine)
+
+
+def until_idle(engine: Engine) -> list[Any]:
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return outputs
