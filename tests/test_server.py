@@ -335,7 +335,7 @@ def test_replies_have_the_form_that_was_asked_for(client: openai.OpenAI) -> None
         chat(client, response_format={"type": "json_schema", "json_schema": schema})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tool_server(engine: AsyncEngine) -> Iterator[RunningServer]:
     """The same model with a template that shows tools, and thoughts."""
     made = engine.generator
@@ -413,3 +413,46 @@ def test_tools_need_a_known_form_of_calls(server: RunningServer) -> None:
     response = post(server, "/v1/chat/completions", messages=ASK, tools=TOOLS)
     assert response.status_code == 400
     assert "--tool-call-parser" in response.json()["error"]["message"]
+
+
+def test_sessions_of_lmdeploy(server: RunningServer) -> None:
+    def say(prompt: str, **options: Any) -> dict[str, Any]:
+        asked = {"session_id": 7, "interactive_mode": True, "temperature": 0, "request_output_len": 12, **options}
+        response = post(server, "/v1/chat/interactive", prompt=prompt, **asked)
+        assert response.status_code == 200, response.text
+        lines: list[dict[str, Any]] = [json.loads(line) for line in response.text.splitlines()]
+        return {**lines[-1], "text": "".join(line["text"] for line in lines)}
+
+    first = say("What is 6 times 7?")
+    assert "42" in first["text"]
+    assert first["history_tokens"] == 0
+    second = say("And 2 times 3?", stream=True)
+    assert second["history_tokens"] == first["input_tokens"] + first["tokens"]
+    last = say("Bye", interactive_mode=False)
+    assert last["history_tokens"] > second["history_tokens"]
+    assert say("What is 6 times 7?")["history_tokens"] == 0, "it ended"
+    assert say("x", cancel=True)["text"] == ""
+
+
+def test_a_session_has_one_reply_at_a_time(server: RunningServer) -> None:
+    asked = {"prompt": "Hi", "session_id": 8, "interactive_mode": True, "ignore_eos": True, "stream": True}
+    with httpx2.stream("POST", f"{server.url}/v1/chat/interactive", json=asked, timeout=60) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        assert post(server, "/v1/chat/interactive", **asked).status_code == 409
+        post(server, "/v1/chat/interactive", prompt="", session_id=8, cancel=True)
+        assert "was aborted" in list(lines)[-1]
+
+
+def test_generate(server: RunningServer) -> None:
+    ids = post(server, "/tokenize", prompt="The cat").json()["tokens"]
+    options = {"temperature": 0, "max_tokens": 6, "return_logprob": True}
+    reply = post(server, "/generate", input_ids=ids, **options).json()
+    assert reply == post(server, "/generate", prompt="The cat", **options).json()
+    info = reply["meta_info"]
+    assert info["completion_tokens"] == len(reply["output_ids"]) == len(info["output_token_logprobs"]) == 6
+    assert info["finish_reason"] == {"type": "length"}
+    events = post(server, "/generate", prompt="The cat", stream=True, **options).text.split("\n\n")
+    pieces = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
+    assert "".join(piece["text"] for piece in pieces) == reply["text"]
+    assert post(server, "/generate").status_code == 400

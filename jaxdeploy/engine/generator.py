@@ -37,7 +37,10 @@ class TextRequest:
 
 @dataclass(frozen=True)
 class TextOutput:
-    """What a step added to a reply: text and tokens since the last output, and how it ended if it did."""
+    """What a step added to a reply: text and tokens since the last output, and how it ended if it did.
+
+    ``stop_word`` is the text that ended it, where one did.
+    """
 
     request_id: str
     text: str
@@ -45,6 +48,7 @@ class TextOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    stop_word: str | None = None
 
 
 class Generator:
@@ -164,7 +168,7 @@ class Generator:
             reason = FinishReason.STOP if stream.stopped else reason
             del self._streams[output.request_id]
         logprobs = output.logprobs[: len(tokens)]
-        return TextOutput(output.request_id, text, tokens, logprobs, reason, output.cached_tokens)
+        return TextOutput(output.request_id, text, tokens, logprobs, reason, output.cached_tokens, stream.stop_word)
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class IncrementalDecoder(Protocol):
 
 
 class TextStream:
-    """The text of one reply. ``stopped`` tells that a stop word was found; text after it is dropped.
+    """The text of one reply. ``stop_word`` is the one that was found; text after it is dropped.
 
     Stop words are matched on text, so they may begin and end inside tokens. Before ``min_new_tokens`` none counts.
     """
@@ -27,12 +27,17 @@ class TextStream:
     def __init__(
         self, decoder: IncrementalDecoder, stop_words: Sequence[str], *, include_stop: bool, min_new_tokens: int
     ) -> None:
-        self.stopped = False
+        self.stop_word: str | None = None
         self._decoder = decoder
         self._stop_words = tuple(stop_words)
         self._include_stop = include_stop
         self._uncounted = min_new_tokens
         self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop word was found."""
+        return self.stop_word is not None
 
     def push(self, token_id: int) -> str:
         """The text that may be shown now that ``token_id`` has come."""
@@ -51,10 +56,9 @@ class TextStream:
         self._held += text
         if self._uncounted > 0:
             return self._release(len(self._held))
-        found = [self._span(word) for word in self._stop_words if word in self._held]
+        found = [(*self._span(word), word) for word in self._stop_words if word in self._held]
         if found:
-            end, start = min(found)
-            self.stopped = True
+            end, start, self.stop_word = min(found)
             return self._release(end if self._include_stop else start)
         return self._release(len(self._held) - self._forming())
 

@@ -19,6 +19,7 @@ from jaxdeploy.generation_config import ResolvedGeneration, resolve
 from jaxdeploy.messages import Request
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.parsers import reasoning_form, tool_form
+from jaxdeploy.server.sessions import Sessions
 from jaxdeploy.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -87,6 +88,7 @@ class Served:
         self.held = 0
         """Replies that are generated or wait."""
         self.metrics = Metrics(name)
+        self.sessions = Sessions()
         template = self.tokenizer.chat_template if engine.generator.template.jinja else None
         self.tool_form = tool_form(tool_call_parser, template)
         self.reasoning_form = reasoning_form(reasoning_parser, template)

@@ -26,11 +26,35 @@ STREAMS: dict[int | str, dict[str, Any]] = {
 }
 """What a route that can stream says of itself."""
 
+LINES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {"application/x-ndjson": {"schema": {"type": "string"}}},
+        "description": "the reply, or its pieces",
+    }
+}
+"""The same for a stream of lines."""
+
 
 def event_stream(chunks: AsyncGenerator[BaseModel], ping_seconds: float = PING_SECONDS) -> StreamingResponse:
     """``chunks`` as events, then ``[DONE]``. A failure on the way is the last event, in the form of an error."""
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(_framed(chunks, ping_seconds), media_type="text/event-stream", headers=headers)
+
+
+async def line_stream(chunks: AsyncGenerator[BaseModel]) -> StreamingResponse:
+    """``chunks`` as JSON, one a line, as LMDeploy 0.3 streamed. A failure before the first one is raised."""
+    first = await anext(chunks)
+
+    async def lines() -> AsyncGenerator[str]:
+        async with aclosing(chunks):
+            yield f"{first.model_dump_json()}\n"
+            try:
+                async for chunk in chunks:
+                    yield f"{chunk.model_dump_json()}\n"
+            except Exception as error:  # headers are out: this is the only way to tell
+                yield f"{error_reply(error).model_dump_json()}\n"
+
+    return StreamingResponse(lines(), media_type="application/x-ndjson")
 
 
 def event(chunk: BaseModel) -> str:
