@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
+import anthropic
 import httpx2
 import openai
 import pytest
@@ -456,3 +457,57 @@ def test_generate(server: RunningServer) -> None:
     pieces = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
     assert "".join(piece["text"] for piece in pieces) == reply["text"]
     assert post(server, "/generate").status_code == 400
+
+
+CLAUDE: dict[str, Any] = {"model": NAME, "max_tokens": 40, "extra_body": {"temperature": 0}}
+
+
+def claude(server: RunningServer) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+
+
+def test_messages_of_anthropic(server: RunningServer, client: openai.OpenAI) -> None:
+    with claude(server) as asker:
+        whole = asker.messages.create(messages=ASK, system="Be brief.", **CLAUDE)
+        (block,) = whole.content
+        assert block.type == "text"
+        same = chat(client, messages=[{"role": "system", "content": "Be brief."}, *ASK], max_tokens=40)
+        assert block.text == same.choices[0].message.content
+        assert whole.stop_reason == "end_turn"
+        assert whole.usage.output_tokens == same.usage.completion_tokens
+        counted = asker.messages.count_tokens(messages=ASK, system="Be brief.", model=NAME)
+        assert counted.input_tokens == same.usage.prompt_tokens
+        with asker.messages.stream(messages=ASK, system="Be brief.", **CLAUDE) as stream:
+            assert "".join(stream.text_stream) == block.text
+            assert stream.get_final_message().usage.output_tokens == whole.usage.output_tokens
+        cut = asker.messages.create(messages=ASK, stop_sequences=["42"], **{**CLAUDE, "max_tokens": 20})
+        assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", "42")
+        assert asker.messages.create(messages=ASK, **{**CLAUDE, "max_tokens": 1}).stop_reason == "max_tokens"
+        city: Any = {"format": {"type": "json_schema", "schema": {"enum": ["Paris", "Rome"]}}}
+        (formed,) = asker.messages.create(messages=ASK, output_config=city, **CLAUDE).content
+        assert formed.type == "text"
+        assert formed.text in ('"Paris"', '"Rome"')
+        with pytest.raises(anthropic.BadRequestError, match="session_len"):
+            asker.messages.create(messages=[{"role": "user", "content": "word " * SESSION_LEN}], **CLAUDE)
+        with pytest.raises(anthropic.NotFoundError, match="not served here"):
+            asker.messages.create(messages=ASK, **{**CLAUDE, "model": "claude"})
+
+
+def test_tools_of_anthropic(tool_server: RunningServer) -> None:
+    tools: Any = [{"name": "weather", "description": "of a city", "input_schema": CITY}]
+    named: Any = {"type": "tool", "name": "weather"}
+    with claude(tool_server) as asker:
+        options: Any = {**CLAUDE, "max_tokens": 120, "tools": tools, "tool_choice": named}
+        reply = asker.messages.create(messages=ASK, **options)
+        (call,) = reply.content
+        assert call.type == "tool_use"
+        assert (call.name, reply.stop_reason) == ("weather", "tool_use")
+        assert call.input["city"] in ("Paris", "Rome")
+        with asker.messages.stream(messages=ASK, **options) as stream:
+            streamed = stream.get_final_message()
+        (again,) = streamed.content
+        assert again.type == "tool_use"
+        assert again.input == call.input
+        result: Any = [{"type": "tool_result", "tool_use_id": call.id, "content": "12 degrees"}]
+        answered: Any = [*ASK, {"role": "assistant", "content": reply.content}, {"role": "user", "content": result}]
+        assert asker.messages.create(messages=answered, **{**options, "max_tokens": 3, "tool_choice": {"type": "auto"}})

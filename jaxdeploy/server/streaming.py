@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from jaxdeploy.server.error_handlers import error_reply
+from jaxdeploy.server.protocol.anthropic import StreamEvent
 
 T = TypeVar("T")
 
@@ -19,6 +21,7 @@ PING_SECONDS = 15.0
 
 PING = ": ping\n\n"
 DONE = "data: [DONE]\n\n"
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 STREAMS: dict[int | str, dict[str, Any]] = {
@@ -37,8 +40,12 @@ LINES: dict[int | str, dict[str, Any]] = {
 
 def event_stream(chunks: AsyncGenerator[BaseModel], ping_seconds: float = PING_SECONDS) -> StreamingResponse:
     """``chunks`` as events, then ``[DONE]``. A failure on the way is the last event, in the form of an error."""
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(_framed(chunks, ping_seconds), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_framed(chunks, ping_seconds), media_type="text/event-stream", headers=_HEADERS)
+
+
+def named_event_stream(events: AsyncGenerator[StreamEvent], ping_seconds: float = PING_SECONDS) -> StreamingResponse:
+    """``events`` with their types as names, as Anthropic streams."""
+    return StreamingResponse(_named(events, ping_seconds), media_type="text/event-stream", headers=_HEADERS)
 
 
 async def line_stream(chunks: AsyncGenerator[BaseModel]) -> StreamingResponse:
@@ -71,6 +78,17 @@ async def _framed(chunks: AsyncGenerator[BaseModel], ping_seconds: float) -> Asy
             yield event(error_reply(error))
         else:
             yield DONE
+
+
+async def _named(events: AsyncGenerator[StreamEvent], ping_seconds: float) -> AsyncGenerator[str]:
+    async with aclosing(events), aclosing(with_pauses(events, ping_seconds)) as watched:
+        try:
+            async for made in watched:
+                made = made or StreamEvent.of("ping")
+                yield f"event: {made.type}\n{event(made)}"
+        except Exception as error:  # headers are out: this is the only way to tell
+            told = error_reply(error).error
+            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': told.model_dump()})}\n\n"
 
 
 async def with_pauses(items: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel
 
 
@@ -40,6 +42,7 @@ class ErrorBody(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """OpenAI's form of an error."""
+    """OpenAI's form of an error, and with its ``type`` Anthropic's too."""
 
+    type: Literal["error"] = "error"
     error: ErrorBody
