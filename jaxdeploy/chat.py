@@ -9,11 +9,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from jaxdeploy.chat_session import Conversation, Reply, stream_reply
+from jaxdeploy.chat_session import Conversation, Reply, Speaker, stream_reply
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ContextLengthError, JaxdeployError, ModelNotFoundError, RequestError
 from jaxdeploy.messages import FinishReason
-from jaxdeploy.pipeline import Pipeline
 
 DEMO = Path(__file__).parent / "demo"
 HELP = """\
@@ -28,7 +27,7 @@ Ctrl-C stops a reply. Alt-Enter, or a backslash at the end of a line, begins a n
 class Chat:
     """The conversation loop: replies go to stdout, everything else to stderr."""
 
-    def __init__(self, pipe: Pipeline, gen_config: GenerationConfig, conversation: Conversation) -> None:
+    def __init__(self, pipe: Speaker, gen_config: GenerationConfig, conversation: Conversation) -> None:
         from rich.console import Console
 
         self._pipe = pipe

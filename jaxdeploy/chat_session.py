@@ -10,16 +10,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason
-from jaxdeploy.pipeline import Pipeline
 from jaxdeploy.prompts import Prompt
-from jaxdeploy.response import Session
+from jaxdeploy.response import Response, Session
 
 _ENDINGS = {FinishReason.ABORT: " · stopped", FinishReason.LENGTH: " · cut off at max_new_tokens or session_len"}
+
+
+class Speaker(Protocol):
+    """A model to talk with: a ``Pipeline``, or one behind a server."""
+
+    def session(self) -> Session:
+        """A new conversation."""
+        ...
+
+    def stream_infer(self, prompts: Prompt, gen_config: GenerationConfig, *, session_id: int) -> Iterator[Response]:
+        """The reply as it comes."""
+        ...
+
+    def stop_session(self, session: Session) -> None:
+        """End the reply that runs; may be called from a signal handler."""
+        ...
 
 
 @dataclass
@@ -72,7 +87,7 @@ class Reply:
         return f"[{' · '.join(parts)}{_ENDINGS.get(self.finish_reason, '') if self.finish_reason else ''}]"
 
 
-def stream_reply(pipe: Pipeline, prompt: Prompt, gen_config: GenerationConfig, write: Callable[[str], Any]) -> Reply:
+def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, write: Callable[[str], Any]) -> Reply:
     """Generate a reply and ``write`` each piece at once. Ctrl-C ends it, and what was written stays.
 
     Raises:
@@ -92,7 +107,7 @@ def stream_reply(pipe: Pipeline, prompt: Prompt, gen_config: GenerationConfig, w
 
 
 @contextmanager
-def _stopping_on_interrupt(pipe: Pipeline, session: Session) -> Iterator[None]:
+def _stopping_on_interrupt(pipe: Speaker, session: Session) -> Iterator[None]:
     """The first Ctrl-C ends the reply after the step that runs; the second one raises ``KeyboardInterrupt``.
 
     An exception in the middle of a step would leave the engine with buffers that it has given away.

@@ -15,8 +15,14 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from jaxdeploy.api_client import ApiClient, ServerError
+from jaxdeploy.chat import Chat
+from jaxdeploy.chat_session import Conversation
 from jaxdeploy.chat_template.sandbox import compile_template
+from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.messages import FinishReason
 from tests.served import MOST, NAME, SESSION_LEN, RunningServer, demo_engine, running, until
 
 ASK: Any = [{"role": "user", "content": "What is 6 times 7?"}]
@@ -136,6 +142,7 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
         ({"n": MOST + 1}, f"n={MOST + 1} replies in one request are more than {MOST}"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"chat_template_kwargs": 5}, "chat_template_kwargs=5"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages has a field of its own"),
     ],
 )
 def test_wrong_requests_say_what_is_wrong(server: RunningServer, options: dict[str, Any], says: str) -> None:
@@ -511,3 +518,35 @@ def test_tools_of_anthropic(tool_server: RunningServer) -> None:
         result: Any = [{"type": "tool_result", "tool_use_id": call.id, "content": "12 degrees"}]
         answered: Any = [*ASK, {"role": "assistant", "content": reply.content}, {"role": "user", "content": result}]
         assert asker.messages.create(messages=answered, **{**options, "max_tokens": 3, "tool_choice": {"type": "auto"}})
+
+
+def test_the_terminal_talks_with_a_server(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+    client = ApiClient(f"{server.url}/v1")
+    assert client.model == NAME
+    talk = Chat(client, GenerationConfig(temperature=0.0, max_new_tokens=20), Conversation())
+    assert talk.take(ASK[0]["content"])
+    assert "42" in capsys.readouterr().out
+    assert talk.take("word " * SESSION_LEN), "the chat goes on"
+    assert "session_len" in capsys.readouterr().err
+    session = client.session()
+    pieces = client.stream_infer("Once", GenerationConfig(ignore_eos=True), session_id=session.session_id)
+    next(pieces)
+    client.stop_session(session)
+    *_, last = pieces
+    assert last.finish_reason is FinishReason.ABORT
+    client.close()
+
+
+def test_servers_that_are_none(server: RunningServer, engine: AsyncEngine) -> None:
+    with pytest.raises(ConfigError, match="url='here' is no address"):
+        ApiClient("here")
+    with pytest.raises(ServerError, match="cannot be reached"):
+        ApiClient("http://127.0.0.1:1")
+    with running(engine, api_keys=["k"]) as guarded:
+        with pytest.raises(ServerError, match="the API key is missing or wrong"):
+            ApiClient(guarded.url)
+        ApiClient(guarded.url, "k").close()
+    other = ApiClient(server.url, model="other")
+    with pytest.raises(RequestError, match="'other' is not served here"):
+        list(other.stream_infer([*ASK], GenerationConfig(), session_id=0))
+    other.close()

@@ -80,6 +80,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._flight: Flight | None = None
         self._deadlines: list[tuple[float, str]] = []
+        self._steps = 0
         self._grammars = grammars
         self._compiler = ThreadPoolExecutor(1, "jaxdeploy-grammars")
         self._compiling: dict[Sequence, Future[Matcher]] = {}
@@ -106,6 +107,7 @@ class Engine:
             cached_tokens=prefixes.found,
             restored_blocks=prefixes.restored,
             generated_tokens=scheduler.generated,
+            steps=self._steps,
             preemptions=scheduler.preemptions,
         )
 
@@ -212,6 +214,7 @@ class Engine:
             batch = self.scheduler.schedule()
         if not batch:
             return None
+        self._steps += 1
         with self.spans("admit"):
             self._runner.copy_blocks(self.scheduler.prefixes.transfers())
             for sequence in batch.admitted:

@@ -11,6 +11,7 @@ class EngineStats:
 
     ``cached_blocks`` nobody holds, but their content may still be found. ``prompt_tokens`` of all sequences that began
     to run, ``cached_tokens`` of them found in the cache; ``restored_blocks`` were brought back from host memory for it.
+    While anything runs ``steps`` grows.
     """
 
     waiting: int = 0
@@ -24,6 +25,7 @@ class EngineStats:
     cached_tokens: int = 0
     restored_blocks: int = 0
     generated_tokens: int = 0
+    steps: int = 0
     preemptions: int = 0
 
     @property

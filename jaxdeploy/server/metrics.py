@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.engine.stats import EngineStats
@@ -49,10 +58,13 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
+        self._tasks = gauge("server_tasks", "Asynchronous tasks of the server")
+        ProcessCollector(registry=self._registry)
         self._last = EngineStats()
 
     def take(self, stats: EngineStats) -> None:
-        """Take over how the engine stands."""
+        """Take over how the engine stands. Runs in the server's event loop."""
+        self._tasks.set(len(asyncio.all_tasks()))
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._usage.set(stats.active_blocks / stats.blocks if stats.blocks else 0.0)

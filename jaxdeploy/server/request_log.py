@@ -12,6 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("jaxdeploy.server")
 
+POLLED = frozenset({"/health", "/metrics"})
+"""Asked again and again by machines."""
+
 HEADER = "x-request-id"
 _USABLE = re.compile(r"[\w.:-]{1,64}")
 
@@ -44,4 +47,5 @@ class RequestLog:
         finally:
             took = time.monotonic() - begun
             what = {"request_id": request_id, "status": status, "seconds": round(took, 3)}
-            logger.info("%s %s", scope["method"], scope["path"], extra=what)
+            level = logging.DEBUG if scope["path"] in POLLED and status == 200 else logging.INFO
+            logger.log(level, "%s %s", scope["method"], scope["path"], extra=what)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.engine.generator import TextOutput, TextRequest
+from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError, RequestError
 from jaxdeploy.generation_config import ResolvedGeneration, resolve
 from jaxdeploy.messages import Request
@@ -65,6 +66,21 @@ class Prompt:
     how: ResolvedGeneration
 
 
+class Pulse:
+    """Whether an engine that has something to do does it, as seen from the times at which somebody looks."""
+
+    def __init__(self) -> None:
+        self._steps = -1
+        self._changed = 0.0
+
+    def still_for(self, stats: EngineStats) -> float:
+        """Seconds for which the engine has had work and run no step."""
+        now = time.monotonic()
+        if stats.steps != self._steps or not (stats.running or stats.waiting):
+            self._steps, self._changed = stats.steps, now
+        return now - self._changed
+
+
 class Served:
     """One loaded model by its ``name``. ``most`` replies at most are generated or wait at the same time.
 
@@ -89,6 +105,7 @@ class Served:
         """Replies that are generated or wait."""
         self.metrics = Metrics(name)
         self.sessions = Sessions()
+        self.pulse = Pulse()
         template = self.tokenizer.chat_template if engine.generator.template.jinja else None
         self.tool_form = tool_form(tool_call_parser, template)
         self.reasoning_form = reasoning_form(reasoning_parser, template)

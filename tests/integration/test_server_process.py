@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -28,14 +29,16 @@ def free_port() -> int:
         return port
 
 
-@pytest.fixture
-def process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+@contextmanager
+def started(log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A server over the bundled model, and its address."""
     port = free_port()
-    flags = ["--server-name", "127.0.0.1", "--server-port", str(port), "--no-warmup", "--max-batch-size", "2"]
-    command = [sys.executable, "-m", "jaxdeploy", "serve", "api_server", *flags, "--log-format", "json"]
-    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stderr=log) as running:
-        yield running, f"http://127.0.0.1:{port}"
+    where = ["--server-name", "127.0.0.1", "--server-port", str(port), "--log-format", "json"]
+    command = [sys.executable, "-m", "jaxdeploy", "serve", "api_server", *where, *flags]
+    with log.open("wb") as lines, subprocess.Popen(command, stderr=lines) as running:
+        url = f"http://127.0.0.1:{port}"
+        assert until(lambda: answers(url) or running.poll() is not None, 240), "it did not start"
+        yield running, url
         running.kill()
 
 
@@ -46,9 +49,12 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_replies_that_run_are_finished_at_the_end(process: tuple[subprocess.Popen[bytes], str], tmp_path: Path) -> None:
-    running, url = process
-    assert until(lambda: answers(url) or running.poll() is not None, 120)
+def test_replies_that_run_are_finished_at_the_end(tmp_path: Path) -> None:
+    with started(tmp_path / "log", "--no-warmup", "--max-batch-size", "2") as (running, url):
+        ends_in_peace(running, url, tmp_path / "log")
+
+
+def ends_in_peace(running: subprocess.Popen[bytes], url: str, log: Path) -> None:
     assert httpx2.get(f"{url}/v1/models").json()["data"][0]["id"] == "jaxdeploy-demo"
     with httpx2.stream("POST", f"{url}/v1/chat/completions", json={**ASK, "stream": True}, timeout=60) as reply:
         lines = (line for line in reply.iter_lines() if line)
@@ -58,7 +64,7 @@ def test_replies_that_run_are_finished_at_the_end(process: tuple[subprocess.Pope
     assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     assert done == "data: [DONE]"
     assert running.wait(30) == -signal.SIGTERM, "it ends as it was told to, when all is done"
-    logged = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if line.startswith("{")]
+    logged = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
     (line,) = [line for line in logged if line["message"] == "POST /v1/chat/completions"]
     assert line["status"] == 200
     assert line["request_id"]
@@ -70,4 +76,4 @@ def test_what_cannot_be_served_is_one_line() -> None:
     command = [sys.executable, "-m", "jaxdeploy", "serve", "api_sever"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert ran.stderr == "error: program='api_sever' is unknown; choose one of api_server\n"
+    assert ran.stderr == "error: program='api_sever' is unknown; choose one of api_server, api_client\n"

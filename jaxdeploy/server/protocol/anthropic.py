@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
-from jaxdeploy.server.protocol.fields import Stops, Strict, refused
+from jaxdeploy.server.protocol.fields import Stops, Strict, TemplateVariables, refused
 
 
 class TextBlock(Strict):
@@ -101,7 +101,7 @@ class CountRequest(Strict):
     tool_choice: ToolChoice | None = None
     cache_control: Any = Field(None, description="of no need: prompts that begin alike always share")
     thinking: Any = refused("the model thinks as its chat template has it", {"type": "disabled"})
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="more variables for the chat template")
+    chat_template_kwargs: TemplateVariables | None = None
 
     def chat_fields(self) -> dict[str, Any]:
         """The conversation in OpenAI's form."""

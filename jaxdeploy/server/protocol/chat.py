@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.checks import MAX_LOGPROBS
 from jaxdeploy.errors import RequestError
-from jaxdeploy.server.protocol.fields import Sampling, StreamOptions, Strict, refused
+from jaxdeploy.server.protocol.fields import Sampling, StreamOptions, Strict, TemplateVariables, refused
 from jaxdeploy.server.protocol.usage import Usage
 
 MOST_MESSAGES = 4096
@@ -104,7 +104,7 @@ class ChatRequest(Sampling):
         None, description="default auto; required, or a function's name, has calls made by a grammar"
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="more variables for the chat template")
+    chat_template_kwargs: TemplateVariables | None = None
     session_id: int | None = Field(None, ge=-1, lt=2**63, description="a conversation whose cache is kept; -1: none")
 
     safety_identifier: str | None = Field(None, max_length=512, description="newer name of user")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
@@ -13,6 +13,9 @@ from jaxdeploy.errors import RequestError
 MOST_ALTERNATIVES = 128
 MOST_STOPS = 16
 LONGEST_STOP = 256
+RESERVED = frozenset({"messages", "tokenizer", "tools", "add_generation_prompt"})
+"""Variables of a chat template that come from elsewhere."""
+
 _INT64 = 2**63
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
@@ -31,6 +34,17 @@ def refused(advice: str, *fine: Any) -> Any:
     field: Any = Field(None, description=f"not there: {advice}")
     field.metadata.append(_Refused(advice, fine))
     return field
+
+
+def _not_reserved(variables: dict[str, Any]) -> dict[str, Any]:
+    taken = sorted(RESERVED.intersection(variables))
+    if taken:
+        raise RequestError(f"chat_template_kwargs.{taken[0]} has a field of its own; give it there")
+    return variables
+
+
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_not_reserved)]
+"""More variables for the chat template."""
 
 
 class Strict(BaseModel):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, Field, model_validator
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.chat import Message
-from jaxdeploy.server.protocol.fields import Strict
+from jaxdeploy.server.protocol.fields import Strict, TemplateVariables
 
 Ids = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
@@ -37,7 +37,7 @@ class TokenizeRequest(Strict):
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:

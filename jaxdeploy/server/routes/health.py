@@ -17,6 +17,8 @@ router = APIRouter(tags=["operation"])
 
 PATIENCE = 10.0
 """Seconds in which an engine that is alive says how it stands, whatever it computes meanwhile."""
+STUCK = 60.0
+"""Seconds that no step takes, not even one that has to be compiled first."""
 
 
 class Health(BaseModel):
@@ -29,9 +31,11 @@ class Health(BaseModel):
 async def health(served: Model) -> Health:
     """Whether replies can be expected. Answered without an API key."""
     try:
-        await asyncio.wait_for(served.engine.stats(), PATIENCE)
+        stats = await asyncio.wait_for(served.engine.stats(), PATIENCE)
     except TimeoutError:
         raise EngineStoppedError(f"the engine has not answered for {PATIENCE:g} s; restart it") from None
+    if (still := served.pulse.still_for(stats)) > STUCK:
+        raise EngineStoppedError(f"the engine has work and has not run a step for {still:.0f} s; restart it")
     return Health()
 
 

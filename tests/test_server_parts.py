@@ -1,0 +1,158 @@
+"""Parts of the server that a client sees only on a bad day."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from jaxdeploy.cli import command_parser
+from jaxdeploy.cli.flags import read_settings
+from jaxdeploy.cli.serve import ServeOptions
+from jaxdeploy.config import EngineConfig, ServerConfig
+from jaxdeploy.engine.generator import TextOutput
+from jaxdeploy.engine.stats import EngineStats
+from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.messages import FinishReason
+from jaxdeploy.server.logs import JsonFormat, TextFormat, set_up_logging
+from jaxdeploy.server.metrics import Metrics
+from jaxdeploy.server.protocol.anthropic import StreamEvent
+from jaxdeploy.server.served import Pulse
+from jaxdeploy.server.sessions import KEPT, SessionBusyError, Sessions
+from jaxdeploy.server.streaming import event_stream, line_stream, named_event_stream
+
+
+class Chunk(BaseModel):
+    number: int
+
+
+async def chunks(*numbers: int, pause: float = 0.0, fault: Exception | None = None) -> AsyncGenerator[Chunk]:
+    for number in numbers:
+        await asyncio.sleep(pause)
+        yield Chunk(number=number)
+    if fault is not None:
+        raise fault
+
+
+def body_of(response: object) -> str:
+    async def read() -> str:
+        return "".join([str(part) async for part in response.body_iterator])  # type: ignore[attr-defined]
+
+    return asyncio.run(read())
+
+
+def test_events_end_with_done() -> None:
+    assert body_of(event_stream(chunks(1, 2))) == 'data: {"number":1}\n\ndata: {"number":2}\n\ndata: [DONE]\n\n'
+
+
+def test_silence_is_filled_with_pings() -> None:
+    body = body_of(event_stream(chunks(1, pause=0.2), ping_seconds=0.05))
+    assert body.startswith(": ping\n\n: ping\n\n")
+    assert body.endswith('data: {"number":1}\n\ndata: [DONE]\n\n')
+
+
+def test_a_failure_on_the_way_is_the_last_event() -> None:
+    body = body_of(event_stream(chunks(1, fault=RequestError("n=1 was wrong; mend it"))))
+    *_, last = body.strip().split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "n=1 was wrong; mend it"
+    hidden = body_of(event_stream(chunks(1, fault=OSError("/secret/path"))))
+    assert "/secret/path" not in hidden
+    assert "the server failed" in hidden
+
+
+def test_events_with_names() -> None:
+    async def events() -> AsyncGenerator[StreamEvent]:
+        await asyncio.sleep(0.1)
+        yield StreamEvent.of("message_start", index=3)
+        raise RequestError("x")
+
+    body = body_of(named_event_stream(events(), ping_seconds=0.04))
+    names = [line.removeprefix("event: ") for line in body.splitlines() if line.startswith("event: ")]
+    assert names[0] == "ping"
+    assert names[-2:] == ["message_start", "error"]
+    assert 'data: {"type":"message_start","index":3}' in body
+
+
+def test_lines_fail_before_the_first_one_or_after() -> None:
+    async def first_line() -> None:
+        await line_stream(chunks(fault=RequestError("x")))
+
+    with pytest.raises(RequestError):
+        asyncio.run(first_line())
+
+    async def lines() -> list[str]:
+        response = await line_stream(chunks(1, 2, fault=RequestError("x; y")))
+        return [str(part) async for part in response.body_iterator]
+
+    *good, bad = asyncio.run(lines())
+    assert [json.loads(line) for line in good] == [{"number": 1}, {"number": 2}]
+    assert json.loads(bad)["error"]["message"] == "x; y"
+
+
+def test_an_engine_that_has_work_and_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    pulse = Pulse()
+    assert pulse.still_for(EngineStats(running=1, steps=5)) == 0
+    now = 30.0
+    assert pulse.still_for(EngineStats(running=1, steps=5)) == 30
+    assert pulse.still_for(EngineStats(steps=5)) == 0, "it has nothing to do"
+    now = 90.0
+    assert pulse.still_for(EngineStats(waiting=1, steps=6)) == 0
+    now = 100.0
+    assert pulse.still_for(EngineStats(waiting=1, steps=6)) == 10
+
+
+def test_the_conversations_of_longest_ago_are_forgotten() -> None:
+    sessions = Sessions()
+    for session_id in range(KEPT + 1):
+        with sessions.turn(session_id, "r") as conversation:
+            conversation.tokens = session_id + 1
+    with sessions.turn(0, "r") as conversation:
+        assert conversation.tokens == 0
+        assert sessions.running(0) == "r"
+        with pytest.raises(SessionBusyError, match="session_id=0 has a reply that runs"), sessions.turn(0, "s"):
+            pass
+    with sessions.turn(KEPT, "r") as conversation:
+        assert conversation.tokens == KEPT + 1
+
+
+def test_lines_of_the_log() -> None:
+    record = logging.LogRecord("jaxdeploy.server", logging.INFO, "", 1, "GET %s", ("/x",), None)
+    record.request_id, record.status = "abc", 200
+    assert TextFormat().format(record).endswith("INFO GET /x request_id=abc status=200")
+    line = json.loads(JsonFormat().format(record))
+    assert (line["message"], line["status"], line["level"]) == ("GET /x", 200, "INFO")
+    with pytest.raises(ConfigError, match="log_level='LOUD'"):
+        set_up_logging("LOUD", "text")
+
+
+CONFIGS = Path(__file__).parents[1] / "configs/serve"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_ready_configs(path: Path) -> None:
+    args = command_parser("serve").read(["api_server", "--config", str(path)])
+    _, of_server, of_engine = read_settings(args, ServeOptions, ServerConfig, EngineConfig)
+    ServerConfig(**of_server)
+    EngineConfig(**of_engine)
+
+
+def test_the_dashboard_shows_what_there_is() -> None:
+    shown = set(re.findall(r"jaxdeploy:(\w+)", (CONFIGS / "grafana.json").read_text()))
+
+    async def text() -> str:
+        metrics = Metrics("m")
+        times = metrics.watch()
+        times.note(TextOutput("r", "a", (1, 2), (), FinishReason.STOP))
+        metrics.take(EngineStats(prompt_tokens=5))
+        return metrics.text()
+
+    offered = set(re.findall(r"^jaxdeploy:(\w+)", asyncio.run(text()), re.MULTILINE))
+    assert shown - offered == set()
