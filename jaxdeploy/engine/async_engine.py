@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -18,7 +18,28 @@ from jaxdeploy.errors import JaxdeployError
 
 logger = logging.getLogger("jaxdeploy")
 
-_Stream = Callable[[TextOutput | Exception], None]
+
+class _Stream:
+    """Where the outputs of a request go: a queue of the caller's loop."""
+
+    def __init__(self) -> None:
+        self.outputs: asyncio.Queue[TextOutput | Exception] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+
+    def put(self, output: TextOutput | Exception) -> None:
+        """From another thread."""
+        _put_all(self.loop, [(self, output)])
+
+
+def _put_all(loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, TextOutput | Exception]]) -> None:
+    """Hand ``items`` over to streams of one ``loop``, which is woken once for all of them."""
+
+    def put() -> None:
+        for stream, output in items:
+            stream.outputs.put_nowait(output)
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        loop.call_soon_threadsafe(put)
 
 
 class EngineStoppedError(JaxdeployError):
@@ -73,19 +94,13 @@ class AsyncEngine:
 
     async def generate_all(self, requests: Sequence[TextRequest]) -> AsyncGenerator[TextOutput]:
         """Outputs of all ``requests`` as they come, as ``generate`` does; where one fails the others are aborted."""
-        outputs: asyncio.Queue[TextOutput | Exception] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def deliver(output: TextOutput | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(outputs.put_nowait, output)
-
+        stream = _Stream()
         running = {request.request.request_id for request in requests}
         for request in requests:
-            self._send(partial(self._submit, request, deliver))
+            self._send(partial(self._submit, request, stream))
         try:
             while running:
-                output = await outputs.get()
+                output = await stream.outputs.get()
                 if isinstance(output, Exception):
                     raise output
                 if output.finish_reason is not None:
@@ -93,7 +108,7 @@ class AsyncEngine:
                 yield output
         finally:
             for request_id in running:
-                self._commands.put(partial(self._abort, request_id, deliver))
+                self._commands.put(partial(self._abort, request_id, stream))
 
     async def stats(self) -> EngineStats:
         """How the engine stands. Raises ``EngineStoppedError``, or what the engine died of."""
@@ -135,8 +150,7 @@ class AsyncEngine:
         """The engine thread: take commands, run a step, hand out its outputs."""
         try:
             while self._obey_commands():
-                for output in self.generator.step():
-                    self._deliver(output)
+                self._deliver(self.generator.step())
         except Exception:
             logger.exception("the engine stopped")
         self._stop()
@@ -146,7 +160,7 @@ class AsyncEngine:
         with self._sending:
             self._stopped = True
         for request_id in list(self._streams):
-            self._streams.pop(request_id)(EngineStoppedError("the engine stopped while the request ran; try again"))
+            self._streams.pop(request_id).put(EngineStoppedError("the engine stopped while the request ran; try again"))
         while not self._commands.empty():
             command = self._commands.get()
             if command is not None:
@@ -163,24 +177,28 @@ class AsyncEngine:
                 return False
             command()
 
-    def _submit(self, request: TextRequest, deliver: _Stream) -> None:
+    def _submit(self, request: TextRequest, stream: _Stream) -> None:
         try:
             self._check_running()
             self.generator.submit(request)
         except Exception as error:  # whatever is wrong with a request is its caller's alone
-            deliver(error)
+            stream.put(error)
         else:
-            self._streams[request.request.request_id] = deliver
+            self._streams[request.request.request_id] = stream
 
-    def _deliver(self, output: TextOutput) -> None:
-        stream = self._streams.get(output.request_id)
-        if stream is not None:
-            if output.finish_reason is not None:
-                del self._streams[output.request_id]
-            stream(output)
+    def _deliver(self, outputs: Iterable[TextOutput]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TextOutput | Exception]]] = {}
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+                if output.finish_reason is not None:
+                    del self._streams[output.request_id]
+        for loop, items in by_loop.items():
+            _put_all(loop, items)
 
-    def _abort(self, request_id: str, deliver: _Stream) -> None:
-        if self._streams.get(request_id) is deliver:  # else it was refused: the name may be another's
+    def _abort(self, request_id: str, stream: _Stream) -> None:
+        if self._streams.get(request_id) is stream:  # else it was refused: the name may be another's
             del self._streams[request_id]
             self.generator.abort(request_id)
 
@@ -188,7 +206,7 @@ class AsyncEngine:
         stream = self._streams.pop(request_id, None)
         if stream is not None:
             self.generator.abort(request_id)
-            stream(error)
+            stream.put(error)
 
 
 def _resolve(future: asyncio.Future[EngineStats], answer: EngineStats | Exception) -> None:

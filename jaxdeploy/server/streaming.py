@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
@@ -93,19 +94,36 @@ async def _named(events: AsyncGenerator[StreamEvent], ping_seconds: float) -> As
 
 async def with_pauses(items: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None]:
     """``items``, and ``None`` whenever nothing has come for so many seconds."""
-    coming = asyncio.ensure_future(anext(items))
+    come: asyncio.Queue[T | _End] = asyncio.Queue()
+    pump = asyncio.create_task(_pump(items, come))
     try:
         while True:
-            await asyncio.wait({coming}, timeout=seconds)
-            if not coming.done():
+            try:
+                async with asyncio.timeout(seconds):
+                    item = await come.get()
+            except TimeoutError:
                 yield None
                 continue
-            try:
-                item = coming.result()
-            except StopAsyncIteration:
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
                 return
             yield item
-            coming = asyncio.ensure_future(anext(items))
     finally:
-        coming.cancel()
-        await asyncio.wait({coming})
+        pump.cancel()
+        await asyncio.wait({pump})
+
+
+@dataclass(frozen=True)
+class _End:
+    error: Exception | None
+
+
+async def _pump(items: AsyncIterator[T], queue: asyncio.Queue[T | _End]) -> None:
+    try:
+        async for item in items:
+            queue.put_nowait(item)
+    except Exception as error:
+        queue.put_nowait(_End(error))
+    else:
+        queue.put_nowait(_End(None))
