@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -304,9 +305,19 @@ def test_other_origins_are_let_in_by_name(engine: AsyncEngine, server: RunningSe
         assert httpx2.request("OPTIONS", f"{open_.url}/v1/models", headers=preflight).status_code == 200
 
 
+def post_with_id(server: RunningServer, name: str, body: dict[str, Any]) -> httpx2.Response:
+    headers = {"x-request-id": name}
+    return httpx2.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+
 def test_requests_have_ids(server: RunningServer) -> None:
     given = httpx2.get(f"{server.url}/health", headers={"x-request-id": "abc-1"})
     assert given.headers["x-request-id"] == "abc-1"
+    asked = {"messages": ASK, "ignore_eos": True, "max_tokens": 40}
+    with ThreadPoolExecutor(2) as pool:
+        twins = [pool.submit(post_with_id, server, "twin", asked) for _ in range(2)]
+    assert [twin.result().status_code for twin in twins] == [200, 200], "an id may come twice"
+    assert len({twin.result().json()["id"] for twin in twins}) == 2
     unusable = httpx2.get(f"{server.url}/health", headers={"x-request-id": "no spaces"})
     assert len(unusable.headers["x-request-id"]) == 32
 

@@ -33,21 +33,22 @@ class Collected:
 
 @dataclass
 class Counts:
-    """Tokens of all replies so far."""
+    """Tokens of all replies so far, ``n`` of them to each prompt."""
 
     prompt: int
+    n: int = 1
     completion: int = 0
     cached: dict[int, int] = field(default_factory=dict)
 
     def add(self, index: int, output: TextOutput) -> None:
         """Count a piece of reply ``index``."""
         self.completion += len(output.token_ids)
-        self.cached[index] = output.cached_tokens
+        self.cached[index // self.n] = max(self.cached.get(index // self.n, 0), output.cached_tokens)
 
     @property
     def usage(self) -> Usage:
         """As a client reads it."""
-        return Usage.of(self.prompt, self.completion, max(self.cached.values(), default=0))
+        return Usage.of(self.prompt, self.completion, sum(self.cached.values()))
 
 
 async def collect(pieces: AsyncIterator[tuple[int, TextOutput]], count: int, counts: Counts) -> list[Collected]:

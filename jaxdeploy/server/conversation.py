@@ -38,7 +38,7 @@ class Replies:
 
     def __init__(self, served: Served, asked: ChatRequest, prompt: Prompt, origin: Origin) -> None:
         self.served, self.asked, self.origin = served, asked, origin
-        self.counts = Counts(len(prompt.ids))
+        self.counts = Counts(len(prompt.ids), prompt.how.n)
         self._prompt = prompt
         thinking = served.reasoning_form is not None and served.ends_with(prompt.ids, served.reasoning_form.BEGIN)
         form = served.tool_form if asked.may_call else None

@@ -1,8 +1,9 @@
-"""What routes ask for by type: the served model, where a request comes from, and to be stopped when its client goes."""
+"""What routes ask for: the served model, a name for the reply, and to be stopped when the client goes."""
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Coroutine
 from typing import Annotated, Any, TypeVar
 
@@ -25,13 +26,13 @@ def _served(request: Request) -> Served:
     return served
 
 
-def _request_id(request: Request) -> str:
-    request_id: str = request.state.request_id
-    return request_id
+def _reply_id() -> str:
+    return uuid.uuid4().hex
 
 
 Model = Annotated[Served, Depends(_served)]
-RequestId = Annotated[str, Depends(_request_id)]
+ReplyId = Annotated[str, Depends(_reply_id)]
+"""A new name: the id that a client may send for the log can come twice."""
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

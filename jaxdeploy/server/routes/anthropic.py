@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.conversation import Replies, WholeReply, chat_prompt
-from jaxdeploy.server.dependencies import Model, RequestId, while_connected
+from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Text, Thought
 from jaxdeploy.server.protocol.anthropic import (
     AnthropicUsage,
@@ -33,12 +33,12 @@ router = APIRouter(tags=["Anthropic"])
 
 @router.post("/v1/messages", response_model=MessagesReply, responses=STREAMS)
 async def messages(
-    asked: MessagesRequest, request: Request, served: Model, request_id: RequestId
+    asked: MessagesRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> MessagesReply | StreamingResponse:
     """Go on with a conversation."""
     served.check_model(asked.model)
     chat = asked.chat_request()
-    replies = Replies(served, chat, await chat_prompt(served, chat), Origin(f"msg_{request_id}", chat.tenant))
+    replies = Replies(served, chat, await chat_prompt(served, chat), Origin(f"msg_{reply_id}", chat.tenant))
     if asked.stream:
         replies.check_room()
         return named_event_stream(_Stream(replies).events())

@@ -14,7 +14,7 @@ from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.collected import chat_logprobs
 from jaxdeploy.server.conversation import Replies, WholeReply, chat_prompt
-from jaxdeploy.server.dependencies import Model, RequestId, while_connected
+from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Text, Thought
 from jaxdeploy.server.protocol.chat import (
     CallDelta,
@@ -36,12 +36,12 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/chat/completions", response_model=ChatReply, response_model_exclude_unset=True, responses=STREAMS)
 async def chat_completions(
-    asked: ChatRequest, request: Request, served: Model, request_id: RequestId
+    asked: ChatRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> ChatReply | StreamingResponse:
     """Go on with a conversation."""
     served.check_model(asked.model)
     prompt = await chat_prompt(served, asked)
-    origin = Origin(f"chatcmpl-{request_id}", asked.tenant, asked.priority, asked.session)
+    origin = Origin(f"chatcmpl-{reply_id}", asked.tenant, asked.priority, asked.session)
     job = _Job(Replies(served, asked, prompt, origin))
     if asked.stream:
         job.replies.check_room()

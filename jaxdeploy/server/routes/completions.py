@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from jaxdeploy.messages import TokenLogprob
 from jaxdeploy.server.collected import Collected, Counts, collect, token_text
-from jaxdeploy.server.dependencies import Model, RequestId, while_connected
+from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -26,7 +26,7 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/completions", response_model=CompletionReply, responses=STREAMS)
 async def completions(
-    asked: CompletionRequest, request: Request, served: Model, request_id: RequestId
+    asked: CompletionRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> CompletionReply | StreamingResponse:
     """Go on with a text, or with each of several."""
     served.check_model(asked.model)
@@ -35,7 +35,7 @@ async def completions(
     for given in asked.prompts:
         ids = await served.text_ids(given) if isinstance(given, str) else tuple(given)
         prompts.append(await served.resolved(ids, config, chat=False))
-    origin = Origin(f"cmpl-{request_id}", asked.user or "", asked.priority)
+    origin = Origin(f"cmpl-{reply_id}", asked.user or "", asked.priority)
     job = _Job(served, asked, prompts, origin)
     if asked.stream:
         served.check_room(prompts)
@@ -49,8 +49,8 @@ class _Job:
     def __init__(self, served: Served, asked: CompletionRequest, prompts: Sequence[Prompt], origin: Origin) -> None:
         self._served, self._asked, self._prompts, self._origin = served, asked, prompts, origin
         self._created = int(time.time())
-        self._counts = Counts(sum(len(prompt.ids) for prompt in prompts))
         n = prompts[0].how.n
+        self._counts = Counts(sum(len(prompt.ids) for prompt in prompts), n)
         self._echoes = [self._echo(prompt) for prompt in prompts for _ in range(n)]
         self._offsets = [len(echo) for echo in self._echoes]
 

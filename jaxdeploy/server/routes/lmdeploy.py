@@ -12,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.collected import Collected
-from jaxdeploy.server.dependencies import Model, RequestId, while_connected
+from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.lmdeploy import (
     Ended,
     GenerateReply,
@@ -29,13 +29,13 @@ router = APIRouter(tags=["LMDeploy"])
 
 @router.post("/v1/chat/interactive", response_model=InteractiveReply, responses=LINES)
 async def interactive(
-    asked: InteractiveRequest, request: Request, served: Model, request_id: RequestId
+    asked: InteractiveRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> InteractiveReply | StreamingResponse:
     """Say something in a session that the server remembers."""
     if asked.cancel:
         await served.abort(served.sessions.running(asked.session_id) or "")
         return InteractiveReply(text="", tokens=0, input_tokens=0, history_tokens=0, finish_reason=None)
-    pieces = _turn(served, asked, f"interactive-{request_id}")
+    pieces = _turn(served, asked, f"interactive-{reply_id}")
     if asked.stream:
         return await while_connected(request, line_stream(pieces))
     return await while_connected(request, _joined(pieces))
@@ -43,13 +43,13 @@ async def interactive(
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAMS)
 async def generate(
-    asked: GenerateRequest, request: Request, served: Model, request_id: RequestId
+    asked: GenerateRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> GenerateReply | StreamingResponse:
     """Go on with a text or with token ids."""
     ids = tuple(asked.input_ids) if asked.input_ids else await served.text_ids(asked.prompt or "")
     prompt = await served.resolved(ids, asked.generation(), chat=False)
     session = None if asked.session_id in (None, -1) else str(asked.session_id)
-    origin = Origin(f"generate-{request_id}", session_id=session)
+    origin = Origin(f"generate-{reply_id}", session_id=session)
     if asked.stream:
         served.check_room([prompt])
         return event_stream(_pieces(served, asked, prompt, origin))
