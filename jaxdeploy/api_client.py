@@ -34,8 +34,10 @@ class ApiClient:
     """
 
     def __init__(self, url: str, api_key: str | None = None, model: str | None = None) -> None:
-        import httpx2
-
+        try:
+            import httpx2
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{error.name} is missing; pip install 'jaxdeploy[serve]'") from None
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"url={url!r} is no address; give one like http://127.0.0.1:23333")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}

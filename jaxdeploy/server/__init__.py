@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from jaxdeploy.server.run import serve
+from jaxdeploy.errors import ConfigError
+
+try:
+    from jaxdeploy.server.run import serve
+except ModuleNotFoundError as error:
+    if (error.name or "").startswith("jaxdeploy"):
+        raise
+    raise ConfigError(
+        f"the server needs {error.name}, which is not installed; pip install 'jaxdeploy[serve]'"
+    ) from None
 
 __all__ = ["serve"]

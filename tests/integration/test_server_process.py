@@ -70,6 +70,14 @@ def ends_in_peace(running: subprocess.Popen[bytes], url: str, log: Path) -> None
     assert line["request_id"]
 
 
+def test_without_its_packages_the_server_says_what_to_install() -> None:
+    hidden = "import sys; sys.modules['fastapi'] = None; from jaxdeploy.cli import main"
+    code = f"{hidden}; sys.exit(main(['serve', 'api_server']))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert ran.stderr == "error: the server needs fastapi, which is missing; pip install 'jaxdeploy[serve]'\n"
+
+
 def test_what_cannot_be_served_is_one_line() -> None:
     with pytest.raises(ConfigError, match="ssl_certfile=None is no file"):
         jaxdeploy.serve("m", server_config=ServerConfig(ssl=True))
