@@ -9,8 +9,6 @@ try:
 except ModuleNotFoundError as error:
     if (error.name or "").startswith("jaxdeploy"):
         raise
-    raise ConfigError(
-        f"the server needs {error.name}, which is not installed; pip install 'jaxdeploy[serve]'"
-    ) from None
+    raise ConfigError(f"the server needs {error.name}, which is missing; pip install 'jaxdeploy[serve]'") from None
 
 __all__ = ["serve"]
