@@ -31,18 +31,13 @@ class Job:
         """What the generator is asked for."""
         from jaxdeploy.engine.generator import TextRequest
 
-        return TextRequest(
-            request=Request(
-                request_id,
-                self.ids,
-                self.how.alternatives()[self.alternative],
-                session_id=str(self.session_id) if self.goes_on else None,
-            ),
-            stop_words=self.how.stop_words,
-            skip_special_tokens=self.how.skip_special_tokens,
-            spaces_between_special_tokens=self.how.spaces_between_special_tokens,
-            include_stop=self.how.include_stop,
+        request = Request(
+            request_id,
+            self.ids,
+            self.how.alternatives()[self.alternative],
+            session_id=str(self.session_id) if self.goes_on else None,
         )
+        return TextRequest.of(request, self.how)
 
     def piece(self, output: TextOutput, length: int) -> Response:
         """The caller's form of an output; ``length`` tokens were generated so far."""

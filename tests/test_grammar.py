@@ -42,6 +42,8 @@ class CountingGrammars:
 
     def matcher(self, grammar: str) -> Counting:
         assert self.ready.wait(20)
+        if grammar == "!":
+            raise TypeError("a fault of the library's own")
         if not grammar.isdecimal():
             raise RequestError("the grammar cannot be followed")
         return Counting(int(grammar))
@@ -105,9 +107,14 @@ def test_one_that_is_given_up_while_its_grammar_is_made() -> None:
 def test_a_grammar_that_is_none_ends_its_sequence_alone(caplog: pytest.LogCaptureFixture) -> None:
     engine = tiny_engine(grammars=CountingGrammars())
     engine.add(counting("bad", "?"))
+    engine.add(counting("worse", "!"))
     engine.add(counting("good", 5))
     reasons = {output.request_id: output.finish_reason for output in until_idle(engine) if output.finish_reason}
-    assert reasons == {"bad": FinishReason.ERROR, "good": FinishReason.STOP}
+    assert reasons == {
+        "bad": FinishReason.ERROR,
+        "worse": FinishReason.ERROR,
+        "good": FinishReason.STOP,
+    }
     assert "request bad: the grammar cannot be followed" in caplog.text
     engine.add(counting("bad", 5))  # the name is free again
     until_idle(engine)

@@ -185,7 +185,7 @@ class Engine:
         for sequence in [sequence for sequence, matcher in self._compiling.items() if matcher.done()]:
             try:
                 sequence.matcher = self._compiling.pop(sequence).result()
-            except RequestError as error:
+            except Exception as error:  # whatever is wrong with a grammar is its sequence's alone
                 logger.warning("request %s: %s", sequence.request_id, error)
                 del self._sequences[sequence.request_id]
                 outputs.append(StepOutput(sequence.request_id, (), FinishReason.ERROR))

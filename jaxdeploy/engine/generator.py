@@ -18,7 +18,7 @@ from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.remote import RemoteEngine
 from jaxdeploy.engine.text_stream import TextStream
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.generation_config import eos_token_ids
+from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
 from jaxdeploy.messages import FinishReason, Request, StepOutput, TokenLogprob
 from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.tokenizer import Tokenizer
@@ -33,6 +33,17 @@ class TextRequest:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop: bool = False
+
+    @classmethod
+    def of(cls, request: Request, how: ResolvedGeneration) -> TextRequest:
+        """``request``, its text treated as ``how`` says."""
+        return cls(
+            request,
+            stop_words=how.stop_words,
+            skip_special_tokens=how.skip_special_tokens,
+            spaces_between_special_tokens=how.spaces_between_special_tokens,
+            include_stop=how.include_stop,
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from jaxdeploy.errors import ContextLengthError, JaxdeployError
-from jaxdeploy.server.protocol.usage import ErrorBody, ErrorReply
+from jaxdeploy.server.protocol.error import ErrorBody, ErrorReply
 from jaxdeploy.server.served import OverloadedError, UnknownModelError
 
 logger = logging.getLogger("jaxdeploy")

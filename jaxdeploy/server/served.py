@@ -17,7 +17,7 @@ from jaxdeploy.engine.generator import TextOutput, TextRequest
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError, RequestError
 from jaxdeploy.generation_config import ResolvedGeneration, resolve
-from jaxdeploy.messages import Request
+from jaxdeploy.messages import FinishReason, Request
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.parsers import reasoning_form, tool_form
 from jaxdeploy.server.sessions import Sessions
@@ -183,7 +183,7 @@ class Served:
     async def replies(self, prompts: Sequence[Prompt], origin: Origin) -> AsyncGenerator[tuple[int, TextOutput]]:
         """The replies to all ``prompts`` as they come, each piece with its index: ``n`` alternatives side by side.
 
-        Raises ``OverloadedError``, ``EngineStoppedError``.
+        Raises ``OverloadedError``, ``EngineStoppedError``; ``RequestError`` where one fails in the engine.
         """
         requests = list(_requests(prompts, origin))
         places = {request.request.request_id: index for index, request in enumerate(requests)}
@@ -195,6 +195,8 @@ class Served:
             async with aclosing(self.engine.generate_all(requests)) as outputs:
                 async for output in outputs:
                     times.note(output)
+                    if output.finish_reason is FinishReason.ERROR:
+                        raise RequestError("response_format cannot be followed with this vocabulary; simplify it")
                     yield places[output.request_id], output
         finally:
             self.held -= len(requests)
@@ -229,18 +231,13 @@ def _requests(prompts: Sequence[Prompt], origin: Origin) -> Iterator[TextRequest
     for prompt in prompts:
         how = prompt.how
         for sampling in how.alternatives():
-            yield TextRequest(
-                request=Request(
-                    f"{origin.request_id}-{count}",
-                    prompt.ids,
-                    sampling,
-                    priority=origin.priority,
-                    tenant=origin.tenant,
-                    session_id=origin.session_id,
-                ),
-                stop_words=how.stop_words,
-                skip_special_tokens=how.skip_special_tokens,
-                spaces_between_special_tokens=how.spaces_between_special_tokens,
-                include_stop=how.include_stop,
+            request = Request(
+                f"{origin.request_id}-{count}",
+                prompt.ids,
+                sampling,
+                priority=origin.priority,
+                tenant=origin.tenant,
+                session_id=origin.session_id,
             )
+            yield TextRequest.of(request, how)
             count += 1

@@ -210,7 +210,8 @@ def _messages(said: Said) -> Iterator[dict[str, Any]]:
                 function = {"name": block.name, "arguments": json.dumps(block.input)}
                 calls.append({"id": block.id, "type": "function", "function": function})
             case ToolResultBlock():
-                yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": _text(block.content)}
+                text = ("Error: " if block.is_error else "") + _text(block.content)
+                yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
     message: dict[str, Any] = {"role": said.role}
     if texts or (said.role == "assistant" and not calls):
         message["content"] = "".join(texts)

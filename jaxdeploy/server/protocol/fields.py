@@ -62,6 +62,15 @@ class Strict(BaseModel):
         return self
 
 
+SAME_NAMES = (
+    *("temperature", "top_p", "top_k", "min_p", "n"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "bad_words"),
+    *("ignore_eos", "min_new_tokens", "stop_token_ids", "include_stop_str_in_output"),
+    *("skip_special_tokens", "spaces_between_special_tokens"),
+)
+"""Fields of a request that ``GenerationConfig`` has by the same names."""
+
+
 class Sampling(Strict):
     """Fields of a request that say how tokens are chosen; OpenAI's, then those that LMDeploy adds."""
 
@@ -95,12 +104,7 @@ class Sampling(Strict):
 
     def generation_config(self, max_new_tokens: int | None, logprobs: int | None, **more: Any) -> GenerationConfig:
         """The fields as the engine's own config. As OpenAI has it, a reply is drawn at random unless told otherwise."""
-        names = (
-            "frequency_penalty presence_penalty temperature top_p n top_k min_p repetition_penalty ignore_eos "
-            "min_new_tokens stop_token_ids bad_words skip_special_tokens spaces_between_special_tokens "
-            "include_stop_str_in_output"
-        )
-        fields: dict[str, Any] = {name: getattr(self, name) for name in names.split()}
+        fields: dict[str, Any] = {name: getattr(self, name) for name in SAME_NAMES}
         return GenerationConfig(
             **fields,
             **more,

@@ -1,8 +1,6 @@
-"""What a reply took, and what an error says."""
+"""What a reply took."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 from pydantic import BaseModel
 
@@ -30,19 +28,3 @@ class Usage(BaseModel):
             total_tokens=prompt + completion,
             prompt_tokens_details=CachedTokens(cached_tokens=cached),
         )
-
-
-class ErrorBody(BaseModel):
-    """What went wrong, and with which field."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorReply(BaseModel):
-    """OpenAI's form of an error, and with its ``type`` Anthropic's too."""
-
-    type: Literal["error"] = "error"
-    error: ErrorBody
