@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.unstack import unstack
 
 pytestmark = pytest.mark.gpu
 
@@ -45,3 +46,9 @@ def test_paged_attention(dtype: str, queries: int, window: int | None) -> None:
     # Outputs are of size 1 to 4: roundings of probabilities and output, and float32 sums over H products, then tokens.
     tolerance = 4 * machine_epsilon(dtype) + 4 * HEAD_DIM**0.5 * machine_epsilon("float32")
     np.testing.assert_allclose(attend(gpu, queries, window, dtype), attend(cpu, queries, window, dtype), atol=tolerance)
+
+
+def test_unstack() -> None:
+    rows = jax.random.normal(jax.random.key(0), (65, 4096), jnp.bfloat16)
+    for row, array in zip(rows, jax.jit(unstack)(rows), strict=True):
+        np.testing.assert_array_equal(row, array)

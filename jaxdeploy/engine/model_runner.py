@@ -18,6 +18,7 @@ from jaxdeploy.engine.batch import SAMPLING_FLOATS, ModelInputs, StepShape, padd
 from jaxdeploy.engine.host_blocks import GROUP, HostBlocks
 from jaxdeploy.engine.host_tier import Transfer
 from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
+from jaxdeploy.engine.step_weights import StepWeights, flatten
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.sharding import replicated
@@ -136,14 +137,13 @@ class ModelRunner:
 
 
 def flat_step(decoder: Decoder, mesh: Mesh) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
-    """A step as a pure function of arrays, and the decoder's weights as the flat tuple that it takes.
+    """A step as a pure function of arrays, and the decoder's weights as the tuple that it takes.
 
     The function takes ``(shape, weights, pools, buffer, packed[, allowed])`` and gives ``(sampled, pools, buffer)``;
     donate pools and buffer.
     """
-    graph, weights = nnx.split(decoder)
-    leaves, tree = jax.tree.flatten(weights)
-    return partial(_forward, graph, tree, mesh), tuple(leaves)
+    weights, arrays = flatten(decoder, mesh)
+    return partial(_forward, weights), arrays
 
 
 def _bytes_read(decoder: Decoder) -> int:
@@ -164,20 +164,17 @@ def _write_row(buffer: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def _forward(
-    graph: nnx.GraphDef[Decoder],
-    tree: jax.tree_util.PyTreeDef,
-    mesh: Mesh,
+    weights: StepWeights,
     shape: StepShape,
-    leaves: tuple[jax.Array, ...],
+    arrays: tuple[jax.Array, ...],
     pools: Pools,
     buffer: jax.Array,
     packed: jax.Array,
     allowed: jax.Array | None = None,
 ) -> tuple[Sampled, Pools, jax.Array]:
     """One step; or several in a row, whose samples are stacked."""
-    decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
     fields = unpack(packed, shape)
-    one = partial(_once, decoder, mesh, shape, allowed)
+    one = partial(_once, weights.decoder(arrays), weights.mesh, shape, allowed)
     if shape.repeats == 1:
         return one(fields, pools, buffer)
 
