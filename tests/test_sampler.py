@@ -43,6 +43,7 @@ def rows(count: int, vocab: int = VOCAB, **given: Any) -> SamplingRows:
     allowed = given.pop("allowed", np.ones((count, vocab), bool))
     assert not given
     fields |= {"history": history, "allowed": bit_mask(allowed)}
+    fields |= {"biased": np.zeros((count, 1), np.int32), "bias": np.zeros((count, 1), np.float32)}
     return SamplingRows(**fields)
 
 

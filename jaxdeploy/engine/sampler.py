@@ -1,7 +1,7 @@
 """Choosing the next token on the device, each row by its own settings.
 
-Order: penalties, forbidden tokens, temperature, top-k, top-p, min-p, then one draw with noise that depends only on the
-row's seed and position, so a request gets the same tokens whatever else is in the batch.
+Order: penalties, biases, forbidden tokens, temperature, top-k, top-p, min-p, then one draw with noise that depends only
+on the row's seed and position, so a request gets the same tokens whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class SamplingRows:
 
     ``history`` int32 [B, L] are the row's tokens, of which ``length`` are known and ``prompt_length`` are prompt.
     ``allowed`` uint32 [B, ceil(V / 32)] has bit ``t % 32`` of word ``t // 32`` set where token t may be chosen.
+    ``bias`` float32 [B, any] is added to the logits of ``biased`` int32 [B, any].
     """
 
     temperature: jax.Array
@@ -36,6 +37,8 @@ class SamplingRows:
     length: jax.Array
     prompt_length: jax.Array
     allowed: jax.Array
+    biased: jax.Array
+    bias: jax.Array
 
 
 class Sampled(NamedTuple):
@@ -58,7 +61,9 @@ def greedy(logits: jax.Array) -> Sampled:
 def sample(logits: jax.Array, rows: SamplingRows) -> Sampled:
     """One token for each row of ``logits`` float32 [B, V], with log-probabilities."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    adjusted = jnp.where(_allowed_tokens(rows.allowed, logits.shape[-1]), _penalise(logits, rows), -jnp.inf)
+    row = jnp.arange(logits.shape[0])[:, None]
+    biased = _penalise(logits, rows).at[row, rows.biased].add(rows.bias)
+    adjusted = jnp.where(_allowed_tokens(rows.allowed, logits.shape[-1]), biased, -jnp.inf)
     likeliest = jnp.argmax(adjusted, axis=-1)
     drawn = _draw(adjusted, rows)
     is_greedy = (rows.temperature == 0.0) | (rows.top_k == 1)
