@@ -72,15 +72,8 @@ SAME_NAMES = (
 """Fields of a request that ``GenerationConfig`` has by the same names."""
 
 
-def _biases(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): value for token, value in given.items()}
-    except ValueError:
-        raise RequestError("logit_bias must map token ids, in digits, to numbers; correct it") from None
-
-
 Bias = Annotated[float, Field(ge=-100, le=100)]
-LogitBias = Annotated[dict[str, Bias], Field(max_length=MAX_BIASES), AfterValidator(_biases)]
+LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_BIASES)]
 
 
 class Sampling(Strict):
