@@ -33,7 +33,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "the request is wrong",
         401: "the API key is missing or wrong",
-        404: "there is no such model",
+        404: "there is no such model or response",
         409: "the session has a reply that runs",
         413: "the body is too large",
         422: "not used: a wrong request is a 400",

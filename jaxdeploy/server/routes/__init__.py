@@ -6,7 +6,7 @@ from importlib import import_module
 
 from fastapi import APIRouter
 
-ROUTERS = ("models", "chat", "completions", "anthropic", "lmdeploy", "tokens", "health", "requests")
+ROUTERS = ("models", "chat", "completions", "responses", "anthropic", "lmdeploy", "tokens", "health", "requests")
 
 
 def routers() -> list[APIRouter]:
