@@ -206,6 +206,8 @@ def test_what_is_kept(client: openai.OpenAI, server: RunningServer) -> None:
     url = f"{server.url}/v1/responses/{kept.id}"
     assert "stream='true' is not there" in httpx2.get(url, params={"stream": "true"}).json()["error"]["message"]
     assert "colour is no field" in httpx2.get(url, params={"colour": "red"}).json()["error"]["message"]
+    with pytest.raises(openai.BadRequestError, match=r"include\[\] is no field"):
+        client.responses.retrieve(kept.id, include=["reasoning.encrypted_content"])
     assert httpx2.delete(url).json() == {"id": kept.id, "object": "response", "deleted": True}
     for response_id in (kept.id, lost.id, "resp_x"):
         with pytest.raises(openai.NotFoundError, match=f"response '{response_id}' is not kept here"):
@@ -346,6 +348,8 @@ def test_thoughts_are_items_of_their_own(tool_client: openai.OpenAI) -> None:
         ({"input": [{"role": "robot", "content": "x"}]}, r"^input\[0\].role='robot' is wrong"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
         ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "encrypted_content='x'"),
+        ({"input": [{"role": "user", "content": "x"}] * 4096, "instructions": "x"}, "input makes 4097 messages"),
+        ({"input": [{"role": "user", "content": "x", "a b": 1}]}, r"^input\[0\].a b is no field"),
         ({"input": "word " * SESSION_LEN}, f"session_len={SESSION_LEN}"),
     ],
 )

@@ -446,7 +446,8 @@ def _messages(items: Iterable[Item]) -> list[dict[str, Any]]:
                 call = {"id": item.call_id, "type": "function", "function": function}
                 _reply(messages).setdefault("tool_calls", []).append(call)
             case CallOutputItem():
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+                name = {"name": item.name} if item.name else {}
+                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output), **name})
     for message in messages:
         if "tool_calls" not in message:
             message.setdefault("content", "")
