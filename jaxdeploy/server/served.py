@@ -21,6 +21,7 @@ from jaxdeploy.messages import FinishReason, Request
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.parsers import reasoning_form, tool_form
 from jaxdeploy.server.sessions import Sessions
+from jaxdeploy.server.stored_responses import StoredResponses
 from jaxdeploy.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -107,6 +108,7 @@ class Served:
         """Replies that are generated or wait."""
         self.metrics = Metrics(name)
         self.sessions = Sessions()
+        self.responses = StoredResponses()
         self.pulse = Pulse()
         template = self.tokenizer.chat_template if engine.generator.template.jinja else None
         self.tool_form = tool_form(tool_call_parser, template)

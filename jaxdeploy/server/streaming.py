@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from jaxdeploy.server.error_handlers import error_reply
-from jaxdeploy.server.protocol.anthropic import StreamEvent
+from jaxdeploy.server.protocol.stream_event import StreamEvent
 
 T = TypeVar("T")
 
@@ -21,6 +21,9 @@ PING_SECONDS = 15.0
 """Silence after which a comment is sent, so that nothing on the way closes the connection."""
 
 PING = ": ping\n\n"
+NAMED_PING = 'event: ping\ndata: {"type":"ping"}\n\n'
+"""The same as an event, for clients that know its name."""
+
 DONE = "data: [DONE]\n\n"
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -44,9 +47,11 @@ def event_stream(chunks: AsyncGenerator[BaseModel], ping_seconds: float = PING_S
     return StreamingResponse(_framed(chunks, ping_seconds), media_type="text/event-stream", headers=_HEADERS)
 
 
-def named_event_stream(events: AsyncGenerator[StreamEvent], ping_seconds: float = PING_SECONDS) -> StreamingResponse:
-    """``events`` with their types as names, as Anthropic streams."""
-    return StreamingResponse(_named(events, ping_seconds), media_type="text/event-stream", headers=_HEADERS)
+def named_event_stream(
+    events: AsyncGenerator[StreamEvent], ping: str = PING, ping_seconds: float = PING_SECONDS
+) -> StreamingResponse:
+    """``events`` with their types as names, as Anthropic and OpenAI's responses stream. A failure is the last one."""
+    return StreamingResponse(_named(events, ping, ping_seconds), media_type="text/event-stream", headers=_HEADERS)
 
 
 async def line_stream(chunks: AsyncGenerator[BaseModel]) -> StreamingResponse:
@@ -81,12 +86,11 @@ async def _framed(chunks: AsyncGenerator[BaseModel], ping_seconds: float) -> Asy
             yield DONE
 
 
-async def _named(events: AsyncGenerator[StreamEvent], ping_seconds: float) -> AsyncGenerator[str]:
+async def _named(events: AsyncGenerator[StreamEvent], ping: str, ping_seconds: float) -> AsyncGenerator[str]:
     async with aclosing(events), aclosing(with_pauses(events, ping_seconds)) as watched:
         try:
             async for made in watched:
-                made = made or StreamEvent.of("ping")
-                yield f"event: {made.type}\n{event(made)}"
+                yield ping if made is None else f"event: {made.type}\n{event(made)}"
         except Exception as error:  # headers are out: this is the only way to tell
             told = error_reply(error).error
             yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': told.model_dump()})}\n\n"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
@@ -179,19 +179,6 @@ class TokenCount(BaseModel):
     """Tokens of the conversation."""
 
     input_tokens: int
-
-
-class StreamEvent(BaseModel):
-    """An event of a stream: its ``type``, and fields that depend on it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-
-    @classmethod
-    def of(cls, type_: str, **fields: Any) -> StreamEvent:
-        """One with these fields."""
-        return cls.model_validate({"type": type_, **fields})
 
 
 def _messages(said: Said) -> Iterator[dict[str, Any]]:
