@@ -250,6 +250,9 @@ class StubbornGenerator:
     def abort(self, request_id: str) -> None:
         self.has_work = False
 
+    def wake(self) -> None:
+        """It is told by other means."""
+
     def close(self) -> None:
         """Nothing to free."""
 

@@ -6,10 +6,12 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from jaxdeploy.cli import command_parser
@@ -40,11 +42,18 @@ async def chunks(*numbers: int, pause: float = 0.0, fault: Exception | None = No
         raise fault
 
 
-def body_of(response: object) -> str:
-    async def read() -> str:
-        return "".join([str(part) async for part in response.body_iterator])  # type: ignore[attr-defined]
+def body_of(response: StreamingResponse) -> str:
+    sent: list[bytes] = []
 
-    return asyncio.run(read())
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message.get("body", b""))
+
+    async def stays() -> MutableMapping[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    asyncio.run(response({"type": "http"}, stays, send))
+    return b"".join(sent).decode()
 
 
 def test_events_end_with_done() -> None:

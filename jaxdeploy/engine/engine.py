@@ -164,6 +164,9 @@ class Engine:
         self._flight = launched
         return outputs
 
+    def wake(self) -> None:
+        """Nothing to do: ``step`` computes, it does not wait for others."""
+
     def close(self) -> None:
         """Give the device memory back."""
         self._flight = None

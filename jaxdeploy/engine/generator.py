@@ -148,6 +148,10 @@ class Generator:
         self._streams.pop(request_id, None)
         self.engine.abort(request_id)
 
+    def wake(self) -> None:
+        """Have a ``step`` that waits return; any thread may call it."""
+        self.engine.wake()
+
     def close(self) -> None:
         """Give the device memory back."""
         self._streams.clear()
