@@ -29,15 +29,12 @@ _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 STREAMS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "the reply, or its pieces"}
+    200: {"content": {"text/event-stream": {}}, "description": "the reply, or its pieces"}
 }
 """What a route that can stream says of itself."""
 
 LINES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "content": {"application/x-ndjson": {"schema": {"type": "string"}}},
-        "description": "the reply, or its pieces",
-    }
+    200: {"content": {"application/x-ndjson": {}}, "description": "the reply, or its pieces"}
 }
 """The same for a stream of lines."""
 

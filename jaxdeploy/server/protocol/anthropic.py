@@ -57,7 +57,7 @@ class Said(Strict):
     """A message."""
 
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], Field(min_length=1)]
 
 
 class AnthropicTool(Strict):
