@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from jaxdeploy.config import GenerationConfig
 from jaxdeploy.web_chat.dialogue import Dialogue, Manner, Turn
 from jaxdeploy.web_chat.remote_model import RemoteModel
 
@@ -22,6 +22,12 @@ DEFAULTS = {"temperature": 0.7, "top_p": 0.8, "top_k": 0, "max_new_tokens": 512,
 
 NEUTRAL = {"top_k": 0, "repetition_penalty": 1.0}
 """Values that are left out of a request: servers of the plain API do not know these fields."""
+
+LATEX = [
+    {"left": left, "right": right, "display": display}
+    for left, right, display in (("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False))
+]
+"""How formulas are set off; a single dollar is money."""
 
 
 def page(model: RemoteModel, manner: Manner) -> gr.Blocks:
@@ -41,6 +47,7 @@ def page(model: RemoteModel, manner: Manner) -> gr.Blocks:
             height="100%",
             buttons=["copy"],
             feedback_options=None,
+            latex_delimiters=LATEX,
             reasoning_tags=[("<think>", "</think>")],
             placeholder=f"<h2>What is on your mind?</h2><p>{html.escape(model.name)} answers here.</p>",
         )
@@ -58,14 +65,14 @@ def page(model: RemoteModel, manner: Manner) -> gr.Blocks:
 
         async def ask(state: Dialogue, said: str, *values: Any) -> AsyncGenerator[View]:
             if said.strip():
-                async with aclosing(_steps(state, state.ask(model, said, _manner(values)))) as views:
+                async with aclosing(_steps(state, state.ask(model, said, _set(manner, values)))) as views:
                     async for view in views:
                         yield view
             else:
                 yield _view(state)
 
         async def again(state: Dialogue, where: gr.RetryData, *values: Any) -> AsyncGenerator[View]:
-            steps = state.again(model, turn_at(state.turns, _index(where)), _manner(values))
+            steps = state.again(model, turn_at(state.turns, _index(where)), _set(manner, values))
             async with aclosing(_steps(state, steps)) as views:
                 async for view in views:
                     yield view
@@ -105,11 +112,11 @@ def _controls(manner: Manner) -> list[Any]:
     ]
 
 
-def _manner(values: Sequence[Any]) -> Manner:
-    """What the controls say. Raises ``ConfigError`` where one is out of its range."""
+def _set(manner: Manner, values: Sequence[Any]) -> Manner:
+    """``manner`` with what the controls say."""
     system, *rest = values
-    settings = {name: value for name, value in zip(DEFAULTS, rest, strict=True) if value != NEUTRAL.get(name)}
-    return Manner(system or "", GenerationConfig(**settings))
+    settings = {name: None if value == NEUTRAL.get(name) else value for name, value in zip(DEFAULTS, rest, strict=True)}
+    return Manner(system or "", replace(manner.gen_config, **settings))
 
 
 async def _steps(state: Dialogue, steps: AsyncGenerator[None]) -> AsyncGenerator[View]:

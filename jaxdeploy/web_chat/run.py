@@ -57,6 +57,7 @@ def web_chat(
         model = RemoteModel(local.url, local.api_key)
     app = create_app(model, manner, server_config, _closing(model, local))
     logger.info("a chat with %s is at %s", model.name, address(server_config))
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     listen(app, server_config, DRAIN_SECONDS)
 
 
@@ -92,6 +93,11 @@ def create_app(
         show_error=False,
     )
     return app
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the complaint that streams of open pages had to be ended: they always have."""
+    return "timeout graceful shutdown exceeded" not in record.getMessage()
 
 
 def _closing(model: RemoteModel, local: LocalServer | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from starlette.datastructures import MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,7 +19,10 @@ CLOSED = ("/gradio_api/upload", "/gradio_api/file=http", "/gradio_api/proxy", "/
 
 
 class PageRules:
-    """Sends the policy with every answer, and has nothing at the paths that are closed."""
+    """Sends the policy with every answer, and has nothing at the paths that are closed.
+
+    A page keeps a stream open as long as it is shown: when the server is told to end, the stream does so in peace.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -28,8 +33,12 @@ class PageRules:
             await self._app(scope, receive, send)
             return
 
+        begun = False
+
         async def ruled(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = POLICY
                 headers["Referrer-Policy"] = "no-referrer"
@@ -38,5 +47,10 @@ class PageRules:
 
         if scope["path"].startswith(CLOSED):
             await PlainTextResponse("not there", 404)(scope, receive, ruled)
-        else:
+            return
+        try:
             await self._app(scope, receive, ruled)
+        except asyncio.CancelledError:
+            if not begun:
+                raise
+            await send({"type": "http.response.body", "body": b""})
