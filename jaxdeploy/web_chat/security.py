@@ -33,12 +33,12 @@ class PageRules:
             await self._app(scope, receive, send)
             return
 
-        begun = False
+        open_stream = False
 
         async def ruled(message: Message) -> None:
-            nonlocal begun
+            nonlocal open_stream
+            open_stream = message["type"] == "http.response.start" or message.get("more_body", False)
             if message["type"] == "http.response.start":
-                begun = True
                 headers = MutableHeaders(scope=message)
                 headers["Content-Security-Policy"] = POLICY
                 headers["Referrer-Policy"] = "no-referrer"
@@ -51,6 +51,5 @@ class PageRules:
         try:
             await self._app(scope, receive, ruled)
         except asyncio.CancelledError:
-            if not begun:
-                raise
-            await send({"type": "http.response.body", "body": b""})
+            if open_stream:
+                await send({"type": "http.response.body", "body": b""})
