@@ -121,9 +121,14 @@ class ApiClient:
             raise ServerError(f"url={self._url!r} cannot be reached ({error}); is a server running there?") from None
 
 
+def is_url(text: str) -> bool:
+    """Whether it is the address of a server."""
+    return text.startswith(("http://", "https://"))
+
+
 def base_url(url: str) -> str:
     """``url`` without the version of the API. Raises ``ConfigError`` if it is none."""
-    if not url.startswith(("http://", "https://")):
+    if not is_url(url):
         raise ConfigError(f"url={url!r} is no address; give one like http://127.0.0.1:23333")
     return url.rstrip("/").removesuffix("/v1")
 

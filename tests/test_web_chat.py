@@ -84,9 +84,11 @@ def test_a_reply_grows_and_is_remembered(server: RunningServer) -> None:
     async def work(model: RemoteModel) -> None:
         assert model.name == NAME
         dialogue = Dialogue()
-        lengths = []
+        lengths, figures = [], []
         async for _ in dialogue.ask(model, "My name is Anna.", ENDLESS):
             lengths.append(len(dialogue.turns[0].reply.text))
+            figures.append(dialogue.figures)
+        assert figures[0] == "waiting for the first token"
         assert len(set(lengths)) > 2, "it is shown while it is written"
         assert not dialogue.busy
         del dialogue.turns[:]

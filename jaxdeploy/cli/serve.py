@@ -17,9 +17,12 @@ PROGRAMS = {
     "gradio": "a chat in the browser with MODEL, or with that of URL, on port 6006",
 }
 WEB_PORT = 6006
+
 OF_AN_API = ("allow_origins", "allow_credentials", "allow_methods", "allow_headers", "disable_fastapi_docs")
+"""Settings of a server that mean nothing to a page."""
+
 OF_A_MODEL = ("tool_call_parser", "reasoning_parser", "max_concurrent_requests")
-"""Settings of a server that mean nothing to a page, and to a page over another server."""
+"""Those that mean nothing to a page over another server."""
 
 
 @settings
@@ -60,7 +63,7 @@ def run(args: Namespace) -> int:
     bundled = {} if args.what else {"model_name": "jaxdeploy-demo"}
     engine_config = EngineConfig(**{**bundled, **of_engine})
     if name == "gradio":
-        _check_flags_of_page(_is_url(args.what), given, of_server, of_engine)
+        _check_flags_of_page(args.what, given, of_server, of_engine)
         page_config = ServerConfig(**{"server_port": WEB_PORT, **of_server})
         return _show(args.what, options, page_config, engine_config, generation)
     if of_generation:
@@ -95,12 +98,11 @@ def _talk(url: str, options: ServeOptions, generation: GenerationConfig) -> int:
     return 0
 
 
-def _is_url(what: str | None) -> bool:
-    return (what or "").startswith(("http://", "https://"))
-
-
-def _check_flags_of_page(remote: bool, given: Values, of_server: Values, of_engine: Values) -> None:
+def _check_flags_of_page(what: str | None, given: Values, of_server: Values, of_engine: Values) -> None:
     """Raise ``ConfigError`` for a flag that would do nothing."""
+    from jaxdeploy.api_client import is_url
+
+    remote = is_url(what or "")
     for name in OF_AN_API:
         if name in of_server:
             raise ConfigError(f"{name} is a flag of api_server; leave it out")

@@ -68,7 +68,10 @@ class Dialogue:
     @property
     def figures(self) -> str:
         """How long and how fast the last reply is."""
-        return self.turns[-1].reply.figures() if self.turns and self.turns[-1].reply.tokens else ""
+        last = self.turns[-1].reply if self.turns else Reply()
+        if last.tokens:
+            return last.figures()
+        return "waiting for the first token" if self.busy else ""
 
     async def ask(self, model: Model, said: str, manner: Manner) -> AsyncGenerator[None]:
         """Say something; yields whenever there is more of the reply to show. To close it stops the reply."""

@@ -181,3 +181,6 @@ def theme() -> gr.themes.Base:
 
 
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+
+ON_LOAD = "() => { if (innerWidth < 768) document.querySelector('#settings .toggle-button')?.click() }"
+"""On a phone the side would cover the chat: it begins closed."""

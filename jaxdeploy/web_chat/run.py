@@ -9,13 +9,14 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import gradio as gr
 from fastapi import FastAPI
 
+from jaxdeploy.api_client import is_url
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
 from jaxdeploy.server.local import LocalServer
 from jaxdeploy.server.logs import set_up_logging
 from jaxdeploy.server.run import address, certificate, listen, load
 from jaxdeploy.server.security import BodyLimit, Keys
 from jaxdeploy.web_chat.dialogue import Manner
-from jaxdeploy.web_chat.page import CSS, page, theme
+from jaxdeploy.web_chat.page import CSS, ON_LOAD, page, theme
 from jaxdeploy.web_chat.remote_model import RemoteModel
 from jaxdeploy.web_chat.security import PageRules
 
@@ -61,11 +62,6 @@ def web_chat(
     listen(app, server_config, DRAIN_SECONDS)
 
 
-def is_url(model_or_url: str) -> bool:
-    """Whether it is the address of a server."""
-    return model_or_url.startswith(("http://", "https://"))
-
-
 def create_app(
     model: RemoteModel,
     manner: Manner,
@@ -85,6 +81,7 @@ def create_app(
         auth_message="Any name, and a key as its password" if config.api_keys else None,
         theme=theme(),
         css=CSS,
+        js=ON_LOAD,
         footer_links=[],
         run_history=False,
         ssr_mode=False,

@@ -24,7 +24,9 @@ from tests.served import until
 
 pytestmark = pytest.mark.slow
 
-SESSION_LEN = 2048
+SESSION_LEN = 8192
+"""Long enough that a reply without an end outlasts what is done beside it."""
+
 PNG = b"\x89PNG"
 
 
@@ -105,7 +107,7 @@ def driver() -> Iterator[Any]:
 def server(driver: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server over the bundled model: the address."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with started(log, "--no-warmup", "--session-len", str(SESSION_LEN)) as (_, url):
+    with started(log, "--no-warmup", "--session-len", str(SESSION_LEN), "--max-batch-size", "2") as (_, url):
         yield url
 
 
@@ -181,6 +183,14 @@ def test_a_conversation(page: Page, tmp_path: Path) -> None:
     assert page.figures() == ""
 
 
+def test_a_phone_shows_the_chat_first(driver: Any, url: str) -> None:
+    size = driver.get_window_size()
+    driver.set_window_size(420, 900)
+    page = Page(driver, url)
+    page.wait(lambda: page.all("#settings") and not page.all("#settings.open"), "the side is closed")
+    driver.set_window_size(size["width"], size["height"])
+
+
 def test_nothing_comes_from_elsewhere(page: Page) -> None:
     origin = page.driver.execute_script("return location.origin")
     loaded = page.driver.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
@@ -200,7 +210,7 @@ def test_a_reply_grows_and_is_stopped(endless: Page, server: str) -> None:
     assert running(server) == 1
     assert "tok/s" in endless.figures()
     endless.click("#box .stop-button")
-    endless.wait(lambda: running(server) == 0, "the server stops too", 5)
+    endless.wait(lambda: running(server) == 0, "the server stops too")
     endless.wait(endless.ended, "one can type again")
     assert endless.figures().endswith(" · stopped")
     assert len(endless.replies()[-1]) >= max(lengths), "what there was stays"
@@ -210,7 +220,7 @@ def test_a_browser_that_leaves_ends_its_reply(endless: Page, server: str) -> Non
     endless.say("Hi!")
     endless.wait(lambda: endless.replies() and running(server) == 1, "it is answered")
     endless.driver.get("about:blank")
-    endless.wait(lambda: running(server) == 0, "the server stops", 5)
+    endless.wait(lambda: running(server) == 0, "the server stops")
 
 
 def test_two_people(endless: Page, server: str) -> None:
