@@ -21,8 +21,8 @@ WEB_PORT = 6006
 OF_AN_API = ("allow_origins", "allow_credentials", "allow_methods", "allow_headers", "disable_fastapi_docs")
 """Settings of a server that mean nothing to a page."""
 
-OF_A_MODEL = ("tool_call_parser", "reasoning_parser", "max_concurrent_requests")
-"""Those that mean nothing to a page over another server."""
+OF_A_MODEL = ("tool_call_parser", "reasoning_parser", "max_concurrent_requests", "chat_template")
+"""Settings that mean nothing to a page over another server."""
 
 
 @settings
@@ -106,7 +106,7 @@ def _check_flags_of_page(what: str | None, given: Values, of_server: Values, of_
     for name in OF_AN_API:
         if name in of_server:
             raise ConfigError(f"{name} is a flag of api_server; leave it out")
-    for name in [*of_engine, *(name for name in OF_A_MODEL if name in of_server)] if remote else []:
+    for name in [*of_engine, *(name for name in OF_A_MODEL if name in of_server or name in given)] if remote else []:
         raise ConfigError(f"{name} is a flag for a MODEL; give it to the server at URL")
     if "api_key" in given and not remote:
         raise ConfigError("api_key is for a server at URL; --api-keys has users of the page bring a key")
