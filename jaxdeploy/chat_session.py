@@ -71,12 +71,12 @@ class Reply:
     """A reply with its counts; times in seconds of ``time.perf_counter``."""
 
     text: str = ""
-    thought: str = ""
     tokens: int = 0
     finish_reason: FinishReason | None = None
     started: float = 0.0
     first: float | None = None
     ended: float = 0.0
+    thought: str = ""
 
     def summary(self) -> str:
         """The figures as a note beside the reply."""
