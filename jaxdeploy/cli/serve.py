@@ -1,18 +1,28 @@
-"""``jaxdeploy serve``: the HTTP server, and a terminal chat with one."""
+"""``jaxdeploy serve``: the HTTP server, and chats with one in the terminal and in a browser."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any, TypeAlias
 
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
 from jaxdeploy.config import EngineConfig, GenerationConfig, ServerConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.settings import setting, settings
 
+Values: TypeAlias = dict[str, Any]
 PROGRAMS = {
     "api_server": "serve MODEL over HTTP",
     "api_client": "talk with the model that a server at URL has",
+    "gradio": "a chat in the browser with MODEL, or with that of URL, on port 6006",
 }
+WEB_PORT = 6006
+
+OF_AN_API = ("allow_origins", "allow_credentials", "allow_methods", "allow_headers", "disable_fastapi_docs")
+"""Settings of a server that mean nothing to a page."""
+
+OF_A_MODEL = ("tool_call_parser", "reasoning_parser", "max_concurrent_requests", "chat_template")
+"""Settings that mean nothing to a page over another server."""
 
 
 @settings
@@ -26,8 +36,8 @@ class ServeOptions:
         None, "name (jaxdeploy list), or a JSON or Jinja file; default: the checkpoint's own"
     )
     log_level: str = setting("INFO", "how much to report on stderr", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-    api_key: str | None = setting(None, "api_client: the key that the server asks for")
-    meta_instruction: str | None = setting(None, "api_client: the system prompt")
+    api_key: str | None = setting(None, "api_client, gradio: the key that the server at URL asks for")
+    meta_instruction: str | None = setting(None, "api_client, gradio: the system prompt")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -50,10 +60,15 @@ def run(args: Namespace) -> int:
     generation = GenerationConfig(**of_generation)
     if name == "api_client":
         return _talk(args.what or f"http://127.0.0.1:{server_config.server_port}", options, generation)
-    if of_generation:
-        raise ConfigError(f"{next(iter(of_generation))} is a flag of api_client; requests to a server bring their own")
     bundled = {} if args.what else {"model_name": "jaxdeploy-demo"}
-    _serve(args.what, options, server_config, EngineConfig(**{**bundled, **of_engine}))
+    engine_config = EngineConfig(**{**bundled, **of_engine})
+    if name == "gradio":
+        _check_flags_of_page(args.what, given, of_server, of_engine)
+        page_config = ServerConfig(**{"server_port": WEB_PORT, **of_server})
+        return _show(args.what, options, page_config, engine_config, generation)
+    if of_generation:
+        raise ConfigError(f"{next(iter(of_generation))} is a flag of chats; requests to a server bring their own")
+    _serve(args.what, options, server_config, engine_config)
     return 0
 
 
@@ -80,4 +95,44 @@ def _talk(url: str, options: ServeOptions, generation: GenerationConfig) -> int:
     client = ApiClient(url, options.api_key)
     Chat(client, generation, Conversation(options.meta_instruction)).run(line_reader(), f"{client.model} at {url}")
     client.close()
+    return 0
+
+
+def _check_flags_of_page(what: str | None, given: Values, of_server: Values, of_engine: Values) -> None:
+    """Raise ``ConfigError`` for a flag that would do nothing."""
+    from jaxdeploy.api_client import is_url
+
+    remote = is_url(what or "")
+    for name in OF_AN_API:
+        if name in of_server:
+            raise ConfigError(f"{name} is a flag of api_server; leave it out")
+    for name in [*of_engine, *(name for name in OF_A_MODEL if name in of_server or name in given)] if remote else []:
+        raise ConfigError(f"{name} is a flag for a MODEL; give it to the server at URL")
+    if "api_key" in given and not remote:
+        raise ConfigError("api_key is for a server at URL; --api-keys has users of the page bring a key")
+
+
+def _show(
+    what: str | None, options: ServeOptions, config: ServerConfig, engine: EngineConfig, generation: GenerationConfig
+) -> int:
+    from jaxdeploy.chat import bundled_model
+
+    try:
+        from jaxdeploy.web_chat.dialogue import Manner
+        from jaxdeploy.web_chat.run import web_chat
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("jaxdeploy"):
+            raise
+        message = f"the web chat needs {error.name}, which is missing; pip install 'jaxdeploy[gradio]'"
+        raise ConfigError(message) from None
+    web_chat(
+        what or bundled_model(),
+        Manner(options.meta_instruction or "", generation),
+        config,
+        engine_config=engine,
+        api_key=options.api_key,
+        chat_template=options.chat_template,
+        log_level=options.log_level,
+        progress=sys.stderr.isatty(),
+    )
     return 0

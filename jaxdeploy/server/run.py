@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
@@ -37,33 +38,52 @@ def serve(
     """
     engine_config, config = engine_config or EngineConfig(), server_config or ServerConfig()
     set_up_logging(log_level, config.log_format)
-    certificate = _certificate(config)
-    engine = AsyncEngine.from_pretrained(model, engine_config, chat_template=chat_template, progress=progress)
-    name = engine_config.model_name or model
-    served = Served(
-        engine,
-        name,
+    certificate(config)
+    served = load(model, engine_config, config, chat_template=chat_template, progress=progress)
+    app = create_app(served, config)
+    logger.info("%s is served at %s", served.name, address(config))
+    listen(app, config, DRAIN_SECONDS)
+
+
+def load(
+    model: str,
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    *,
+    chat_template: ChatTemplateConfig | str | None = None,
+    progress: bool = False,
+) -> Served:
+    """``model`` with an engine in a process of its own, as routes want it. Raises ``JaxdeployError``."""
+    return Served(
+        AsyncEngine.from_pretrained(model, engine_config, chat_template=chat_template, progress=progress),
+        engine_config.model_name or model,
         config.max_concurrent_requests,
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
     )
-    app = create_app(served, config)
-    logger.info(
-        "%s is served at %s://%s:%d", name, "https" if certificate else "http", config.server_name, config.server_port
-    )
+
+
+def listen(app: ASGIApp, config: ServerConfig, drain_seconds: int) -> None:
+    """Answer with ``app`` until SIGINT or SIGTERM; what runs then has ``drain_seconds`` to end."""
+    chain, key = certificate(config) or (None, None)
     uvicorn.run(
         app,
         host=config.server_name,
         port=config.server_port,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        ssl_certfile=certificate and certificate[0],
-        ssl_keyfile=certificate and certificate[1],
+        timeout_graceful_shutdown=drain_seconds,
+        ssl_certfile=chain,
+        ssl_keyfile=key,
     )
 
 
-def _certificate(config: ServerConfig) -> tuple[str, str] | None:
+def address(config: ServerConfig) -> str:
+    """Where a server listens, as a URL."""
+    return f"{'https' if config.ssl else 'http'}://{config.server_name}:{config.server_port}"
+
+
+def certificate(config: ServerConfig) -> tuple[str, str] | None:
     """Chain and key; ``None`` without TLS. Raises ``ConfigError`` where a file is missing."""
     if not config.ssl:
         return None

@@ -120,7 +120,7 @@ def through_pipeline(pipe: Pipeline) -> Any:
         replies = pipe(list(prompts), do_preprocess=False, use_tqdm=False, **options)
         return replies if isinstance(replies, list) else [replies]
 
-    class ThroughPipeline(TemplateLM):
+    class ThroughPipeline(TemplateLM):  # type: ignore[misc]
         @property
         def eot_token_id(self) -> int:
             return int(pipe.tokenizer.eos_token_id or 0)
@@ -134,10 +134,9 @@ def through_pipeline(pipe: Pipeline) -> Any:
             found = []
             replies = answers(prompts, gen_config=GenerationConfig(max_new_tokens=1, prompt_logprobs=1))
             for (_, after), reply in zip(pairs, replies, strict=True):
-                scores = (reply.prompt_logprobs or [])[-len(after) :]
-                chosen = [score[token] for score, token in zip(scores, after, strict=True)]
-                greedy = all(max(score, key=lambda t: score[t]) == t for score, t in zip(scores, after, strict=True))
-                found.append((sum(chosen), greedy))
+                told = list(zip((reply.prompt_logprobs or [])[-len(after) :], after, strict=True))
+                greedy = all(score[token] == max(score.values()) for score, token in told)
+                found.append((sum(score[token] for score, token in told), greedy))
             return found
 
         def loglikelihood_rolling(self, requests: Any, **_: Any) -> list[float]:
@@ -158,7 +157,7 @@ def test_lm_eval_has_the_same_scores_through_the_server_and_through_pipeline(url
     with pipeline(
         bundled_model(), backend_config=EngineConfig(session_len=256, max_batch_size=4, warmup=False)
     ) as pipe:
-        found = [
+        found: list[dict[str, Any]] = [
             lm_eval.simple_evaluate(model=model, model_args=given, tasks=tasks(tmp_path), bootstrap_iters=0)
             for model, given in (("local-completions", where), (through_pipeline(pipe), None))
         ]
