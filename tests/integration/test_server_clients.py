@@ -129,11 +129,11 @@ def through_pipeline(pipe: Pipeline) -> Any:
             return pipe.tokenizer.encode(string, add_bos=False)
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            pairs = [(list(before), list(after)) for _, before, after in requests]
+            pairs = [(list(before), list(after)) for _text, before, after in requests]
             prompts = [{"prompt_token_ids": before + after} for before, after in pairs]
             found = []
             replies = answers(prompts, gen_config=GenerationConfig(max_new_tokens=1, prompt_logprobs=1))
-            for (_, after), reply in zip(pairs, replies, strict=True):
+            for (_before, after), reply in zip(pairs, replies, strict=True):
                 told = list(zip((reply.prompt_logprobs or [])[-len(after) :], after, strict=True))
                 greedy = all(score[token] == max(score.values()) for score, token in told)
                 found.append((sum(score[token] for score, token in told), greedy))
