@@ -11,7 +11,7 @@ import pytest
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason, Request
-from tests.tiny_models import SHAPES_IN_A_ROW, prompt, request, run, tiny_engine
+from tests.tiny_models import SHAPES_IN_A_ROW, outputs_of, prompt, reasons, request, run, tiny_engine
 
 END = 95
 
@@ -19,17 +19,18 @@ END = 95
 class Counting:
     """Lets 2, 3, 4 … come in this order up to ``last``, then the end."""
 
-    def __init__(self, last: int) -> None:
-        self._next, self._last = 2, last
+    def __init__(self, last: int, lost_after: int | None = None) -> None:
+        self._next, self._last, self._lost_after = 2, last, lost_after
 
     def allow(self, words: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
         token_id = self._next if self._next <= self._last else END
         words[:] = 0
         words[token_id // 32] = 1 << token_id % 32
 
-    def take(self, token_id: int) -> None:
+    def take(self, token_id: int) -> bool:
         assert token_id in (self._next, END), "what was allowed was chosen"
         self._next += 1
+        return token_id != self._lost_after
 
 
 class CountingGrammars:
@@ -44,6 +45,8 @@ class CountingGrammars:
         assert self.ready.wait(20)
         if grammar == "!":
             raise TypeError("a fault of the library's own")
+        if grammar == "loses its way":
+            return Counting(9, lost_after=4)
         if not grammar.isdecimal():
             raise RequestError("the grammar cannot be followed")
         return Counting(int(grammar))
@@ -66,6 +69,13 @@ def test_replies_follow_their_grammar_and_others_are_free() -> None:
     engine = tiny_engine(grammars=CountingGrammars())
     asked = [free("a", 20), counting("x", 9), free("b", 33), counting("y", 5, 40, temperature=1.0, seed=3)]
     assert run(engine, asked) == {**alone, "x": counted(9), "y": counted(5)}
+
+
+def test_a_reply_that_loses_its_grammar_ends_with_an_error() -> None:
+    engine = tiny_engine(grammars=CountingGrammars())
+    outputs = outputs_of(engine, [counting("lost", "loses its way"), counting("kept", 6)])
+    assert [token for output in outputs["lost"] for token in output.token_ids] == [2, 3, 4]
+    assert reasons(outputs) == {"lost": FinishReason.ERROR, "kept": FinishReason.STOP}
 
 
 @pytest.mark.parametrize("how", [{"blocks": 8}, {"decode_steps": 3, "shapes": SHAPES_IN_A_ROW}, {"sharing": False}])

@@ -40,9 +40,9 @@ class Matcher:
         both = words & allowed
         words[:] = both if both.any() else allowed  # words that were forbidden besides do not break the grammar
 
-    def take(self, token_id: int) -> None:
-        """The reply goes on with ``token_id``."""
-        self._matcher.consume_token(token_id)
+    def take(self, token_id: int) -> bool:
+        """The reply goes on with ``token_id``. Whether it still follows the grammar, and can be told how to go on."""
+        return bool(self._matcher.consume_token(token_id)) and not self._matcher.is_error()
 
 
 class Grammars:

@@ -17,8 +17,8 @@ class MatcherLike(Protocol):
         """Clear the bits of tokens that cannot come next."""
         ...
 
-    def take(self, token_id: int) -> None:
-        """The reply goes on with ``token_id``."""
+    def take(self, token_id: int) -> bool:
+        """The reply goes on with ``token_id``; whether it still follows."""
         ...
 
 
@@ -140,10 +140,10 @@ class Sequence:
         """Take a token that was in flight and note whether it ends the sequence."""
         self.in_flight -= 1
         self.token_ids.append(token_id)
-        if self.matcher is not None:
-            self.matcher.take(token_id)
         sampling = self.sampling
-        if self.generated >= sampling.min_new_tokens and token_id in sampling.stop_token_ids:
+        if self.matcher is not None and not self.matcher.take(token_id):
+            self.finish_reason = FinishReason.ERROR
+        elif self.generated >= sampling.min_new_tokens and token_id in sampling.stop_token_ids:
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) >= self.longest:
             self.finish_reason = FinishReason.LENGTH
