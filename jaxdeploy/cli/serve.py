@@ -1,18 +1,30 @@
-"""``jaxdeploy serve``: the HTTP server, and a terminal chat with one."""
+"""``jaxdeploy serve``: the HTTP server, a proxy in front of several, and a terminal chat with one."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
-from jaxdeploy.config import EngineConfig, GenerationConfig, ServerConfig
+from jaxdeploy.config import EngineConfig, GenerationConfig, ProxyConfig, ServerConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.settings import setting, settings
 
 PROGRAMS = {
     "api_server": "serve MODEL over HTTP",
+    "proxy": "one address for several servers",
     "api_client": "talk with the model that a server at URL has",
 }
+
+OF_A_MODEL = (
+    "max_concurrent_requests",
+    "tool_call_parser",
+    "reasoning_parser",
+    "proxy_url",
+    "proxy_api_key",
+    "node_url",
+)
+"""Settings of a server that a proxy has no use for."""
 
 
 @settings
@@ -35,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("program", metavar="PROGRAM", help="; ".join(f"{name}: {do}" for name, do in PROGRAMS.items()))
     parser.add_argument("what", nargs="?", metavar="MODEL|URL", help="a folder, hub id or address; default: bundled")
     parser.add_argument("--config", metavar="FILE.yaml", help="flags from a file, e.g. `server_port: 8080`")
-    add_settings(parser, ServeOptions, ServerConfig, EngineConfig, GenerationConfig)
+    add_settings(parser, ServeOptions, ServerConfig, ProxyConfig, EngineConfig, GenerationConfig)
 
 
 def run(args: Namespace) -> int:
@@ -43,18 +55,36 @@ def run(args: Namespace) -> int:
     name = args.program.replace("-", "_")
     if name not in PROGRAMS:
         raise ConfigError(f"program={args.program!r} is unknown; choose one of {', '.join(PROGRAMS)}")
-    given, of_server, of_engine, of_generation = read_settings(
-        args, ServeOptions, ServerConfig, EngineConfig, GenerationConfig
+    given, of_server, of_proxy, of_engine, of_generation = read_settings(
+        args, ServeOptions, ServerConfig, ProxyConfig, EngineConfig, GenerationConfig
     )
-    options, server_config = ServeOptions(**given), ServerConfig(**of_server)
-    generation = GenerationConfig(**of_generation)
+    options = ServeOptions(**given)
     if name == "api_client":
+        server_config, generation = ServerConfig(**of_server), GenerationConfig(**of_generation)
         return _talk(args.what or f"http://127.0.0.1:{server_config.server_port}", options, generation)
-    if of_generation:
-        raise ConfigError(f"{next(iter(of_generation))} is a flag of api_client; requests to a server bring their own")
+    _refuse(of_generation, "api_client; requests to a server bring their own")
+    if name == "proxy":
+        _refuse({**of_engine, **{field: None for field in OF_A_MODEL if field in of_server}}, "api_server")
+        _stand_in_front(args.what, options, of_server, ProxyConfig(**of_proxy))
+        return 0
+    _refuse(of_proxy, "proxy")
     bundled = {} if args.what else {"model_name": "jaxdeploy-demo"}
-    _serve(args.what, options, server_config, EngineConfig(**{**bundled, **of_engine}))
+    _serve(args.what, options, ServerConfig(**of_server), EngineConfig(**{**bundled, **of_engine}))
     return 0
+
+
+def _refuse(given: dict[str, Any], owner: str) -> None:
+    """Raise ``ConfigError`` if any setting is ``given`` that belongs to another program."""
+    if given:
+        raise ConfigError(f"{next(iter(given))} is a flag of {owner}")
+
+
+def _stand_in_front(what: str | None, options: ServeOptions, of_server: dict[str, Any], config: ProxyConfig) -> None:
+    from jaxdeploy.server import serve_proxy
+
+    if what is not None:
+        raise ConfigError(f"argument={what!r} is one too many: a proxy has no model; name its servers with --nodes")
+    serve_proxy(config, ServerConfig(**{"server_port": 8000, **of_server}), log_level=options.log_level)
 
 
 def _serve(model: str | None, options: ServeOptions, config: ServerConfig, engine: EngineConfig) -> None:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-from pathlib import Path
-
-import uvicorn
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
-from jaxdeploy.errors import ConfigError
 from jaxdeploy.server.app import create_app
+from jaxdeploy.server.listening import address, certificate, listen
 from jaxdeploy.server.logs import set_up_logging
 from jaxdeploy.server.served import Served
 
 logger = logging.getLogger("jaxdeploy")
-
-DRAIN_SECONDS = 60
-"""Seconds that replies have to end, once the process is told to."""
 
 
 def serve(
@@ -37,7 +30,7 @@ def serve(
     """
     engine_config, config = engine_config or EngineConfig(), server_config or ServerConfig()
     set_up_logging(log_level, config.log_format)
-    certificate = _certificate(config)
+    certificate(config)
     engine = AsyncEngine.from_pretrained(model, engine_config, chat_template=chat_template, progress=progress)
     name = engine_config.model_name or model
     served = Served(
@@ -48,30 +41,5 @@ def serve(
         reasoning_parser=config.reasoning_parser,
     )
     app = create_app(served, config)
-    logger.info(
-        "%s is served at %s://%s:%d", name, "https" if certificate else "http", config.server_name, config.server_port
-    )
-    uvicorn.run(
-        app,
-        host=config.server_name,
-        port=config.server_port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        ssl_certfile=certificate and certificate[0],
-        ssl_keyfile=certificate and certificate[1],
-    )
-
-
-def _certificate(config: ServerConfig) -> tuple[str, str] | None:
-    """Chain and key; ``None`` without TLS. Raises ``ConfigError`` where a file is missing."""
-    if not config.ssl:
-        return None
-    names = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
-    found = []
-    for name, value in names.items():
-        path = value or os.environ.get(name.upper())
-        if path is None or not Path(path).is_file():
-            raise ConfigError(f"{name}={path!r} is no file; name the PEM file, or leave ssl out")
-        found.append(path)
-    return found[0], found[1]
+    logger.info("%s is served at %s", name, address(config))
+    listen(app, config)

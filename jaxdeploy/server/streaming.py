@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ async def line_stream(chunks: AsyncGenerator[BaseModel]) -> StreamingResponse:
                 async for chunk in chunks:
                     yield f"{chunk.model_dump_json()}\n"
             except Exception as error:  # headers are out: this is the only way to tell
-                yield f"{error_reply(error).model_dump_json()}\n"
+                yield error_line(error)
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")
 
@@ -70,13 +69,28 @@ def event(chunk: BaseModel) -> str:
     return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
+def error_event(error: Exception) -> str:
+    """How a stream ends that failed on the way."""
+    return event(error_reply(error))
+
+
+def named_error_event(error: Exception) -> str:
+    """The same as Anthropic streams."""
+    return f"event: error\ndata: {error_reply(error).model_dump_json()}\n\n"
+
+
+def error_line(error: Exception) -> str:
+    """The same in a stream of lines."""
+    return f"{error_reply(error).model_dump_json()}\n"
+
+
 async def _framed(chunks: AsyncGenerator[BaseModel], ping_seconds: float) -> AsyncGenerator[str]:
     async with aclosing(chunks), aclosing(with_pauses(chunks, ping_seconds)) as watched:
         try:
             async for chunk in watched:
                 yield PING if chunk is None else event(chunk)
         except Exception as error:  # headers are out: this is the only way to tell
-            yield event(error_reply(error))
+            yield error_event(error)
         else:
             yield DONE
 
@@ -88,8 +102,7 @@ async def _named(events: AsyncGenerator[StreamEvent], ping_seconds: float) -> As
                 made = made or StreamEvent.of("ping")
                 yield f"event: {made.type}\n{event(made)}"
         except Exception as error:  # headers are out: this is the only way to tell
-            told = error_reply(error).error
-            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': told.model_dump()})}\n\n"
+            yield named_error_event(error)
 
 
 async def with_pauses(items: AsyncIterator[T], seconds: float) -> AsyncGenerator[T | None]:

@@ -84,4 +84,4 @@ def test_what_cannot_be_served_is_one_line() -> None:
     command = [sys.executable, "-m", "jaxdeploy", "serve", "api_sever"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert ran.stderr == "error: program='api_sever' is unknown; choose one of api_server, api_client\n"
+    assert ran.stderr == "error: program='api_sever' is unknown; choose one of api_server, proxy, api_client\n"
