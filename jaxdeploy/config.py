@@ -308,7 +308,7 @@ class ProxyConfig:
         words={"min_expected_latency": "least_loaded", "min_observed_latency": "latency"},
     )
     heartbeat_interval: float = _seconds(2.0, "seconds between two looks at a node")
-    heartbeat_timeout: float = _seconds(10.0, "seconds after which a node that gives no sign of life is given up")
+    heartbeat_timeout: float = _seconds(20.0, "seconds after which a node that gives no sign of life is given up")
     read_timeout: float = _seconds(600.0, "seconds that a node which is well may be silent in the middle of a reply")
     max_attempts: int = _positive(
         "nodes that may fail with one request before it is answered with an error", 3, "3 is usual"

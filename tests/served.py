@@ -75,9 +75,9 @@ def running(
     server.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 20, pause: float = 0.01) -> bool:
     """Whether it comes to hold in time."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
+        time.sleep(pause)
     return condition()
