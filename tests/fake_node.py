@@ -28,6 +28,8 @@ class Behaviour:
     words: tuple[str, ...] = WORDS
     waits_before: int | None = None
     """The word that it does not come to, counted from 0."""
+    pause: float = 0.0
+    """Seconds between words."""
     pings: int = 0
     """Pings that come before the first word."""
     full_for: int | None = None
@@ -119,6 +121,7 @@ class FakeNode(RunningApp):
     async def _said(self) -> AsyncIterator[str]:
         for at, word in enumerate(self.does.words):
             try:
+                await asyncio.sleep(self.does.pause)
                 while self.does.waits_before is not None and at >= self.does.waits_before:
                     await asyncio.sleep(0.01)
             except asyncio.CancelledError:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -444,6 +447,46 @@ def test_a_silent_node_is_a_504(stack: ExitStack) -> None:
     assert sum(node.answered for node in proxy.nodes) == 1, "a longer wait elsewhere would be no better"
 
 
+@pytest.mark.slow
+def test_nodes_that_die_again_and_again(stack: ExitStack) -> None:
+    proxy = Running(stack, "abc", max_attempts=10)
+    for node in proxy.nodes:
+        node.does.words, node.does.pause = WORDS * 5, 0.02
+    end = time.monotonic() + 20
+
+    def one_client(number: int) -> tuple[int, int]:
+        whole = broken = 0
+        with httpx2.Client(base_url=proxy.url, timeout=20) as http:
+            while time.monotonic() < end:
+                if number % 4 == 0:
+                    assert http.post(CHAT, json=ASK).json() == {"text": ALL * 5}
+                    continue
+                lines = [line for line in http.post(CHAT, json=STREAM).text.splitlines() if line]
+                if "error" in json.loads(lines[-1][6:] if lines[-1] != "data: [DONE]" else "{}"):
+                    assert "one" in lines[1], "it had begun"
+                    broken += 1
+                else:
+                    assert text(lines) == ALL * 5
+                    whole += 1
+        return whole, broken
+
+    with ThreadPoolExecutor(24) as clients:
+        counts = [clients.submit(one_client, number) for number in range(24)]
+        mixed = random.Random(0)
+        while time.monotonic() < end:
+            time.sleep(0.7)
+            at = mixed.randrange(3)
+            does, port = proxy.nodes[at].does, proxy.nodes[at].port
+            proxy.nodes[at].kill()
+            time.sleep(0.3)
+            proxy.nodes[at] = proxy.node("n", port=port, words=does.words, pause=does.pause)
+        whole, broken = (sum(counted) for counted in zip(*(count.result() for count in counts), strict=True))
+    assert whole > 100
+    assert broken > 5
+    assert until(proxy.idle)
+    assert until(lambda: proxy.metric("nodes_up") == 3)
+
+
 # Clients
 
 
@@ -597,3 +640,8 @@ def test_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     }.items():
         assert main(["serve", *flags]) == 2
         assert capsys.readouterr().err == f"error: {complaint}\n"
+
+
+def test_a_proxy_needs_no_jax() -> None:
+    code = "import sys, jaxdeploy.cli.serve, jaxdeploy.server.proxy.run; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -139,8 +139,10 @@ class Forwarder:
             with _failures_of(node):
                 await self._exchange(node, asked, client, tries)
         except RefusedError as refusal:
-            self._metrics.note_moved(node.url, "full" if refusal.status == FULL else "refused")
             tries.refused[node] = refusal
+            self._metrics.note_moved(node.url, "full" if refusal.status == FULL else "refused")
+            if refusal.status != FULL:
+                node.look_now.set()
         except NodeFailedError as error:
             self._note_failure(node, asked, tries, error)
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import resource
+from contextlib import suppress
 
 from jaxdeploy.config import ProxyConfig, ServerConfig
 from jaxdeploy.server.listening import address, certificate, listen
@@ -26,6 +28,14 @@ def serve_proxy(
     config, server_config = config or ProxyConfig(), server_config or ServerConfig(server_port=PORT)
     set_up_logging(log_level, server_config.log_format)
     certificate(server_config)
+    _allow_connections()
     app = create_proxy_app(config, server_config)
     logger.info("a proxy listens at %s (%s)", address(server_config), config.routing_strategy)
     listen(app, server_config)
+
+
+def _allow_connections() -> None:
+    """As many as the system lets us have; each request takes two."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # where that is not for us to say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
