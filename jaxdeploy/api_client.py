@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.errors import ConfigError, JaxdeployError, RequestError
+from jaxdeploy.errors import ConfigError, ContextLengthError, JaxdeployError, RequestError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.prompts import Prompt
 from jaxdeploy.response import Response, Session
@@ -22,9 +22,14 @@ SAME_NAMES = (
 
 
 class ServerError(JaxdeployError):
-    """The server cannot be reached, or failed."""
+    """The server cannot be reached, or failed; ``status`` is the HTTP status it gave, ``retry_after`` in seconds."""
 
     exit_code = 1
+
+    def __init__(self, message: str, status: int | None = None, retry_after: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
 
 
 class ApiClient:
@@ -38,11 +43,10 @@ class ApiClient:
             import httpx2
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error.name} is missing; pip install 'jaxdeploy[serve]'") from None
-        if not url.startswith(("http://", "https://")):
-            raise ConfigError(f"url={url!r} is no address; give one like http://127.0.0.1:23333")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx2.Client(base_url=self._url, headers=headers, timeout=httpx2.Timeout(None, connect=10))
+        self._url = base_url(url)
+        self._http = httpx2.Client(
+            base_url=self._url, headers=key_header(api_key), timeout=httpx2.Timeout(None, connect=10)
+        )
         self._names = itertools.count()
         self._stopped: set[int] = set()
         try:
@@ -80,17 +84,16 @@ class ApiClient:
         self._http.close()
 
     def _first_model(self) -> str:
-        models = self._checked(self._send("GET", "/v1/models")).json()["data"]
+        response = self._send("GET", "/v1/models")
+        raise_unless_well(response)
+        models = response.json()["data"]
         if not models:
             raise ServerError(f"url={self._url!r} serves no model; start one there")
         name: str = models[0]["id"]
         return name
 
     def _request(self, prompt: Prompt, gen_config: GenerationConfig) -> tuple[str, dict[str, Any]]:
-        names = OTHER_NAMES | {name: name for name in SAME_NAMES}
-        fields = {api: getattr(gen_config, name) for name, api in names.items()}
-        given = {name: value for name, value in fields.items() if value is not None}
-        asked = {"model": self.model, "stream": True, **given}
+        asked = {"model": self.model, "stream": True, **sampling_fields(gen_config)}
         if isinstance(prompt, str):
             return "/v1/completions", {"max_tokens": 512, **asked, "prompt": prompt}
         return "/v1/chat/completions", {**asked, "messages": prompt}
@@ -102,15 +105,12 @@ class ApiClient:
             with self._http.stream("POST", path, json=asked) as response:
                 if response.status_code != 200:
                     response.read()
-                self._checked(response)
+                raise_unless_well(response)
                 for line in response.iter_lines():
-                    if line.startswith("data: {"):
-                        event = json.loads(line.removeprefix("data: "))
-                        if "error" in event:
-                            raise ServerError(event["error"]["message"])
+                    if event := event_in(line):
                         yield event
         except httpx2.TransportError as error:
-            raise ServerError(f"url={self._url!r} does not answer ({error}); look whether it still runs") from None
+            raise does_not_answer(self._url, error) from None
 
     def _send(self, method: str, path: str) -> Any:
         import httpx2
@@ -120,15 +120,61 @@ class ApiClient:
         except httpx2.TransportError as error:
             raise ServerError(f"url={self._url!r} cannot be reached ({error}); is a server running there?") from None
 
-    def _checked(self, response: Any) -> Any:
-        """``response`` if it is well; else the server's own words are raised."""
-        if response.status_code == 200:
-            return response
-        try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"{response.request.url} answers {response.status_code}; is it a server of OpenAI's API?"
-        raise (RequestError if response.status_code in (400, 404) else ServerError)(message)
+
+def is_url(text: str) -> bool:
+    """Whether it is the address of a server."""
+    return text.startswith(("http://", "https://"))
+
+
+def base_url(url: str) -> str:
+    """``url`` without the version of the API. Raises ``ConfigError`` if it is none."""
+    if not is_url(url):
+        raise ConfigError(f"url={url!r} is no address; give one like http://127.0.0.1:23333")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def key_header(api_key: str | None) -> dict[str, str]:
+    """What shows ``api_key`` to a server."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
+def sampling_fields(gen_config: GenerationConfig) -> dict[str, Any]:
+    """The fields of a request for what ``gen_config`` sets."""
+    names = OTHER_NAMES | {name: name for name in SAME_NAMES}
+    fields = {api: getattr(gen_config, name) for name, api in names.items()}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def event_in(line: str) -> dict[str, Any] | None:
+    """What a line of a stream holds. Raises ``ServerError`` if it tells of a failure."""
+    if not line.startswith("data: {"):
+        return None
+    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+    if "error" in event:
+        raise ServerError(event["error"]["message"])
+    return event
+
+
+def does_not_answer(url: str, error: Exception) -> ServerError:
+    """The error for a connection that broke."""
+    return ServerError(f"url={url!r} does not answer ({error}); look whether it still runs")
+
+
+def raise_unless_well(response: Any) -> None:
+    """Raise what ``response`` complains of, in the server's own words."""
+    if response.status_code == 200:
+        return
+    try:
+        told = response.json()["error"]
+        message, code = told["message"], told.get("code")
+    except (ValueError, KeyError, TypeError):
+        message = f"{response.request.url} answers {response.status_code}; is it a server of OpenAI's API?"
+        code = None
+    if code == "context_length_exceeded":
+        raise ContextLengthError(message)
+    if response.status_code in (400, 404):
+        raise RequestError(message)
+    raise ServerError(message, response.status_code, response.headers.get("Retry-After"))
 
 
 REASONS = frozenset(reason.value for reason in FinishReason)

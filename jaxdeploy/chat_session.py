@@ -76,15 +76,20 @@ class Reply:
     started: float = 0.0
     first: float | None = None
     ended: float = 0.0
+    thought: str = ""
 
     def summary(self) -> str:
-        """Tokens, time to the first token, and tokens a second after it."""
+        """The figures as a note beside the reply."""
+        return f"[{self.figures()}]"
+
+    def figures(self) -> str:
+        """Tokens, time to the first token, tokens a second after it, and why the reply ended before its end."""
         parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"]
         if self.first is not None:
             parts.append(f"TTFT {self.first - self.started:.2f} s")
             if self.tokens > 1 and self.ended > self.first:
                 parts.append(f"{(self.tokens - 1) / (self.ended - self.first):.1f} tok/s")
-        return f"[{' · '.join(parts)}{_ENDINGS.get(self.finish_reason, '') if self.finish_reason else ''}]"
+        return " · ".join(parts) + (_ENDINGS.get(self.finish_reason, "") if self.finish_reason else "")
 
 
 def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, write: Callable[[str], Any]) -> Reply:

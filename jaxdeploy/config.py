@@ -230,14 +230,25 @@ class GenerationConfig:
         advice="0 reports the chosen token alone",
         flag=False,
     )
+    prompt_logprobs: int | None = setting(
+        None,
+        "the same for the tokens of the prompt",
+        holds=lambda value: value >= 0,
+        rule="must be at least 0",
+        advice="0 reports the prompt's tokens alone",
+        flag=False,
+    )
+    logit_bias: dict[int, float] | None = setting(
+        None, "token id → what is added to its logit; -100 forbids, 100 all but forces it", flag=False
+    )
     include_stop_str_in_output: bool | None = setting(None, "keep the text that ended the reply", flag=False)
     response_format: dict[str, Any] | None = setting(
         None, "form that the reply has to have; see jaxdeploy.response_format", flag=False
     )
 
     logits_processors: list[Any] | None = missing("bad_words and the penalties change logits")
-    output_logits: str | None = missing("logprobs reports log-probabilities")
-    output_last_hidden_state: str | None = missing("leave it out")
+    output_logits: str | None = missing("logprobs and prompt_logprobs report log-probabilities")
+    output_last_hidden_state: str | None = missing("Pipeline.embed gives the hidden states of prompts, pooled")
 
     migration_request: Any = ignored("prompts and replies run on the same devices")
     preserve_cache: bool | None = ignored("the cache is freed when the reply ends")

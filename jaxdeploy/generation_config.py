@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.errors import RequestError
+from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import SamplingParams
 from jaxdeploy.response_format import grammar_of
 
@@ -125,8 +125,18 @@ def _sampling(
         stop_token_ids=stop_ids,
         bad_token_sequences=bad_token_sequences(config.bad_words or (), tokenizer) + bad_ids,
         logprobs=config.logprobs,
+        prompt_logprobs=config.prompt_logprobs,
+        logit_bias=_biases(config.logit_bias or {}),
         grammar=_grammar(config),
     )
+
+
+def _biases(given: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    """Raises ``ConfigError`` for what are no numbers."""
+    try:
+        return tuple((int(token), float(value)) for token, value in given.items())
+    except (TypeError, ValueError):
+        raise ConfigError(f"logit_bias={given!r:.60} must map token ids to numbers; correct it") from None
 
 
 def _grammar(config: GenerationConfig) -> str | None:

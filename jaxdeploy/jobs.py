@@ -27,7 +27,7 @@ class Job:
     alternative: int
     goes_on: bool = False
 
-    def request(self, request_id: str) -> TextRequest:
+    def request(self, request_id: str, *, embed: bool = False) -> TextRequest:
         """What the generator is asked for."""
         from jaxdeploy.engine.generator import TextRequest
 
@@ -36,6 +36,7 @@ class Job:
             self.ids,
             self.how.alternatives()[self.alternative],
             session_id=str(self.session_id) if self.goes_on else None,
+            embed=embed,
         )
         return TextRequest.of(request, self.how)
 
@@ -52,7 +53,13 @@ class Job:
             logprobs=[_logprobs(token) for token in output.logprobs] if wanted else None,
             index=self.index,
             cached_tokens=output.cached_tokens,
+            prompt_logprobs=self._prompt_logprobs(output),
         )
+
+    def _prompt_logprobs(self, output: TextOutput) -> list[dict[int, float]] | None:
+        if output.prompt is None or self.how.sampling.prompt_logprobs is None:
+            return None
+        return [_logprobs(token) for token in output.prompt.logprobs]
 
 
 def _logprobs(token: TokenLogprob) -> dict[int, float]:

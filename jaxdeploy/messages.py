@@ -20,8 +20,9 @@ class SamplingParams:
     """How the next token is chosen, in token ids only: texts were translated before a request reaches the engine.
 
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1.0 keep every token. ``logprobs`` is the number of
-    alternatives reported with each token; ``None`` reports nothing, 0 only the chosen token's own. ``grammar`` is what
-    the reply must follow, in llguidance's form.
+    alternatives reported with each token; ``None`` reports nothing, 0 only the chosen token's own; ``prompt_logprobs``
+    is the same for the tokens of the prompt. ``grammar`` is what the reply must follow, in llguidance's form.
+    ``logit_bias`` is added to the logits of these tokens.
     """
 
     temperature: float = 0.0
@@ -37,6 +38,8 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     bad_token_sequences: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: str | None = None
 
     @property
@@ -52,7 +55,7 @@ class Request:
     Of those that wait the lowest ``priority`` comes first; equal ones share fairly between ``tenant``s, whatever a
     server takes for one. A request that is not complete ``timeout`` seconds after it came is aborted, ``None`` never.
     A prompt that goes on from the last request of its ``session_id`` has only new tokens computed, as long as the old
-    ones are in the cache.
+    ones are in the cache. ``embed`` asks for the hidden states of the prompt.
     """
 
     request_id: str
@@ -62,6 +65,12 @@ class Request:
     tenant: str = ""
     timeout: float | None = None
     session_id: str | None = None
+    embed: bool = False
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether anything is reported of the prompt; then all of it is computed, whatever the cache has."""
+        return self.embed or self.sampling.prompt_logprobs is not None
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,23 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class PromptReading:
+    """The mean of the normed hidden states of a prompt's tokens, and the last of them, D numbers each.
+
+    ``logprobs`` are those of its tokens but the first, if they were asked for.
+    """
+
+    mean: tuple[float, ...]
+    last: tuple[float, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
 class StepOutput:
     """What one engine step produced for one request: its new token, or only a finish reason.
 
-    ``cached_tokens`` of its prompt did not have to be computed.
+    ``cached_tokens`` of its prompt did not have to be computed. ``prompt`` comes with the first token, where it was
+    asked for.
     """
 
     request_id: str
@@ -85,3 +107,4 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
+    prompt: PromptReading | None = None

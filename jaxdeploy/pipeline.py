@@ -11,9 +11,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
+from jaxdeploy.embedding import pooled
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.generation_config import resolve
 from jaxdeploy.jobs import Job
+from jaxdeploy.messages import PromptReading
 from jaxdeploy.prompts import Prompt, Prompts, as_list, encode
 from jaxdeploy.response import Response, Session
 from jaxdeploy.streams import Streams
@@ -139,6 +141,38 @@ class Pipeline:
         """
         return self._stream(self._jobs(prompts, gen_config, **options)[0])
 
+    def embed(self, texts: Prompts, *, pooling: str = "last", normalize: bool = True) -> list[list[float]]:
+        """A vector of D numbers for each of ``texts``, which are taken as they are, or of token ids.
+
+        Args:
+            texts: as the prompts of a call.
+            pooling: ``last``, the hidden state of the last token, or ``mean``, of all.
+            normalize: have vectors of length 1.
+
+        Raises:
+            RequestError: a text is empty or too long, or the pooling is unknown.
+        """
+        config = GenerationConfig(do_sample=False, max_new_tokens=1)
+        jobs, _ = self._jobs(texts, config, do_preprocess=False)
+        return [pooled(reading, pooling, normalize=normalize) for reading in self._read(jobs)]
+
+    def get_ppl(self, input_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[float]:
+        """For each sequence of at least 2 token ids the mean cross-entropy of all but the first, in nats.
+
+        It is LMDeploy's function of the name: the perplexity is the exponential of what it gives.
+
+        Raises:
+            RequestError: a sequence is too short or too long.
+        """
+        several: Any = [input_ids] if input_ids and isinstance(input_ids[0], int) else input_ids
+        prompts = [{"prompt_token_ids": list(ids)} for ids in several]
+        if any(len(prompt["prompt_token_ids"]) < 2 for prompt in prompts):
+            raise RequestError("input_ids must have at least 2 tokens each: the first is not scored; give more")
+        config = GenerationConfig(do_sample=False, max_new_tokens=1, prompt_logprobs=0)
+        jobs, _ = self._jobs(prompts, config, do_preprocess=False)
+        scores = [reading.logprobs for reading in self._read(jobs)]
+        return [-sum(token.logprob for token in tokens) / len(tokens) for tokens in scores]
+
     def chat(
         self,
         prompt: str,
@@ -235,6 +269,15 @@ class Pipeline:
             template_stops=made.template.stop_words if do_preprocess else (),
         )
         return [Job(ids, session_id, first + index, how, index) for index in range(how.n)]
+
+    def _read(self, jobs: list[Job]) -> list[PromptReading]:
+        """What is told of the prompts of ``jobs``; what they are answered is dropped."""
+        names = {f"{job.session_id}-{job.index}": job for job in jobs}
+        readings: dict[int, PromptReading] = {}
+        for output in self._streams.read([job.request(name, embed=True) for name, job in names.items()]):
+            if output.prompt is not None:
+                readings[names[output.request_id].index] = output.prompt
+        return [readings[job.index] for job in jobs]
 
     def _stream(self, jobs: list[Job]) -> Iterator[Response]:
         by_id = {f"{job.session_id}-{job.index}": job for job in jobs}

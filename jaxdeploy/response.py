@@ -14,8 +14,9 @@ class Response:
     ``index`` is the place in the list that the call gives back: prompts in their order, the ``n`` alternatives of each
     side by side. ``session_id`` is the prompt's, shared by its alternatives. In a stream ``text``, ``token_ids`` and
     ``logprobs`` are the new piece and ``generate_token_len`` counts from the start. ``logprobs`` has one dict a token,
-    token id → natural log-probability, the chosen token's among them. ``cached_tokens`` of the prompt were found in the
-    KV cache and not computed again.
+    token id → natural log-probability, the chosen token's among them; ``prompt_logprobs`` are the same for the prompt's
+    tokens but the first, in a stream with the first piece. ``cached_tokens`` of the prompt were found in the KV cache
+    and not computed again.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Response:
     logprobs: list[dict[int, float]] | None = None
     index: int = 0
     cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, float]] | None = None
 
     def extend(self, piece: Response) -> Response:
         """Append the next piece of the stream that this reply began with."""
@@ -37,6 +39,7 @@ class Response:
         self.token_ids += piece.token_ids
         if piece.logprobs is not None:
             self.logprobs = (self.logprobs or []) + piece.logprobs
+        self.prompt_logprobs = piece.prompt_logprobs or self.prompt_logprobs
         return self
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.quantized import hold_quantized
 from jaxdeploy.checkpoint.tensors import TensorFiles
-from jaxdeploy.engine.batch import StepShape, packed_size
+from jaxdeploy.engine.batch import StepShape, packed_size, padding_inputs
 from jaxdeploy.engine.model_runner import LOOP_IN_GRAPH, flat_step
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import abstract_params, decoder_from
@@ -253,7 +253,7 @@ def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) 
     step, weights = llama_8b(layers, Mesh(np.array(offline_devices("h200")), ("tp",)), small=small)
     inputs = [jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32)]
     if sampling:
-        inputs.append(jax.ShapeDtypeStruct((shape.sequences, VOCAB // 32), jnp.uint32))
+        inputs.append(jax.eval_shape(lambda: padding_inputs(shape, VOCAB, full_sampler=True).choice))
     options = LOOP_IN_GRAPH if shape.repeats > 1 else None
     held = _held(layers, small)
     return compile_for("h200", partial(step, shape), weights, *held, *inputs, donate=(1, 2), options=options)

@@ -32,7 +32,7 @@ SHARED = ROOT.parent / "shared"
 MAPPINGS = Path("/proc/self/maps")
 MOST_MAPPINGS = 10_000
 """Linux allows 65,530; the programs of one file take fewer than the rest."""
-ALLOWED_SKIPS = ("needs ../shared", "needs torch", "needs a GPU")
+ALLOWED_SKIPS = ("needs ../shared", "needs torch", "needs a GPU", "needs Chromium")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -152,13 +152,13 @@ def test_a_caller_whose_loop_is_gone_harms_nobody(engine: AsyncEngine) -> None:
 )
 def test_a_bad_request_fails_its_caller_only(engine: AsyncEngine, item: TextRequest, error: type[Exception]) -> None:
     async def both() -> list[TextOutput]:
-        good = engine.generate(text_request("good", 20))
+        good = engine.generate(text_request("good", 20, max_new_tokens=100))
         outputs = [await first(good)]
         with pytest.raises(error):
             await collect(engine, item)
         return outputs + [output async for output in good]
 
-    expected = joined(generate(tiny_generator(), [text_request("good", 20)])["good"])
+    expected = joined(generate(tiny_generator(), [text_request("good", 20, max_new_tokens=100)])["good"])
     assert joined(asyncio.run(both())) == expected
 
 
@@ -249,6 +249,9 @@ class StubbornGenerator:
 
     def abort(self, request_id: str) -> None:
         self.has_work = False
+
+    def wake(self) -> None:
+        """It is told by other means."""
 
     def close(self) -> None:
         """Nothing to free."""

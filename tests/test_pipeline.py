@@ -254,6 +254,27 @@ def test_pipeline_reads_its_settings(loads: list[dict[str, Any]], caplog: pytest
         pipeline("m", log_level="LOUD")
 
 
+def check_what_is_told_of_prompts(pipe: jaxdeploy.Pipeline) -> None:
+    said = only(pipe("Once upon", do_preprocess=False, max_new_tokens=6, logprobs=0))
+    ids = pipe.tokenizer.encode("Once upon") + said.token_ids
+    again = only(pipe({"prompt_token_ids": ids}, max_new_tokens=1, prompt_logprobs=2))
+    assert again.prompt_logprobs is not None
+    assert said.logprobs is not None
+    chosen = [scores[token] for scores, token in zip(said.logprobs, said.token_ids, strict=True)]
+    found = [scores[token] for scores, token in zip(again.prompt_logprobs, ids[1:], strict=True)]
+    assert found[-6:] == pytest.approx(chosen, abs=1e-4)
+    assert pipe.get_ppl([ids, ids[:3]])[0] == pytest.approx(-sum(found) / len(found), abs=1e-4)
+    assert pipe.get_ppl(ids) == pytest.approx([-sum(found) / len(found)], abs=1e-4)
+    last, mean = (pipe.embed(["Once upon", "One day"], pooling=pooling) for pooling in ("last", "mean"))
+    for vector in (*last, *mean):
+        assert math.hypot(*vector) == pytest.approx(1)
+    assert last != mean
+    with pytest.raises(RequestError, match="pooling='first' is not one of last, mean"):
+        pipe.embed(["x"], pooling="first")
+    with pytest.raises(RequestError, match="at least 2 tokens"):
+        pipe.get_ppl([5])
+
+
 def test_a_real_model(shared: Path) -> None:
     folder = shared / "assets/models/stories260K"
     config = jaxdeploy.EngineConfig(max_batch_size=2, session_len=64, warmup=False)
@@ -271,4 +292,5 @@ def test_a_real_model(shared: Path) -> None:
         assert str(pipe("Once upon", response_format=either)) in ("cat", "dog")
         with pytest.raises(ContextLengthError, match="session_len"):
             pipe("Once upon a time " * 50)
+        check_what_is_told_of_prompts(pipe)
     assert device_bytes() - held < 10_000, "close frees weights and KV cache"

@@ -58,6 +58,9 @@ class Echo:
     def abort(self, request_id: str) -> None:
         self._left.pop(request_id, None)
 
+    def wake(self) -> None:
+        """It never waits."""
+
     def step(self) -> list[StepOutput]:
         self._fails -= 1
         if self._fails < 0:

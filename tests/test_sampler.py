@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdeploy.engine.checks import MAX_LOGPROBS
-from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
+from jaxdeploy.engine.sampler import CANDIDATES, Sampled, SamplingRows, _threshold, greedy, sample
 
 Array = np.ndarray[Any, Any]
 
@@ -43,6 +43,7 @@ def rows(count: int, vocab: int = VOCAB, **given: Any) -> SamplingRows:
     allowed = given.pop("allowed", np.ones((count, vocab), bool))
     assert not given
     fields |= {"history": history, "allowed": bit_mask(allowed)}
+    fields |= {"biased": np.zeros((count, 1), np.int32), "bias": np.zeros((count, 1), np.float32)}
     return SamplingRows(**fields)
 
 
@@ -57,6 +58,10 @@ def bit_mask(allowed: Array) -> Array:
 def logits_of(seed: int, count: int = ROWS, vocab: int = VOCAB) -> Array:
     logits: Array = 2 * np.random.default_rng(seed).standard_normal((count, vocab), np.float32)
     return logits
+
+
+limits = jax.jit(_threshold)
+"""The smallest value that is kept of each row."""
 
 
 def draw(logits: Array, settings: SamplingRows) -> Array:
@@ -166,6 +171,39 @@ def test_only_kept_tokens_are_drawn(values: list[tuple[float, int, float, float]
         # A hair's breadth more, for probabilities that stand at a limit up to rounding.
         limits["top_p"], limits["min_p"] = limits["top_p"] + 1e-5, limits["min_p"] * (1 - 1e-5)
         assert kept(logits[row], **limits)[tokens[row]] > 0  # type: ignore[arg-type]
+
+
+LARGE = 3 * CANDIDATES
+MANY: list[dict[str, Any]] = [
+    {"top_k": 5},
+    {"top_k": CANDIDATES},
+    {"top_k": CANDIDATES + 1},
+    {"top_k": LARGE},
+    {"top_k": CANDIDATES + 50, "top_p": 0.2},
+    {"top_k": LARGE - 1, "min_p": 0.5},
+    {"top_p": 0.3},
+    {"top_p": 0.999},
+    {"min_p": 0.9},
+    {"min_p": 1e-6},
+    {"top_p": 0.9999, "min_p": 1e-6},
+    {},
+]
+"""Some are settled by the likeliest tokens, some are not."""
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_a_large_vocabulary(spread: float) -> None:
+    """What is kept, row by row, whether or not another row has all tokens sorted."""
+    logits = spread * logits_of(4, len(MANY), LARGE)
+    complete = [{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **setting} for setting in MANY]
+    columns: dict[str, Any] = {name: [setting[name] for setting in complete] for name in complete[0]}
+    history = np.zeros((len(MANY), 1), np.int32)
+    together = limits(logits, rows(len(MANY), LARGE, history=history, **columns))
+    for row, setting in enumerate(complete):
+        alone = limits(logits[row : row + 1], rows(1, LARGE, history=history[:1], **setting))[0]
+        assert together[row] == alone
+        differ = (logits[row] >= alone) != (kept(logits[row], **setting) > 0)
+        assert softmax(logits[row])[differ].sum() < 1e-5, "more than rounding at a limit"
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"top_k": 1}, {"temperature": 5.0, "top_k": 1}], ids=str)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import anthropic
 import httpx2
+import numpy as np
 import openai
 import pytest
 from pydantic import BaseModel
@@ -137,7 +138,9 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user"}]}, "content=null says nothing"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
         ({"store": True}, "store=True is not there; replies are not kept"),
-        ({"logit_bias": {"5": 1}}, "logit_bias="),
+        ({"logit_bias": {"five": 1}}, "logit_bias.*valid integer"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias: token 99999 must be between 0 and"),
         ({"top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
         ({"stream_options": {"include_usage": True}}, "stream_options are for streams only"),
         ({"n": MOST + 1}, f"n={MOST + 1} replies in one request are more than {MOST}"),
@@ -202,6 +205,63 @@ def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
 def test_an_echo_alone(client: openai.OpenAI) -> None:
     choice = client.completions.create(model=NAME, prompt="The cat", echo=True, max_tokens=0).choices[0]
     assert (choice.text, choice.finish_reason) == ("The cat", "length")
+
+
+@pytest.mark.parametrize("longest", [0, 4])
+def test_an_echo_has_the_log_probabilities_of_the_prompt(client: openai.OpenAI, longest: int) -> None:
+    """Those that the same tokens have when the model says them."""
+    said = client.completions.create(prompt="The cat", logprobs=2, **{**GREEDY, "max_tokens": 6}).choices[0]
+    assert said.logprobs is not None
+    options: Any = {**GREEDY, "max_tokens": longest, "logprobs": 2, "echo": True}
+    options["extra_body"] = {"ignore_eos": True, "skip_special_tokens": False}
+    echo = client.completions.create(prompt=["The cat" + said.text, "A"], **options).choices[0]
+    found = echo.logprobs
+    assert found is not None
+    assert found.tokens is not None
+    assert found.token_logprobs is not None
+    assert said.logprobs.token_logprobs is not None
+    prompt = len(found.tokens) - longest
+    assert "".join(found.tokens).removeprefix("<s>") == echo.text
+    assert found.token_logprobs[0] is None
+    assert found.top_logprobs is not None
+    assert found.top_logprobs[0] is None
+    assert found.text_offset == [sum(map(len, found.tokens[:index])) for index in range(len(found.tokens))]
+    again = found.token_logprobs[prompt - 6 : prompt]
+    assert again == pytest.approx(said.logprobs.token_logprobs, abs=1e-4)
+
+    tokens: list[str] = []
+    text = ""
+    for chunk in client.completions.create(prompt="The cat" + said.text, stream=True, **options):
+        text += chunk.choices[0].text
+        tokens += (chunk.choices[0].logprobs and chunk.choices[0].logprobs.tokens) or []
+    assert (text, tokens) == (echo.text, found.tokens)
+
+
+def test_embeddings(client: openai.OpenAI, server: RunningServer) -> None:
+    texts = ["The cat sat on the mat.", "A cat sat on a mat.", "What is 6 times 7?"]
+    reply = client.embeddings.create(model=NAME, input=texts, encoding_format="float")
+    vectors = [np.array(one.embedding) for one in reply.data]
+    assert [one.index for one in reply.data] == [0, 1, 2]
+    assert [float(np.linalg.norm(vector)) for vector in vectors] == pytest.approx([1.0] * 3)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2], "those that say the same lie closer"
+    ids = post(server, "/tokenize", prompt=texts[0]).json()["tokens"]
+    assert (reply.usage.prompt_tokens, reply.usage.total_tokens)[0] >= len(ids)
+    as_base64 = client.embeddings.create(model=NAME, input=ids)  # the client asks for base64, and decodes it
+    np.testing.assert_allclose(as_base64.data[0].embedding, vectors[0], atol=1e-6)
+    short = client.embeddings.create(model=NAME, input=texts[0], dimensions=8, encoding_format="float").data[0]
+    np.testing.assert_allclose(short.embedding, vectors[0][:8] / np.linalg.norm(vectors[0][:8]), atol=1e-5)
+    mean = client.embeddings.create(model=NAME, input=texts[0], extra_body={"pooling": "mean"}).data[0]
+    assert not np.allclose(mean.embedding, vectors[0])
+    with pytest.raises(openai.BadRequestError, match="dimensions=100000 must be between 1 and"):
+        client.embeddings.create(model=NAME, input="x", dimensions=100000)
+    with pytest.raises(openai.BadRequestError, match="session_len") as long:
+        client.embeddings.create(model=NAME, input="word " * SESSION_LEN)
+    assert long.value.code == "context_length_exceeded"
+
+
+def test_a_bias(client: openai.OpenAI, server: RunningServer) -> None:
+    token = post(server, "/tokenize", prompt="7", add_special_tokens=False).json()["tokens"][-1]
+    assert set(chat(client, logit_bias={str(token): 100}).choices[0].message.content.split()) == {"7" * 12}
 
 
 def test_tokens_from_texts_and_back(server: RunningServer) -> None:

@@ -6,10 +6,12 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from jaxdeploy.cli import command_parser
@@ -22,10 +24,10 @@ from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.logs import JsonFormat, TextFormat, set_up_logging
 from jaxdeploy.server.metrics import Metrics
-from jaxdeploy.server.protocol.anthropic import StreamEvent
+from jaxdeploy.server.protocol.stream_event import StreamEvent
 from jaxdeploy.server.served import Pulse
 from jaxdeploy.server.sessions import KEPT, SessionBusyError, Sessions
-from jaxdeploy.server.streaming import event_stream, line_stream, named_event_stream
+from jaxdeploy.server.streaming import NAMED_PING, event_stream, line_stream, named_event_stream
 
 
 class Chunk(BaseModel):
@@ -40,11 +42,18 @@ async def chunks(*numbers: int, pause: float = 0.0, fault: Exception | None = No
         raise fault
 
 
-def body_of(response: object) -> str:
-    async def read() -> str:
-        return "".join([str(part) async for part in response.body_iterator])  # type: ignore[attr-defined]
+def body_of(response: StreamingResponse) -> str:
+    sent: list[bytes] = []
 
-    return asyncio.run(read())
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message.get("body", b""))
+
+    async def stays() -> MutableMapping[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    asyncio.run(response({"type": "http"}, stays, send))
+    return b"".join(sent).decode()
 
 
 def test_events_end_with_done() -> None:
@@ -72,11 +81,12 @@ def test_events_with_names() -> None:
         yield StreamEvent.of("message_start", index=3)
         raise RequestError("x")
 
-    body = body_of(named_event_stream(events(), ping_seconds=0.04))
+    body = body_of(named_event_stream(events(), ping=NAMED_PING, ping_seconds=0.04))
     names = [line.removeprefix("event: ") for line in body.splitlines() if line.startswith("event: ")]
     assert names[0] == "ping"
     assert names[-2:] == ["message_start", "error"]
     assert 'data: {"type":"message_start","index":3}' in body
+    assert body_of(named_event_stream(events(), ping_seconds=0.04)).startswith(": ping\n\n")
 
 
 def test_lines_fail_before_the_first_one_or_after() -> None:

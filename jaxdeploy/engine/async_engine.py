@@ -108,7 +108,7 @@ class AsyncEngine:
                 yield output
         finally:
             for request_id in running:
-                self._commands.put(partial(self._abort, request_id, stream))
+                self._tell(partial(self._abort, request_id, stream))
 
     async def stats(self) -> EngineStats:
         """How the engine stands. Raises ``EngineStoppedError``, or what the engine died of."""
@@ -129,18 +129,22 @@ class AsyncEngine:
 
     async def abort(self, request_id: str) -> None:
         """End a request; its stream raises ``EngineStoppedError``."""
-        self._commands.put(lambda: self._fail(request_id, EngineStoppedError(f"request {request_id} was aborted")))
+        self._tell(lambda: self._fail(request_id, EngineStoppedError(f"request {request_id} was aborted")))
 
     def close(self) -> None:
         """Stop the thread, fail what still runs and give the device memory back."""
-        self._commands.put(None)
+        self._tell(None)
         self._thread.join()
         self.generator.close()
 
     def _send(self, command: Callable[[], None]) -> None:
         with self._sending:
             self._check_running()
-            self._commands.put(command)
+            self._tell(command)
+
+    def _tell(self, command: Callable[[], None] | None) -> None:
+        self._commands.put(command)
+        self.generator.wake()
 
     def _check_running(self) -> None:
         if self._stopped:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import functools
 import math
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxdeploy.engine.constraints import Mask, forbid
+from jaxdeploy.engine.checks import MAX_BIASES
+from jaxdeploy.engine.constraints import forbid
 from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.sequence import Reading, Sequence
 
 ROW_LENGTH = 32
 """Most tokens in a row of a prompt chunk; the smallest bucket of prefill tokens."""
@@ -115,6 +116,17 @@ def step_shapes(
     return shapes
 
 
+def reading_shapes(shapes: list[StepShape]) -> list[StepShape]:
+    """The few of ``shapes`` that steps have which read prompts: a compilation of each is enough to wait for."""
+    prefills = [shape for shape in shapes if shape.prefill_tokens]
+    most = max(shape.decodes for shape in prefills)
+    mixed = [shape for shape in prefills if shape.decodes == most]
+    largest = max(prefills, key=lambda shape: shape.prefill_tokens)
+    long = max(mixed, key=lambda shape: shape.prefill_tokens)
+    short = min(mixed, key=lambda shape: abs(shape.prefill_tokens - long.prefill_tokens // 8))
+    return list(dict.fromkeys((short, long, largest)))
+
+
 def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
     """The smallest of ``shapes`` that holds ``batch``."""
     fitting = [shape for shape in shapes if _fits(shape, batch)]
@@ -122,42 +134,98 @@ def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
     return min(fitting, key=lambda shape: (shape.prefill_tokens, shape.decodes))
 
 
+class Choice(NamedTuple):
+    """What the full sampler needs of each row beside its fields; numpy arrays here, jax arrays in a step.
+
+    ``allowed`` uint32 [rows, ceil(V / 32)] has the bits of the tokens set that may be chosen. ``bias`` int32
+    [rows, 2, MAX_BIASES] has tokens and what is added to their logits, as the bit patterns of float32 numbers.
+    """
+
+    allowed: Any
+    bias: Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a chunk that is read stands in a step: the how many-th of the prompts, from which prompt token on."""
+
+    chunk: Chunk
+    prompt: int
+    first_token: int
+
+
 @dataclass(frozen=True)
 class ModelInputs:
     """One step as the device takes it: its shape, the packed array, and what the full sampler needs beside it.
 
     ``rows``: rows of the sampled tokens and what they are sampled behind, for those that get a token in this step.
-    ``allowed`` uint32 [rows, ceil(V / 32)] (see ``SamplingRows``) selects the full sampler; with ``None`` the likeliest
-    tokens are taken.
+    ``choice`` selects the full sampler; with ``None`` the likeliest tokens are taken. ``reading`` is what the step
+    tells of the prompts at ``read``.
     """
 
     shape: StepShape
     packed: Array
     rows: tuple[tuple[int, Chunk], ...] = ()
-    allowed: Mask | None = None
+    choice: Choice | None = None
+    reading: Reading = Reading.NOTHING
+    read: tuple[Place, ...] = ()
 
 
 def build_inputs(shape: StepShape, batch: ScheduledBatch, vocab_size: int) -> ModelInputs:
     """Lay ``batch`` out in ``shape``. Padding rows have length 0 and sample nothing."""
     chunks = (*enumerate(batch.decodes), *enumerate(batch.chunks, shape.decodes))
     rows = tuple((row, chunk) for row, chunk in chunks if chunk.samples)
-    if not any(chunk.sequence.needs_sampler for _, chunk in rows):
+    reading = reading_of(batch)
+    if not reading and not any(chunk.sequence.needs_sampler for _, chunk in rows):
         return ModelInputs(shape, _pack(shape, batch), rows)
-    allowed = _everything(shape, vocab_size)
+    choice = _any_token(shape, vocab_size)
     for row, chunk in rows:
-        forbid(allowed, row, chunk.sequence, chunk.first_new)
-    return ModelInputs(shape, _pack(shape, batch), rows, allowed)
+        forbid(choice.allowed, row, chunk.sequence, chunk.first_new)
+    choice = choice._replace(bias=_biases(shape, rows))
+    return ModelInputs(shape, _pack(shape, batch), rows, choice, reading, tuple(_places_read(shape, batch)))
 
 
-def padding_inputs(shape: StepShape, vocab_size: int, *, full_sampler: bool) -> ModelInputs:
+def reading_of(batch: ScheduledBatch) -> Reading:
+    """What a step must tell of its prompts: the most that one of them is read for."""
+    return max((chunk.sequence.reading for chunk in batch.chunks), default=Reading.NOTHING)
+
+
+def padding_inputs(
+    shape: StepShape, vocab_size: int, *, full_sampler: bool, reading: Reading = Reading.NOTHING
+) -> ModelInputs:
     """A step of nothing but padding, to warm up with."""
     packed = np.zeros(packed_size(shape), np.int32)
-    return ModelInputs(shape, packed, allowed=_everything(shape, vocab_size) if full_sampler else None)
+    return ModelInputs(shape, packed, choice=_any_token(shape, vocab_size) if full_sampler else None, reading=reading)
 
 
-def _everything(shape: StepShape, vocab_size: int) -> Mask:
-    """A mask that forbids nothing."""
-    return np.full((shape.sequences, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+def _places_read(shape: StepShape, batch: ScheduledBatch) -> Iterator[Place]:
+    row = 0
+    for prompt, chunk in enumerate(batch.chunks):
+        if chunk.sequence.reading:
+            yield Place(chunk, prompt, row * shape.row_length)
+        row += -(-chunk.length // shape.row_length)
+
+
+def _any_token(shape: StepShape, vocab_size: int) -> Choice:
+    """Nothing is forbidden, nothing preferred."""
+    return Choice(np.full((shape.sequences, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32), _no_bias(shape.sequences))
+
+
+@functools.cache
+def _no_bias(rows: int) -> Array:
+    return np.zeros((rows, 2, MAX_BIASES), np.int32)
+
+
+def _biases(shape: StepShape, rows: Iterable[tuple[int, Chunk]]) -> Array:
+    wanted = [(row, chunk.sequence.sampling.logit_bias) for row, chunk in rows if chunk.sequence.sampling.logit_bias]
+    bias = _no_bias(shape.sequences)
+    if wanted:
+        bias = bias.copy()
+    for row, biases in wanted:
+        tokens, values = zip(*biases, strict=True)
+        bias[row, 0, : len(biases)] = tokens
+        bias[row, 1, : len(biases)] = np.array(values, np.float32).view(np.int32)
+    return bias
 
 
 def _pack(shape: StepShape, batch: ScheduledBatch) -> Array:

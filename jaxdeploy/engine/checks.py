@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from jaxdeploy.errors import ContextLengthError, RequestError
@@ -9,6 +10,9 @@ from jaxdeploy.messages import Request
 
 MAX_LOGPROBS = 20
 """Most alternatives that are reported with a token."""
+
+MAX_BIASES = 256
+"""Most tokens with a bias of their own."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,20 @@ class RequestLimits:
             raise RequestError(f"prompt_token_ids must be between 0 and {self.vocab_size - 1}; check the tokenizer")
         if request.timeout is not None and not request.timeout > 0:
             raise RequestError(f"timeout={request.timeout} must be above 0; give a number of seconds, or none")
-        wanted = request.sampling.logprobs
-        if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
-            raise RequestError(f"logprobs={wanted} must be between 0 and {MAX_LOGPROBS}; ask for fewer")
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(request.sampling, name)
+            if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
+                raise RequestError(f"{name}={wanted} must be between 0 and {MAX_LOGPROBS}; ask for fewer")
+        self._check_bias(request.sampling.logit_bias)
+
+    def _check_bias(self, bias: tuple[tuple[int, float], ...]) -> None:
+        if len(bias) > MAX_BIASES:
+            raise RequestError(f"logit_bias has {len(bias)} tokens, {MAX_BIASES} at most; name fewer")
+        for token, value in bias:
+            if not 0 <= token < self.vocab_size:
+                raise RequestError(f"logit_bias: token {token} must be between 0 and {self.vocab_size - 1}; check it")
+            if not math.isfinite(value):
+                raise RequestError(f"logit_bias: {value} for token {token} must be finite; -100 forbids it")
 
 
 def check_name(request: Request, used: bool) -> None:

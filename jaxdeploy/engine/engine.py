@@ -17,13 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdeploy.engine.batch import StepShape, build_inputs, choose_shape
+from jaxdeploy.engine.batch import Place, StepShape, build_inputs, choose_shape, reading_of, reading_shapes
 from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.grammar import Grammars, Matcher
-from jaxdeploy.engine.model_runner import ModelRunner
-from jaxdeploy.engine.sampler import Sampled
+from jaxdeploy.engine.model_runner import ModelRunner, StepResult
+from jaxdeploy.engine.prompt_reading import PromptReader
 from jaxdeploy.engine.scheduler import Scheduler
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.sequence import Reading, Sequence
 from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import RequestError
@@ -49,11 +49,15 @@ class HostSample:
 
 @dataclass(frozen=True)
 class Flight:
-    """A step that has been launched: what it samples, ``repeats`` times, and for which sequence in which row."""
+    """A step that has been launched: what it samples, ``repeats`` times, and for which sequence in which row.
 
-    sampled: Sampled
+    ``read`` are the chunks of prompts that it tells of.
+    """
+
+    result: StepResult
     rows: list[tuple[int, Sequence]]
     repeats: int
+    read: tuple[Place, ...]
 
 
 class Engine:
@@ -76,14 +80,16 @@ class Engine:
         self.weight_bytes = runner.weight_bytes
         self._runner = runner
         self._shapes = shapes
+        self._reading_shapes = reading_shapes(shapes)
         self.limits = RequestLimits(scheduler.session_len, vocab_size)
         self._sequences: dict[str, Sequence] = {}
         self._flight: Flight | None = None
         self._deadlines: list[tuple[float, str]] = []
         self._steps = 0
         self._grammars = grammars
-        self._compiler = ThreadPoolExecutor(1, "jaxdeploy-grammars")
-        self._compiling: dict[Sequence, Future[Matcher]] = {}
+        self._readers: dict[Sequence, PromptReader] = {}
+        self._compiler = ThreadPoolExecutor(1, "jaxdeploy-compiler")
+        self._compiling: dict[Sequence, Future[Matcher | None]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -133,16 +139,20 @@ class Engine:
             sequence.deadline = time.monotonic() + request.timeout
             heapq.heappush(self._deadlines, (sequence.deadline, request.request_id))
         self._sequences[request.request_id] = sequence
-        if request.sampling.grammar is None:
+        if sequence.reading:
+            self._readers[sequence] = PromptReader(sequence)
+        if request.sampling.grammar is None and not sequence.reading:
             self.scheduler.add(sequence)
         else:
-            self._compile(sequence, request.sampling.grammar)
+            self._compiling[sequence] = self._compiler.submit(self._compile, sequence)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free what it holds; one that has ended, or never was, is no error."""
         sequence = self._sequences.pop(request_id, None)
-        if sequence is not None and self._compiling.pop(sequence, None) is None:
-            self.scheduler.abort(sequence)
+        if sequence is not None:
+            self._readers.pop(sequence, None)
+            if self._compiling.pop(sequence, None) is None:
+                self.scheduler.abort(sequence)
 
     def step(self) -> list[StepOutput]:
         """Launch a step, then take in what the one before sampled: the new token of every sequence that got one."""
@@ -153,6 +163,9 @@ class Engine:
         outputs += self._take_in()
         self._flight = launched
         return outputs
+
+    def wake(self) -> None:
+        """Nothing to do: ``step`` computes, it does not wait for others."""
 
     def close(self) -> None:
         """Give the device memory back."""
@@ -172,13 +185,18 @@ class Engine:
             logger.warning("num_cpu_blocks: host memory is not used, evicted blocks are computed again faster")
             self.scheduler.prefixes.host.close()
 
-    def _compile(self, sequence: Sequence, grammar: str) -> None:
-        """Have a thread make what ``sequence`` follows: others go on meanwhile."""
+    def _compile(self, sequence: Sequence) -> Matcher | None:
+        """What must be there before ``sequence`` can run; in a thread, others go on meanwhile."""
+        if sequence.reading:
+            self._runner.prepare(self._reading_shapes, sequence.reading)
+        grammar = sequence.sampling.grammar
+        if grammar is None:
+            return None
         assert self._grammars is not None, "checked when it was added"
-        self._compiling[sequence] = self._compiler.submit(self._grammars.matcher, grammar)
+        return self._grammars.matcher(grammar)
 
     def _take_compiled(self) -> list[StepOutput]:
-        """Queue sequences whose grammar is ready; those whose grammar turns out to be none end."""
+        """Queue sequences for which everything is compiled; those whose grammar turns out to be none end."""
         if self._compiling and not self.scheduler.has_work:
             wait(self._compiling.values(), PATIENCE, FIRST_COMPLETED)
         outputs = []
@@ -188,6 +206,7 @@ class Engine:
             except Exception as error:  # whatever is wrong with a grammar is its sequence's alone
                 logger.warning("request %s: %s", sequence.request_id, error)
                 del self._sequences[sequence.request_id]
+                self._readers.pop(sequence, None)
                 outputs.append(StepOutput(sequence.request_id, (), FinishReason.ERROR))
             else:
                 self.scheduler.add(sequence)
@@ -221,11 +240,12 @@ class Engine:
                 assert sequence.slot is not None, "an admitted sequence has a slot"
                 self._runner.write_tokens(sequence.slot, sequence.token_ids)
         with self.spans("build"):
-            shape = choose_shape(self._shapes, batch)
+            shape = choose_shape(self._reading_shapes if reading_of(batch) else self._shapes, batch)
             inputs = build_inputs(shape, batch, self.limits.vocab_size)
         with self.spans("dispatch"):
-            sampled = self._runner.run(inputs)
-        return Flight(sampled, [(row, chunk.sequence) for row, chunk in inputs.rows], batch.repeats)
+            result = self._runner.run(inputs)
+        rows = [(row, chunk.sequence) for row, chunk in inputs.rows]
+        return Flight(result, rows, batch.repeats, inputs.read)
 
     def _take_in(self) -> list[StepOutput]:
         """Wait for the step in flight and commit what it sampled; sequences that have ended since are left out."""
@@ -235,6 +255,7 @@ class Engine:
         with self.spans("wait"):
             sampled = _to_host(flight)
         with self.spans("commit"):
+            self._take_readings(flight)
             rows = [(row, sequence) for row, sequence in flight.rows if sequence.finish_reason is None]
             known = [len(sequence.token_ids) for _, sequence in rows]
             tokens = sampled.tokens.T.tolist()
@@ -244,6 +265,12 @@ class Engine:
                 for (row, sequence), length in zip(rows, known, strict=True)
             ]
 
+    def _take_readings(self, flight: Flight) -> None:
+        for place in flight.read:
+            reader = self._readers.get(place.chunk.sequence)
+            if reader is not None and flight.result.prompts is not None:
+                reader.add(place, flight.result.prompts)
+
     def _output(self, row: int, sequence: Sequence, known: int, sampled: HostSample) -> StepOutput:
         if sequence.finish_reason is not None:
             del self._sequences[sequence.request_id]
@@ -251,7 +278,11 @@ class Engine:
         logprobs: tuple[TokenLogprob, ...] = ()
         if (wanted := sequence.sampling.logprobs) is not None:
             logprobs = tuple(_logprob(token, sampled, index, row, wanted) for index, token in enumerate(tokens))
-        return StepOutput(sequence.request_id, tokens, sequence.finish_reason, logprobs, sequence.cached)
+        prompt = None
+        if sequence.reading:
+            sequence.reading = Reading.NOTHING
+            prompt = self._readers.pop(sequence).reading()
+        return StepOutput(sequence.request_id, tokens, sequence.finish_reason, logprobs, sequence.cached, prompt)
 
 
 def _to_host(flight: Flight) -> HostSample:
@@ -260,9 +291,9 @@ def _to_host(flight: Flight) -> HostSample:
             return None
         return np.asarray(array) if flight.repeats > 1 else np.asarray(array)[None]
 
-    tokens = fetch(flight.sampled.tokens)
+    tokens = fetch(flight.result.sampled.tokens)
     assert tokens is not None, "every step samples"
-    rest = (fetch(array) for array in flight.sampled[1:])
+    rest = (fetch(array) for array in flight.result.sampled[1:])
     return HostSample(tokens, *rest)
 
 

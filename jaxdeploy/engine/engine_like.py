@@ -39,6 +39,10 @@ class EngineLike(Protocol):
         """What has come since the last call."""
         ...
 
+    def wake(self) -> None:
+        """Have a ``step`` that waits for something to come return; any thread may call it."""
+        ...
+
     def close(self) -> None:
         """Give the device memory back."""
         ...

@@ -19,7 +19,7 @@ from jaxdeploy.engine.remote import RemoteEngine
 from jaxdeploy.engine.text_stream import TextStream
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
-from jaxdeploy.messages import FinishReason, Request, StepOutput, TokenLogprob
+from jaxdeploy.messages import FinishReason, PromptReading, Request, StepOutput, TokenLogprob
 from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ class TextRequest:
 class TextOutput:
     """What a step added to a reply: text and tokens since the last output, and how it ended if it did.
 
-    ``stop_word`` is the text that ended it, where one did.
+    ``stop_word`` is the text that ended it, where one did; ``prompt`` comes once, where it was asked for.
     """
 
     request_id: str
@@ -60,6 +60,7 @@ class TextOutput:
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     stop_word: str | None = None
+    prompt: PromptReading | None = None
 
 
 class Generator:
@@ -147,6 +148,10 @@ class Generator:
         self._streams.pop(request_id, None)
         self.engine.abort(request_id)
 
+    def wake(self) -> None:
+        """Have a ``step`` that waits return; any thread may call it."""
+        self.engine.wake()
+
     def close(self) -> None:
         """Give the device memory back."""
         self._streams.clear()
@@ -179,7 +184,8 @@ class Generator:
             reason = FinishReason.STOP if stream.stopped else reason
             del self._streams[output.request_id]
         logprobs = output.logprobs[: len(tokens)]
-        return TextOutput(output.request_id, text, tokens, logprobs, reason, output.cached_tokens, stream.stop_word)
+        cached, word = output.cached_tokens, stream.stop_word
+        return TextOutput(output.request_id, text, tokens, logprobs, reason, cached, word, output.prompt)
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

@@ -14,10 +14,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.engine.batch import SAMPLING_FLOATS, ModelInputs, StepShape, padding_inputs, unpack
+from jaxdeploy.engine.batch import SAMPLING_FLOATS, Choice, ModelInputs, StepShape, padding_inputs, unpack
 from jaxdeploy.engine.host_blocks import GROUP, HostBlocks
 from jaxdeploy.engine.host_tier import Transfer
+from jaxdeploy.engine.prompt_reading import PromptRows, read
 from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
+from jaxdeploy.engine.sequence import Reading
 from jaxdeploy.engine.step_weights import StepWeights, flatten
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.decoder import Decoder
@@ -33,6 +35,13 @@ LOOP_IN_GRAPH = {
     "xla_gpu_enable_command_buffer": ("FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE")
 }
 """XLA's own choice of what a CUDA graph may hold, and loops: without them the host would wait in every round of one."""
+
+
+class StepResult(NamedTuple):
+    """What a step samples, and what it tells of the prompts that it computes."""
+
+    sampled: Sampled
+    prompts: PromptRows | None = None
 
 
 class ModelRunner:
@@ -53,7 +62,8 @@ class ModelRunner:
         self._on_gpu = mesh.devices.flat[0].platform != "cpu"
         self._vocab_size = decoder.config.vocab_size
         self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
-        self._steps: dict[tuple[StepShape, bool], Any] = {}
+        self._held = jax.tree.map(_shape, (self._leaves, pools, self._buffer))
+        self._steps: dict[_Variant, Any] = {}
         self._warm = False
 
     def write_tokens(self, slot: int, token_ids: list[int]) -> None:
@@ -66,15 +76,14 @@ class ModelRunner:
         """Launch copies of blocks between device and host, in their order."""
         self._pools = self._host_blocks.carry_out(self._pools, transfers)
 
-    def run(self, inputs: ModelInputs) -> Sampled:
+    def run(self, inputs: ModelInputs) -> StepResult:
         """Launch one step; what it samples are device arrays of ``inputs.shape.sequences`` rows, on their way here."""
-        step = self._step(inputs.shape, full=inputs.allowed is not None)
-        extra = () if inputs.allowed is None else (inputs.allowed,)
-        sampled: Sampled
-        sampled, self._pools, self._buffer = step(self._leaves, self._pools, self._buffer, inputs.packed, *extra)
+        step = self._step(_variant(inputs))
+        result: StepResult
+        result, self._pools, self._buffer = step(self._leaves, self._pools, self._buffer, *_arrays(inputs))
         if self._on_gpu:  # a CPU's memory is the host's
-            jax.copy_to_host_async(sampled)
-        return sampled
+            jax.copy_to_host_async(result)
+        return result
 
     def warm_up(self, shapes: list[StepShape], progress: Callable[[list[Any]], Any]) -> None:
         """Compile every step and run it on padding until its CUDA graph exists; a later compile logs a warning."""
@@ -85,6 +94,14 @@ class ModelRunner:
             for _ in range(runs):
                 jax.block_until_ready(self.run(inputs))
         self._warm = True
+
+    def prepare(self, shapes: list[StepShape], reading: Reading) -> None:
+        """Compile the steps of ``shapes`` that read prompts, unless they are there. Any thread may call it."""
+        for shape in shapes:
+            inputs = padding_inputs(shape, self._vocab_size, full_sampler=True, reading=reading)
+            variant = _variant(inputs)
+            if variant not in self._steps:
+                self._steps[variant] = self._jitted(variant).lower(*self._held, *_arrays(inputs)).compile()
 
     def seconds_to_restore(self) -> float:
         """How long a block takes from host memory to the device; compiles the copies and leaves nothing behind."""
@@ -107,11 +124,7 @@ class ModelRunner:
 
     def compiled(self, inputs: ModelInputs) -> jax.stages.Compiled:
         """The program that ``run`` would use for such inputs, to look at its memory and its instructions."""
-        extra = () if inputs.allowed is None else (inputs.allowed,)
-        step = self._step(inputs.shape, full=inputs.allowed is not None)
-        program: jax.stages.Compiled = step.lower(
-            self._leaves, self._pools, self._buffer, inputs.packed, *extra
-        ).compile()
+        program: jax.stages.Compiled = self._jitted(_variant(inputs)).lower(*self._held, *_arrays(inputs)).compile()
         return program
 
     def close(self) -> None:
@@ -122,24 +135,43 @@ class ModelRunner:
         self._host_blocks.clear()
         self._steps.clear()
 
-    def _step(self, shape: StepShape, *, full: bool) -> Any:
-        key = (shape, full)
-        if key not in self._steps:
+    def _step(self, variant: _Variant) -> Any:
+        if variant not in self._steps:
             if self._warm:
-                logger.warning("compiling a step after warm-up: %s; this stalls every running request", shape)
-            self._steps[key] = jax.jit(
-                partial(self._forward, shape),
-                donate_argnums=(1, 2),
-                out_shardings=(self._replicated, self._pool_shardings, self._replicated),
-                compiler_options=LOOP_IN_GRAPH if shape.repeats > 1 and self._on_gpu else None,
-            )
-        return self._steps[key]
+                logger.warning("compiling a step after warm-up: %s; this stalls every running request", variant.shape)
+            self._steps[variant] = self._jitted(variant)
+        return self._steps[variant]
+
+    def _jitted(self, variant: _Variant) -> Any:
+        return jax.jit(
+            partial(self._forward, variant.shape, reading=variant.reading),
+            donate_argnums=(1, 2),
+            out_shardings=(self._replicated, self._pool_shardings, self._replicated),
+            compiler_options=LOOP_IN_GRAPH if variant.shape.repeats > 1 and self._on_gpu else None,
+        )
+
+
+class _Variant(NamedTuple):
+    """What makes a step another program."""
+
+    shape: StepShape
+    full_sampler: bool
+    reading: Reading
+
+
+def _variant(inputs: ModelInputs) -> _Variant:
+    return _Variant(inputs.shape, inputs.choice is not None, inputs.reading)
+
+
+def _arrays(inputs: ModelInputs) -> tuple[Any, ...]:
+    """What a step takes beside weights, pools and buffer."""
+    return (inputs.packed,) if inputs.choice is None else (inputs.packed, inputs.choice)
 
 
 def flat_step(decoder: Decoder, mesh: Mesh) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
     """A step as a pure function of arrays, and the decoder's weights as the tuple that it takes.
 
-    The function takes ``(shape, weights, pools, buffer, packed[, allowed])`` and gives ``(sampled, pools, buffer)``;
+    The function takes ``(shape, weights, pools, buffer, packed[, choice])`` and gives ``(result, pools, buffer)``;
     donate pools and buffer.
     """
     weights, arrays = flatten(decoder, mesh)
@@ -150,6 +182,10 @@ def _bytes_read(decoder: Decoder) -> int:
     parts = [decoder] if decoder.config.tie_embeddings else [decoder, decoder.embed]
     everything, *rows_of = (sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(part))) for part in parts)
     return int(everything - sum(rows_of))
+
+
+def _shape(array: jax.Array) -> Any:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
@@ -170,56 +206,68 @@ def _forward(
     pools: Pools,
     buffer: jax.Array,
     packed: jax.Array,
-    allowed: jax.Array | None = None,
-) -> tuple[Sampled, Pools, jax.Array]:
+    choice: Choice | None = None,
+    *,
+    reading: Reading = Reading.NOTHING,
+) -> tuple[StepResult, Pools, jax.Array]:
     """One step; or several in a row, whose samples are stacked."""
     fields = unpack(packed, shape)
-    one = partial(_once, weights.decoder(arrays), weights.mesh, shape, allowed)
+    one = partial(_once, weights.decoder(arrays), weights.mesh, shape, choice, reading)
     if shape.repeats == 1:
         return one(fields, pools, buffer)
 
     def step(carry: _Carry) -> _Carry:
-        index, sampled, pools, buffer = carry
+        index, results, pools, buffer = carry
         new, pools, buffer = one({**fields, "length": fields["length"] + index}, pools, buffer)
-        return index + 1, jax.tree.map(lambda all_, row: all_.at[index].set(row), sampled, new), pools, buffer
+        return index + 1, jax.tree.map(lambda all_, row: all_.at[index].set(row), results, new), pools, buffer
 
-    sample = jax.eval_shape(one, fields, pools, buffer)[0]
-    empty = jax.tree.map(lambda row: jnp.zeros((shape.repeats, *row.shape), row.dtype), sample)
+    result = jax.eval_shape(one, fields, pools, buffer)[0]
+    empty = jax.tree.map(lambda row: jnp.zeros((shape.repeats, *row.shape), row.dtype), result)
     start = jnp.int32(0), empty, pools, buffer
-    _, sampled, pools, buffer = jax.lax.while_loop(lambda carry: carry[0] < shape.repeats, step, start)
-    return sampled, pools, buffer
+    _, results, pools, buffer = jax.lax.while_loop(lambda carry: carry[0] < shape.repeats, step, start)
+    return results, pools, buffer
 
 
-_Carry = tuple[jax.Array, Sampled, Pools, jax.Array]
+_Carry = tuple[jax.Array, StepResult, Pools, jax.Array]
 
 
 def _once(
     decoder: Decoder,
     mesh: Mesh,
     shape: StepShape,
-    allowed: jax.Array | None,
+    choice: Choice | None,
+    reading: Reading,
     fields: Mapping[str, jax.Array],
     pools: Pools,
     buffer: jax.Array,
-) -> tuple[Sampled, Pools, jax.Array]:
+) -> tuple[StepResult, Pools, jax.Array]:
     """Embed → layers → logits of the last tokens → sample → note the tokens in the buffer."""
     layout = _layout(fields, shape, pools[0], mesh)
     tokens = buffer[fields["slot"][layout.sequence], layout.positions]
     lengths = fields["prompt_length"][layout.sequence]
     last = fields["last_token"] if shape.prefill_tokens else None  # of single tokens each is the last
-    hidden, new_pools = decoder.hidden(tokens, layout.positions, lengths, layout.context, pools, last)
+    wanted = None if reading else last
+    hidden, new_pools = decoder.hidden(tokens, layout.positions, lengths, layout.context, pools, wanted)
+    prompts = None
+    if reading:
+        prompts = _read(decoder, shape, layout, fields, buffer, hidden, reading)
+        hidden = hidden[last]
     logits = decoder.logits(hidden)
-    sampled = greedy(logits) if allowed is None else sample(logits, _sampling_rows(fields, buffer, allowed))
+    sampled = greedy(logits) if choice is None else sample(logits, _sampling_rows(fields, buffer, choice))
     slot = jnp.where(fields["samples"] > 0, fields["slot"], buffer.shape[0])
     buffer = buffer.at[slot, fields["length"]].set(sampled.tokens, mode="drop")
-    return sampled, cast(Pools, tuple(new_pools)), buffer
+    return StepResult(sampled, prompts), cast(Pools, tuple(new_pools)), buffer
 
 
 class _Layout(NamedTuple):
-    """For each of the step's T tokens its sequence (row of the per-sequence fields) and position, and where KV is."""
+    """For each of the step's T tokens its sequence (row of the per-sequence fields) and position, and where KV is.
+
+    ``real`` is false for padding.
+    """
 
     sequence: jax.Array
     positions: jax.Array
+    real: jax.Array
     context: PagedContext
 
 
@@ -232,10 +280,33 @@ def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: Pool, mesh:
         sequences.append(jnp.repeat(sequence, rows.query_length, total_repeat_length=rows.tokens))
         positions.append((rows.first_positions[:, None] + offsets).reshape(-1))
         real.append((offsets < rows.lengths[:, None]).reshape(-1))
-    sequence, position = jnp.concatenate(sequences), jnp.concatenate(positions)
+    sequence, position, is_real = jnp.concatenate(sequences), jnp.concatenate(positions), jnp.concatenate(real)
     block = fields["block_tables"][sequence, position // size]
-    slots = jnp.where(jnp.concatenate(real), block * size + position % size, blocks * size)
-    return _Layout(sequence, position, PagedContext(tuple(regions), slots, mesh))
+    slots = jnp.where(is_real, block * size + position % size, blocks * size)
+    return _Layout(sequence, position, is_real, PagedContext(tuple(regions), slots, mesh))
+
+
+def _read(
+    decoder: Decoder,
+    shape: StepShape,
+    layout: _Layout,
+    fields: Mapping[str, jax.Array],
+    buffer: jax.Array,
+    hidden: jax.Array,
+    reading: Reading,
+) -> PromptRows:
+    """Of the prompts alone, which stand behind the decodes."""
+    first = shape.decodes
+    sequence, positions = layout.sequence[first:], layout.positions[first:]
+    behind = jnp.minimum(positions + 1, buffer.shape[1] - 1)
+    return read(
+        hidden[first:],
+        prompt=sequence - first,
+        real=layout.real[first:],
+        last_token=fields["last_token"][first:] - first,
+        next_token=buffer[fields["slot"][sequence], behind],
+        logits=decoder.logits if reading is Reading.LOGPROBS else None,
+    )
 
 
 def _regions(fields: Mapping[str, jax.Array], shape: StepShape) -> Iterator[tuple[Rows, jax.Array]]:
@@ -251,7 +322,7 @@ def _regions(fields: Mapping[str, jax.Array], shape: StepShape) -> Iterator[tupl
         yield Rows(tables[sequence], fields["row_start"], fields["row_tokens"], shape.row_length), sequence
 
 
-def _sampling_rows(fields: Mapping[str, jax.Array], buffer: jax.Array, allowed: jax.Array) -> SamplingRows:
+def _sampling_rows(fields: Mapping[str, jax.Array], buffer: jax.Array, choice: Choice) -> SamplingRows:
     floats = {name: jax.lax.bitcast_convert_type(fields[name], jnp.float32) for name in SAMPLING_FLOATS}
     return SamplingRows(
         **floats,
@@ -260,5 +331,7 @@ def _sampling_rows(fields: Mapping[str, jax.Array], buffer: jax.Array, allowed: 
         history=buffer[fields["slot"]],
         length=fields["length"],
         prompt_length=fields["prompt_length"],
-        allowed=allowed,
+        allowed=choice.allowed,
+        biased=choice.bias[:, 0],
+        bias=jax.lax.bitcast_convert_type(choice.bias[:, 1], jnp.float32),
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import pickle
+import select
 import signal
 import sys
 import threading
@@ -21,8 +23,8 @@ from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import Request, StepOutput
 
-PATIENCE = 0.005
-"""Seconds that ``step`` waits for outputs, so that its caller can see to new requests."""
+PATIENCE = 0.5
+"""Seconds that ``step`` waits for outputs, unless it is woken."""
 SWITCH_INTERVAL = 1e-4
 """Seconds after which the thread that sends has to let the one that steps go on; Python's own 5 ms are a whole step."""
 LAST_WORDS = 10.0
@@ -49,6 +51,11 @@ class RemoteEngine:
         self._process = spawn.Process(target=_serve, args=(theirs, build), name="jaxdeploy-engine", daemon=True)
         self._process.start()
         theirs.close()
+        self._woken, self._waker = spawn.Pipe(duplex=False)
+        os.set_blocking(self._waker.fileno(), False)
+        self._waiting = select.poll()
+        for readable in (self._connection, self._woken):
+            self._waiting.register(readable, select.POLLIN)
         self._names: dict[str, str] = {}
         """What a request is called there → its name here: names may be used again, numbers are not."""
         self._numbers: dict[str, str] = {}
@@ -90,8 +97,13 @@ class RemoteEngine:
             del self._names[number]
             self._send("abort", number)
 
+    def wake(self) -> None:
+        """Have a ``step`` that waits return. Any thread may call it."""
+        with suppress(OSError):  # it has been told often enough, or is closed
+            os.write(self._waker.fileno(), b"!")
+
     def step(self) -> list[StepOutput]:
-        """What has come since the last call, if need be after a moment."""
+        """What has come since the last call; if nothing has, what comes until somebody calls ``wake``."""
         self._drain(0 if self._arrived else PATIENCE)
         outputs, self._arrived = self._arrived, []
         return [self._named(output) for output in outputs if output.request_id in self._names]
@@ -103,14 +115,16 @@ class RemoteEngine:
             self._process.join(LAST_WORDS)
             self._process.kill()
         self._process.join()
-        self._connection.close()
+        for end in (self._connection, self._woken, self._waker):
+            end.close()
 
     def _drain(self, patience: float) -> None:
-        """Take what has been sent, waiting for it at most so many seconds."""
-        while self._connection.poll(patience):
+        """Take what has been sent, waiting for it, or to be woken, at most so many seconds."""
+        if patience and any(ready == self._woken.fileno() for ready, _ in self._waiting.poll(1000 * patience)):
+            os.read(self._woken.fileno(), 4096)
+        while self._connection.poll():
             outputs, self._stats = self._receive()
             self._arrived += outputs
-            patience = 0
 
     def _named(self, output: StepOutput) -> StepOutput:
         name = self._names[output.request_id]

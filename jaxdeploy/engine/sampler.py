@@ -1,7 +1,7 @@
 """Choosing the next token on the device, each row by its own settings.
 
-Order: penalties, forbidden tokens, temperature, top-k, top-p, min-p, then one draw with noise that depends only on the
-row's seed and position, so a request gets the same tokens whatever else is in the batch.
+Order: penalties, biases, forbidden tokens, temperature, top-k, top-p, min-p, then one draw with noise that depends only
+on the row's seed and position, so a request gets the same tokens whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import jax.numpy as jnp
 
 from jaxdeploy.engine.checks import MAX_LOGPROBS
 
+CANDIDATES = 256
+"""Likeliest tokens among which nearly every draw takes place."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class SamplingRows:
 
     ``history`` int32 [B, L] are the row's tokens, of which ``length`` are known and ``prompt_length`` are prompt.
     ``allowed`` uint32 [B, ceil(V / 32)] has bit ``t % 32`` of word ``t // 32`` set where token t may be chosen.
+    ``bias`` float32 [B, any] is added to the logits of ``biased`` int32 [B, any].
     """
 
     temperature: jax.Array
@@ -36,6 +40,8 @@ class SamplingRows:
     length: jax.Array
     prompt_length: jax.Array
     allowed: jax.Array
+    biased: jax.Array
+    bias: jax.Array
 
 
 class Sampled(NamedTuple):
@@ -58,11 +64,12 @@ def greedy(logits: jax.Array) -> Sampled:
 def sample(logits: jax.Array, rows: SamplingRows) -> Sampled:
     """One token for each row of ``logits`` float32 [B, V], with log-probabilities."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    adjusted = jnp.where(_allowed_tokens(rows.allowed, logits.shape[-1]), _penalise(logits, rows), -jnp.inf)
+    row = jnp.arange(logits.shape[0])[:, None]
+    biased = _penalise(logits, rows).at[row, rows.biased].add(rows.bias)
+    adjusted = jnp.where(_allowed_tokens(rows.allowed, logits.shape[-1]), biased, -jnp.inf)
     likeliest = jnp.argmax(adjusted, axis=-1)
     drawn = _draw(adjusted, rows)
-    is_greedy = (rows.temperature == 0.0) | (rows.top_k == 1)
-    tokens = jnp.where(is_greedy, likeliest, drawn).astype(jnp.int32)
+    tokens = jnp.where(_is_greedy(rows), likeliest, drawn).astype(jnp.int32)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
     return Sampled(tokens, chosen, top_tokens, top_logprobs)
@@ -96,22 +103,53 @@ def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
     """Sample from the tokens that top-k, top-p and min-p leave, by adding Gumbel noise and taking the largest."""
     temperature = jnp.where(rows.temperature > 0.0, rows.temperature, 1.0)
     scaled = logits / temperature[:, None]
-    ordered = -jnp.sort(-scaled, axis=-1)
-    kept = jnp.where(scaled >= _threshold(ordered, rows)[:, None], scaled, -jnp.inf)
+    kept = jnp.where(scaled >= _threshold(scaled, rows)[:, None], scaled, -jnp.inf)
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(rows.seed, rows.length)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[-1],), jnp.float32))(keys)
     drawn: jax.Array = jnp.argmax(kept + noise, axis=-1)
     return drawn
 
 
-def _threshold(ordered: jax.Array, rows: SamplingRows) -> jax.Array:
-    """The smallest kept value [B] of ``ordered`` [B, V], sorted from the largest down."""
-    vocab = ordered.shape[-1]
-    rank = jnp.arange(vocab, dtype=jnp.int32)
-    top_k = jnp.where(rows.top_k > 0, rows.top_k, vocab)[:, None]
-    probabilities = jax.nn.softmax(jnp.where(rank < top_k, ordered, -jnp.inf), axis=-1)
+def _threshold(scaled: jax.Array, rows: SamplingRows) -> jax.Array:
+    """The smallest kept value [B] of ``scaled`` [B, V].
+
+    The largest values settle it for nearly all rows; only where they do not, all are sorted, which takes far longer.
+    """
+    total = jax.nn.logsumexp(scaled, axis=-1)
+    likeliest = jax.lax.top_k(scaled, min(CANDIDATES, scaled.shape[-1]))[0]
+    threshold, settled = _limit(likeliest, total, rows, scaled.shape[-1])
+
+    def look_at_all() -> jax.Array:
+        every, _ = _limit(-jnp.sort(-scaled, axis=-1), total, rows, scaled.shape[-1])
+        return jnp.where(settled, threshold, every)
+
+    if scaled.shape[-1] <= CANDIDATES:
+        return threshold
+    found: jax.Array = jax.lax.cond(jnp.all(settled | _is_greedy(rows)), lambda: threshold, look_at_all)
+    return found
+
+
+def _limit(ordered: jax.Array, total: jax.Array, rows: SamplingRows, vocab: int) -> tuple[jax.Array, jax.Array]:
+    """The smallest kept value [B], if the n largest of V values, ``ordered`` [B, n], settle it; and whether they do.
+
+    ``total`` [B] is the logarithm of the sum of the exponentials of all.
+    """
+    count = ordered.shape[-1]
+    rank = jnp.arange(count, dtype=jnp.int32)
+    top_k = jnp.where((rows.top_k > 0) & (rows.top_k < vocab), rows.top_k, vocab)
+    among = rank < top_k[:, None]
+    candidates = jnp.where(among, ordered, -jnp.inf)
+    norm = jnp.where(top_k < vocab, jax.nn.logsumexp(candidates, axis=-1), total)
+    probabilities = jnp.exp(candidates - norm[:, None])
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    keep = (rank < top_k) & (before < rows.top_p[:, None])
+    keep = among & (before < rows.top_p[:, None])
     keep &= probabilities >= rows.min_p[:, None] * probabilities[:, :1]
     last = jnp.maximum(jnp.sum(keep, axis=-1) - 1, 0)
-    return jnp.take_along_axis(ordered, last[:, None], axis=-1)[:, 0]
+    threshold = jnp.take_along_axis(ordered, last[:, None], axis=-1)[:, 0]
+    takes_all = (top_k == vocab) & (rows.top_p >= 1.0) & (rows.min_p <= 0.0)
+    settled = (top_k <= count) | ((top_k == vocab) & ~keep[:, -1])
+    return jnp.where(takes_all, -jnp.inf, threshold), settled | takes_all
+
+
+def _is_greedy(rows: SamplingRows) -> jax.Array:
+    return (rows.temperature == 0.0) | (rows.top_k == 1)

@@ -235,11 +235,13 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of them.
 
-        One that was preempted while a token of its was in flight waits for it.
+        One that was preempted while a token of its was in flight waits for it. A prompt that is to be read is computed
+        from its start.
         """
         if sequence.in_flight:
             return False
-        own, found = self.blocks.hold(sequence.blocks), self.prefixes.find(sequence)
+        kept = [] if sequence.reading else sequence.blocks
+        own, found = self.blocks.hold(kept), [] if sequence.reading else self.prefixes.find(sequence)
         computed = min(sequence.computed, len(own) * self.block_size)
         if len(found) > len(own):
             self.blocks.retire(own)

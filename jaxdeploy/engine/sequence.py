@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Protocol
 
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
@@ -19,6 +20,15 @@ class MatcherLike(Protocol):
     def take(self, token_id: int) -> None:
         """The reply goes on with ``token_id``."""
         ...
+
+
+class Reading(IntEnum):
+    """How much a step tells of the prompts that it computes."""
+
+    NOTHING = 0
+    HIDDEN = 1
+    LOGPROBS = 2
+    """Hidden states as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class Sequence:
     on the device while it runs, ``block_table`` the int32 indices of its blocks. ``cached`` tokens of the prompt were
     in the cache when it first ran. ``noted`` is how others find its tokens, in its own blocks or in such as had the
     same before (``PrefixCache``). ``settings`` is what a step takes of it that never changes, once that is laid out.
-    ``matcher`` follows the reply through its grammar, if it has one.
+    ``matcher`` follows the reply through its grammar, if it has one. ``reading`` is what its prompt is still read for.
     """
 
     request: Request
@@ -73,11 +83,13 @@ class Sequence:
     matcher: MatcherLike | None = None
     noted: list[Node] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    reading: Reading = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.prompt_length = len(self.token_ids)
         self.longest = self.prompt_length + self.sampling.max_new_tokens
+        self.reading = _reading(self.request)
         self._always_sampler = _needs_sampler(self.sampling)
 
     @property
@@ -137,6 +149,12 @@ class Sequence:
             self.finish_reason = FinishReason.LENGTH
 
 
+def _reading(request: Request) -> Reading:
+    if request.sampling.prompt_logprobs is not None:
+        return Reading.LOGPROBS
+    return Reading.HIDDEN if request.embed else Reading.NOTHING
+
+
 def _needs_sampler(sampling: SamplingParams) -> bool:
     penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
     return (
@@ -144,5 +162,6 @@ def _needs_sampler(sampling: SamplingParams) -> bool:
         or penalties != (1.0, 0.0, 0.0)
         or sampling.logprobs is not None
         or bool(sampling.bad_token_sequences)
+        or bool(sampling.logit_bias)
         or sampling.grammar is not None
     )

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from jaxdeploy.engine.generator import TextOutput
-from jaxdeploy.messages import FinishReason, TokenLogprob
+from jaxdeploy.messages import FinishReason, PromptReading, TokenLogprob
 from jaxdeploy.server.protocol.chat import ChoiceLogprobs, ChosenLogprob, LogprobOf
 from jaxdeploy.server.protocol.usage import Usage
 from jaxdeploy.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ class Collected:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    prompt: PromptReading | None = None
 
     def add(self, output: TextOutput) -> None:
         """Append a piece."""
@@ -29,6 +30,7 @@ class Collected:
         self.logprobs += output.logprobs
         self.finish_reason = output.finish_reason
         self.cached_tokens = output.cached_tokens
+        self.prompt = output.prompt or self.prompt
 
 
 @dataclass

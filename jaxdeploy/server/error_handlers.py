@@ -33,7 +33,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "the request is wrong",
         401: "the API key is missing or wrong",
-        404: "there is no such model",
+        404: "there is no such model or response",
         409: "the session has a reply that runs",
         413: "the body is too large",
         422: "not used: a wrong request is a 400",
@@ -105,12 +105,18 @@ def _fault(fault: dict[str, Any]) -> str:
     if isinstance(fault["input"], bytes):
         return "body is not JSON by its type; send Content-Type: application/json"
     if fault["type"] == "extra_forbidden":
-        return f"{where} is no field of this request; leave it out"
+        return f"{_named(fault['loc'])} is no field of this request; leave it out"
     if fault["type"] == "missing":
         return f"{where} is missing; add it"
     if fault["type"] == "json_invalid":
         return f"body is not JSON ({fault['ctx']['error']}); mend it"
     return f"{where}={fault['input']!r:.60} is wrong: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _named(places: Sequence[str | int]) -> str:
+    """The path to a field that nobody knows, which may have any name."""
+    *before, name = places
+    return f"{_path(before)}.{name}".removeprefix(".")
 
 
 def _path(places: Sequence[str | int]) -> str:

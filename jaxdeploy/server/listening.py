@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from jaxdeploy.config import ServerConfig
 from jaxdeploy.errors import ConfigError
@@ -15,8 +15,11 @@ DRAIN_SECONDS = 60
 """Seconds that replies have to end, once the process is told to."""
 
 
-def listen(app: FastAPI, config: ServerConfig) -> None:
-    """Serve ``app`` until SIGINT or SIGTERM; replies that run then are finished first. Raises ``ConfigError``."""
+def listen(app: ASGIApp, config: ServerConfig, drain_seconds: int = DRAIN_SECONDS) -> None:
+    """Answer with ``app`` until SIGINT or SIGTERM; what runs then has ``drain_seconds`` to end.
+
+    Raises ``ConfigError``.
+    """
     chain, key = certificate(config) or (None, None)
     uvicorn.run(
         app,
@@ -24,7 +27,7 @@ def listen(app: FastAPI, config: ServerConfig) -> None:
         port=config.server_port,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_graceful_shutdown=drain_seconds,
         ssl_certfile=chain,
         ssl_keyfile=key,
     )

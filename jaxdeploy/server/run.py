@@ -31,15 +31,25 @@ def serve(
     engine_config, config = engine_config or EngineConfig(), server_config or ServerConfig()
     set_up_logging(log_level, config.log_format)
     certificate(config)
-    engine = AsyncEngine.from_pretrained(model, engine_config, chat_template=chat_template, progress=progress)
-    name = engine_config.model_name or model
-    served = Served(
-        engine,
-        name,
+    served = load(model, engine_config, config, chat_template=chat_template, progress=progress)
+    app = create_app(served, config)
+    logger.info("%s is served at %s", served.name, address(config))
+    listen(app, config)
+
+
+def load(
+    model: str,
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    *,
+    chat_template: ChatTemplateConfig | str | None = None,
+    progress: bool = False,
+) -> Served:
+    """``model`` with an engine in a process of its own, as routes want it. Raises ``JaxdeployError``."""
+    return Served(
+        AsyncEngine.from_pretrained(model, engine_config, chat_template=chat_template, progress=progress),
+        engine_config.model_name or model,
         config.max_concurrent_requests,
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
     )
-    app = create_app(served, config)
-    logger.info("%s is served at %s", name, address(config))
-    listen(app, config)

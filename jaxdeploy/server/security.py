@@ -16,26 +16,33 @@ OPEN_PATHS = frozenset({"/health"})
 """Answered without a key."""
 
 
+class Keys:
+    """Keys, of which only digests are kept."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def include(self, key: bytes) -> bool:
+        """Whether ``key`` is one of them. It is compared with every one in whole: the time taken tells nothing."""
+        digest = _digest(key)
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
 class KeyCheck:
     """Lets requests through that bring one of ``keys``, as ``Authorization: Bearer KEY`` or ``x-api-key: KEY``."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._keys = Keys(keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._known(_key(Headers(scope=scope))):
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._keys.include(_key(Headers(scope=scope))):
             await self._app(scope, receive, send)
             return
         body = reply("the API key is missing or wrong; send Authorization: Bearer KEY", "authentication_error")
         body.error.code = "invalid_api_key"
         await answer(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-
-    def _known(self, key: bytes) -> bool:
-        """Every key is compared in whole, so that the time taken tells nothing."""
-        digest = _digest(key)
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
 class BodyLimit:

@@ -8,20 +8,21 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.engine.generator import TextOutput, TextRequest
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import RequestError
+from jaxdeploy.errors import JaxdeployError, RequestError
 from jaxdeploy.generation_config import ResolvedGeneration, resolve
 from jaxdeploy.messages import FinishReason, Request
 from jaxdeploy.server.errors import OverloadedError, UnknownModelError
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.parsers import reasoning_form, tool_form
 from jaxdeploy.server.sessions import Sessions
+from jaxdeploy.server.stored_responses import StoredResponses
 from jaxdeploy.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -49,6 +50,8 @@ class Prompt:
 
     ids: tuple[int, ...]
     how: ResolvedGeneration
+    embed: bool = False
+    """Its hidden states are wanted."""
 
 
 class Pulse:
@@ -90,6 +93,7 @@ class Served:
         """Replies that are generated or wait."""
         self.metrics = Metrics(name)
         self.sessions = Sessions()
+        self.responses = StoredResponses()
         self.pulse = Pulse()
         template = self.tokenizer.chat_template if engine.generator.template.jinja else None
         self.tool_form = tool_form(tool_call_parser, template)
@@ -134,6 +138,10 @@ class Served:
             raise RequestError("prompt='' has no tokens, and this model has no token to begin with; write some text")
         return tuple(ids)
 
+    async def ids_of(self, given: str | Sequence[int]) -> tuple[int, ...]:
+        """Token ids of a raw text, or those that are given."""
+        return await self.text_ids(given) if isinstance(given, str) else tuple(given)
+
     def ends_with(self, ids: Sequence[int], mark: str) -> bool:
         """Whether a prompt ends with ``mark``."""
         return self.tokenizer.decode(ids[-TAIL:], skip_special_tokens=False).rstrip().endswith(mark)
@@ -154,6 +162,11 @@ class Served:
         how = fill() if config.response_format is None else await apart(fill)  # a grammar may take its time
         made.engine.limits.check(Request("", ids, how.sampling))
         return Prompt(ids, how)
+
+    async def to_read(self, ids: tuple[int, ...]) -> Prompt:
+        """A prompt of which nothing is wanted but its hidden states. Raises ``RequestError``."""
+        prompt = await self.resolved(ids, GenerationConfig(do_sample=False, max_new_tokens=1), chat=False)
+        return replace(prompt, embed=True)
 
     def check_room(self, prompts: Sequence[Prompt]) -> None:
         """Raise ``OverloadedError`` if replies to all ``prompts`` are too many now, ``RequestError`` if always."""
@@ -181,7 +194,7 @@ class Served:
                 async for output in outputs:
                     times.note(output)
                     if output.finish_reason is FinishReason.ERROR:
-                        raise RequestError("response_format cannot be followed with this vocabulary; simplify it")
+                        raise _failure(prompts)
                     yield places[output.request_id], output
         finally:
             self.held -= len(requests)
@@ -200,6 +213,13 @@ class Served:
         """Seconds until a place may be free: what half of the last requests took."""
         durations = sorted(self._durations)
         return max(1, math.ceil(durations[len(durations) // 2])) if durations else 1
+
+
+def _failure(prompts: Sequence[Prompt]) -> JaxdeployError:
+    """Why the engine gave a request up."""
+    if any(prompt.how.sampling.grammar for prompt in prompts):
+        return RequestError("response_format cannot be followed with this vocabulary; simplify it")
+    return JaxdeployError("the engine could not compile what this request needs; its log says why")
 
 
 def _count(prompts: Sequence[Prompt]) -> int:
@@ -223,6 +243,7 @@ def _requests(prompts: Sequence[Prompt], origin: Origin) -> Iterator[TextRequest
                 priority=origin.priority,
                 tenant=origin.tenant,
                 session_id=origin.session_id,
+                embed=prompt.embed,
             )
             yield TextRequest.of(request, how)
             count += 1

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -92,4 +94,50 @@ def test_what_cannot_be_served_is_one_line() -> None:
     command = [sys.executable, "-m", "jaxdeploy", "serve", "api_sever"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert ran.stderr == "error: program='api_sever' is unknown; choose one of api_server, proxy, api_client\n"
+    assert ran.stderr == "error: program='api_sever' is unknown; choose one of api_server, proxy, api_client, gradio\n"
+
+
+def certificate(folder: Path) -> tuple[Path, Path]:
+    """One for 127.0.0.1, and its key."""
+    chain, key = folder / "cert.pem", folder / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    command += ["-addext", "subjectAltName=IP:127.0.0.1", "-out", str(chain), "-keyout", str(key)]
+    subprocess.run(command, check=True, capture_output=True)
+    return chain, key
+
+
+@pytest.mark.slow
+def test_with_tls_and_keys_nothing_answers_without_a_key(tmp_path: Path) -> None:
+    chain, key = certificate(tmp_path)
+    port = free_port()
+    flags = ["--server-name", "127.0.0.1", "--server-port", str(port), "--no-warmup", "--max-batch-size", "2"]
+    flags += ["--ssl", "--ssl-certfile", str(chain), "--ssl-keyfile", str(key), "--api-keys", "right", "other"]
+    command = [sys.executable, "-m", "jaxdeploy", "serve", "api_server", *flags]
+    trusted = ssl.create_default_context(cafile=chain)
+    with (
+        subprocess.Popen(command, stderr=subprocess.DEVNULL) as server,
+        httpx2.Client(base_url=f"https://127.0.0.1:{port}", verify=trusted, timeout=60) as client,
+    ):
+        assert until(lambda: is_healthy(client) or server.poll() is not None, 240), "it did not start"
+        right = {"Authorization": "Bearer right"}
+        paths: dict[str, Any] = client.get("/openapi.json", headers=right).json()["paths"]
+        assert len(paths) > 15
+        for path, methods in paths.items():
+            for method in methods:
+                for headers in ({}, {"Authorization": "Bearer wrong"}, {"x-api-key": "righ"}):
+                    status = client.request(method.upper(), path, headers=headers).status_code
+                    assert status == (200 if path == "/health" else 401), (method, path, headers)
+        asked = {**ASK, "max_tokens": 3}
+        assert client.post("/v1/chat/completions", headers=right, json=asked).status_code == 200
+        with pytest.raises(httpx2.TransportError):
+            httpx2.get(f"http://127.0.0.1:{port}/health")
+        with pytest.raises(httpx2.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx2.get(f"https://127.0.0.1:{port}/health")
+        server.kill()
+
+
+def is_healthy(client: httpx2.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx2.TransportError:
+        return False

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
@@ -57,7 +57,7 @@ class Said(Strict):
     """A message."""
 
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], Field(min_length=1)]
 
 
 class AnthropicTool(Strict):
@@ -179,19 +179,6 @@ class TokenCount(BaseModel):
     """Tokens of the conversation."""
 
     input_tokens: int
-
-
-class StreamEvent(BaseModel):
-    """An event of a stream: its ``type``, and fields that depend on it."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-
-    @classmethod
-    def of(cls, type_: str, **fields: Any) -> StreamEvent:
-        """One with these fields."""
-        return cls.model_validate({"type": type_, **fields})
 
 
 def _messages(said: Said) -> Iterator[dict[str, Any]]:

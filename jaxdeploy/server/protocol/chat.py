@@ -110,7 +110,6 @@ class ChatRequest(Sampling):
     safety_identifier: str | None = Field(None, max_length=512, description="newer name of user")
     prompt_cache_key: str | None = Field(None, description="of no need: prompts that begin alike always share")
     metadata: dict[str, str] | None = Field(None, description="belongs to stored replies; none are stored")
-    logit_bias: Any = refused("bad_words forbids words", {})
     functions: Any = refused("leave them out", [])
     function_call: Any = refused("leave it out", "none", "auto")
     store: Any = refused("replies are not kept", False)

@@ -22,6 +22,13 @@ ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
 Prompt: TypeAlias = str | Ids | Texts | ManyIds
 
 
+def prompts_of(given: Prompt) -> list[str | list[int]]:
+    """One by one."""
+    if isinstance(given, str) or isinstance(given[0], int):
+        return [given]
+    return list(given)
+
+
 class CompletionRequest(Sampling):
     """Prompts to go on with: a text, several, the token ids of one, or of several."""
 
@@ -34,12 +41,9 @@ class CompletionRequest(Sampling):
 
     suffix: Any = refused("put the whole prompt into the model's own infilling form", "")
     best_of: Any = refused("ask for n and choose", 1)
-    logit_bias: Any = refused("bad_words forbids words", {})
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo=true has no log-probabilities of the prompt; leave logprobs out")
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens=0 gives nothing; ask for a token, or for echo=true")
         if self.stream_options is not None and not self.stream:
@@ -49,22 +53,33 @@ class CompletionRequest(Sampling):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one."""
-        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        return prompts_of(self.prompt)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt's tokens are wanted."""
+        return bool(self.echo) and self.logprobs is not None
 
     def generation(self) -> GenerationConfig:
         """How replies are generated."""
         longest = OPENAI_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.generation_config(max(longest, 1), self.logprobs, response_format=self.response_format)
+        return self.generation_config(
+            max(longest, 1),
+            self.logprobs,
+            prompt_logprobs=self.logprobs if self.echo else None,
+            response_format=self.response_format,
+        )
 
 
 class CompletionLogprobs(BaseModel):
-    """Log-probabilities of the tokens of a reply; ``text_offset`` counts characters from its start."""
+    """Log-probabilities of the tokens of a reply, behind those of the prompt where it is echoed.
+
+    The first token of a prompt has none. ``text_offset`` counts characters from the start.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from jaxdeploy.config import GenerationConfig
+from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.errors import RequestError
 
 MOST_ALTERNATIVES = 128
@@ -64,11 +65,15 @@ class Strict(BaseModel):
 
 SAME_NAMES = (
     *("temperature", "top_p", "top_k", "min_p", "n"),
-    *("frequency_penalty", "presence_penalty", "repetition_penalty", "bad_words"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty", "bad_words", "logit_bias"),
     *("ignore_eos", "min_new_tokens", "stop_token_ids", "include_stop_str_in_output"),
     *("skip_special_tokens", "spaces_between_special_tokens"),
 )
 """Fields of a request that ``GenerationConfig`` has by the same names."""
+
+
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_BIASES)]
 
 
 class Sampling(Strict):
@@ -87,6 +92,7 @@ class Sampling(Strict):
 
     top_k: int | None = Field(None, ge=0, le=2**31 - 1, description="0 keeps all tokens, 1 is greedy")
     min_p: float | None = Field(None, ge=0, le=1)
+    logit_bias: LogitBias | None = Field(None, description="token id → what is added to its logit")
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     ignore_eos: bool | None = None
     min_new_tokens: int | None = Field(None, ge=0, le=2**31 - 1)

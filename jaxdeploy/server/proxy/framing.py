@@ -13,7 +13,12 @@ MOST_HELD = 64 * 1024**2
 """Bytes that are held back; of a larger reply the beginning is passed on before its end is there."""
 
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
-PREAMBLE = frozenset({"message_start", "content_block_start", "response.created", "response.in_progress"})
+PREAMBLE = frozenset(
+    {
+        *("message_start", "content_block_start"),
+        *("response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"),
+    }
+)
 """Types of events that come before what was asked for."""
 
 

@@ -6,7 +6,10 @@ from importlib import import_module
 
 from fastapi import APIRouter
 
-ROUTERS = ("models", "chat", "completions", "anthropic", "lmdeploy", "tokens", "health", "requests")
+ROUTERS = (
+    *("models", "chat", "responses", "completions", "embeddings", "anthropic", "lmdeploy"),
+    *("tokens", "health", "requests"),
+)
 
 
 def routers() -> list[APIRouter]:

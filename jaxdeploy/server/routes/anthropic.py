@@ -21,12 +21,12 @@ from jaxdeploy.server.protocol.anthropic import (
     MessagesReply,
     MessagesRequest,
     StopReason,
-    StreamEvent,
     TokenCount,
 )
 from jaxdeploy.server.protocol.chat import ChatRequest
+from jaxdeploy.server.protocol.stream_event import StreamEvent
 from jaxdeploy.server.served import Origin
-from jaxdeploy.server.streaming import STREAMS, named_event_stream
+from jaxdeploy.server.streaming import NAMED_PING, STREAMS, named_event_stream
 
 router = APIRouter(tags=["Anthropic"])
 
@@ -41,7 +41,7 @@ async def messages(
     replies = Replies(served, chat, await chat_prompt(served, chat), Origin(f"msg_{reply_id}", chat.tenant))
     if asked.stream:
         replies.check_room()
-        return named_event_stream(_Stream(replies).events())
+        return named_event_stream(_Stream(replies).events(), ping=NAMED_PING)
     return await while_connected(request, _whole(replies))
 
 

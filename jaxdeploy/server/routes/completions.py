@@ -9,7 +9,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from jaxdeploy.messages import TokenLogprob
+from jaxdeploy.messages import PromptReading, TokenLogprob
 from jaxdeploy.server.collected import Collected, Counts, collect, token_text
 from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.completions import (
@@ -33,8 +33,7 @@ async def completions(
     config = asked.generation()
     prompts = []
     for given in asked.prompts:
-        ids = await served.text_ids(given) if isinstance(given, str) else tuple(given)
-        prompts.append(await served.resolved(ids, config, chat=False))
+        prompts.append(await served.resolved(await served.ids_of(given), config, chat=False))
     origin = Origin(f"cmpl-{reply_id}", asked.user or "", asked.priority)
     job = _Job(served, asked, prompts, origin)
     if asked.stream:
@@ -52,23 +51,21 @@ class _Job:
         n = prompts[0].how.n
         self._counts = Counts(sum(len(prompt.ids) for prompt in prompts), n)
         self._echoes = [self._echo(prompt) for prompt in prompts for _ in range(n)]
-        self._offsets = [len(echo) for echo in self._echoes]
+        self._offsets = [0 if asked.scores_prompt else len(echo) for echo in self._echoes]
+        self._runs = asked.max_tokens != 0 or asked.scores_prompt
 
     async def whole(self) -> CompletionReply:
         """All of them in one answer."""
-        if self._asked.max_tokens == 0:
-            replies = [Collected(finish_reason=None) for _ in self._echoes]
-        else:
+        if self._runs:
             async with aclosing(self._served.replies(self._prompts, self._origin)) as pieces:
                 replies = await collect(pieces, len(self._echoes), self._counts)
+        else:
+            replies = [Collected() for _ in self._echoes]
         return CompletionReply(
             id=self._origin.request_id,
             created=self._created,
             model=self._served.name,
-            choices=[
-                self._choice(index, self._echoes[index] + reply.text, reply.logprobs, reply.finish_reason or "length")
-                for index, reply in enumerate(replies)
-            ],
+            choices=[self._whole_choice(index, reply) for index, reply in enumerate(replies)],
             usage=self._counts.usage,
         )
 
@@ -76,17 +73,29 @@ class _Job:
         """Piece by piece."""
         asked = self._asked
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        for index, echo in enumerate(self._echoes):
-            if echo or asked.max_tokens == 0:
-                yield self._chunk(self._choice(index, echo, [], "length" if asked.max_tokens == 0 else None))
-        if asked.max_tokens != 0:
+        ends = "length" if asked.max_tokens == 0 else None
+        if not asked.scores_prompt:
+            for index, echo in enumerate(self._echoes):
+                if echo:
+                    yield self._chunk(self._choice(index, echo, [], ends))
+        if self._runs:
             async with aclosing(self._served.replies(self._prompts, self._origin)) as pieces:
                 async for index, output in pieces:
                     self._counts.add(index, output)
-                    if output.text or output.finish_reason or output.logprobs:
+                    if output.prompt is not None:
+                        scores = self._prompt_scores(index, output.prompt)
+                        yield self._chunk(self._choice(index, self._echoes[index], scores, ends))
+                    if asked.max_tokens != 0 and (output.text or output.finish_reason or output.logprobs):
                         yield self._chunk(self._choice(index, output.text, output.logprobs, output.finish_reason))
         if with_usage:
             yield self._chunk()
+
+    def _whole_choice(self, index: int, reply: Collected) -> CompletionChoice:
+        if self._asked.max_tokens == 0:
+            reply = Collected(prompt=reply.prompt)
+        scores: list[TokenLogprob | int] = [] if reply.prompt is None else self._prompt_scores(index, reply.prompt)
+        scores += reply.logprobs
+        return self._choice(index, self._echoes[index] + reply.text, scores, reply.finish_reason or "length")
 
     def _chunk(self, *choices: CompletionChoice) -> CompletionReply:
         chunk = CompletionReply(
@@ -101,24 +110,30 @@ class _Job:
         return chunk
 
     def _choice(
-        self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None
+        self, index: int, text: str, logprobs: Sequence[TokenLogprob | int], finish_reason: str | None
     ) -> CompletionChoice:
         reason = None if finish_reason is None else str(finish_reason)
         found = None if self._asked.logprobs is None else self._logprobs(index, logprobs)
         return CompletionChoice(index=index, text=text, logprobs=found, finish_reason=reason)
 
-    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> CompletionLogprobs:
+    def _prompt_scores(self, index: int, reading: PromptReading) -> list[TokenLogprob | int]:
+        """The first token of a prompt, of which there is nothing to say, and the others."""
+        return [self._prompts[index // self._counts.n].ids[0], *reading.logprobs]
+
+    def _logprobs(self, index: int, tokens: Sequence[TokenLogprob | int]) -> CompletionLogprobs:
         tokenizer = self._served.tokenizer
-        texts = [token_text(tokenizer, token.token_id) for token in tokens]
+        scores = [None if isinstance(token, int) else token for token in tokens]
+        texts = [token_text(tokenizer, token if isinstance(token, int) else token.token_id) for token in tokens]
         offsets = []
         for text in texts:
             offsets.append(self._offsets[index])
             self._offsets[index] += len(text)
         return CompletionLogprobs(
             tokens=texts,
-            token_logprobs=[token.logprob for token in tokens],
+            token_logprobs=[None if score is None else score.logprob for score in scores],
             top_logprobs=[
-                {token_text(tokenizer, token_id): value for token_id, value in token.top} for token in tokens
+                None if score is None else {token_text(tokenizer, token_id): value for token_id, value in score.top}
+                for score in scores
             ],
             text_offset=offsets,
         )

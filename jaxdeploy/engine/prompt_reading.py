@@ -1,0 +1,102 @@
+"""What a step tells of the prompts that it computes: their hidden states, and how likely each of their tokens was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdeploy.engine.batch import Place
+from jaxdeploy.engine.checks import MAX_LOGPROBS
+from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.messages import PromptReading, TokenLogprob
+
+TOGETHER = 256
+"""Most tokens whose logits exist at a time."""
+
+
+class PromptRows(NamedTuple):
+    """Of each of S prompts in a step: the sum of the hidden states of its tokens there, and the last, float32 [S, D].
+
+    Of each of their T tokens: the natural log-probability [T] of the one behind it, and the likeliest ids and values
+    [T, MAX_LOGPROBS] in its place, where any of the prompts wants to know.
+    """
+
+    sums: jax.Array
+    last: jax.Array
+    logprobs: jax.Array | None = None
+    top_tokens: jax.Array | None = None
+    top_logprobs: jax.Array | None = None
+
+
+def read(
+    hidden: jax.Array, prompt: jax.Array, real: jax.Array, last_token: jax.Array, next_token: jax.Array, logits: Any
+) -> PromptRows:
+    """Read T tokens of S prompts.
+
+    Args:
+        hidden: [T, D], normed.
+        prompt: int32 [T], which of the S prompts each belongs to.
+        real: bool [T], False for padding.
+        last_token: int32 [S], the last of each prompt's tokens here.
+        next_token: int32 [T], the token behind each.
+        logits: [t, D] → float32 [t, V]; ``None`` where no log-probabilities are wanted.
+    """
+    wide = hidden.astype(jnp.float32)
+    sums = jax.ops.segment_sum(wide * real.astype(jnp.float32)[:, None], prompt, last_token.shape[0])
+    if logits is None:
+        return PromptRows(sums, wide[last_token])
+    return PromptRows(sums, wide[last_token], *_scores(hidden, next_token, logits))
+
+
+def _scores(
+    hidden: jax.Array, next_token: jax.Array, logits: Callable[[jax.Array], jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def some(rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        states, tokens = rows
+        logprobs = jax.nn.log_softmax(logits(states), axis=-1)
+        values, ids = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logprobs.shape[-1]))
+        return jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0], ids, values
+
+    tokens = next_token.shape[0]
+    size = next(size for size in range(min(TOGETHER, tokens), 0, -1) if tokens % size == 0)
+    scores = jax.lax.map(some, (hidden.reshape(-1, size, hidden.shape[1]), next_token.reshape(-1, size)))
+    joined: tuple[jax.Array, jax.Array, jax.Array] = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), scores)
+    return joined
+
+
+class PromptReader:
+    """Puts together what the steps that compute a prompt tell of it."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self._sequence = sequence
+        self._sum: Any = 0.0
+        self._last: Any = None
+        self._logprobs: list[TokenLogprob] = []
+
+    def add(self, place: Place, rows: PromptRows) -> None:
+        """The next chunk; one that begins at 0 begins anew, for a preempted prompt is computed again."""
+        chunk = place.chunk
+        if chunk.start == 0:
+            self._sum, self._logprobs = 0.0, []
+        self._sum = self._sum + np.asarray(rows.sums)[place.prompt]
+        self._last = np.asarray(rows.last)[place.prompt]
+        wanted = self._sequence.sampling.prompt_logprobs
+        if wanted is None or rows.logprobs is None or rows.top_tokens is None or rows.top_logprobs is None:
+            return
+        count = min(chunk.end, self._sequence.prompt_length - 1) - chunk.start
+        here = slice(place.first_token, place.first_token + count)
+        tokens = self._sequence.token_ids[chunk.start + 1 : chunk.start + 1 + count]
+        values = np.asarray(rows.logprobs)[here].tolist()
+        ids = np.asarray(rows.top_tokens)[here, :wanted].tolist()
+        tops = np.asarray(rows.top_logprobs)[here, :wanted].tolist()
+        for token, value, *top in zip(tokens, values, ids, tops, strict=True):
+            self._logprobs.append(TokenLogprob(token, value, tuple(zip(*top, strict=True))))
+
+    def reading(self) -> PromptReading:
+        """All of it, once the last chunk is there."""
+        mean, last = self._sum / self._sequence.prompt_length, self._last
+        return PromptReading(tuple(mean.tolist()), tuple(last.tolist()), tuple(self._logprobs))
