@@ -22,6 +22,10 @@ def _positive(help: str, default: int | None, advice: str, *, least: int = 1) ->
     return setting(default, help, holds=lambda value: value >= least, rule=f"must be at least {least}", advice=advice)
 
 
+def _seconds(default: float, help: str) -> Any:
+    return setting(default, help, holds=lambda value: value > 0, rule="must be more than 0", advice="give seconds")
+
+
 def _valid_cache_share(value: float) -> bool:
     return value > 0 and (isinstance(value, int) or value <= 1)
 
@@ -262,7 +266,10 @@ class ServerConfig:
 
     server_name: str = setting("0.0.0.0", "address to listen on; 127.0.0.1: this machine alone")
     server_port: int = setting(
-        23333, "port to listen on", holds=lambda value: 0 <= value < 65536, rule="must lie between 0 and 65535"
+        23333,
+        "port to listen on; a proxy's default is 8000",
+        holds=lambda value: 0 <= value < 65536,
+        rule="must lie between 0 and 65535",
     )
     api_keys: list[str] | None = setting(None, "keys of which every request must bring one; default: none is needed")
     ssl: bool = setting(False, "speak HTTPS")
@@ -286,6 +293,37 @@ class ServerConfig:
     max_body_size: int = _positive("largest body of a request, in bytes", 32 * 1024**2, "give a number of bytes")
     disable_fastapi_docs: bool = setting(False, "have no /docs and /openapi.json")
     log_format: str = setting("text", "how a line of the log reads", choices=("text", "json"))
+    proxy_url: str | None = setting(None, "proxy to register this server with, as long as it runs")
+    proxy_api_key: str | None = setting(None, "the key that this proxy asks for")
+    node_url: str | None = setting(
+        None, "address at which the proxy reaches this server; default: that of the network towards it"
+    )
+
+
+@settings
+class ProxyConfig:
+    """How a proxy chooses among the servers (nodes) behind it, and when it gives one up.
+
+    Raises:
+        ConfigError: a value breaks its rule, or a name is unknown.
+    """
+
+    nodes: list[str] | None = setting(None, "addresses of servers to begin with; others are added while it runs")
+    node_api_key: str | None = setting(None, "the key that the nodes ask for")
+    routing_strategy: str = setting(
+        "least_loaded",
+        "least_loaded: fewest requests that run; latency: the same, weighed by how fast replies begin; prefix: where a "
+        "prompt that begins alike went, unless that node is much busier; random. LMDeploy's min_expected_latency is "
+        "least_loaded, its min_observed_latency is latency",
+        choices=("least_loaded", "latency", "prefix", "random"),
+        words={"min_expected_latency": "least_loaded", "min_observed_latency": "latency"},
+    )
+    heartbeat_interval: float = _seconds(2.0, "seconds between two looks at a node")
+    heartbeat_timeout: float = _seconds(20.0, "seconds after which a node that gives no sign of life is given up")
+    read_timeout: float = _seconds(600.0, "seconds that a node which is well may be silent in the middle of a reply")
+    max_attempts: int = _positive(
+        "nodes that may fail with one request before it is answered with an error", 3, "3 is usual"
+    )
 
 
 @settings

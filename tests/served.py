@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -24,12 +24,11 @@ MOST = 12
 """Replies that the server takes at a time."""
 
 
-class RunningServer:
-    """Where it listens, and what is behind it."""
+class RunningApp:
+    """Where it listens. ``lifespan`` "on" has it start and end what it runs beside its routes."""
 
-    def __init__(self, served: Served, config: ServerConfig) -> None:
-        self.served = served
-        settings = uvicorn.Config(create_app(served, config), host="127.0.0.1", port=0, log_config=None, lifespan="off")
+    def __init__(self, app: Any, lifespan: Literal["on", "off"] = "off", port: int = 0) -> None:
+        settings = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, lifespan=lifespan)
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -38,9 +37,21 @@ class RunningServer:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def close(self) -> None:
-        """End it; the engine goes on."""
-        self._server.should_exit = True
+        """End it when all is answered."""
+        self.tell_to_end()
         self._thread.join()
+
+    def tell_to_end(self) -> None:
+        """The same, without waiting for it."""
+        self._server.should_exit = True
+
+
+class RunningServer(RunningApp):
+    """A server, and what is behind it; the engine goes on when it is closed."""
+
+    def __init__(self, served: Served, config: ServerConfig) -> None:
+        self.served = served
+        super().__init__(create_app(served, config))
 
     def idle(self) -> bool:
         """Whether nobody holds a block or a place."""
@@ -64,9 +75,9 @@ def running(
     server.close()
 
 
-def until(condition: Callable[[], bool], seconds: float = 20) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 20, pause: float = 0.01) -> bool:
     """Whether it comes to hold in time."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
+        time.sleep(pause)
     return condition()

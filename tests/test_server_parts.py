@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from jaxdeploy.cli import command_parser
 from jaxdeploy.cli.flags import read_settings
 from jaxdeploy.cli.serve import ServeOptions
-from jaxdeploy.config import EngineConfig, ServerConfig
+from jaxdeploy.config import EngineConfig, ProxyConfig, ServerConfig
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ConfigError, RequestError
@@ -149,9 +149,9 @@ CONFIGS = Path(__file__).parents[1] / "configs/serve"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_ready_configs(path: Path) -> None:
     args = command_parser("serve").read(["api_server", "--config", str(path)])
-    _, of_server, of_engine = read_settings(args, ServeOptions, ServerConfig, EngineConfig)
-    ServerConfig(**of_server)
-    EngineConfig(**of_engine)
+    _, *given = read_settings(args, ServeOptions, ServerConfig, ProxyConfig, EngineConfig)
+    for cls, values in zip((ServerConfig, ProxyConfig, EngineConfig), given, strict=True):
+        cls(**values)
 
 
 def test_the_dashboard_shows_what_there_is() -> None:

@@ -1,4 +1,4 @@
-"""``jaxdeploy serve``: the HTTP server, and chats with one in the terminal and in a browser."""
+"""``jaxdeploy serve``: the HTTP server, a proxy in front of several, and chats in the terminal and in a browser."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import sys
 from typing import Any, TypeAlias
 
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
-from jaxdeploy.config import EngineConfig, GenerationConfig, ServerConfig
+from jaxdeploy.config import EngineConfig, GenerationConfig, ProxyConfig, ServerConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.settings import setting, settings
 
 Values: TypeAlias = dict[str, Any]
 PROGRAMS = {
     "api_server": "serve MODEL over HTTP",
+    "proxy": "one address for several servers",
     "api_client": "talk with the model that a server at URL has",
     "gradio": "a chat in the browser with MODEL, or with that of URL, on port 6006",
 }
 WEB_PORT = 6006
+PROXY_PORT = 8000
 
-OF_AN_API = ("allow_origins", "allow_credentials", "allow_methods", "allow_headers", "disable_fastapi_docs")
+OF_A_NODE = ("proxy_url", "proxy_api_key", "node_url")
+"""Settings of a server that registers with a proxy."""
+
+OF_AN_API = (*OF_A_NODE, "allow_origins", "allow_credentials", "allow_methods", "allow_headers", "disable_fastapi_docs")
 """Settings of a server that mean nothing to a page."""
 
 OF_A_MODEL = ("tool_call_parser", "reasoning_parser", "max_concurrent_requests", "chat_template")
@@ -45,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("program", metavar="PROGRAM", help="; ".join(f"{name}: {do}" for name, do in PROGRAMS.items()))
     parser.add_argument("what", nargs="?", metavar="MODEL|URL", help="a folder, hub id or address; default: bundled")
     parser.add_argument("--config", metavar="FILE.yaml", help="flags from a file, e.g. `server_port: 8080`")
-    add_settings(parser, ServeOptions, ServerConfig, EngineConfig, GenerationConfig)
+    add_settings(parser, ServeOptions, ServerConfig, ProxyConfig, EngineConfig, GenerationConfig)
 
 
 def run(args: Namespace) -> int:
@@ -53,11 +58,19 @@ def run(args: Namespace) -> int:
     name = args.program.replace("-", "_")
     if name not in PROGRAMS:
         raise ConfigError(f"program={args.program!r} is unknown; choose one of {', '.join(PROGRAMS)}")
-    given, of_server, of_engine, of_generation = read_settings(
-        args, ServeOptions, ServerConfig, EngineConfig, GenerationConfig
+    given, of_server, of_proxy, of_engine, of_generation = read_settings(
+        args, ServeOptions, ServerConfig, ProxyConfig, EngineConfig, GenerationConfig
     )
-    options, server_config = ServeOptions(**given), ServerConfig(**of_server)
-    generation = GenerationConfig(**of_generation)
+    options, generation = ServeOptions(**given), GenerationConfig(**of_generation)
+    if name == "proxy":
+        _refuse(
+            {**of_engine, **_those(of_server, OF_A_NODE), **_those({**given, **of_server}, OF_A_MODEL)}, "api_server"
+        )
+        _refuse(of_generation, "chats; requests to a server bring their own")
+        _stand_in_front(args.what, options, of_server, ProxyConfig(**of_proxy))
+        return 0
+    _refuse(of_proxy, "proxy")
+    server_config = ServerConfig(**of_server)
     if name == "api_client":
         return _talk(args.what or f"http://127.0.0.1:{server_config.server_port}", options, generation)
     bundled = {} if args.what else {"model_name": "jaxdeploy-demo"}
@@ -66,10 +79,27 @@ def run(args: Namespace) -> int:
         _check_flags_of_page(args.what, given, of_server, of_engine)
         page_config = ServerConfig(**{"server_port": WEB_PORT, **of_server})
         return _show(args.what, options, page_config, engine_config, generation)
-    if of_generation:
-        raise ConfigError(f"{next(iter(of_generation))} is a flag of chats; requests to a server bring their own")
+    _refuse(of_generation, "chats; requests to a server bring their own")
     _serve(args.what, options, server_config, engine_config)
     return 0
+
+
+def _those(given: Values, names: tuple[str, ...]) -> Values:
+    return {name: given[name] for name in names if name in given}
+
+
+def _refuse(given: Values, owner: str) -> None:
+    """Raise ``ConfigError`` if any setting is ``given`` that belongs to another program."""
+    if given:
+        raise ConfigError(f"{next(iter(given))} is a flag of {owner}")
+
+
+def _stand_in_front(what: str | None, options: ServeOptions, of_server: Values, config: ProxyConfig) -> None:
+    from jaxdeploy.server import serve_proxy
+
+    if what is not None:
+        raise ConfigError(f"argument={what!r} is one too many: a proxy has no model; name its servers with --nodes")
+    serve_proxy(config, ServerConfig(**{"server_port": PROXY_PORT, **of_server}), log_level=options.log_level)
 
 
 def _serve(model: str | None, options: ServeOptions, config: ServerConfig, engine: EngineConfig) -> None:

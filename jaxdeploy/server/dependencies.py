@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
-from collections.abc import Coroutine
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 from fastapi import Depends, Request
 
-from jaxdeploy.errors import JaxdeployError
+from jaxdeploy.server.connection import while_connected
 from jaxdeploy.server.served import Served
 
-T = TypeVar("T")
-
-
-class ClientGoneError(JaxdeployError):
-    """Nobody waits for the answer any more."""
-
-    http_status = 499
+__all__ = ["Model", "ReplyId", "while_connected"]
 
 
 def _served(request: Request) -> Served:
@@ -33,23 +25,3 @@ def _reply_id() -> str:
 Model = Annotated[Served, Depends(_served)]
 ReplyId = Annotated[str, Depends(_reply_id)]
 """A new name: the id that a client may send for the log can come twice."""
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client leaves. Raises ``ClientGoneError`` then."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGoneError("the client left before the answer was there")
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.wait({working, leaving})
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from jaxdeploy.errors import ContextLengthError, JaxdeployError
+from jaxdeploy.server.errors import OverloadedError, UnknownModelError
 from jaxdeploy.server.protocol.error import ErrorBody, ErrorReply
-from jaxdeploy.server.served import OverloadedError, UnknownModelError
 
 logger = logging.getLogger("jaxdeploy")
 

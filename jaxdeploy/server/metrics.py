@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -16,8 +17,10 @@ from prometheus_client import (
     generate_latest,
 )
 
-from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.engine.stats import EngineStats
+
+if TYPE_CHECKING:
+    from jaxdeploy.engine.generator import TextOutput
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("jaxdeploy.server")
 
-POLLED = frozenset({"/health", "/metrics"})
+POLLED = frozenset({"/health", "/metrics", "/v1/models", "/nodes/add"})
 """Asked again and again by machines."""
 
 HEADER = "x-request-id"

@@ -18,6 +18,7 @@ from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError, RequestError
 from jaxdeploy.generation_config import ResolvedGeneration, resolve
 from jaxdeploy.messages import FinishReason, Request
+from jaxdeploy.server.errors import OverloadedError, UnknownModelError
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.parsers import reasoning_form, tool_form
 from jaxdeploy.server.sessions import Sessions
@@ -31,22 +32,6 @@ TAIL = 16
 
 REMEMBERED = 64
 """Requests whose durations say how long one that is turned away should wait."""
-
-
-class UnknownModelError(JaxdeployError):
-    """No model of that name is served."""
-
-    http_status = 404
-
-
-class OverloadedError(JaxdeployError):
-    """More is asked for than the server takes; ``retry_after`` is in seconds."""
-
-    http_status = 429
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 @dataclass(frozen=True)

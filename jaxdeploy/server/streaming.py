@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import time
 from collections.abc import AsyncGenerator
@@ -62,7 +61,7 @@ async def line_stream(chunks: AsyncGenerator[BaseModel]) -> StreamingResponse:
                 async for chunk in chunks:
                     yield f"{chunk.model_dump_json()}\n"
             except Exception as error:  # headers are out: this is the only way to tell
-                yield f"{error_reply(error).model_dump_json()}\n"
+                yield error_line(error)
 
     return StreamingResponse(lines(), media_type="application/x-ndjson")
 
@@ -70,6 +69,21 @@ async def line_stream(chunks: AsyncGenerator[BaseModel]) -> StreamingResponse:
 def event(chunk: BaseModel) -> str:
     """One event."""
     return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+
+
+def error_event(error: Exception) -> str:
+    """How a stream ends that failed on the way."""
+    return event(error_reply(error))
+
+
+def named_error_event(error: Exception) -> str:
+    """The same as Anthropic streams."""
+    return f"event: error\ndata: {error_reply(error).model_dump_json()}\n\n"
+
+
+def error_line(error: Exception) -> str:
+    """The same in a stream of lines."""
+    return f"{error_reply(error).model_dump_json()}\n"
 
 
 class _EventStream(StreamingResponse):
@@ -111,7 +125,7 @@ async def _framed(chunks: AsyncGenerator[BaseModel]) -> AsyncGenerator[str]:
             async for chunk in chunks:
                 yield event(chunk)
         except Exception as error:  # headers are out: this is the only way to tell
-            yield event(error_reply(error))
+            yield error_event(error)
         else:
             yield DONE
 
@@ -122,5 +136,4 @@ async def _named(events: AsyncGenerator[StreamEvent]) -> AsyncGenerator[str]:
             async for made in events:
                 yield f"event: {made.type}\n{event(made)}"
         except Exception as error:  # headers are out: this is the only way to tell
-            told = error_reply(error).error
-            yield f"event: error\ndata: {json.dumps({'type': 'error', 'error': told.model_dump()})}\n\n"
+            yield named_error_event(error)

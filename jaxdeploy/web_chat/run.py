@@ -11,9 +11,10 @@ from fastapi import FastAPI
 
 from jaxdeploy.api_client import is_url
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
+from jaxdeploy.server.listening import address, certificate, listen
 from jaxdeploy.server.local import LocalServer
 from jaxdeploy.server.logs import set_up_logging
-from jaxdeploy.server.run import address, certificate, listen, load
+from jaxdeploy.server.run import load
 from jaxdeploy.server.security import BodyLimit, Keys
 from jaxdeploy.web_chat.dialogue import Manner
 from jaxdeploy.web_chat.page import CSS, ON_LOAD, page, theme

@@ -32,16 +32,24 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server over the bundled model, and its address."""
+def launched(log: Path, program: str, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A program of ``jaxdeploy serve``, and the address at which it is going to listen."""
     port = free_port()
     where = ["--server-name", "127.0.0.1", "--server-port", str(port), "--log-format", "json"]
-    command = [sys.executable, "-m", "jaxdeploy", "serve", "api_server", *where, *flags]
+    command = [sys.executable, "-m", "jaxdeploy", "serve", program, *where, *flags]
     with log.open("wb") as lines, subprocess.Popen(command, stderr=lines) as running:
-        url = f"http://127.0.0.1:{port}"
+        try:
+            yield running, f"http://127.0.0.1:{port}"
+        finally:
+            running.kill()
+
+
+@contextmanager
+def started(log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A server over the bundled model, and its address."""
+    with launched(log, "api_server", *flags) as (running, url):
         assert until(lambda: answers(url) or running.poll() is not None, 240), "it did not start"
         yield running, url
-        running.kill()
 
 
 def answers(url: str) -> bool:
@@ -86,7 +94,7 @@ def test_what_cannot_be_served_is_one_line() -> None:
     command = [sys.executable, "-m", "jaxdeploy", "serve", "api_sever"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 2
-    assert ran.stderr == "error: program='api_sever' is unknown; choose one of api_server, api_client, gradio\n"
+    assert ran.stderr == "error: program='api_sever' is unknown; choose one of api_server, proxy, api_client, gradio\n"
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:

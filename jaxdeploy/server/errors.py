@@ -1,0 +1,45 @@
+"""Why a server, or a proxy in front of several, turns a request away."""
+
+from __future__ import annotations
+
+from jaxdeploy.errors import JaxdeployError
+
+
+class UnknownModelError(JaxdeployError):
+    """No model of that name is served."""
+
+    http_status = 404
+
+
+class OverloadedError(JaxdeployError):
+    """More is asked for than the server takes; ``retry_after`` is in seconds."""
+
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ClientGoneError(JaxdeployError):
+    """Nobody waits for the answer any more."""
+
+    http_status = 499
+
+
+class NodeFailedError(JaxdeployError):
+    """A node could not be reached, or broke off its reply."""
+
+    http_status = 502
+
+
+class NoNodeError(JaxdeployError):
+    """No node that could answer is up."""
+
+    http_status = 503
+
+
+class NodeSilentError(JaxdeployError):
+    """A node that is well has sent nothing for too long."""
+
+    http_status = 504
