@@ -80,7 +80,6 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         session_len=args.session_len,
         max_batch_size=args.batch,
         enable_prefix_caching=False,  # every round asks the same
-        warmup=False,
     )
 
 
@@ -100,7 +99,7 @@ def server(folder: Path, args: argparse.Namespace) -> Iterator[str]:
     config = engine_config(args)
     names = ("load_format", "session_len", "max_batch_size")
     flags = [text for name in names for text in (f"--{name}", str(getattr(config, name)))]
-    flags += ["--no-enable-prefix-caching", "--no-warmup", "--server-port", str(port), "--log-level", "WARNING"]
+    flags += ["--no-enable-prefix-caching", "--server-port", str(port), "--log-level", "WARNING"]
     command = [sys.executable, "-m", "jaxdeploy", "serve", "api_server", str(folder), "--server-name", "127.0.0.1"]
     with subprocess.Popen([*command, *flags]) as running:
         url = f"http://127.0.0.1:{port}"
@@ -121,7 +120,7 @@ def answers(url: str) -> bool:
 
 
 def measure(url: str, pipe: Pipeline, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Tokens a second of both, round by round; one round before the timed ones compiles."""
+    """Tokens a second of both, round by round, after one to get warm. All is compiled by then, as in a server's life."""
     rates: dict[str, list[float]] = {PIPELINE: [], SERVER: []}
     for round_ in tqdm(range(args.rounds + 1), desc="rounds"):
         for name in rates:
@@ -157,7 +156,6 @@ async def run_server(url: str, prompts: list[list[int]], args: argparse.Namespac
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Type: application/json\r\n"
         )
-        head += "Content-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         answer = await reader.read()
         writer.close()
