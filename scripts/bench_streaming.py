@@ -120,7 +120,7 @@ def answers(url: str) -> bool:
 
 
 def measure(url: str, pipe: Pipeline, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Tokens a second of both, round by round, after one to get warm. All is compiled by then, as in a server's life."""
+    """Tokens a second of both, round by round, after one to get warm; all is compiled by then."""
     rates: dict[str, list[float]] = {PIPELINE: [], SERVER: []}
     for round_ in tqdm(range(args.rounds + 1), desc="rounds"):
         for name in rates:
