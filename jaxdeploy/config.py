@@ -300,6 +300,10 @@ class ServerConfig:
     )
 
 
+PROXY_PORT = 8000
+"""Where a proxy listens unless told otherwise; LMDeploy's."""
+
+
 @settings
 class ProxyConfig:
     """How a proxy chooses among the servers (nodes) behind it, and when it gives one up.

@@ -6,7 +6,7 @@ import sys
 from typing import Any, TypeAlias
 
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
-from jaxdeploy.config import EngineConfig, GenerationConfig, ProxyConfig, ServerConfig
+from jaxdeploy.config import PROXY_PORT, EngineConfig, GenerationConfig, ProxyConfig, ServerConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.settings import setting, settings
 
@@ -18,7 +18,6 @@ PROGRAMS = {
     "gradio": "a chat in the browser with MODEL, or with that of URL, on port 6006",
 }
 WEB_PORT = 6006
-PROXY_PORT = 8000
 
 OF_A_NODE = ("proxy_url", "proxy_api_key", "node_url")
 """Settings of a server that registers with a proxy."""

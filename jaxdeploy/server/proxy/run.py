@@ -6,15 +6,12 @@ import logging
 import resource
 from contextlib import suppress
 
-from jaxdeploy.config import ProxyConfig, ServerConfig
+from jaxdeploy.config import PROXY_PORT, ProxyConfig, ServerConfig
 from jaxdeploy.server.listening import address, certificate, listen
 from jaxdeploy.server.logs import set_up_logging
 from jaxdeploy.server.proxy.app import create_proxy_app
 
 logger = logging.getLogger("jaxdeploy")
-
-PORT = 8000
-"""LMDeploy's."""
 
 
 def serve_proxy(
@@ -25,7 +22,7 @@ def serve_proxy(
     Raises:
         JaxdeployError: a setting is wrong; the message says what to do.
     """
-    config, server_config = config or ProxyConfig(), server_config or ServerConfig(server_port=PORT)
+    config, server_config = config or ProxyConfig(), server_config or ServerConfig(server_port=PROXY_PORT)
     set_up_logging(log_level, server_config.log_format)
     certificate(server_config)
     _allow_connections()
