@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from jaxdeploy.chat import Chat
 from jaxdeploy.chat_session import Conversation
 from jaxdeploy.chat_template.sandbox import compile_template
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
+from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason
 from tests.served import MOST, NAME, SESSION_LEN, RunningServer, demo_engine, running, until
@@ -176,6 +177,24 @@ def test_other_errors_have_the_form_of_openai(client: openai.OpenAI, server: Run
     assert httpx2.get(f"{server.url}/nowhere").json()["error"]["type"] == "invalid_request_error"
     wrong_method = httpx2.get(f"{server.url}/v1/completions")
     assert (wrong_method.status_code, wrong_method.headers["allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize("error", [EngineStoppedError("the engine has stopped; restart it"), OSError("/secret/path")])
+def test_failures_of_the_server_have_the_form_of_openai(
+    client: openai.OpenAI, server: RunningServer, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def fails(requests: object) -> AsyncGenerator[TextOutput]:
+        for _ in "once":
+            raise error
+        yield TextOutput("", "", ())
+
+    monkeypatch.setattr(server.served.engine, "generate_all", fails)
+    with pytest.raises(openai.InternalServerError) as failed:
+        chat(client)
+    assert failed.value.status_code == (503 if isinstance(error, EngineStoppedError) else 500)
+    assert "/secret" not in str(failed.value)
+    with pytest.raises(openai.APIError), chat(client, stream=True) as stream:
+        list(stream)
 
 
 def test_completions(client: openai.OpenAI, server: RunningServer) -> None:
