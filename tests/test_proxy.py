@@ -458,10 +458,14 @@ def test_nodes_that_die_again_and_again(stack: ExitStack) -> None:
         whole = broken = 0
         with httpx2.Client(base_url=proxy.url, timeout=20) as http:
             while time.monotonic() < end:
-                if number % 4 == 0:
-                    assert http.post(CHAT, json=ASK).json() == {"text": ALL * 5}
+                answer = http.post(CHAT, json=STREAM if number % 4 else ASK)
+                if answer.status_code == 503:  # on a slow machine there may be a moment without any node
+                    assert "no node that serves" in answer.json()["error"]["message"]
                     continue
-                lines = [line for line in http.post(CHAT, json=STREAM).text.splitlines() if line]
+                if number % 4 == 0:
+                    assert answer.json() == {"text": ALL * 5}
+                    continue
+                lines = [line for line in answer.text.splitlines() if line]
                 if "error" in json.loads(lines[-1][6:] if lines[-1] != "data: [DONE]" else "{}"):
                     assert "one" in lines[1], "it had begun"
                     broken += 1
