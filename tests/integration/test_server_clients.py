@@ -1,4 +1,4 @@
-"""A server process with other people's clients: LangChain, lm-eval, and schemathesis, which tries everything."""
+"""A server process with other people's clients: OpenAI's, Anthropic's, LangChain, lm-eval; and schemathesis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import anthropic
+import openai
 import pytest
+from pydantic import BaseModel
 
 from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
 from jaxdeploy.chat import bundled_model
@@ -20,7 +23,7 @@ from tests.integration.test_server_process import started
 pytestmark = pytest.mark.slow
 
 NAME = "jaxdeploy-demo"
-FLAGS = ("--session-len", "256", "--max-batch-size", "4", "--no-warmup", "--log-level", "WARNING")
+FLAGS = ("--session-len", "256", "--max-batch-size", "4", "--no-warmup", "--tool-call-parser", "hermes")
 LAST_NUMBER = {"function": "regex", "regex_pattern": r"(\d+)\D*$"}
 CHECKS = (
     "not_a_server_error",
@@ -38,14 +41,77 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+class Answer(BaseModel):
+    """The result of a sum."""
+
+    result: Literal[41, 42, 43]
+
+
+ASK: Any = [{"role": "user", "content": "What is 6 times 7?"}]
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {
+            "type": "object",
+            "properties": {"left": {"enum": [1, 2, 3]}, "right": {"enum": [1, 2, 3]}},
+            "required": ["left", "right"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_openai(url: str) -> None:
+    """Everything that its client has and a model of texts can do."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list().data] == [NAME]
+    options: Any = {"model": NAME, "messages": ASK, "temperature": 0, "max_tokens": 20}
+    create = client.chat.completions.create
+    whole = create(**options, logprobs=True, top_logprobs=2).choices[0]
+    assert whole.message.content == "6 x 7 = 42."
+    assert whole.logprobs is not None
+    assert whole.logprobs.content is not None
+    assert "".join(token.token for token in whole.logprobs.content[:-1]) == whole.message.content
+    pieces = [chunk.choices[0].delta.content or "" for chunk in create(**options, stream=True)]
+    assert "".join(pieces) == whole.message.content
+    assert [choice.index for choice in create(**options, n=3).choices] == [0, 1, 2]
+    assert create(**options, stop=["="]).choices[0].message.content == "6 x 7 "
+    options["max_tokens"] = 150
+    parsed = client.chat.completions.parse(**options, response_format=Answer).choices[0].message.parsed
+    assert isinstance(parsed, Answer)
+    (call,) = (
+        create(**options, tools=[TOOL], tool_choice="required", parallel_tool_calls=False).choices[0].message.tool_calls
+    )
+    assert call.function.name == "add"
+    assert set(json.loads(call.function.arguments)) == {"left", "right"}
+    first = client.responses.create(model=NAME, input="What is 6 times 7?", temperature=0)
+    assert first.output_text == whole.message.content
+    assert client.responses.retrieve(first.id).output_text == first.output_text
+    assert len(client.embeddings.create(model=NAME, input=["a", "b"]).data) == 2
+    assert client.completions.create(model=NAME, prompt="The cat", max_tokens=3, temperature=0).choices[0].text
+    with pytest.raises(openai.NotFoundError):
+        create(**{**options, "model": "other"})
+    with pytest.raises(openai.BadRequestError) as wrong:
+        create(**{**options, "messages": [{"role": "user", "content": "word " * 300}]})
+    assert wrong.value.code == "context_length_exceeded"
+
+
+def test_anthropic(url: str) -> None:
+    client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+    options: Any = {"model": NAME, "max_tokens": 20, "messages": ASK, "extra_body": {"temperature": 0}}
+    (block,) = client.messages.create(**options).content
+    assert block.type == "text"
+    assert block.text == "6 x 7 = 42."
+    with client.messages.stream(**options) as stream:
+        assert "".join(stream.text_stream) == block.text
+    assert client.messages.count_tokens(model=NAME, messages=ASK).input_tokens > 5
+    with pytest.raises(anthropic.NotFoundError):
+        client.messages.create(**{**options, "model": "other"})
+
+
 def test_langchain(url: str) -> None:
     from langchain_openai import ChatOpenAI, OpenAIEmbeddings
-    from pydantic import BaseModel
-
-    class Sum(BaseModel):
-        """The result of an addition."""
-
-        result: Literal[3, 4, 5]
 
     options: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "model": NAME}
     model = ChatOpenAI(**options, temperature=0, max_tokens=150)
@@ -58,8 +124,8 @@ def test_langchain(url: str) -> None:
     assert "".join(str(piece.content) for piece in pieces) == whole.content
     said = [str(reply.content) for reply in model.batch(["What is 6 times 7?", "What is 2 plus 2?"])]
     assert said[0] == whole.content
-    filled: Any = model.with_structured_output(Sum, method="json_schema").invoke("What is 2 plus 2?")
-    assert isinstance(filled, Sum)
+    filled: Any = model.with_structured_output(Answer, method="json_schema").invoke("What is 6 times 7?")
+    assert isinstance(filled, Answer)
     vectors = OpenAIEmbeddings(**options, check_embedding_ctx_length=False).embed_documents(["a cat", "a dog"])
     assert len(vectors) == 2
     assert sum(value * value for value in vectors[0]) == pytest.approx(1, abs=1e-3)
