@@ -18,8 +18,10 @@ _ONE_ENGINE = "there is one engine, for every device"
 _REAL_NUMBERS = ("auto", "float32", "bfloat16", "float16")
 
 
-def _positive(help: str, default: int | None, advice: str, *, least: int = 1) -> Any:
-    return setting(default, help, holds=lambda value: value >= least, rule=f"must be at least {least}", advice=advice)
+def _positive(help: str, default: int | None, advice: str, *, least: int = 1, flag: bool = True) -> Any:
+    return setting(
+        default, help, holds=lambda value: value >= least, rule=f"must be at least {least}", advice=advice, flag=flag
+    )
 
 
 def _seconds(default: float, help: str) -> Any:
@@ -180,14 +182,7 @@ class GenerationConfig:
         ConfigError: a value breaks its rule, or a name is unknown.
     """
 
-    n: int | None = setting(
-        None,
-        "alternative replies to each prompt",
-        holds=lambda value: value >= 1,
-        rule="must be at least 1",
-        advice="give a number of replies",
-        flag=False,
-    )
+    n: int | None = _positive("alternative replies to each prompt", None, "give a number of replies", flag=False)
     max_new_tokens: int | None = _positive("longest reply, in tokens; default 512", None, "give a number of tokens")
     do_sample: bool | None = setting(None, "draw tokens at random; false: always the most likely one")
     top_p: float | None = _share("draw from the likeliest tokens that make up this probability")
@@ -222,21 +217,15 @@ class GenerationConfig:
     spaces_between_special_tokens: bool | None = setting(
         None, "put spaces between special tokens that are shown; default true", flag=False
     )
-    logprobs: int | None = setting(
-        None,
+    logprobs: int | None = _positive(
         "alternatives whose log-probabilities are reported with each token",
-        holds=lambda value: value >= 0,
-        rule="must be at least 0",
-        advice="0 reports the chosen token alone",
+        None,
+        "0 reports the chosen token alone",
+        least=0,
         flag=False,
     )
-    prompt_logprobs: int | None = setting(
-        None,
-        "the same for the tokens of the prompt",
-        holds=lambda value: value >= 0,
-        rule="must be at least 0",
-        advice="0 reports the prompt's tokens alone",
-        flag=False,
+    prompt_logprobs: int | None = _positive(
+        "the same for the tokens of the prompt", None, "0 reports the prompt's tokens alone", least=0, flag=False
     )
     logit_bias: dict[int, float] | None = setting(
         None, "token id → what is added to its logit; -100 forbids, 100 all but forces it", flag=False

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Read by JAX when it is imported, or at the latest when it opens its first device: so before anything else here.
 XLA_FLAGS: dict[str, object] = {
@@ -26,6 +27,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+if TYPE_CHECKING:
+    from jaxdeploy.engine.async_engine import AsyncEngine
+    from tests.served import RunningServer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -60,6 +65,33 @@ def shared() -> Path:
     if not (SHARED / "assets").is_dir():
         pytest.skip("needs ../shared")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[AsyncEngine]:
+    """The bundled model, for a whole file of tests."""
+    from tests.served import demo_engine
+
+    made = demo_engine()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def _one_server(engine: AsyncEngine) -> Iterator[RunningServer]:
+    from tests.served import running
+
+    with running(engine) as made:
+        yield made
+
+
+@pytest.fixture
+def server(_one_server: RunningServer) -> Iterator[RunningServer]:
+    """A server over it, in which no test leaves anything behind."""
+    from tests.served import until
+
+    yield _one_server
+    assert until(_one_server.idle), "a test left something behind"
 
 
 @pytest.fixture(autouse=True)

@@ -26,30 +26,11 @@ from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason
-from tests.served import MOST, NAME, SESSION_LEN, RunningServer, demo_engine, running, until
+from tests.served import MOST, NAME, SESSION_LEN, RunningServer, running, until
 
 ASK: Any = [{"role": "user", "content": "What is 6 times 7?"}]
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 12}
 LONG: dict[str, Any] = {"model": NAME, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[AsyncEngine]:
-    made = demo_engine()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def one_server(engine: AsyncEngine) -> Iterator[RunningServer]:
-    with running(engine) as server:
-        yield server
-
-
-@pytest.fixture
-def server(one_server: RunningServer) -> Iterator[RunningServer]:
-    yield one_server
-    assert until(one_server.idle), "a test left something behind"
 
 
 @pytest.fixture

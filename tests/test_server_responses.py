@@ -19,7 +19,7 @@ from jaxdeploy.chat_template.sandbox import compile_template
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.server.protocol.responses import Response, ResponsesRequest
 from jaxdeploy.server.stored_responses import StoredResponse, StoredResponses, UnknownResponseError
-from tests.served import NAME, SESSION_LEN, RunningServer, demo_engine, running, until
+from tests.served import NAME, SESSION_LEN, RunningServer, running, until
 
 ASK = "What is 6 times 7?"
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_output_tokens": 40}
@@ -33,25 +33,6 @@ TOOLS: Any = [
     {"type": "function", "name": "weather", "parameters": CITY, "strict": True},
     {"type": "function", "name": "clock", "parameters": {"type": "object", "properties": {}}, "strict": False},
 ]
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[AsyncEngine]:
-    made = demo_engine()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def one_server(engine: AsyncEngine) -> Iterator[RunningServer]:
-    with running(engine) as server:
-        yield server
-
-
-@pytest.fixture
-def server(one_server: RunningServer) -> Iterator[RunningServer]:
-    yield one_server
-    assert until(one_server.idle), "a test left something behind"
 
 
 def client_of(server: RunningServer) -> openai.OpenAI:

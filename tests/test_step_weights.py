@@ -9,25 +9,10 @@ import pytest
 from flax import nnx
 
 from jaxdeploy.engine.step_weights import flatten
-from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.unstack import unstack, unstack_in_one_launch
-
-LAYERS = 3
-CONFIG = ModelConfig(
-    vocab_size=32,
-    hidden_size=16,
-    num_layers=LAYERS,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=24,
-    norm_eps=1e-5,
-    max_position=32,
-    rope=RopeConfig(),
-    windows=(None,) * LAYERS,
-)
+from tests.tiny_models import CONFIG
 
 
 def different_everywhere(decoder: Decoder) -> Decoder:
@@ -44,9 +29,9 @@ def test_a_step_gets_one_array_for_all_norms_and_makes_the_same_decoder_of_it(de
     decoder = different_everywhere(Decoder(CONFIG, rngs=nnx.Rngs(0)))
     before = jax.tree.leaves(nnx.state(decoder))
     weights, arrays = flatten(decoder, make_mesh(devices))
-    norms = 2 * LAYERS + 1
+    norms = 2 * CONFIG.num_layers + 1
     assert len(arrays) == len(before) - norms + 1
-    assert arrays[0].shape == (norms, 16)
+    assert arrays[0].shape == (norms, CONFIG.hidden_size)
     after = jax.jit(lambda arrays: jax.tree.leaves(nnx.state(weights.decoder(arrays))))(arrays)
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)

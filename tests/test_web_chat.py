@@ -6,7 +6,7 @@ import asyncio
 import re
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import httpx2
@@ -29,25 +29,6 @@ from tests.served import NAME, SESSION_LEN, RunningServer, demo_engine, running,
 SIX_BY_SEVEN = "What is 6 times 7?"
 GREEDY = Manner(gen_config=GenerationConfig(temperature=0.0, max_new_tokens=40))
 ENDLESS = Manner(gen_config=GenerationConfig(temperature=0.0, max_new_tokens=200, ignore_eos=True))
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[AsyncEngine]:
-    made = demo_engine()
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def one_server(engine: AsyncEngine) -> Iterator[RunningServer]:
-    with running(engine) as server:
-        yield server
-
-
-@pytest.fixture
-def server(one_server: RunningServer) -> Iterator[RunningServer]:
-    yield one_server
-    assert until(one_server.idle), "a test left something behind"
 
 
 def talk(server: RunningServer, work: Callable[[RemoteModel], Awaitable[None]], api_key: str | None = None) -> None:
