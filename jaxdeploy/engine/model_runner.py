@@ -77,7 +77,7 @@ class ModelRunner:
         self._pools = self._host_blocks.carry_out(self._pools, transfers)
 
     def run(self, inputs: ModelInputs) -> StepResult:
-        """Launch one step; what it samples are device arrays of ``inputs.shape.sequences`` rows, on their way here."""
+        """Launch one step; what it samples are device arrays of ``inputs.shape.samples`` rows, on their way here."""
         step = self._step(_variant(inputs))
         result: StepResult
         result, self._pools, self._buffer = step(self._leaves, self._pools, self._buffer, *_arrays(inputs))
@@ -243,6 +243,8 @@ def _once(
 ) -> tuple[StepResult, Pools, jax.Array]:
     """Embed → layers → logits of the last tokens → sample → note the tokens in the buffer."""
     layout = _layout(fields, shape, pools[0], mesh)
+    if shape.drafts:
+        buffer = _write_drafts(buffer, fields, shape)
     tokens = buffer[fields["slot"][layout.sequence], layout.positions]
     lengths = fields["prompt_length"][layout.sequence]
     last = fields["last_token"] if shape.prefill_tokens else None  # of single tokens each is the last
@@ -253,10 +255,26 @@ def _once(
         prompts = _read(decoder, shape, layout, fields, buffer, hidden, reading)
         hidden = hidden[last]
     logits = decoder.logits(hidden)
-    sampled = greedy(logits) if choice is None else sample(logits, _sampling_rows(fields, buffer, choice))
-    slot = jnp.where(fields["samples"] > 0, fields["slot"], buffer.shape[0])
-    buffer = buffer.at[slot, fields["length"]].set(sampled.tokens, mode="drop")
+    rows = _row_for_each_token(fields, layout) if shape.drafts else fields
+    sampled = greedy(logits) if choice is None else sample(logits, _sampling_rows(rows, buffer, choice))
+    slot = jnp.where(rows["samples"] > 0, rows["slot"], buffer.shape[0])
+    buffer = buffer.at[slot, rows["length"]].set(sampled.tokens, mode="drop")
     return StepResult(sampled, prompts), cast(Pools, tuple(new_pools)), buffer
+
+
+def _write_drafts(buffer: jax.Array, fields: Mapping[str, jax.Array], shape: StepShape) -> jax.Array:
+    """Drafts behind the last known token of each decode, where the step reads its tokens."""
+    behind = jnp.arange(shape.drafts, dtype=jnp.int32)
+    real = behind + 1 < fields["decode_lengths"][:, None]
+    slot = jnp.where(real, fields["slot"][:, None], buffer.shape[0])
+    return buffer.at[slot, fields["length"][:, None] + behind].set(fields["drafts"], mode="drop")
+
+
+def _row_for_each_token(fields: Mapping[str, jax.Array], layout: _Layout) -> dict[str, jax.Array]:
+    """The fields for samples behind every token of the step, as if each were the last of its sequence."""
+    of_sequences = ("slot", "prompt_length", "top_k", "seed", *SAMPLING_FLOATS)
+    rows = {name: fields[name][layout.sequence] for name in of_sequences}
+    return rows | {"samples": layout.real.astype(jnp.int32), "length": layout.positions + 1}
 
 
 class _Layout(NamedTuple):
@@ -316,7 +334,7 @@ def _regions(fields: Mapping[str, jax.Array], shape: StepShape) -> Iterator[tupl
         lengths = fields["decode_lengths"]
         first = jnp.maximum(fields["length"][: shape.decodes] - 1, 0)
         sequence = jnp.arange(shape.decodes, dtype=jnp.int32)
-        yield Rows(tables[: shape.decodes], first, lengths, 1), sequence
+        yield Rows(tables[: shape.decodes], first, lengths, shape.decode_length), sequence
     if shape.prefill_tokens:
         sequence = fields["row_sequence"]
         yield Rows(tables[sequence], fields["row_start"], fields["row_tokens"], shape.row_length), sequence
