@@ -157,10 +157,6 @@ class EngineConfig:
 
     adapters: dict[str, str] | None = missing("merge the LoRA weights into the model and leave adapters out")
     hf_overrides: dict[str, Any] | None = missing("edit a copy of config.json")
-    speculative_config: dict[str, Any] | None = setting(
-        None, "LMDeploy's form of the speculative settings: method, model, num_speculative_tokens", flag=False
-    )
-
     async_: int | None = ignored("steps always overlap as far as the device allows")
     cache_chunk_size: int | None = ignored("the KV cache is one array per layer")
     communicator: str | None = ignored("XLA brings its own collectives")

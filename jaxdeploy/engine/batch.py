@@ -138,6 +138,17 @@ def step_shapes(
     return shapes
 
 
+def draft_shapes(max_batch_size: int, max_prefill_tokens: int, table_length: int, count: int) -> list[StepShape]:
+    """The steps of a model that guesses ``count`` tokens: of prompts, of what it has not seen yet, and one by one."""
+    alone = max(count - 1, 1)
+    every = step_shapes(max_batch_size, max_prefill_tokens, 0, table_length, alone, count + 1)
+    return [
+        shape
+        for shape in every
+        if shape.drafts or (shape.repeats == alone and not shape.prefill_tokens) or not shape.decodes
+    ]
+
+
 def reading_shapes(shapes: list[StepShape]) -> list[StepShape]:
     """The few of ``shapes`` that steps have which read prompts: a compilation of each is enough to wait for."""
     prefills = [shape for shape in shapes if shape.prefill_tokens]

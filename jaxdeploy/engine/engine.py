@@ -25,7 +25,7 @@ from jaxdeploy.engine.prompt_reading import PromptReader
 from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch, Scheduler
 from jaxdeploy.engine.sequence import Reading, Sequence
 from jaxdeploy.engine.spans import Spans
-from jaxdeploy.engine.speculation import Speculation
+from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import NO_GUESSES, FinishReason, Request, StepOutput, TokenLogprob

@@ -16,23 +16,6 @@ from jaxdeploy.engine.sequence import Sequence
 Array = np.ndarray[Any, Any]
 
 
-def draft_shapes(
-    max_batch_size: int, max_prefill_tokens: int, table_length: int, count: int, steps: Callable[..., list[StepShape]]
-) -> list[StepShape]:
-    """The steps of a draft model that guesses ``count`` tokens: prompts, what was accepted last, and one by one.
-
-    ``steps`` is ``batch.step_shapes``.
-    """
-    every = steps(max_batch_size, max_prefill_tokens, 0, table_length, max(count - 1, 1), count + 1)
-    return [shape for shape in every if _is_used(shape, count)]
-
-
-def _is_used(shape: StepShape, count: int) -> bool:
-    if shape.prefill_tokens:
-        return not shape.decodes
-    return bool(shape.drafts) or shape.repeats == count - 1
-
-
 @dataclass(frozen=True)
 class _Known(Chunk):
     """A chunk behind which the token is known, so that none is sampled."""
@@ -76,7 +59,9 @@ class DraftProposer:
 
     def _catch_up(self, sequences: list[Sequence]) -> None:
         """Compute all but the last token of sequences that are too far behind for one row."""
-        behind = [item for item in sequences if not item.drafted or len(item.token_ids) - item.drafted > self._count + 1]
+        behind = [
+            item for item in sequences if not item.drafted or len(item.token_ids) - item.drafted > self._count + 1
+        ]
         for sequence in behind:
             assert sequence.slot is not None, "a sequence that decodes has a slot"
             self._runner.write_tokens(sequence.slot, sequence.token_ids)
