@@ -18,8 +18,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "small chunks": {"max_prefill": 32},
     "decodes in a row": {"decode_steps": IN_A_ROW, "shapes": SHAPES_IN_A_ROW},
     "host memory": {"sharing": True, "blocks": 20, "host_blocks": 64},
-    "guesses": {"guesses": "ngram"},
-    "guesses of a model": {"guesses": "draft"},
+    "guesses": {"guesses": "draft"},
     "tensor parallelism": {"tp": 2},
 }
 """Name → what ``tiny_engine`` is to be told for it."""
@@ -30,7 +29,6 @@ SLOW = "tensor parallelism"
 def several() -> list[Any]:
     """Each by itself, and all pairs."""
     together = [(name,) for name in FEATURES] + list(combinations(FEATURES, 2))
-    together.remove(("guesses", "guesses of a model"))
     slow = [[pytest.mark.slow] if SLOW in each else [] for each in together]
     return [pytest.param(each, id=" + ".join(each), marks=marks) for each, marks in zip(together, slow, strict=True)]
 
@@ -63,7 +61,9 @@ def test_no_token_changes(names: tuple[str, ...], expected: list[list[int]]) -> 
     method = options.pop("guesses", None)
     engine = tiny_engine(**options, speculation=guessing(method, options.get("tp", 1)) if method else None)
     assert talk(engine, sessions="sessions" in names) == expected
-    assert engine.scheduler.preemptions > 0 or "preemption" not in names
     assert engine.scheduler.prefixes.found > 0 or not {"prefix cache", "sessions", "host memory"} & set(names)
-    assert engine.scheduler.prefixes.restored > 0 or "host memory" not in names
-    assert engine.stats.guesses.accepted > 0 or not method
+    if method:  # then sequences end sooner, and there is more room
+        assert engine.stats.guesses.accepted > 0
+    else:
+        assert engine.scheduler.preemptions > 0 or "preemption" not in names
+        assert engine.scheduler.prefixes.restored > 0 or "host memory" not in names
