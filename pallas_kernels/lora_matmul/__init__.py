@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.lora_matmul.tiles import Tiles
 
 BACKENDS = {
+    "pallas_triton": "pallas_kernels.lora_matmul.pallas_triton",
     "reference": "pallas_kernels.lora_matmul.reference",
 }
 """In order of preference; each refuses what it cannot do."""
@@ -25,6 +27,7 @@ def lora_matmul(
     ranks: jax.Array,
     *,
     backend: str | None = None,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
     """``(x · a[i]) · b[i]`` for each token, where ``i`` is its ``adapter``; zeros for a token that has none.
 
@@ -39,6 +42,7 @@ def lora_matmul(
         candidates: int32 [S], every entry that ``adapter`` may name, each once; negative ones are padding.
         ranks: int32 [B], how many of the R of each entry are in use.
         backend: a name of ``BACKENDS``; ``None`` takes the first that accepts the call.
+        tiles: for the Pallas backend; ``None`` takes the measured ones, else the heuristic's.
 
     Returns:
         [T, N], dtype of ``x``; sums are float32.
@@ -47,7 +51,7 @@ def lora_matmul(
         ValueError: shapes or dtypes that do not fit together. NoBackendError: every backend refused.
     """
     _validate(x, a, b, adapter, candidates, ranks)
-    out: jax.Array = dispatch("lora_matmul", BACKENDS, backend, x, a, b, adapter, candidates, ranks)
+    out: jax.Array = dispatch("lora_matmul", BACKENDS, backend, x, a, b, adapter, candidates, ranks, tiles=tiles)
     return out
 
 
