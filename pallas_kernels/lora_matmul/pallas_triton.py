@@ -1,14 +1,15 @@
 """Two kernels: one multiplies tokens down to ranks, the other from there up to the result. sm_80 and newer.
 
-A program has a tile of tokens and one candidate. It looks which of the tokens are the candidate's and returns if none
-is; otherwise it reads the rows of those tokens, and writes their rows. As a token has one adapter, no two programs write
-the same row: neither sums nor atomics bring the candidates together, and adapters are read side by side. Where K is
-split, the first kernel leaves float32 sums of each part, which the second adds up.
+A program has a tile of tokens, and goes through the adapters that occur in it: it reads the rows of those tokens alone,
+and writes their rows. Each token has one adapter, so nothing has to be added up between adapters, and where many are in
+a tile, teams of programs share them out: no sums, no atomics. Where K is split, the first kernel leaves float32 sums
+of each part, which the second adds up.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -49,7 +50,7 @@ def run(
         raise RefusalError(f"needs R in steps of {RANK_BLOCK}, have R={rank}; pad a and b with zeros")
     target = current_target()
     chosen = choose(Call.of(x, b, candidates), target, tiles)
-    rows, slots = pl.cdiv(tokens, chosen.tile_m), candidates.size
+    rows = pl.cdiv(tokens, chosen.tile_m)
     launch = partial(
         pl.pallas_call,
         compiler_params=plt.CompilerParams(num_warps=chosen.num_warps, num_stages=chosen.num_stages),
@@ -57,36 +58,32 @@ def run(
     )
     down = launch(
         partial(_shrink_kernel, tiles=chosen),
-        grid=(chosen.splits * pl.cdiv(rank, tile_r(rank)), rows, slots),
+        grid=(chosen.splits * pl.cdiv(rank, tile_r(rank)), rows, chosen.teams),
         out_shape=jax.ShapeDtypeStruct((chosen.splits, tokens, rank), jnp.float32),
         name="lora_matmul_shrink",
-    )(x, a, adapter, candidates, ranks)
+    )(x, a, adapter, ranks)
     out: jax.Array = launch(
         partial(_expand_kernel, tiles=chosen),
-        grid=(pl.cdiv(n, chosen.tile_n), rows, slots),
+        grid=(pl.cdiv(n, chosen.tile_n), rows, chosen.teams),
         out_shape=jax.ShapeDtypeStruct((tokens, n), x.dtype),
         name="lora_matmul_expand",
-    )(down, b, adapter, candidates, ranks)
+    )(down, b, adapter, ranks)
     return out
 
 
-def _shrink_kernel(
-    x_ref: Any, a_ref: Any, adapter_ref: Any, candidates_ref: Any, ranks_ref: Any, out_ref: Any, *, tiles: Tiles
-) -> None:
-    """Rows of the candidate's tokens in ``out_ref`` [splits, T, R]: a part of K, ``tile_r`` ranks."""
+def _shrink_kernel(x_ref: Any, a_ref: Any, adapter_ref: Any, ranks_ref: Any, out_ref: Any, *, tiles: Tiles) -> None:
+    """Rows of the team's tokens in ``out_ref`` [splits, T, R]: a part of K, ``tile_r`` ranks."""
     k, width = x_ref.shape[1], tile_r(a_ref.shape[2])
-    split, entry = pl.program_id(0) % tiles.splits, plt.load(candidates_ref.at[pl.program_id(2)])
+    split, first = pl.program_id(0) % tiles.splits, pl.program_id(0) // tiles.splits * width
     rows, users = _users(adapter_ref, tiles)
-    own = (users == entry) & (users >= 0)
-    first = pl.program_id(0) // tiles.splits * width
     columns = first + jnp.arange(width, dtype=jnp.int32)
-    rank = plt.load(ranks_ref.at[jnp.maximum(entry, 0)])
-    used = _in_use(columns, rank)[None, :]
     steps = pl.cdiv(k, tiles.splits * tiles.tile_k)
     even = k % (tiles.splits * tiles.tile_k) == 0
 
-    @pl.when(_any(own) & (first < rank))
-    def _multiply() -> None:
+    def multiply(entry: jax.Array, own: jax.Array) -> None:
+        rank = plt.load(ranks_ref.at[entry])
+        used = _in_use(columns, rank)[None, :]
+
         def step(index: jax.Array, sums: jax.Array) -> jax.Array:
             part = (split * steps + index) * tiles.tile_k + jnp.arange(tiles.tile_k, dtype=jnp.int32)
             inside = jnp.full(part.shape, True) if even else part < k
@@ -94,48 +91,48 @@ def _shrink_kernel(
             a = plt.load(a_ref.at[entry, part[:, None], columns[None, :]], mask=inside[:, None] & used, other=0.0)
             return sums + _dot(x, a)
 
-        sums = lax.fori_loop(0, steps, step, jnp.zeros((tiles.tile_m, width), jnp.float32))
+        trips = jnp.where(first < rank, steps, 0)
+        sums = lax.fori_loop(0, trips, step, jnp.zeros((tiles.tile_m, width), jnp.float32))
         plt.store(out_ref.at[split, rows[:, None], columns[None, :]], sums, mask=own[:, None] & used)
 
+    _for_each_adapter(users, tiles, multiply)
 
-def _expand_kernel(
-    down_ref: Any, b_ref: Any, adapter_ref: Any, candidates_ref: Any, ranks_ref: Any, out_ref: Any, *, tiles: Tiles
-) -> None:
-    """Rows of the candidate's tokens in ``out_ref`` [T, N], and for the first candidate those of tokens without."""
-    (splits, _, rank_most), n = down_ref.shape, out_ref.shape[1]
-    width = tile_r(rank_most)
-    entry = plt.load(candidates_ref.at[pl.program_id(2)])
+
+def _expand_kernel(down_ref: Any, b_ref: Any, adapter_ref: Any, ranks_ref: Any, out_ref: Any, *, tiles: Tiles) -> None:
+    """Rows of the team's tokens in ``out_ref`` [T, N]; the first team's are also those without an adapter."""
+    (splits, tokens, most), n = down_ref.shape, out_ref.shape[1]
+    width = tile_r(most)
     rows, users = _users(adapter_ref, tiles)
-    own = (users == entry) & (users >= 0)
     columns = pl.program_id(0) * tiles.tile_n + jnp.arange(tiles.tile_n, dtype=jnp.int32)
     inside = (columns < n)[None, :]
-    place = out_ref.at[rows[:, None], columns[None, :]]
 
-    @pl.when(_any(own))
-    def _multiply() -> None:
+    def write(values: jax.Array, own: jax.Array) -> None:
+        plt.store(out_ref.at[rows[:, None], columns[None, :]], values.astype(out_ref.dtype), mask=own[:, None] & inside)
+
+    zeros = jnp.zeros((tiles.tile_m, tiles.tile_n), jnp.float32)
+    without = (users < 0) & (rows < tokens)
+
+    @pl.when((pl.program_id(2) == 0) & (jnp.max(without.astype(jnp.int32)) > 0))
+    def _clear() -> None:
+        write(zeros, without)
+
+    def multiply(entry: jax.Array, own: jax.Array) -> None:
         rank = plt.load(ranks_ref.at[entry])
 
         def step(index: jax.Array, sums: jax.Array) -> jax.Array:
             depth = index * width + jnp.arange(width, dtype=jnp.int32)
             used = _in_use(depth, rank)
-            mask = own[:, None] & used[None, :]
             b = plt.load(b_ref.at[entry, depth[:, None], columns[None, :]], mask=used[:, None] & inside, other=0.0)
-            down = sum(
-                plt.load(down_ref.at[split, rows[:, None], depth[None, :]], mask=mask, other=0.0)
-                for split in range(splits)
+            parts = (
+                plt.load(down_ref.at[i, rows[:, None], depth[None, :]], mask=own[:, None] & used[None, :], other=0.0)
+                for i in range(splits)
             )
-            return sums + _dot(down.astype(b.dtype), b)
+            return sums + _dot(reduce(jnp.add, parts).astype(b.dtype), b)
 
-        sums = jnp.zeros((tiles.tile_m, tiles.tile_n), jnp.float32)
-        sums = step(jnp.int32(0), sums) if rank_most <= width else lax.fori_loop(0, pl.cdiv(rank, width), step, sums)
-        plt.store(place, sums.astype(out_ref.dtype), mask=own[:, None] & inside)
+        single = most <= width
+        write(step(jnp.int32(0), zeros) if single else lax.fori_loop(0, pl.cdiv(rank, width), step, zeros), own)
 
-    without = (users < 0) & (rows < out_ref.shape[0])
-
-    @pl.when((pl.program_id(2) == 0) & _any(without))
-    def _clear() -> None:
-        zeros = jnp.zeros((tiles.tile_m, tiles.tile_n), out_ref.dtype)
-        plt.store(place, zeros, mask=without[:, None] & inside)
+    _for_each_adapter(users, tiles, multiply)
 
 
 def _users(adapter_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
@@ -144,13 +141,26 @@ def _users(adapter_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
     return rows, plt.load(adapter_ref.at[rows], mask=rows < adapter_ref.shape[0], other=-1)
 
 
+def _for_each_adapter(users: jax.Array, tiles: Tiles, serve: Callable[[jax.Array, jax.Array], None]) -> None:
+    """Call ``serve(entry, own)`` for each adapter of the program's team among ``users``; ``own`` are its tokens.
+
+    A team's are those whose number, divided by ``teams``, leaves the team's own.
+    """
+    if tiles.teams > 1:
+        users = jnp.where(lax.rem(users, jnp.int32(tiles.teams)) == pl.program_id(2), users, -1)
+
+    def serve_next(waiting: jax.Array) -> jax.Array:
+        entry = jnp.max(waiting)
+        own = waiting == entry
+        serve(entry, own)
+        return jnp.where(own, -1, waiting)
+
+    lax.while_loop(lambda waiting: jnp.max(waiting) >= 0, serve_next, users)
+
+
 def _in_use(columns: jax.Array, rank: jax.Array) -> jax.Array:
     """Whether each of the ranks ``columns`` lies in a block that an entry of ``rank`` uses."""
     return columns // RANK_BLOCK < pl.cdiv(rank, RANK_BLOCK)
-
-
-def _any(which: jax.Array) -> jax.Array:
-    return jnp.max(which.astype(jnp.int32)) > 0
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:

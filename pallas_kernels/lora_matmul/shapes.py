@@ -91,7 +91,9 @@ def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict[
     within = jnp.arange(shape.rank) < ranks[:, None]
     a = jax.random.normal(keys[1], (entries, shape.k, shape.rank), dtype) * jnp.asarray(shape.k**-0.5, dtype)
     b = jax.random.normal(keys[2], (entries, shape.rank, shape.n), dtype)
-    a, b = (jnp.where(mask, array, jnp.zeros((), dtype)) for mask, array in ((within[:, None], a), (within[..., None], b)))
+    a, b = (
+        jnp.where(mask, array, jnp.zeros((), dtype)) for mask, array in ((within[:, None], a), (within[..., None], b))
+    )
     mine = entries - 1 - jax.random.permutation(keys[3], shape.slots)
     candidates = jnp.where(jnp.arange(shape.slots) < shape.slots - shape.mixed, mine, -1).astype(jnp.int32)
     return (x, a, b, candidates[_slots(shape, keys[4])], candidates, ranks), {}

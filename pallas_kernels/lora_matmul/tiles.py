@@ -9,7 +9,6 @@ from itertools import product
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.typing import DTypeLike
 
 from pallas_kernels import tuning
 from pallas_kernels.target import Target
@@ -26,15 +25,16 @@ SMALLEST_TILE = 16
 
 @dataclass(frozen=True)
 class Tiles:
-    """``tile_m`` tokens for each program of both kernels.
+    """``tile_m`` tokens for each program of both kernels; ``teams`` of programs share out the adapters among them.
 
-    The first walks K / ``splits`` in steps of ``tile_k``; the second makes ``tile_n`` columns of the result.
+    The first kernel walks K / ``splits`` in steps of ``tile_k``; the second makes ``tile_n`` columns of the result.
     """
 
     tile_m: int
     tile_k: int
     tile_n: int
     splits: int
+    teams: int
     num_warps: int
     num_stages: int
 
@@ -53,7 +53,7 @@ class Call:
     @classmethod
     def of(cls, x: jax.Array, b: jax.Array, candidates: jax.Array) -> Call:
         """The call that these arguments make."""
-        return cls(*x.shape, b.shape[2], b.shape[1], candidates.size, x.dtype.name)
+        return cls(x.shape[0], x.shape[1], b.shape[2], b.shape[1], candidates.size, x.dtype.name)
 
     @property
     def key(self) -> str:
@@ -66,11 +66,6 @@ class Call:
         """Whether it is limited by reading adapters, rather than tokens and results."""
         return self.tokens <= LARGEST_DECODE
 
-    @property
-    def busy(self) -> int:
-        """Adapters that a tile of tokens is expected to use."""
-        return min(self.tokens, self.candidates) if self.decode else 1
-
 
 def tile_r(rank: int) -> int:
     """Ranks in a program's piece, of an R of ``rank``."""
@@ -78,36 +73,46 @@ def tile_r(rank: int) -> int:
 
 
 def heuristic(call: Call, cores: int) -> Tiles:
-    """Up to 64 tokens in decode, so that an adapter is read once or a few times; 128 in prefill, for the same of tokens.
+    """In decode a team for each candidate, and up to 64 tokens, so that an adapter is read once or a few times.
 
-    K is split until each core has two programs, or its pieces come down to one step, four in prefill. Columns are
-    narrow while cores would be without work.
+    In prefill 128 tokens, for they share adapters, and a few teams where that makes no more than eight programs a core:
+    tokens of decoding sequences may be among them. K is split until each core has two programs, or its pieces come down
+    to one step, four in prefill; columns are cut narrower while cores would be without work.
     """
     tile_k = min(128, max(SMALLEST_TILE, pl.next_power_of_2(call.k)))
-    if call.decode:
-        tile_m, least, most = min(64, max(SMALLEST_TILE, pl.next_power_of_2(call.tokens))), 1, 16
-    else:
-        tile_m, least, most = 128, 4, 8
-    programs = pl.cdiv(call.tokens, tile_m) * call.busy
-    splits = 1
-    while splits < most and programs * splits < 2 * cores and call.k >= 2 * splits * least * tile_k:
+    tile_m = min(64 if call.decode else 128, max(SMALLEST_TILE, pl.next_power_of_2(call.tokens)))
+    rows = pl.cdiv(call.tokens, tile_m)
+    busy = rows * min(call.tokens, call.candidates) if call.decode else rows
+    tile_n = next((n for n in (128, 64) if busy * pl.cdiv(call.n, n) >= 2 * cores), 32)
+    least, splits = (1, 1) if call.decode else (4, 1)
+    while splits < 16 and busy * splits < 2 * cores and call.k >= 2 * splits * least * tile_k:
         splits *= 2
-    widest = 64 if call.decode else 128
-    tile_n = next((n for n in (128, 64, 32) if n <= widest and programs * pl.cdiv(call.n, n) >= cores), 32)
-    num_warps = 4 if tile_m * max(tile_n, tile_r(call.rank)) <= 64 * 64 else 8
-    return Tiles(tile_m, tile_k, tile_n, splits, num_warps, 3)
+    programs = rows * pl.cdiv(call.n, tile_n)
+    teams = call.candidates if 1 < call.tokens <= LARGEST_DECODE else 1
+    while not call.decode and 2 * teams <= min(call.candidates, 8) and 2 * teams * programs <= 8 * cores:
+        teams *= 2
+    num_warps = 4 if tile_m * max(tile_n, tile_r(call.rank)) <= 64 * 128 else 8
+    return Tiles(tile_m, tile_k, tile_n, splits, teams, num_warps, 3)
 
 
 def candidates(call: Call, cores: int) -> Iterator[Tiles]:
-    """What the tuner tries: half and twice of what the heuristic says, K that is split into no more than its steps."""
+    """What the tuner tries: half and twice of what the heuristic says, as far as a program's registers hold it."""
     guess = heuristic(call, cores)
-    sizes_m = {size for size in (guess.tile_m // 2, guess.tile_m, guess.tile_m * 2) if 16 <= size <= 128}
-    splits = {count for count in (guess.splits // 2, guess.splits, guess.splits * 2) if count}
-    for tile_m, tile_n, count, num_warps in product(
-        sorted(sizes_m), (guess.tile_n, guess.tile_n * 2), sorted(splits), (guess.num_warps // 2, guess.num_warps)
+    for tile_m, tile_n, splits, num_warps in product(
+        _around(guess.tile_m, 16, 128), _around(guess.tile_n, 32, 256), _around(guess.splits, 1, 32), (4, 8)
     ):
-        if tile_m * tile_n <= 2048 * num_warps and count * guess.tile_k <= max(call.k, guess.tile_k):
-            yield replace(guess, tile_m=tile_m, tile_n=tile_n, splits=count, num_warps=num_warps)
+        if (
+            tile_m * max(tile_n, tile_r(call.rank)) <= 2048 * num_warps
+            and splits * guess.tile_k < call.k + guess.tile_k
+        ):
+            yield replace(guess, tile_m=tile_m, tile_n=tile_n, splits=splits, num_warps=num_warps)
+    if guess.teams > 1:
+        yield replace(guess, teams=1)
+
+
+def _around(size: int, least: int, most: int) -> list[int]:
+    """``size``, half and twice of it, within bounds."""
+    return [near for near in (size // 2, size, size * 2) if least <= near <= most]
 
 
 def choose(call: Call, target: Target, explicit: Tiles | None = None) -> Tiles:
