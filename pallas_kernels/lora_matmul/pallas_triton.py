@@ -9,7 +9,7 @@ of each part, which the second adds up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from pallas_kernels.lora_matmul.tiles import Call, Tiles, choose, tile_r
 from pallas_kernels.target import Target, current_target
 
 RANK_BLOCK = 16
-"""Ranks that are read or skipped together: a mask that is the same for 16 neighbours leaves wide loads whole."""
+"""Ranks that are read or skipped together."""
 
 
 def check(target: Target) -> None:
@@ -91,7 +91,7 @@ def _shrink_kernel(x_ref: Any, a_ref: Any, adapter_ref: Any, ranks_ref: Any, out
             a = plt.load(a_ref.at[entry, part[:, None], columns[None, :]], mask=inside[:, None] & used, other=0.0)
             return sums + _dot(x, a)
 
-        trips = jnp.where(first < rank, steps, 0)
+        trips = jnp.where(first < rank, jnp.int32(steps), jnp.int32(0))
         sums = lax.fori_loop(0, trips, step, jnp.zeros((tiles.tile_m, width), jnp.float32))
         plt.store(out_ref.at[split, rows[:, None], columns[None, :]], sums, mask=own[:, None] & used)
 
@@ -109,7 +109,7 @@ def _expand_kernel(down_ref: Any, b_ref: Any, adapter_ref: Any, ranks_ref: Any, 
     def write(values: jax.Array, own: jax.Array) -> None:
         plt.store(out_ref.at[rows[:, None], columns[None, :]], values.astype(out_ref.dtype), mask=own[:, None] & inside)
 
-    zeros = jnp.zeros((tiles.tile_m, tiles.tile_n), jnp.float32)
+    parts, zeros = jnp.arange(splits, dtype=jnp.int32), jnp.zeros((tiles.tile_m, tiles.tile_n), jnp.float32)
     without = (users < 0) & (rows < tokens)
 
     @pl.when((pl.program_id(2) == 0) & (jnp.max(without.astype(jnp.int32)) > 0))
@@ -122,12 +122,10 @@ def _expand_kernel(down_ref: Any, b_ref: Any, adapter_ref: Any, ranks_ref: Any, 
         def step(index: jax.Array, sums: jax.Array) -> jax.Array:
             depth = index * width + jnp.arange(width, dtype=jnp.int32)
             used = _in_use(depth, rank)
+            place = down_ref.at[parts[:, None, None], rows[None, :, None], depth[None, None, :]]
+            down = plt.load(place, mask=own[None, :, None] & used[None, None, :], other=0.0).sum(axis=0)
             b = plt.load(b_ref.at[entry, depth[:, None], columns[None, :]], mask=used[:, None] & inside, other=0.0)
-            parts = (
-                plt.load(down_ref.at[i, rows[:, None], depth[None, :]], mask=own[:, None] & used[None, :], other=0.0)
-                for i in range(splits)
-            )
-            return sums + _dot(reduce(jnp.add, parts).astype(b.dtype), b)
+            return sums + _dot(down.astype(b.dtype), b)
 
         single = most <= width
         write(step(jnp.int32(0), zeros) if single else lax.fori_loop(0, pl.cdiv(rank, width), step, zeros), own)
@@ -159,8 +157,11 @@ def _for_each_adapter(users: jax.Array, tiles: Tiles, serve: Callable[[jax.Array
 
 
 def _in_use(columns: jax.Array, rank: jax.Array) -> jax.Array:
-    """Whether each of the ranks ``columns`` lies in a block that an entry of ``rank`` uses."""
-    return columns // RANK_BLOCK < pl.cdiv(rank, RANK_BLOCK)
+    """Whether each of the ranks ``columns`` lies in a block that an entry of ``rank`` uses.
+
+    Compared with a multiple of the block, for Triton to see that neighbours are masked alike: it loads 16 bytes then.
+    """
+    return columns < lax.div(rank + (RANK_BLOCK - 1), jnp.int32(RANK_BLOCK)) * RANK_BLOCK
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:

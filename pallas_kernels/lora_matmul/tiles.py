@@ -22,6 +22,13 @@ LARGEST_TILE_R = 64
 SMALLEST_TILE = 16
 """Rows, columns and depth of the smallest product that Triton makes with tensor cores."""
 
+MOST_SPLITS = 16
+MOST_HELD = 4096
+"""Partial sums that a program can hold for each of its warps: it has those of all parts of K at once."""
+
+SMALL_BYTES = 2**23
+"""Partial sums whose reading takes no time to speak of: they come out of the L2 cache."""
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -75,23 +82,33 @@ def tile_r(rank: int) -> int:
 def heuristic(call: Call, cores: int) -> Tiles:
     """In decode a team for each candidate, and up to 64 tokens, so that an adapter is read once or a few times.
 
-    In prefill 128 tokens, for they share adapters, and a few teams where that makes no more than eight programs a core:
-    tokens of decoding sequences may be among them. K is split until each core has two programs, or its pieces come down
-    to one step, four in prefill; columns are cut narrower while cores would be without work.
+    In prefill, where neighbours share adapters, up to 128 tokens, and a few teams where that makes no more than eight
+    programs a core: tokens of decoding sequences may be among them. Columns are cut narrower while cores would be
+    without work. K is split until each core has two programs, or its pieces come down to one step, four in prefill; at
+    most so often that reading the sums, again for each tile of columns, stays small beside tokens and result.
     """
     tile_k = min(128, max(SMALLEST_TILE, pl.next_power_of_2(call.k)))
-    tile_m = min(64 if call.decode else 128, max(SMALLEST_TILE, pl.next_power_of_2(call.tokens)))
+    widest = 64 if call.decode or tile_r(call.rank) > 32 else 128
+    tile_m = min(widest, max(SMALLEST_TILE, pl.next_power_of_2(call.tokens)))
     rows = pl.cdiv(call.tokens, tile_m)
     busy = rows * min(call.tokens, call.candidates) if call.decode else rows
     tile_n = next((n for n in (128, 64) if busy * pl.cdiv(call.n, n) >= 2 * cores), 32)
+    sums = 4 * call.tokens * call.rank * pl.cdiv(call.n, tile_n)
+    allowed = max(SMALL_BYTES, 4 * call.tokens * (call.k + call.n))
     least, splits = (1, 1) if call.decode else (4, 1)
-    while splits < 16 and busy * splits < 2 * cores and call.k >= 2 * splits * least * tile_k:
+    num_warps = 4 if tile_m * max(tile_n, tile_r(call.rank)) <= 64 * 128 else 8
+    held = MOST_HELD * num_warps // (tile_m * tile_r(call.rank))
+    while (
+        busy * splits < 2 * cores
+        and call.k >= 2 * splits * least * tile_k
+        and 2 * splits * sums <= allowed
+        and 2 * splits <= min(MOST_SPLITS, held)
+    ):
         splits *= 2
     programs = rows * pl.cdiv(call.n, tile_n)
     teams = call.candidates if 1 < call.tokens <= LARGEST_DECODE else 1
     while not call.decode and 2 * teams <= min(call.candidates, 8) and 2 * teams * programs <= 8 * cores:
         teams *= 2
-    num_warps = 4 if tile_m * max(tile_n, tile_r(call.rank)) <= 64 * 128 else 8
     return Tiles(tile_m, tile_k, tile_n, splits, teams, num_warps, 3)
 
 
