@@ -127,6 +127,6 @@ def candidates_for(shape: Shape) -> Iterator[Tiles]:
     return candidates(shape.call, current_target().cores or 1)
 
 
-def elements_per_trip(shape: Shape, tiles: Tiles) -> dict[str, int]:
-    """Elements of an adapter that one trip of a program's loop multiplies; the second kernel makes one trip."""
-    return {"lora_matmul_shrink": tiles.tile_k * tile_r(shape.rank)}
+def elements_per_trip(shape: Shape, tiles: Tiles) -> int:
+    """Elements of an adapter that a step of the first kernel multiplies. A few steps make no loop to count."""
+    return tiles.tile_k * tile_r(shape.rank)

@@ -76,55 +76,59 @@ class Call:
 
 def tile_r(rank: int) -> int:
     """Ranks in a program's piece, of an R of ``rank``."""
-    return int(min(LARGEST_TILE_R, max(SMALLEST_TILE, pl.next_power_of_2(rank))))
+    return _within(rank, SMALLEST_TILE, LARGEST_TILE_R)
 
 
 def heuristic(call: Call, cores: int) -> Tiles:
-    """In decode a team for each candidate, and up to 64 tokens, so that an adapter is read once or a few times.
+    """Up to 64 tokens, 128 of many, so that an adapter is read once or a few times. In decode it has a team.
 
-    In prefill, where neighbours share adapters, up to 128 tokens, and a few teams where that makes no more than eight
-    programs a core: tokens of decoding sequences may be among them. Columns are cut narrower while cores would be
-    without work. K is split until each core has two programs, or its pieces come down to one step, four in prefill; at
-    most so often that reading the sums, again for each tile of columns, stays small beside tokens and result.
+    In prefill neighbours share adapters: there are a few teams where that makes no more than eight programs a core, for
+    tokens of decoding sequences may be among those of prompts. Columns are cut narrower while cores would be without
+    work. K is split until each core has two programs or a program one step, four in prefill; at most so often that
+    reading the sums, again for each tile of columns, stays small beside tokens and result.
     """
-    tile_k = min(128, max(SMALLEST_TILE, pl.next_power_of_2(call.k)))
-    widest = 64 if call.decode or tile_r(call.rank) > 32 else 128
-    tile_m = min(widest, max(SMALLEST_TILE, pl.next_power_of_2(call.tokens)))
+    width = tile_r(call.rank)
+    tile_m = _within(call.tokens, SMALLEST_TILE, 128 if call.tokens > 1024 and width < LARGEST_TILE_R else 64)
+    tile_k = _within(call.k, SMALLEST_TILE, 128)
     rows = pl.cdiv(call.tokens, tile_m)
     busy = rows * min(call.tokens, call.candidates) if call.decode else rows
     tile_n = next((n for n in (128, 64) if busy * pl.cdiv(call.n, n) >= 2 * cores), 32)
-    sums = 4 * call.tokens * call.rank * pl.cdiv(call.n, tile_n)
-    allowed = max(SMALL_BYTES, 4 * call.tokens * (call.k + call.n))
-    least, splits = (1, 1) if call.decode else (4, 1)
-    num_warps = 4 if tile_m * max(tile_n, tile_r(call.rank)) <= 64 * 128 else 8
-    held = MOST_HELD * num_warps // (tile_m * tile_r(call.rank))
-    while (
-        busy * splits < 2 * cores
-        and call.k >= 2 * splits * least * tile_k
-        and 2 * splits * sums <= allowed
-        and 2 * splits <= min(MOST_SPLITS, held)
-    ):
-        splits *= 2
-    programs = rows * pl.cdiv(call.n, tile_n)
-    teams = call.candidates if 1 < call.tokens <= LARGEST_DECODE else 1
-    while not call.decode and 2 * teams <= min(call.candidates, 8) and 2 * teams * programs <= 8 * cores:
-        teams *= 2
-    return Tiles(tile_m, tile_k, tile_n, splits, teams, num_warps, 3)
+    columns = pl.cdiv(call.n, tile_n)
+    num_warps = 4 if tile_m * max(tile_n, width) <= 64 * 128 else 8
+    splits = min(
+        MOST_SPLITS,
+        2 * cores // busy,
+        call.k // (tile_k if call.decode else 4 * tile_k),
+        MOST_HELD * num_warps // (tile_m * width),
+        max(SMALL_BYTES, 4 * call.tokens * (call.k + call.n)) // (4 * call.tokens * call.rank * columns),
+    )
+    teams = _power_of_two(min(8, call.candidates, 8 * cores // (rows * columns)))
+    if call.decode:
+        teams = call.candidates if call.tokens > 1 else 1
+    return Tiles(tile_m, tile_k, tile_n, _power_of_two(splits), teams, num_warps, 3)
 
 
 def candidates(call: Call, cores: int) -> Iterator[Tiles]:
     """What the tuner tries: half and twice of what the heuristic says, as far as a program's registers hold it."""
-    guess = heuristic(call, cores)
+    guess, width = heuristic(call, cores), tile_r(call.rank)
     for tile_m, tile_n, splits, num_warps in product(
         _around(guess.tile_m, 16, 128), _around(guess.tile_n, 32, 256), _around(guess.splits, 1, 32), (4, 8)
     ):
-        if (
-            tile_m * max(tile_n, tile_r(call.rank)) <= 2048 * num_warps
-            and splits * guess.tile_k < call.k + guess.tile_k
-        ):
+        held = tile_m * max(tile_n // 2, splits * width // 4, width)
+        if held <= MOST_HELD // 4 * num_warps and (splits - 1) * guess.tile_k < call.k:
             yield replace(guess, tile_m=tile_m, tile_n=tile_n, splits=splits, num_warps=num_warps)
     if guess.teams > 1:
         yield replace(guess, teams=1)
+
+
+def _within(size: int, least: int, most: int) -> int:
+    """``size`` as a power of two, rounded up, within bounds."""
+    return int(min(most, max(least, pl.next_power_of_2(size))))
+
+
+def _power_of_two(most: int) -> int:
+    """The largest power of two up to ``most``; 1 where that is less."""
+    return 1 << max(1, most).bit_length() - 1
 
 
 def _around(size: int, least: int, most: int) -> list[int]:
