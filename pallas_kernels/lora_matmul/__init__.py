@@ -39,7 +39,8 @@ def lora_matmul(
         a: [B, K, R], dtype of ``x``. Its columns beyond an entry's rank are zero.
         b: [B, R, N], dtype of ``x``, with the adapter's scaling in it. Its rows beyond an entry's rank are zero.
         adapter: int32 [T], the entry of each token; negative: none.
-        candidates: int32 [S], every entry that ``adapter`` may name, each once; negative ones are padding.
+        candidates: int32 [S], every entry that ``adapter`` may name, each once; negative ones are padding. Kernels are
+            fastest where they are neighbours in the bank, in any order.
         ranks: int32 [B], how many of the R of each entry are in use.
         backend: a name of ``BACKENDS``; ``None`` takes the first that accepts the call.
         tiles: for the Pallas backend; ``None`` takes the measured ones, else the heuristic's.

@@ -1,9 +1,9 @@
 """Two kernels: one multiplies tokens down to ranks, the other from there up to the result. sm_80 and newer.
 
-A program has a tile of tokens, and goes through the adapters that occur in it: it reads the rows of those tokens alone,
-and writes their rows. Each token has one adapter, so nothing has to be added up between adapters, and where many are in
-a tile, teams of programs share them out: no sums, no atomics. Where K is split, the first kernel leaves float32 sums
-of each part, which the second adds up.
+A program has a tile of tokens and goes through the adapters that occur in it. It reads the rows of one adapter's tokens
+alone, and writes their rows: a token has one adapter, so no two programs meet in a row, and nothing is added up between
+adapters. Where many may occur in a tile, teams of programs share them out. Where K is split, the first kernel leaves
+float32 sums of each part, which the second adds up.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def run(
 ) -> jax.Array:
     """See ``pallas_kernels.lora_matmul.lora_matmul``; refuses an R that is not a multiple of ``RANK_BLOCK``.
 
-    Between the products a token is rounded to the dtype of ``x``, which tensor cores take.
+    Between the products a token is rounded to the dtype of ``x``, which tensor cores take. Of ``candidates`` only their
+    number counts, for the tiles.
     """
     (tokens, _), rank, n = x.shape, a.shape[2], b.shape[2]
     if rank % RANK_BLOCK or not rank:
@@ -99,7 +100,7 @@ def _shrink_kernel(x_ref: Any, a_ref: Any, adapter_ref: Any, ranks_ref: Any, out
 
 
 def _expand_kernel(down_ref: Any, b_ref: Any, adapter_ref: Any, ranks_ref: Any, out_ref: Any, *, tiles: Tiles) -> None:
-    """Rows of the team's tokens in ``out_ref`` [T, N]; the first team's are also those without an adapter."""
+    """Rows of the team's tokens in ``out_ref`` [T, N]; the first team also clears those of tokens without adapter."""
     (splits, tokens, most), n = down_ref.shape, out_ref.shape[1]
     width = tile_r(most)
     rows, users = _users(adapter_ref, tiles)
@@ -142,7 +143,7 @@ def _users(adapter_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
 def _for_each_adapter(users: jax.Array, tiles: Tiles, serve: Callable[[jax.Array, jax.Array], None]) -> None:
     """Call ``serve(entry, own)`` for each adapter of the program's team among ``users``; ``own`` are its tokens.
 
-    A team's are those whose number, divided by ``teams``, leaves the team's own.
+    A team's are those whose number, divided by ``teams``, leaves its own: neighbours in the bank have different teams.
     """
     if tiles.teams > 1:
         users = jnp.where(lax.rem(users, jnp.int32(tiles.teams)) == pl.program_id(2), users, -1)

@@ -23,18 +23,21 @@ SMALLEST_TILE = 16
 """Rows, columns and depth of the smallest product that Triton makes with tensor cores."""
 
 MOST_SPLITS = 16
+"""Parts of K at most: the second kernel has to add them up."""
+
 MOST_HELD = 4096
 """Partial sums that a program can hold for each of its warps: it has those of all parts of K at once."""
 
 SMALL_BYTES = 2**23
-"""Partial sums whose reading takes no time to speak of: they come out of the L2 cache."""
+"""Bytes of partial sums that may be read in any case: they come out of the L2 cache."""
 
 
 @dataclass(frozen=True)
 class Tiles:
     """``tile_m`` tokens for each program of both kernels; ``teams`` of programs share out the adapters among them.
 
-    The first kernel walks K / ``splits`` in steps of ``tile_k``; the second makes ``tile_n`` columns of the result.
+    The first kernel walks K / ``splits`` in steps of ``tile_k``; the second makes ``tile_n`` columns of the result. All
+    but ``teams`` and ``num_stages`` are powers of two.
     """
 
     tile_m: int
