@@ -61,7 +61,7 @@ class Shape:
 
 def _shapes() -> Iterator[Shape]:
     for model, sizes in MODELS.items():
-        for tokens in (1, 16, 64, 256, 4096) if model == "Llama-3-8B" else (64,):
+        for tokens in (64, 1, 16, 256, 4096) if model == "Llama-3-8B" else (64,):
             for name, (k, n) in sizes.linears.items():
                 yield Shape(f"{model} {name}", tokens, k, n)
     k, n = MODELS["Llama-3-8B"].linears["qkv"]
