@@ -1,0 +1,45 @@
+"""The op in plain jnp, for any platform, float dtype and rank. CPUs serve adapters with it.
+
+It goes through the adapters that occur in the batch: one after another all tokens are multiplied with an entry, and its
+own keep the result. So an entry that no token uses costs nothing, and one that overflows harms only its own tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.target import Target
+
+State = tuple[jax.Array, jax.Array]
+"""What tokens still wait for: int32 [T], -1 where they have it; and the result so far, float32 [T, N]."""
+
+
+def check(target: Target) -> None:
+    """Runs everywhere."""
+
+
+def run(
+    x: jax.Array, a: jax.Array, b: jax.Array, adapter: jax.Array, candidates: jax.Array, ranks: jax.Array
+) -> jax.Array:
+    """See ``pallas_kernels.lora_matmul.lora_matmul``; needs neither ``candidates`` nor ``ranks``."""
+    wide = x.astype(jnp.float32)
+
+    def waiting(state: State) -> jax.Array:
+        return (state[0] >= 0).any()
+
+    def serve(state: State) -> State:
+        awaited, out = state
+        entry = awaited.max()
+        own = awaited == entry
+        return jnp.where(own, -1, awaited), jnp.where(own[:, None], _product(wide, a[entry], b[entry]), out)
+
+    out = jnp.zeros((x.shape[0], b.shape[2]), jnp.float32)
+    return lax.while_loop(waiting, serve, (adapter, out))[1].astype(x.dtype)
+
+
+def _product(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """float32 ``x`` [T, K] · ``a`` [K, R] · ``b`` [R, N] → float32 [T, N]."""
+    down = jnp.dot(x, a.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return jnp.dot(down, b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
