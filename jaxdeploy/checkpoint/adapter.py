@@ -21,6 +21,7 @@ from jaxdeploy.checkpoint.safetensors_reader import read_safetensors_file
 from jaxdeploy.checkpoint.tensor_ref import Array, TensorRef, read_file
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.lora import LowRank
 from jaxdeploy.models.registry import Family
 from jaxdeploy.models.weights import Linear, ParamPath
 
@@ -29,22 +30,6 @@ _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.w
 _LISTED = 20
 
 Linears = Mapping[ParamPath, Linear]
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """What is added to a linear map [*inputs, *outputs]: ``x``·``a``·``b``, with the scaling in ``b``.
-
-    ``a`` float32 [K, R], ``b`` float32 [R, *outputs].
-    """
-
-    a: Array
-    b: Array
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return int(self.a.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
