@@ -10,7 +10,7 @@ import functools
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -44,7 +44,8 @@ SETTINGS = ("prompt_length", "top_k", "seed", *SAMPLING_FLOATS)
 class StepShape:
     """One static shape. ``table_length`` is M, blocks of the longest sequence; ``max_sequences`` bounds the prompts.
 
-    ``repeats`` tokens are decoded by each sequence, one after the other, in a single launch.
+    ``repeats`` tokens are decoded by each sequence, one after the other, in a single launch. In an ``adapted`` step
+    sequences may have adapters.
     """
 
     decodes: int
@@ -52,9 +53,11 @@ class StepShape:
     table_length: int
     max_sequences: int
     repeats: int = 1
+    adapted: bool = False
 
     def __str__(self) -> str:
-        return f"({self.decodes}, {self.prefill_tokens})" + f" x {self.repeats}" * (self.repeats > 1)
+        repeats, adapted = f" x {self.repeats}" * (self.repeats > 1), " with adapters" * self.adapted
+        return f"({self.decodes}, {self.prefill_tokens})" + repeats + adapted
 
     @property
     def row_length(self) -> int:
@@ -93,6 +96,8 @@ class StepShape:
         layout["decode_lengths"] = (self.decodes,)  # 1, or 0 for padding
         for name in ("row_sequence", "row_start", "row_tokens"):
             layout[name] = (self.rows,)
+        if self.adapted:
+            layout["adapter"] = (self.sequences,)  # slot of its adapter, -1 for none
         return layout
 
 
@@ -127,11 +132,18 @@ def reading_shapes(shapes: list[StepShape]) -> list[StepShape]:
     return list(dict.fromkeys((short, long, largest)))
 
 
+def with_adapters(shapes: list[StepShape]) -> list[StepShape]:
+    """The same for sequences with adapters."""
+    return [replace(shape, adapted=True) for shape in shapes]
+
+
 def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
-    """The smallest of ``shapes`` that holds ``batch``."""
+    """The smallest of ``shapes`` that holds ``batch``, for adapters where one of it has any."""
     fitting = [shape for shape in shapes if _fits(shape, batch)]
     assert fitting, "the scheduler's budget keeps every batch within the largest shape"
-    return min(fitting, key=lambda shape: (shape.prefill_tokens, shape.decodes))
+    smallest = min(fitting, key=lambda shape: (shape.prefill_tokens, shape.decodes))
+    adapted = any(chunk.sequence.adapter is not None for chunk in (*batch.decodes, *batch.chunks))
+    return replace(smallest, adapted=True) if adapted else smallest
 
 
 class Choice(NamedTuple):
@@ -233,6 +245,11 @@ def _pack(shape: StepShape, batch: ScheduledBatch) -> Array:
     fields = unpack(packed, shape)
     _fill_sequences(fields, 0, batch.decodes)
     _fill_sequences(fields, shape.decodes, batch.chunks)
+    if shape.adapted:
+        fields["adapter"][:] = -1
+        fields["adapter"][: len(batch.decodes)] = [_adapter_slot(chunk.sequence) for chunk in batch.decodes]
+        chunks = slice(shape.decodes, shape.decodes + len(batch.chunks))
+        fields["adapter"][chunks] = [_adapter_slot(chunk.sequence) for chunk in batch.chunks]
     fields["decode_lengths"][: len(batch.decodes)] = 1
     fields["last_token"][: len(batch.decodes)] = np.arange(len(batch.decodes))
     row = 0
@@ -299,6 +316,13 @@ def _settings(sequence: Sequence) -> array[int]:
 def _slot(sequence: Sequence) -> int:
     assert sequence.slot is not None, "a scheduled sequence has a slot"
     return sequence.slot
+
+
+def _adapter_slot(sequence: Sequence) -> int:
+    if sequence.adapter is None:
+        return -1
+    assert sequence.adapter.slot is not None, "a scheduled sequence's adapter has a slot"
+    return sequence.adapter.slot
 
 
 def _fill_chunk(fields: Mapping[str, Array], shape: StepShape, index: int, row: int, chunk: Chunk) -> int:

@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.adapter_reader import EngineAdapters, adapters_of
+from jaxdeploy.engine.adapters import Adapters
 from jaxdeploy.engine.batch import ROW_LENGTH, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.engine import Engine
@@ -87,6 +89,7 @@ def _build(
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
     policy = kv_policy(folder, model, config)
+    adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype)
     decoder = load_model(
         folder,
         hf,
@@ -109,7 +112,7 @@ def _build(
     )
     logger.info("%s", plan)
     grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, longest_shared(model, config), grammars)
+    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, longest_shared(model, config), grammars, adapters)
     if config.warmup:
         engine.warm_up(_bar if progress else _silent)
     return engine
@@ -171,8 +174,12 @@ def _assemble(
     ranges: Ranges | None,
     longest_shared: int,
     grammars: Grammars,
+    adapters: EngineAdapters | None,
 ) -> Engine:
     blocks = BlockManager(plan.num_blocks)
+    held = Adapters() if adapters is None else Adapters(adapters.reader.bank.slots)
+    for name, content in ({} if adapters is None else adapters.contents).items():
+        held.load(name, content)
     scheduler = Scheduler(
         blocks,
         PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
@@ -183,15 +190,19 @@ def _assemble(
         chunk_multiple=ROW_LENGTH,
         session_len=limits.session_len,
         decode_steps=limits.decode_steps,
+        adapters=held,
     )
     pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
-    runner = ModelRunner(decoder, pools, mesh, slots=limits.max_batch_size, session_len=limits.session_len)
+    bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
+    sizes = {"slots": limits.max_batch_size, "session_len": limits.session_len}
+    runner = ModelRunner(decoder, pools, mesh, **sizes, adapters=bank)
     table_length = scheduler.blocks_for(limits.session_len)
     shapes = step_shapes(
         limits.max_batch_size, limits.max_prefill_tokens, limits.max_mixed_tokens, table_length, limits.decode_steps
     )
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
-    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars)
+    reader = None if adapters is None else adapters.reader
+    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, reader)
 
 
 def _enable_compilation_cache(config: EngineConfig) -> None:

@@ -111,6 +111,11 @@ class AdapterBank:
     mesh: Mesh
 
     @property
+    def arrays(self) -> int:
+        """How many there are."""
+        return 2 * len(self.kinds) + 1
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays but the ranks, on all devices together."""
         sizes = (math.prod(shape) for kind in self.kinds for shape in self._shapes(kind))
