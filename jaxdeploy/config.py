@@ -15,6 +15,7 @@ from jaxdeploy.settings import alias, ignored, missing, setting, settings
 
 _XLA = "XLA chooses how the work is laid out"
 _ONE_ENGINE = "there is one engine, for every device"
+MAX_DRAFTS = 16
 _REAL_NUMBERS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -116,6 +117,23 @@ class EngineConfig:
         1,
         "1 is usual",
     )
+    speculative_method: str | None = setting(
+        None,
+        "guess tokens and verify several in one step; the reply stays the same: ngram (what came behind the same words "
+        "before), draft (a smaller model), eagle3 (a head trained for the model); default: draft where a "
+        "speculative_model is given, else none",
+        choices=("ngram", "draft", "eagle3"),
+    )
+    speculative_model: str | None = setting(
+        None, "model that guesses, with the same tokenizer: a folder or a hub id; for draft and eagle3"
+    )
+    num_speculative_tokens: int = setting(
+        4,
+        "tokens guessed at a time",
+        holds=lambda value: 1 <= value <= MAX_DRAFTS,
+        rule=f"must lie between 1 and {MAX_DRAFTS}",
+        advice="4 is usual, 8 where replies repeat their prompts",
+    )
     rope_scaling_factor: float = setting(
         0.0,
         "stretch positions by this factor (dynamic NTK); 0: as the model's config.json says",
@@ -133,11 +151,12 @@ class EngineConfig:
 
     cache_block_seq_len: int | None = alias("block_size")
     num_gpu_blocks: int | None = alias("num_blocks")
+    speculative_algorithm: str | None = alias("speculative_method")
+    speculative_draft_model: str | None = alias("speculative_model")
+    speculative_num_draft_tokens: int | None = alias("num_speculative_tokens")
 
     adapters: dict[str, str] | None = missing("merge the LoRA weights into the model and leave adapters out")
     hf_overrides: dict[str, Any] | None = missing("edit a copy of config.json")
-    speculative_config: Any = missing("leave it out")
-
     async_: int | None = ignored("steps always overlap as far as the device allows")
     cache_chunk_size: int | None = ignored("the KV cache is one array per layer")
     communicator: str | None = ignored("XLA brings its own collectives")
@@ -231,6 +250,12 @@ class GenerationConfig:
         None, "token id → what is added to its logit; -100 forbids, 100 all but forces it", flag=False
     )
     include_stop_str_in_output: bool | None = setting(None, "keep the text that ended the reply", flag=False)
+    num_speculative_tokens: int | None = _positive(
+        "tokens guessed at a time, at most as many as the engine does; default: as many",
+        None,
+        "0 guesses none",
+        least=0,
+    )
     response_format: dict[str, Any] | None = setting(
         None, "form that the reply has to have; see jaxdeploy.response_format", flag=False
     )

@@ -128,6 +128,7 @@ def _sampling(
         prompt_logprobs=config.prompt_logprobs,
         logit_bias=_biases(config.logit_bias or {}),
         grammar=_grammar(config),
+        num_speculative_tokens=config.num_speculative_tokens,
     )
 
 

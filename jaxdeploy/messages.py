@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -22,7 +23,8 @@ class SamplingParams:
     ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1.0 keep every token. ``logprobs`` is the number of
     alternatives reported with each token; ``None`` reports nothing, 0 only the chosen token's own; ``prompt_logprobs``
     is the same for the tokens of the prompt. ``grammar`` is what the reply must follow, in llguidance's form.
-    ``logit_bias`` is added to the logits of these tokens.
+    ``logit_bias`` is added to the logits of these tokens. ``num_speculative_tokens`` are drafted at a time, at most;
+    0 drafts none, ``None`` as many as the engine does.
     """
 
     temperature: float = 0.0
@@ -41,6 +43,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     grammar: str | None = None
+    num_speculative_tokens: int | None = None
 
     @property
     def greedy(self) -> bool:
@@ -96,12 +99,37 @@ class PromptReading:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
+class Guesses(NamedTuple):
+    """How speculative decoding went: ``rounds`` in which ``drafts`` were verified, of which ``accepted`` were right."""
+
+    rounds: int = 0
+    drafts: int = 0
+    accepted: int = 0
+
+    def plus(self, drafts: int, accepted: int) -> Guesses:
+        """After one round more."""
+        return Guesses(self.rounds + 1, self.drafts + drafts, self.accepted + accepted)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafts that were right."""
+        return self.accepted / self.drafts if self.drafts else 0.0
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens that a round gave: drafts that were right, and the one behind them."""
+        return 1 + self.accepted / self.rounds if self.rounds else 1.0
+
+
+NO_GUESSES = Guesses()
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """What one engine step produced for one request: its new token, or only a finish reason.
 
     ``cached_tokens`` of its prompt did not have to be computed. ``prompt`` comes with the first token, where it was
-    asked for.
+    asked for. ``guesses`` are those of the whole reply, up to here.
     """
 
     request_id: str
@@ -110,3 +138,4 @@ class StepOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
     prompt: PromptReading | None = None
+    guesses: Guesses = NO_GUESSES

@@ -130,7 +130,7 @@ def tiny_engine(
         decode_steps=decode_steps,
         adapters=adapters,
     )
-    return Engine(scheduler, runner or lasting_runner(tp), shapes, VOCAB, grammars, reader)
+    return Engine(scheduler, runner or lasting_runner(tp), shapes, VOCAB, grammars, reader=reader)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

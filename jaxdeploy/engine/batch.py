@@ -44,8 +44,9 @@ SETTINGS = ("prompt_length", "top_k", "seed", *SAMPLING_FLOATS)
 class StepShape:
     """One static shape. ``table_length`` is M, blocks of the longest sequence; ``max_sequences`` bounds the prompts.
 
-    ``repeats`` tokens are decoded by each sequence, one after the other, in a single launch. In an ``adapted`` step
-    sequences may have adapters.
+    ``repeats`` tokens are decoded by each sequence, one after the other, in a single launch. Where there are no prompts
+    each decode may also verify ``drafts`` tokens: its row has them behind the last that is known, and samples behind
+    every one. In an ``adapted`` step sequences may have adapters.
     """
 
     decodes: int
@@ -53,11 +54,17 @@ class StepShape:
     table_length: int
     max_sequences: int
     repeats: int = 1
+    drafts: int = 0
     adapted: bool = False
 
     def __str__(self) -> str:
-        repeats, adapted = f" x {self.repeats}" * (self.repeats > 1), " with adapters" * self.adapted
-        return f"({self.decodes}, {self.prefill_tokens})" + repeats + adapted
+        repeats, verified = f" x {self.repeats}" * (self.repeats > 1), f" + {self.drafts} drafts" * (self.drafts > 0)
+        return f"({self.decodes}, {self.prefill_tokens})" + repeats + verified + " with adapters" * self.adapted
+
+    @property
+    def decode_length(self) -> int:
+        """Q of the decode rows."""
+        return 1 + self.drafts
 
     @property
     def row_length(self) -> int:
@@ -76,8 +83,13 @@ class StepShape:
 
     @property
     def sequences(self) -> int:
-        """Decoding and prefilling sequences; each gets one row of logits."""
+        """Decoding and prefilling sequences."""
         return self.decodes + self.prompts
+
+    @property
+    def samples(self) -> int:
+        """Rows of logits: one for each sequence, and for each draft."""
+        return self.decodes * self.decode_length + self.prompts
 
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of what the packed array holds, in order. Floats travel as their bit patterns."""
@@ -93,7 +105,8 @@ class StepShape:
         )
         layout: dict[str, tuple[int, ...]] = dict.fromkeys(per_sequence, (self.sequences,))
         layout["block_tables"] = (self.sequences, self.table_length)
-        layout["decode_lengths"] = (self.decodes,)  # 1, or 0 for padding
+        layout["decode_lengths"] = (self.decodes,)  # 1 and the drafts of this one, or 0 for padding
+        layout["drafts"] = (self.decodes, self.drafts)
         for name in ("row_sequence", "row_start", "row_tokens"):
             layout[name] = (self.rows,)
         if self.adapted:
@@ -102,13 +115,18 @@ class StepShape:
 
 
 def step_shapes(
-    max_batch_size: int, max_prefill_tokens: int, max_mixed_tokens: int, table_length: int, decode_steps: int = 1
+    max_batch_size: int,
+    max_prefill_tokens: int,
+    max_mixed_tokens: int,
+    table_length: int,
+    decode_steps: int = 1,
+    drafts: int = 0,
 ) -> list[StepShape]:
     """Every shape of a step: decodes in powers of two, prompt chunks alone or, fewer of them, beside all decodes.
 
     Prompts are what takes the time of a step, so there are shapes for halfway between their powers of two as well.
 
-    Decodes alone also ``decode_steps`` times in one launch, where that is more than one.
+    Decodes alone also ``decode_steps`` times in one launch, where that is more than one, and with ``drafts``, if any.
     """
     decodes = _powers(1, max_batch_size)
     prefills = _prompt_sizes(max_prefill_tokens)
@@ -118,7 +136,20 @@ def step_shapes(
     shapes = [StepShape(count, tokens, table_length, max_batch_size) for count, tokens in pairs]
     if decode_steps > 1:
         shapes += [StepShape(count, 0, table_length, max_batch_size, decode_steps) for count in decodes]
+    if drafts:
+        shapes += [StepShape(count, 0, table_length, max_batch_size, drafts=drafts) for count in decodes]
     return shapes
+
+
+def draft_shapes(max_batch_size: int, max_prefill_tokens: int, table_length: int, count: int) -> list[StepShape]:
+    """The steps of a model that guesses ``count`` tokens: of prompts, of what it has not seen yet, and one by one."""
+    alone = max(count - 1, 1)
+    every = step_shapes(max_batch_size, max_prefill_tokens, 0, table_length, alone, count + 1)
+    return [
+        shape
+        for shape in every
+        if shape.drafts or (shape.repeats == alone and not shape.prefill_tokens) or not shape.decodes
+    ]
 
 
 def reading_shapes(shapes: list[StepShape]) -> list[StepShape]:
@@ -138,12 +169,16 @@ def with_adapters(shapes: list[StepShape]) -> list[StepShape]:
 
 
 def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
-    """The smallest of ``shapes`` that holds ``batch``, for adapters where one of it has any."""
+    """The smallest of ``shapes`` that holds ``batch``."""
     fitting = [shape for shape in shapes if _fits(shape, batch)]
     assert fitting, "the scheduler's budget keeps every batch within the largest shape"
-    smallest = min(fitting, key=lambda shape: (shape.prefill_tokens, shape.decodes))
+    return min(fitting, key=lambda shape: (shape.prefill_tokens, shape.decodes, shape.drafts))
+
+
+def adapted_to(batch: ScheduledBatch, shape: StepShape) -> StepShape:
+    """``shape``, for adapters where a sequence of ``batch`` has one."""
     adapted = any(chunk.sequence.adapter is not None for chunk in (*batch.decodes, *batch.chunks))
-    return replace(smallest, adapted=True) if adapted else smallest
+    return replace(shape, adapted=True) if adapted else shape
 
 
 class Choice(NamedTuple):
@@ -170,7 +205,8 @@ class Place:
 class ModelInputs:
     """One step as the device takes it: its shape, the packed array, and what the full sampler needs beside it.
 
-    ``rows``: rows of the sampled tokens and what they are sampled behind, for those that get a token in this step.
+    ``rows``: rows of the sampled tokens and what they are sampled behind, for those that get a token in this step; the
+    rows that follow are those behind drafts.
     ``choice`` selects the full sampler; with ``None`` the likeliest tokens are taken. ``reading`` is what the step
     tells of the prompts at ``read``.
     """
@@ -183,16 +219,23 @@ class ModelInputs:
     read: tuple[Place, ...] = ()
 
 
-def build_inputs(shape: StepShape, batch: ScheduledBatch, vocab_size: int) -> ModelInputs:
-    """Lay ``batch`` out in ``shape``. Padding rows have length 0 and sample nothing."""
-    chunks = (*enumerate(batch.decodes), *enumerate(batch.chunks, shape.decodes))
+def build_inputs(shape: StepShape, batch: ScheduledBatch, vocab_size: int, *, free: bool = False) -> ModelInputs:
+    """Lay ``batch`` out in ``shape``. Padding rows have length 0 and sample nothing.
+
+    ``free`` leaves out what forbids tokens: for guesses it takes too long to follow a grammar.
+    """
+    width = shape.decode_length
+    chunks = (
+        *((width * index, chunk) for index, chunk in enumerate(batch.decodes)),
+        *enumerate(batch.chunks, width * shape.decodes),
+    )
     rows = tuple((row, chunk) for row, chunk in chunks if chunk.samples)
     reading = reading_of(batch)
     if not reading and not any(chunk.sequence.needs_sampler for _, chunk in rows):
         return ModelInputs(shape, _pack(shape, batch), rows)
     choice = _any_token(shape, vocab_size)
-    for row, chunk in rows:
-        forbid(choice.allowed, row, chunk.sequence, chunk.first_new)
+    for row, chunk in () if free else rows:
+        forbid(choice.allowed, row, chunk.sequence, chunk.first_new, chunk.drafts)
     choice = choice._replace(bias=_biases(shape, rows))
     return ModelInputs(shape, _pack(shape, batch), rows, choice, reading, tuple(_places_read(shape, batch)))
 
@@ -220,7 +263,7 @@ def _places_read(shape: StepShape, batch: ScheduledBatch) -> Iterator[Place]:
 
 def _any_token(shape: StepShape, vocab_size: int) -> Choice:
     """Nothing is forbidden, nothing preferred."""
-    return Choice(np.full((shape.sequences, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32), _no_bias(shape.sequences))
+    return Choice(np.full((shape.samples, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32), _no_bias(shape.samples))
 
 
 @functools.cache
@@ -229,14 +272,16 @@ def _no_bias(rows: int) -> Array:
 
 
 def _biases(shape: StepShape, rows: Iterable[tuple[int, Chunk]]) -> Array:
-    wanted = [(row, chunk.sequence.sampling.logit_bias) for row, chunk in rows if chunk.sequence.sampling.logit_bias]
-    bias = _no_bias(shape.sequences)
+    wanted = [(row, chunk) for row, chunk in rows if chunk.sequence.sampling.logit_bias]
+    bias = _no_bias(shape.samples)
     if wanted:
         bias = bias.copy()
-    for row, biases in wanted:
+    for row, chunk in wanted:
+        biases = chunk.sequence.sampling.logit_bias
         tokens, values = zip(*biases, strict=True)
-        bias[row, 0, : len(biases)] = tokens
-        bias[row, 1, : len(biases)] = np.array(values, np.float32).view(np.int32)
+        behind = bias[row : row + 1 + len(chunk.drafts)]
+        behind[:, 0, : len(biases)] = tokens
+        behind[:, 1, : len(biases)] = np.array(values, np.float32).view(np.int32)
     return bias
 
 
@@ -251,6 +296,9 @@ def _pack(shape: StepShape, batch: ScheduledBatch) -> Array:
         chunks = slice(shape.decodes, shape.decodes + len(batch.chunks))
         fields["adapter"][chunks] = [_adapter_slot(chunk.sequence) for chunk in batch.chunks]
     fields["decode_lengths"][: len(batch.decodes)] = 1
+    for index, chunk in enumerate(batch.decodes if shape.drafts else ()):
+        fields["decode_lengths"][index] += len(chunk.drafts)
+        fields["drafts"][index, : len(chunk.drafts)] = chunk.drafts
     fields["last_token"][: len(batch.decodes)] = np.arange(len(batch.decodes))
     row = 0
     for index, chunk in enumerate(batch.chunks, shape.decodes):
@@ -337,7 +385,8 @@ def _fill_chunk(fields: Mapping[str, Array], shape: StepShape, index: int, row: 
 
 
 def _fits(shape: StepShape, batch: ScheduledBatch) -> bool:
-    if shape.repeats != batch.repeats:
+    most = max((len(chunk.drafts) for chunk in batch.decodes), default=0)
+    if shape.repeats != batch.repeats or bool(shape.drafts) != bool(most) or shape.drafts < most:
         return False
     if len(batch.decodes) > shape.decodes or len(batch.chunks) > shape.prompts:
         return False

@@ -28,6 +28,8 @@ from jaxdeploy.engine.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.engine.speculation.build import DraftModel, build_speculation, find_draft_model
+from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.config import ModelConfig
@@ -90,6 +92,7 @@ def _build(
     limits = resolve_limits(model, config, mesh)
     policy = kv_policy(folder, model, config)
     adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype)
+    draft = find_draft_model(folder, config)
     decoder = load_model(
         folder,
         hf,
@@ -101,6 +104,7 @@ def _build(
         outputs_first=_outputs_first(mesh),
         progress=progress,
     )
+    guessing = _load_draft(draft, config, limits, mesh, progress=progress) if draft else None
     plan = plan_cache(
         model,
         config,
@@ -109,13 +113,36 @@ def _build(
         max_batch_size=limits.max_batch_size,
         dtype=limits.dtype,
         bits=policy.bits,
+        draft=draft.config if draft else None,
     )
     logger.info("%s", plan)
+    speculation = build_speculation(
+        config,
+        mesh,
+        (guessing, allocate_pools(guessing.config, plan, mesh, limits.dtype)) if guessing else None,
+        slots=limits.max_batch_size,
+        session_len=limits.session_len,
+        max_prefill_tokens=limits.max_prefill_tokens,
+        table_length=-(-limits.session_len // plan.block_size),
+    )
     grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, longest_shared(model, config), grammars, adapters)
+    shared = longest_shared(model, config)
+    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, speculation, adapters)
     if config.warmup:
         engine.warm_up(_bar if progress else _silent)
     return engine
+
+
+def _load_draft(draft: DraftModel, config: EngineConfig, limits: Limits, mesh: Mesh, *, progress: bool) -> Decoder:
+    return load_model(
+        draft.folder,
+        draft.hf,
+        mesh=mesh,
+        dtype=limits.dtype,
+        load_format=config.load_format,
+        outputs_first=_outputs_first(mesh),
+        progress=progress,
+    )
 
 
 def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limits:
@@ -174,6 +201,7 @@ def _assemble(
     ranges: Ranges | None,
     longest_shared: int,
     grammars: Grammars,
+    speculation: Speculation | None,
     adapters: EngineAdapters | None,
 ) -> Engine:
     blocks = BlockManager(plan.num_blocks)
@@ -198,11 +226,16 @@ def _assemble(
     runner = ModelRunner(decoder, pools, mesh, **sizes, adapters=bank)
     table_length = scheduler.blocks_for(limits.session_len)
     shapes = step_shapes(
-        limits.max_batch_size, limits.max_prefill_tokens, limits.max_mixed_tokens, table_length, limits.decode_steps
+        limits.max_batch_size,
+        limits.max_prefill_tokens,
+        limits.max_mixed_tokens,
+        table_length,
+        limits.decode_steps,
+        speculation.count if speculation else 0,
     )
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     reader = None if adapters is None else adapters.reader
-    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, reader)
+    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, speculation, reader)
 
 
 def _enable_compilation_cache(config: EngineConfig) -> None:

@@ -22,8 +22,9 @@ import numpy as np
 from jaxdeploy.engine.adapter_reader import AdapterReader
 from jaxdeploy.engine.adapters import Adapters
 from jaxdeploy.engine.batch import (
-    Place,
+    ModelInputs,
     StepShape,
+    adapted_to,
     build_inputs,
     choose_shape,
     reading_of,
@@ -34,12 +35,13 @@ from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.grammar import Grammars, Matcher
 from jaxdeploy.engine.model_runner import ModelRunner, StepResult
 from jaxdeploy.engine.prompt_reading import PromptReader
-from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch, Scheduler
 from jaxdeploy.engine.sequence import Reading, Sequence
 from jaxdeploy.engine.spans import Spans
+from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ConfigError, RequestError
-from jaxdeploy.messages import FinishReason, Request, StepOutput, TokenLogprob
+from jaxdeploy.messages import NO_GUESSES, FinishReason, Request, StepOutput, TokenLogprob
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -61,15 +63,15 @@ class HostSample:
 
 @dataclass(frozen=True)
 class Flight:
-    """A step that has been launched: what it samples, ``repeats`` times, and for which sequence in which row.
+    """A step that has been launched: what it samples, and behind which chunk in which row.
 
-    ``read`` are the chunks of prompts that it tells of.
+    ``drafting``: guesses were asked for, whether or not there were any.
     """
 
     result: StepResult
-    rows: list[tuple[int, Sequence]]
-    repeats: int
-    read: tuple[Place, ...]
+    batch: ScheduledBatch
+    inputs: ModelInputs
+    drafting: bool
 
 
 class Engine:
@@ -77,7 +79,7 @@ class Engine:
 
     ``spans`` names the parts of a step: schedule, admit, build, dispatch; then, of the step before, wait and commit.
     ``weight_bytes`` of weights are read in every one. ``grammars`` makes what requests with a grammar follow,
-    ``reader`` reads adapters.
+    ``speculation`` guesses ahead, ``reader`` reads adapters.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Engine:
         shapes: list[StepShape],
         vocab_size: int,
         grammars: Grammars | None = None,
+        speculation: Speculation | None = None,
         reader: AdapterReader | None = None,
     ) -> None:
         self.scheduler = scheduler
@@ -98,10 +101,12 @@ class Engine:
         self.limits = RequestLimits(scheduler.session_len, vocab_size)
         self._sequences: dict[str, Sequence] = {}
         self._flight: Flight | None = None
+        self._taken_in: float | None = None
         self._deadlines: list[tuple[float, str]] = []
         self._steps = 0
         self._grammars, self._reader = grammars, reader
         self._loaded: deque[tuple[str, Any]] = deque()
+        self._speculation = speculation
         self._readers: dict[Sequence, PromptReader] = {}
         self._compiler = ThreadPoolExecutor(1, "jaxdeploy-compiler")
         self._compiling: dict[Sequence, Future[Matcher | None]] = {}
@@ -130,12 +135,15 @@ class Engine:
             generated_tokens=scheduler.generated,
             steps=self._steps,
             preemptions=scheduler.preemptions,
+            guesses=self._speculation.guesses if self._speculation else NO_GUESSES,
         )
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
         """Compile everything that can run; ``progress`` wraps the list of steps, to show a bar."""
         adapted = [] if self._reader is None else with_adapters(self._shapes)
         self._runner.warm_up(self._shapes + adapted, progress)
+        if self._speculation is not None:
+            self._speculation.warm_up(progress)
         if self.scheduler.prefixes.host.num_blocks:
             self._weigh_host_memory()
 
@@ -204,11 +212,14 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Launch a step, then take in what the one before sampled: the new token of every sequence that got one."""
         outputs = self._give_up() + self._take_compiled()
-        if self._must_see_tokens():
+        drafter = self._drafter()
+        if drafter is not None or self._must_see_tokens():
             outputs += self._take_in()
-        launched = self._launch()
+        launched = self._launch(drafter)
         outputs += self._take_in()
         self._flight = launched
+        if launched is None:
+            self._taken_in = None
         return outputs
 
     def wake(self) -> None:
@@ -219,6 +230,8 @@ class Engine:
         self._flight = None
         self._compiler.shutdown(wait=False, cancel_futures=True)
         self._runner.close()
+        if self._speculation is not None:
+            self._speculation.close()
 
     @property
     def _adapters(self) -> Adapters:
@@ -280,12 +293,17 @@ class Engine:
 
     def _must_see_tokens(self) -> bool:
         """Whether a sequence's next token depends on one in flight in a way that only the host can tell."""
-        return self._flight is not None and any(sequence.reads_tokens for _, sequence in self._flight.rows)
+        return self._flight is not None and any(chunk.sequence.reads_tokens for _, chunk in self._flight.inputs.rows)
 
-    def _launch(self) -> Flight | None:
+    def _drafter(self) -> Speculation | None:
+        """Who is to guess in the next step, if it should be tried."""
+        speculation = self._speculation
+        return speculation if speculation is not None and speculation.wanted(self.scheduler.decoding) else None
+
+    def _launch(self, drafter: Speculation | None) -> Flight | None:
         """Schedule, build and start a step; ``None`` when nothing can run."""
         with self.spans("schedule"):
-            batch = self.scheduler.schedule()
+            batch = self.scheduler.schedule(drafter)
         if not batch:
             return None
         self._steps += 1
@@ -297,11 +315,11 @@ class Engine:
                 self._runner.write_tokens(sequence.slot, sequence.token_ids)
         with self.spans("build"):
             shape = choose_shape(self._reading_shapes if reading_of(batch) else self._shapes, batch)
+            shape = adapted_to(batch, shape)
             inputs = build_inputs(shape, batch, self.limits.vocab_size)
         with self.spans("dispatch"):
             result = self._runner.run(inputs)
-        rows = [(row, chunk.sequence) for row, chunk in inputs.rows]
-        return Flight(result, rows, batch.repeats, inputs.read)
+        return Flight(result, batch, inputs, drafter is not None)
 
     def _take_in(self) -> list[StepOutput]:
         """Wait for the step in flight and commit what it sampled; sequences that have ended since are left out."""
@@ -312,17 +330,35 @@ class Engine:
             sampled = _to_host(flight)
         with self.spans("commit"):
             self._take_readings(flight)
-            rows = [(row, sequence) for row, sequence in flight.rows if sequence.finish_reason is None]
-            known = [len(sequence.token_ids) for _, sequence in rows]
+            rows = [(row, chunk) for row, chunk in flight.inputs.rows if chunk.sequence.finish_reason is None]
+            known = [len(chunk.sequence.token_ids) for _, chunk in rows]
             tokens = sampled.tokens.T.tolist()
-            self.scheduler.commit({sequence: tokens[row] for row, sequence in rows})
+            new = {chunk.sequence: self._accepted(chunk, tokens, row) for row, chunk in rows}
+            self.scheduler.commit(new)
+            self._time(flight, sum(map(len, new.values())))
             return [
-                self._output(row, sequence, length, sampled)
-                for (row, sequence), length in zip(rows, known, strict=True)
+                self._output(row, chunk.sequence, length, sampled)
+                for (row, chunk), length in zip(rows, known, strict=True)
             ]
 
+    def _accepted(self, chunk: Chunk, tokens: list[list[int]], row: int) -> list[int]:
+        """The new tokens of a sequence: those sampled in its row, or as many behind its drafts as hold."""
+        if not chunk.drafts:
+            return tokens[row]
+        assert self._speculation is not None, "nobody else drafts"
+        behind = [token for (token,) in tokens[row : row + 1 + len(chunk.drafts)]]
+        return self._speculation.accept(chunk.sequence, chunk.drafts, behind)
+
+    def _time(self, flight: Flight, tokens: int) -> None:
+        """Tell how long a step of decodes took: the time since the one before was taken in."""
+        before, self._taken_in = self._taken_in, time.monotonic()
+        batch = flight.batch
+        if self._speculation is not None and before is not None and tokens and not batch.chunks:
+            seconds = self._taken_in - before
+            self._speculation.gate.note(len(batch.decodes), drafted=flight.drafting, seconds=seconds, tokens=tokens)
+
     def _take_readings(self, flight: Flight) -> None:
-        for place in flight.read:
+        for place in flight.inputs.read:
             reader = self._readers.get(place.chunk.sequence)
             if reader is not None and flight.result.prompts is not None:
                 reader.add(place, flight.result.prompts)
@@ -333,19 +369,21 @@ class Engine:
         tokens = tuple(sequence.token_ids[known:])
         logprobs: tuple[TokenLogprob, ...] = ()
         if (wanted := sequence.sampling.logprobs) is not None:
-            logprobs = tuple(_logprob(token, sampled, index, row, wanted) for index, token in enumerate(tokens))
+            places = ((0, row + index) if len(sampled.tokens) == 1 else (index, row) for index in range(len(tokens)))
+            logprobs = tuple(_logprob(token, sampled, *at, wanted) for token, at in zip(tokens, places, strict=True))
         prompt = None
         if sequence.reading:
             sequence.reading = Reading.NOTHING
             prompt = self._readers.pop(sequence).reading()
-        return StepOutput(sequence.request_id, tokens, sequence.finish_reason, logprobs, sequence.cached, prompt)
+        reason, cached, guesses = sequence.finish_reason, sequence.cached, sequence.guesses
+        return StepOutput(sequence.request_id, tokens, reason, logprobs, cached, prompt, guesses)
 
 
 def _to_host(flight: Flight) -> HostSample:
     def fetch(array: jax.Array | None) -> Array | None:
         if array is None:
             return None
-        return np.asarray(array) if flight.repeats > 1 else np.asarray(array)[None]
+        return np.asarray(array) if flight.batch.repeats > 1 else np.asarray(array)[None]
 
     tokens = fetch(flight.result.sampled.tokens)
     assert tokens is not None, "every step samples"

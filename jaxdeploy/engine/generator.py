@@ -19,7 +19,7 @@ from jaxdeploy.engine.remote import RemoteEngine
 from jaxdeploy.engine.text_stream import TextStream
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
-from jaxdeploy.messages import FinishReason, PromptReading, Request, StepOutput, TokenLogprob
+from jaxdeploy.messages import NO_GUESSES, FinishReason, Guesses, PromptReading, Request, StepOutput, TokenLogprob
 from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.tokenizer import Tokenizer
 
@@ -50,7 +50,8 @@ class TextRequest:
 class TextOutput:
     """What a step added to a reply: text and tokens since the last output, and how it ended if it did.
 
-    ``stop_word`` is the text that ended it, where one did; ``prompt`` comes once, where it was asked for.
+    ``stop_word`` is the text that ended it, where one did; ``prompt`` comes once, where it was asked for;
+    ``guesses`` are those of the whole reply, up to here.
     """
 
     request_id: str
@@ -61,6 +62,7 @@ class TextOutput:
     cached_tokens: int = 0
     stop_word: str | None = None
     prompt: PromptReading | None = None
+    guesses: Guesses = NO_GUESSES
 
 
 class Generator:
@@ -185,7 +187,9 @@ class Generator:
             del self._streams[output.request_id]
         logprobs = output.logprobs[: len(tokens)]
         cached, word = output.cached_tokens, stream.stop_word
-        return TextOutput(output.request_id, text, tokens, logprobs, reason, cached, word, output.prompt)
+        return TextOutput(
+            output.request_id, text, tokens, logprobs, reason, cached, word, output.prompt, output.guesses
+        )
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

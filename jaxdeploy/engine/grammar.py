@@ -30,11 +30,25 @@ class Matcher:
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
 
-    def allow(self, words: Words) -> None:
-        """Clear the bits of tokens that cannot come next in ``words``, uint32 [ceil(V / 32)].
+    def allow(self, words: Words, drafts: tuple[int, ...] = ()) -> None:
+        """Clear the bits of tokens that cannot come next in ``words``, uint32 [1 + drafts, ceil(V / 32)].
 
-        What ends a reply may come where the grammar has come to an end.
+        The rows behind the first are for what comes behind one, two, ... of ``drafts``; behind one that does not follow
+        they are left as they are. What ends a reply may come where the grammar has come to an end.
         """
+        first, *others = np.atleast_2d(words)
+        self._clear(first)
+        followed = 0
+        for row, draft in zip(others, drafts, strict=True):
+            if self._matcher.is_stopped() or not self._matcher.validate_tokens([draft]):
+                break
+            self._matcher.consume_token(draft)
+            followed += 1
+            self._clear(row)
+        if followed:
+            self._matcher.rollback(followed)
+
+    def _clear(self, words: Words) -> None:
         allowed = np.empty_like(words)
         self._matcher.unsafe_compute_mask_ptr(allowed.ctypes.data, allowed.nbytes)
         both = words & allowed

@@ -65,8 +65,11 @@ def plan_cache(
     max_batch_size: int,
     dtype: jnp.dtype,
     bits: int | None = None,
+    draft: ModelConfig | None = None,
 ) -> CachePlan:
     """Decide the number of blocks, of floats of ``dtype`` or of integers of ``bits``.
+
+    A ``draft`` model has its own keys and values in the same blocks.
 
     An explicit count wins; else ``cache_max_entry_count`` of the device memory that is free now (the weights are
     loaded); on CPU what ``max_batch_size`` sequences of ``session_len`` tokens need, up to ``CPU_LIMIT`` bytes.
@@ -75,7 +78,8 @@ def plan_cache(
         CacheTooSmallError: one sequence of ``session_len`` tokens does not fit; the message shows the arithmetic.
     """
     whole = block_bytes(model, config.block_size, dtype, bits)
-    size = whole // mesh.size
+    beside = block_bytes(draft, config.block_size, dtype, bits) if draft else 0
+    size = (whole + beside) // mesh.size
     per_sequence = -(-session_len // config.block_size)
     count, reason = _count_blocks(config, mesh, size, per_sequence * max_batch_size)
     if count < per_sequence:

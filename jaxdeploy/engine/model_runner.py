@@ -97,7 +97,7 @@ class ModelRunner:
             self._adapters = self._bank.put(self._adapters, slot, adapter.content)
 
     def run(self, inputs: ModelInputs) -> StepResult:
-        """Launch one step; what it samples are device arrays of ``inputs.shape.sequences`` rows, on their way here."""
+        """Launch one step; what it samples are device arrays of ``inputs.shape.samples`` rows, on their way here."""
         step = self._step(_variant(inputs))
         result: StepResult
         result, self._pools, self._buffer = step(
@@ -285,6 +285,8 @@ def _once(
 ) -> tuple[StepResult, Pools, jax.Array]:
     """Embed → layers → logits of the last tokens → sample → note the tokens in the buffer."""
     layout = _layout(fields, shape, pools[0], mesh)
+    if shape.drafts:
+        buffer = _write_drafts(buffer, fields, shape)
     tokens = buffer[fields["slot"][layout.sequence], layout.positions]
     lengths = fields["prompt_length"][layout.sequence]
     last = fields["last_token"] if shape.prefill_tokens else None  # of single tokens each is the last
@@ -297,10 +299,11 @@ def _once(
     if reading:
         prompts = _read(logits_of, shape, layout, fields, buffer, hidden, reading)
         hidden = hidden[last]
-    logits = logits_of(hidden, fields.get("adapter"))
-    sampled = greedy(logits) if choice is None else sample(logits, _sampling_rows(fields, buffer, choice))
-    slot = jnp.where(fields["samples"] > 0, fields["slot"], buffer.shape[0])
-    buffer = buffer.at[slot, fields["length"]].set(sampled.tokens, mode="drop")
+    rows = _row_for_each_token(fields, layout) if shape.drafts else fields
+    logits = logits_of(hidden, rows.get("adapter"))
+    sampled = greedy(logits) if choice is None else sample(logits, _sampling_rows(rows, buffer, choice))
+    slot = jnp.where(rows["samples"] > 0, rows["slot"], buffer.shape[0])
+    buffer = buffer.at[slot, rows["length"]].set(sampled.tokens, mode="drop")
     return StepResult(sampled, prompts), cast(Pools, tuple(new_pools)), buffer
 
 
@@ -313,6 +316,21 @@ def _logits_of(decoder: Decoder, adapters: _Adapters | None) -> Callable[[jax.Ar
         return adapters.bank.logits(decoder, adapters.arrays, hidden, slots)
 
     return logits_of
+
+
+def _write_drafts(buffer: jax.Array, fields: Mapping[str, jax.Array], shape: StepShape) -> jax.Array:
+    """Drafts behind the last known token of each decode, where the step reads its tokens."""
+    behind = jnp.arange(shape.drafts, dtype=jnp.int32)
+    real = behind + 1 < fields["decode_lengths"][:, None]
+    slot = jnp.where(real, fields["slot"][:, None], buffer.shape[0])
+    return buffer.at[slot, fields["length"][:, None] + behind].set(fields["drafts"], mode="drop")
+
+
+def _row_for_each_token(fields: Mapping[str, jax.Array], layout: _Layout) -> dict[str, jax.Array]:
+    """The fields for samples behind every token of the step, as if each were the last of its sequence."""
+    of_sequences = ("slot", "prompt_length", "top_k", "seed", *SAMPLING_FLOATS, "adapter")
+    rows = {name: fields[name][layout.sequence] for name in of_sequences if name in fields}
+    return rows | {"samples": layout.real.astype(jnp.int32), "length": layout.positions + 1}
 
 
 class _Layout(NamedTuple):
@@ -373,7 +391,7 @@ def _regions(fields: Mapping[str, jax.Array], shape: StepShape) -> Iterator[tupl
         lengths = fields["decode_lengths"]
         first = jnp.maximum(fields["length"][: shape.decodes] - 1, 0)
         sequence = jnp.arange(shape.decodes, dtype=jnp.int32)
-        yield Rows(tables[: shape.decodes], first, lengths, 1), sequence
+        yield Rows(tables[: shape.decodes], first, lengths, shape.decode_length), sequence
     if shape.prefill_tokens:
         sequence = fields["row_sequence"]
         yield Rows(tables[sequence], fields["row_start"], fields["row_tokens"], shape.row_length), sequence

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from jaxdeploy.engine.adapters import Adapters
 from jaxdeploy.engine.block_manager import BlockManager
@@ -20,11 +21,12 @@ MOST_PARTIAL = 4
 
 @dataclass(frozen=True)
 class Chunk:
-    """``length`` tokens of a sequence, from position ``start`` on."""
+    """``length`` tokens of a sequence, from position ``start`` on; the last may be ``drafts`` to be verified."""
 
     sequence: Sequence
     start: int
     length: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -33,8 +35,8 @@ class Chunk:
 
     @property
     def first_new(self) -> int:
-        """Where the first one goes: of a prompt there is but one, decodes in a row sample one each."""
-        return self.start + 1 if self.start >= self.sequence.prefill_end else self.end
+        """Where the first one goes: of a prompt there is but one, decodes in a row and drafts have one behind each."""
+        return self.start + 1 if self.drafts or self.start >= self.sequence.prefill_end else self.end
 
     @property
     def samples(self) -> bool:
@@ -56,6 +58,18 @@ class ScheduledBatch:
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
+
+
+class Drafter(Protocol):
+    """Who guesses how sequences go on."""
+
+    def most(self, sequence: Sequence) -> int:
+        """Tokens that may be drafted for a sequence at a time."""
+        ...
+
+    def propose(self, room: Mapping[Sequence, int]) -> Mapping[Sequence, tuple[int, ...]]:
+        """Drafts behind the tokens of each sequence, at most as many as there is room for."""
+        ...
 
 
 class Scheduler:
@@ -114,6 +128,11 @@ class Scheduler:
         """Sequences that have a slot."""
         return len(self._running)
 
+    @property
+    def decoding(self) -> list[Sequence]:
+        """Sequences that run and are behind their prefill."""
+        return [sequence for sequence in self._running if not sequence.prefilling]
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         sequence.longest = min(sequence.longest, self.session_len)
@@ -126,17 +145,20 @@ class Scheduler:
         sequence.finish_reason = FinishReason.ABORT
         self._drop(sequence)
 
-    def schedule(self) -> ScheduledBatch:
+    def schedule(self, drafter: Drafter | None = None) -> ScheduledBatch:
         """The next step, which must run. Blocks for all of its tokens are allocated; those that had to make room wait.
 
-        Tokens that it samples are in flight until ``commit``.
+        Tokens that it samples are in flight until ``commit``. ``drafter`` may guess, while no prompt is computed; no
+        token may be in flight then.
         """
-        ready = self._decoding()
+        ready = self._going_on()
         repeats = self._repeats(ready)
         decodes = tuple(self._decode(sequence, repeats) for sequence in self._grow(ready, repeats))
         room = self.max_mixed_tokens - len(decodes) if decodes else self.max_prefill_tokens
         rows = max(room // self.chunk_multiple, 1)
         chunks, admitted = self._prefill(rows * self.chunk_multiple)
+        if drafter is not None and not chunks and repeats == 1:
+            decodes = self._guess(decodes, drafter)
         return ScheduledBatch(decodes, chunks, admitted, repeats)
 
     def commit(self, tokens: Mapping[Sequence, Iterable[int]]) -> None:
@@ -150,6 +172,7 @@ class Scheduler:
                     sequence.append(token)
                     self.generated += 1
                     self._waiting.charge(sequence, REPLY_COST)
+            sequence.settle()
             if sequence.finish_reason is not None:
                 self._drop(sequence)
 
@@ -194,13 +217,12 @@ class Scheduler:
         partial = sum(sequence.prefilling for sequence in self._running)
         return bool(self._waiting and self._slots and partial < MOST_PARTIAL)
 
-    def _decoding(self) -> list[Sequence]:
-        """Running sequences behind their prefill, but for those that end by length with what is in flight.
+    def _going_on(self) -> list[Sequence]:
+        """Those that decode, but for those that end by length with what is in flight.
 
         Those that are to keep their blocks longest come first.
         """
-        behind = [sequence for sequence in self._running if not sequence.prefilling]
-        return sorted((item for item in behind if item.length < item.longest), key=_rank)
+        return sorted((item for item in self.decoding if item.length < item.longest), key=_rank)
 
     def _repeats(self, ready: list[Sequence]) -> int:
         """Tokens that all of ``ready`` can decode in a row, without anybody waiting for the end of it: some, or one."""
@@ -262,6 +284,7 @@ class Scheduler:
         first_time, sequence.prefill_end = not sequence.prefill_end, len(sequence.token_ids)
         sequence.computed = min(computed, sequence.prefill_end - 1)
         sequence.noted = []
+        sequence.drafted = 0
         if first_time:
             sequence.cached = sequence.computed
             self.prefixes.asked += sequence.prompt_length
@@ -288,6 +311,30 @@ class Scheduler:
         sequence.in_flight += count
         self._note(sequence)
         return chunk
+
+    def _guess(self, decodes: tuple[Chunk, ...], drafter: Drafter) -> tuple[Chunk, ...]:
+        """``decodes`` with drafts, as far as there are blocks that nobody holds."""
+        room = {}
+        for chunk in decodes:
+            sequence = chunk.sequence
+            most = min(drafter.most(sequence), sequence.longest - sequence.length)
+            most = min(most, (len(sequence.blocks) + self.blocks.available) * self.block_size - sequence.computed)
+            if most > 0:
+                missing = self.blocks_for(sequence.computed + most) - len(sequence.blocks)
+                sequence.hold(self.blocks.allocate(max(missing, 0)))
+                room[sequence] = most
+        drafts = drafter.propose(room) if room else {}
+        return tuple(self._verify(chunk, drafts.get(chunk.sequence, ())) for chunk in decodes)
+
+    def _verify(self, decode: Chunk, drafts: tuple[int, ...]) -> Chunk:
+        """A decode that also tries ``drafts``."""
+        if not drafts:
+            return decode
+        sequence = decode.sequence
+        sequence.computed += len(drafts)
+        sequence.in_flight += len(drafts)
+        sequence.unsure = True
+        return Chunk(sequence, decode.start, decode.length + len(drafts), drafts)
 
     def _note(self, sequence: Sequence) -> int:
         """Let others find what is computed of a sequence, as far as its tokens are known. Returns blocks found so."""

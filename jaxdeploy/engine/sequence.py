@@ -8,14 +8,14 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 from jaxdeploy.engine.adapters import Adapter, Root
-from jaxdeploy.messages import FinishReason, Request, SamplingParams
+from jaxdeploy.messages import NO_GUESSES, FinishReason, Guesses, Request, SamplingParams
 
 
 class MatcherLike(Protocol):
     """What is needed of a ``jaxdeploy.engine.grammar.Matcher``."""
 
-    def allow(self, words: Any) -> None:
-        """Clear the bits of tokens that cannot come next."""
+    def allow(self, words: Any, drafts: tuple[int, ...] = ()) -> None:
+        """Clear the bits of tokens that cannot come next; in further rows, behind so many of ``drafts``."""
         ...
 
     def take(self, token_id: int) -> bool:
@@ -60,13 +60,14 @@ class Sequence:
 
     ``longest`` is the most tokens that it may have. ``arrival`` counts up from sequence to sequence; ``deadline`` is on
     the monotonic clock, in seconds. ``computed`` tokens have keys and values in ``blocks``, or get them in a step that
-    has been scheduled; ``in_flight`` tokens are sampled by such steps and not yet known here. ``prefill_end`` tokens
-    were known when the sequence last began to run: up to there it is prefilling, beyond it decodes. ``slot`` is its row
-    on the device while it runs, ``block_table`` the int32 indices of its blocks. ``cached`` tokens of the prompt were
-    in the cache when it first ran. ``noted`` is how others find its tokens, in its own blocks or in such as had the
-    same before (``PrefixCache``). ``settings`` is what a step takes of it that never changes, once that is laid out.
-    ``matcher`` follows the reply through its grammar, if it has one. ``reading`` is what its prompt is still read for.
-    ``adapter`` is what it runs with, ``None`` the model itself.
+    has been scheduled; ``in_flight`` tokens are sampled by such steps and not yet known here, ``unsure`` where they
+    hold only as far as drafts are right. ``prefill_end`` tokens were known when the sequence last began to run: up to
+    there it is prefilling, beyond it decodes. ``slot`` is its row on the device while it runs, ``block_table`` the
+    int32 indices of its blocks. ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` is how
+    others find its tokens, in its own blocks or in such as had the same before (``PrefixCache``). ``settings`` is what
+    a step takes of it that never changes, once that is laid out. ``matcher`` follows the reply through its grammar, if
+    it has one. ``reading`` is what its prompt is still read for. A draft model has keys and values of ``drafted``
+    tokens in the same blocks; ``guesses`` counts drafts. ``adapter`` is what it runs with, ``None`` the model itself.
     """
 
     request: Request
@@ -77,6 +78,7 @@ class Sequence:
     longest: int = field(init=False)
     computed: int = 0
     in_flight: int = 0
+    unsure: bool = False
     prefill_end: int = 0
     slot: int | None = None
     blocks: list[Block] = field(default_factory=list)
@@ -85,6 +87,8 @@ class Sequence:
     settings: array[int] | None = None
     matcher: MatcherLike | None = None
     noted: list[Node] = field(default_factory=list)
+    drafted: int = 0
+    guesses: Guesses = NO_GUESSES
     finish_reason: FinishReason | None = None
     adapter: Adapter | None = None
     reading: Reading = field(init=False)
@@ -129,7 +133,11 @@ class Sequence:
     @property
     def reads_tokens(self) -> bool:
         """Whether its next token cannot be chosen before the host has seen the last."""
-        return self.matcher is not None or any(len(words) > 1 for words in self.sampling.bad_token_sequences)
+        return (
+            self.unsure
+            or self.matcher is not None
+            or any(len(words) > 1 for words in self.sampling.bad_token_sequences)
+        )
 
     def hold(self, blocks: list[Block]) -> None:
         """Have ``blocks`` behind those that it has."""
@@ -139,6 +147,12 @@ class Sequence:
     def hold_none(self) -> None:
         """Have no blocks any more."""
         self.blocks, self.block_table = [], array("i")
+
+    def settle(self) -> None:
+        """What was in flight has arrived: what goes on from wrong drafts has never been computed."""
+        if self.unsure:
+            self.unsure, self.in_flight = False, 0
+            self.computed = len(self.token_ids) - 1
 
     def append(self, token_id: int) -> None:
         """Take a token that was in flight and note whether it ends the sequence."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxdeploy.messages import NO_GUESSES, Guesses
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -11,7 +13,7 @@ class EngineStats:
 
     ``cached_blocks`` nobody holds, but their content may still be found. ``prompt_tokens`` of all sequences that began
     to run, ``cached_tokens`` of them found in the cache; ``restored_blocks`` were brought back from host memory for it.
-    While anything runs ``steps`` grows.
+    While anything runs ``steps`` grows. ``guesses`` are those of speculative decoding.
     """
 
     waiting: int = 0
@@ -27,6 +29,7 @@ class EngineStats:
     generated_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
+    guesses: Guesses = NO_GUESSES
 
     @property
     def hit_rate(self) -> float:

@@ -52,6 +52,11 @@ class Metrics:
         self._prompt = counter("prompt_tokens", "Prompt tokens of sequences that began to run")
         self._cached = counter("cached_prompt_tokens", "Of these, tokens that were found in the cache")
         self._generated = counter("generation_tokens", "Tokens generated")
+        self._rounds = counter("spec_decode_num_drafts", "Verifications of guessed tokens, one for each sequence")
+        self._drafts = counter("spec_decode_num_draft_tokens", "Tokens guessed")
+        self._accepted = counter("spec_decode_num_accepted_tokens", "Of these, tokens that were right")
+        self._rate = gauge("spec_decode_acceptance_rate", "Share of the guessed tokens that were right, 0 to 1")
+        self._length = gauge("spec_decode_mean_accepted_length", "Tokens that a verification gave")
         self._first = histogram("time_to_first_token_seconds", "From a request to its first token", SECONDS)
         self._each = histogram("time_per_output_token_seconds", "Per token after the first", SECONDS_PER_TOKEN)
         self._whole = histogram("e2e_request_latency_seconds", "From a request to the end of its reply", SECONDS)
@@ -76,6 +81,12 @@ class Metrics:
         self._prompt.inc(stats.prompt_tokens - self._last.prompt_tokens)
         self._cached.inc(stats.cached_tokens - self._last.cached_tokens)
         self._generated.inc(stats.generated_tokens - self._last.generated_tokens)
+        before, guesses = self._last.guesses, stats.guesses
+        self._rounds.inc(guesses.rounds - before.rounds)
+        self._drafts.inc(guesses.drafts - before.drafts)
+        self._accepted.inc(guesses.accepted - before.accepted)
+        self._rate.set(guesses.acceptance_rate)
+        self._length.set(guesses.mean_length)
         self._last = stats
 
     def watch(self) -> ReplyTimes:

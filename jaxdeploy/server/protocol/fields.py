@@ -67,7 +67,7 @@ SAME_NAMES = (
     *("temperature", "top_p", "top_k", "min_p", "n"),
     *("frequency_penalty", "presence_penalty", "repetition_penalty", "bad_words", "logit_bias"),
     *("ignore_eos", "min_new_tokens", "stop_token_ids", "include_stop_str_in_output"),
-    *("skip_special_tokens", "spaces_between_special_tokens"),
+    *("skip_special_tokens", "spaces_between_special_tokens", "num_speculative_tokens"),
 )
 """Fields of a request that ``GenerationConfig`` has by the same names."""
 
@@ -101,6 +101,9 @@ class Sampling(Strict):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    num_speculative_tokens: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="tokens guessed at a time, at most as many as the server does; 0: none"
+    )
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="the lowest comes first")
 
     @property

@@ -1,0 +1,100 @@
+"""Drafts of a smaller model, which samples like the large one: with the same settings, and with the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, build_inputs, choose_shape
+from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.sequence import Sequence
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class _Known(Chunk):
+    """A chunk behind which the token is known, so that none is sampled."""
+
+    @property
+    def samples(self) -> bool:
+        """Never."""
+        return False
+
+
+class DraftProposer:
+    """A model of its own on the blocks of the sequences: ``runner``'s pools have as many, found by the same tables.
+
+    ``Sequence.drafted`` tokens are computed. What it has not seen, a prompt or what was decoded without drafts, is
+    computed in chunks first; what was accepted since the last time then comes as drafts do, all in one step that
+    samples the first guess, and the others follow in one launch.
+    """
+
+    def __init__(self, runner: ModelRunner, shapes: list[StepShape], vocab_size: int, count: int) -> None:
+        self._runner = runner
+        self._shapes = shapes
+        self._vocab_size = vocab_size
+        self._count = count
+        self._most_prefill = max(shape.prefill_tokens for shape in shapes)
+
+    def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
+        """See ``Proposer``."""
+        self._catch_up(list(room))
+        first = self._guess_first(list(room))
+        going = [sequence for sequence, most in room.items() if most >= self._count > 1]
+        others = self._guess_others(going) if going else {}
+        return {sequence: (first[sequence], *others.get(sequence, ())) for sequence in room}
+
+    def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
+        """Compile everything that can run."""
+        self._runner.warm_up(self._shapes, progress)
+
+    def close(self) -> None:
+        """Give the device memory back."""
+        self._runner.close()
+
+    def _catch_up(self, sequences: list[Sequence]) -> None:
+        """Compute all but the last token of sequences that are too far behind for one row."""
+        behind = [
+            item for item in sequences if not item.drafted or len(item.token_ids) - item.drafted > self._count + 1
+        ]
+        for sequence in behind:
+            assert sequence.slot is not None, "a sequence that decodes has a slot"
+            self._runner.write_tokens(sequence.slot, sequence.token_ids)
+        while behind:
+            chunks, left = [], self._most_prefill
+            for sequence in behind:
+                length = min(len(sequence.token_ids) - 1 - sequence.drafted, left)
+                if length > 0:
+                    chunks.append(_Known(sequence, sequence.drafted, length))
+                    sequence.drafted += length
+                    left -= -(-length // ROW_LENGTH) * ROW_LENGTH
+            self._run(ScheduledBatch(chunks=tuple(chunks)))
+            behind = [sequence for sequence in behind if sequence.drafted < len(sequence.token_ids) - 1]
+
+    def _guess_first(self, sequences: list[Sequence]) -> dict[Sequence, int]:
+        """Compute what is new, behind the last token that is not, and sample what comes next."""
+        rows = [
+            Chunk(item, item.drafted - 1, 1 + len(item.token_ids) - item.drafted, tuple(item.token_ids[item.drafted :]))
+            for item in sequences
+        ]
+        tokens, places = self._run(ScheduledBatch(decodes=tuple(rows)))
+        for sequence in sequences:
+            sequence.drafted = len(sequence.token_ids)
+        return {row.sequence: int(tokens[0, places[row.sequence] + len(row.drafts)]) for row in rows}
+
+    def _guess_others(self, sequences: list[Sequence]) -> dict[Sequence, tuple[int, ...]]:
+        steps = self._count - 1
+        rows = tuple(Chunk(sequence, len(sequence.token_ids), steps) for sequence in sequences)
+        tokens, places = self._run(ScheduledBatch(decodes=rows, repeats=steps))
+        return {sequence: tuple(tokens[:, places[sequence]].tolist()) for sequence in sequences}
+
+    def _run(self, batch: ScheduledBatch) -> tuple[Array, dict[Sequence, int]]:
+        """The tokens of a step, [repeats, samples], and where each sequence has its first."""
+        inputs = build_inputs(choose_shape(self._shapes, batch), batch, self._vocab_size, free=True)
+        sampled = np.asarray(self._runner.run(inputs).sampled.tokens)
+        return np.atleast_2d(sampled), {chunk.sequence: row for row, chunk in inputs.rows}

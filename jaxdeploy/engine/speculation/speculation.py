@@ -1,0 +1,74 @@
+"""Speculative decoding: guess some tokens, verify them all in one step, accept those that are right (arXiv:2211.17192).
+
+A token is right if it is the very one that would have been sampled in its place. What is sampled depends only on the
+tokens before it, the request's seed and the position, so a reply is the same with drafts and without, at any
+temperature, whoever guesses; and guesses without randomness are accepted as often as by rejection sampling. A draft
+model draws with the same noise, which makes it agree with the model nearly as often (arXiv:2408.07978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.speculation.gate import Gate
+from jaxdeploy.messages import Guesses
+
+
+class Proposer(Protocol):
+    """Guesses how sequences go on."""
+
+    def propose(self, room: Mapping[Sequence, int]) -> Mapping[Sequence, tuple[int, ...]]:
+        """Drafts behind the known tokens of each sequence, at most as many as there is room for; none are fine."""
+        ...
+
+    def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
+        """Compile everything that can run."""
+        ...
+
+    def close(self) -> None:
+        """Give the device memory back."""
+        ...
+
+
+class Speculation:
+    """What the engine needs: who guesses, ``count`` tokens at a time, and whether it pays."""
+
+    def __init__(self, proposer: Proposer, count: int) -> None:
+        self.count = count
+        self.gate = Gate()
+        self.guesses = Guesses()
+        """Of all sequences."""
+        self.warm_up = proposer.warm_up
+        self.close = proposer.close
+        self._proposer = proposer
+
+    def wanted(self, running: Iterable[Sequence]) -> bool:
+        """Whether the next step for these sequences should have drafts."""
+        batch = list(running)
+        return any(self.most(sequence) for sequence in batch) and self.gate.is_open(len(batch))
+
+    def most(self, sequence: Sequence) -> int:
+        """Tokens that may be drafted for a sequence at a time: what its request says, if that is less."""
+        wanted = sequence.sampling.num_speculative_tokens
+        return self.count if wanted is None else min(wanted, self.count)
+
+    def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
+        """Drafts; a reply ends with the first token that ends it, so none come behind that."""
+        proposed = self._proposer.propose(room)
+        return {sequence: _up_to_stop(drafts, sequence) for sequence, drafts in proposed.items()}
+
+    def accept(self, sequence: Sequence, drafts: tuple[int, ...], sampled: list[int]) -> list[int]:
+        """The sampled tokens that hold: as long as drafts before them are what was sampled in their place."""
+        right = 0
+        while right < len(drafts) and drafts[right] == sampled[right]:
+            right += 1
+        sequence.guesses = sequence.guesses.plus(len(drafts), right)
+        self.guesses = self.guesses.plus(len(drafts), right)
+        return sampled[: right + 1]
+
+
+def _up_to_stop(drafts: tuple[int, ...], sequence: Sequence) -> tuple[int, ...]:
+    ends = sequence.sampling.stop_token_ids
+    return next((drafts[:index] for index, token in enumerate(drafts) if token in ends), drafts)
