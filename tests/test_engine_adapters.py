@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,6 +24,8 @@ from jaxdeploy.engine.batch import StepShape, padding_inputs
 from jaxdeploy.engine.build import build_engine
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.errors import CheckpointError, ConfigError, UnknownAdapterError
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
 from jaxdeploy.models.decoder import decoder_from
@@ -52,7 +55,7 @@ from tests.tiny_models import (
 )
 
 Array = np.ndarray[Any, Any]
-DEVICE_SLOTS, MAX_RANK = 4, 8
+DEVICE_SLOTS, MAX_RANK, DRAFTS = 4, 8, 2
 TWO_SHAPES = [SHAPES[2], SHAPES[4]]
 """One to prefill, one to decode: few programs are compiled."""
 TARGETS = (ALL, ("q_proj", "v_proj"), (*QKV, "lm_head"), ("down_proj", "o_proj"))
@@ -226,6 +229,31 @@ def test_several_tokens_in_a_launch() -> None:
     engine = engine_with(range(2), shapes=shapes, decode_steps=IN_A_ROW)
     assert run(engine, items) == run(engine_with(range(2)), items)
     assert engine.stats.steps < 9
+
+
+class _Guessing:
+    """Says that one token comes again and again, which some replies do for a while."""
+
+    def propose(self, room: Mapping[Sequence, int]) -> Mapping[Sequence, tuple[int, ...]]:
+        return {sequence: (sequence.token_ids[-1],) * min(most, DRAFTS) for sequence, most in room.items()}
+
+    def warm_up(self, progress: Any) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+def test_drafts_are_verified_with_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's pair among them (adapter 2)."""
+    items = [asked(str(row), 20 + row, adapter, 8) for row, adapter in enumerate((1, 2, None))]
+    speculation = Speculation(_Guessing(), DRAFTS)
+    monkeypatch.setattr(speculation.gate, "is_open", lambda batch: True)
+    shapes = [*TWO_SHAPES, replace(SHAPES[2], drafts=DRAFTS)]
+    engine = engine_with(range(3), shapes=shapes, speculation=speculation)
+    assert run(engine, items) == {str(row): truth(20 + row, adapter, 8) for row, adapter in enumerate((1, 2, None))}
+    assert engine.stats.guesses.drafts > 10
+    settled(engine)
 
 
 def test_prompts_are_read_with_the_adapter() -> None:

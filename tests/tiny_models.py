@@ -115,6 +115,7 @@ def tiny_engine(
     grammars: Any = None,
     adapters: Adapters | None = None,
     reader: Any = None,
+    speculation: Any = None,
 ) -> Engine:
     """A new engine over the shared runner: its own scheduler, slots and blocks."""
     manager = BlockManager(blocks)
@@ -130,7 +131,7 @@ def tiny_engine(
         decode_steps=decode_steps,
         adapters=adapters,
     )
-    return Engine(scheduler, runner or lasting_runner(tp), shapes, VOCAB, grammars, reader=reader)
+    return Engine(scheduler, runner or lasting_runner(tp), shapes, VOCAB, grammars, speculation, reader)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
