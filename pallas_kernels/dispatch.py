@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.target import Target, current_target
 
-OPS = ("decode_layer", "kv_cache_write", "paged_attention", "rms_norm", "w4a16_matmul", "w8a8_matmul")
+OPS = ("decode_layer", "kv_cache_write", "lora_matmul", "paged_attention", "rms_norm", "w4a16_matmul", "w8a8_matmul")
 """Every op: a package with ``BACKENDS``, backend name → module, in order of preference."""
 
 ENVIRONMENT = "PALLAS_KERNELS"

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.lora_matmul.tiles import Tiles
 
 BACKENDS = {
+    "pallas_triton": "pallas_kernels.lora_matmul.pallas_triton",
     "reference": "pallas_kernels.lora_matmul.reference",
 }
 """In order of preference; each refuses what it cannot do."""
@@ -25,6 +27,7 @@ def lora_matmul(
     ranks: jax.Array,
     *,
     backend: str | None = None,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
     """``(x · a[i]) · b[i]`` for each token, where ``i`` is its ``adapter``; zeros for a token that has none.
 
@@ -36,9 +39,11 @@ def lora_matmul(
         a: [B, K, R], dtype of ``x``. Its columns beyond an entry's rank are zero.
         b: [B, R, N], dtype of ``x``, with the adapter's scaling in it. Its rows beyond an entry's rank are zero.
         adapter: int32 [T], the entry of each token; negative: none.
-        candidates: int32 [S], every entry that ``adapter`` may name, each once; negative ones are padding.
+        candidates: int32 [S], every entry that ``adapter`` may name, each once; negative ones are padding. Kernels are
+            fastest where they are neighbours in the bank, in any order.
         ranks: int32 [B], how many of the R of each entry are in use.
         backend: a name of ``BACKENDS``; ``None`` takes the first that accepts the call.
+        tiles: for the Pallas backend; ``None`` takes the measured ones, else the heuristic's.
 
     Returns:
         [T, N], dtype of ``x``; sums are float32.
@@ -47,7 +52,7 @@ def lora_matmul(
         ValueError: shapes or dtypes that do not fit together. NoBackendError: every backend refused.
     """
     _validate(x, a, b, adapter, candidates, ranks)
-    out: jax.Array = dispatch("lora_matmul", BACKENDS, backend, x, a, b, adapter, candidates, ranks)
+    out: jax.Array = dispatch("lora_matmul", BACKENDS, backend, x, a, b, adapter, candidates, ranks, tiles=tiles)
     return out
 
 

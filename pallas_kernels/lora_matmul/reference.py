@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.lora_matmul.tiles import Tiles
 from pallas_kernels.target import Target
 
 State = tuple[jax.Array, jax.Array]
@@ -21,9 +22,16 @@ def check(target: Target) -> None:
 
 
 def run(
-    x: jax.Array, a: jax.Array, b: jax.Array, adapter: jax.Array, candidates: jax.Array, ranks: jax.Array
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    adapter: jax.Array,
+    candidates: jax.Array,
+    ranks: jax.Array,
+    *,
+    tiles: Tiles | None = None,
 ) -> jax.Array:
-    """See ``pallas_kernels.lora_matmul.lora_matmul``; needs neither ``candidates`` nor ``ranks``."""
+    """See ``pallas_kernels.lora_matmul.lora_matmul``; needs neither ``candidates`` nor ``ranks``, and has no tiles."""
     wide = x.astype(jnp.float32)
 
     def waiting(state: State) -> jax.Array:

@@ -1,0 +1,170 @@
+"""Two kernels: one multiplies tokens down to ranks, the other from there up to the result. sm_80 and newer.
+
+A program has a tile of tokens and goes through the adapters that occur in it. It reads the rows of one adapter's tokens
+alone, and writes their rows: a token has one adapter, so no two programs meet in a row, and nothing is added up between
+adapters. Where many may occur in a tile, teams of programs share them out. Where K is split, the first kernel leaves
+float32 sums of each part, which the second adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.dispatch import RefusalError, need_gpu
+from pallas_kernels.lora_matmul.tiles import Call, Tiles, choose, tile_r
+from pallas_kernels.target import Target, current_target
+
+RANK_BLOCK = 16
+"""Ranks that are read or skipped together."""
+
+
+def check(target: Target) -> None:
+    """Refuse what is no GPU of sm_80 or newer."""
+    need_gpu(target)
+
+
+def run(
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    adapter: jax.Array,
+    candidates: jax.Array,
+    ranks: jax.Array,
+    *,
+    tiles: Tiles | None = None,
+) -> jax.Array:
+    """See ``pallas_kernels.lora_matmul.lora_matmul``; refuses an R that is not a multiple of ``RANK_BLOCK``.
+
+    Between the products a token is rounded to the dtype of ``x``, which tensor cores take. Of ``candidates`` only their
+    number counts, for the tiles.
+    """
+    (tokens, _), rank, n = x.shape, a.shape[2], b.shape[2]
+    if rank % RANK_BLOCK or not rank:
+        raise RefusalError(f"needs R in steps of {RANK_BLOCK}, have R={rank}; pad a and b with zeros")
+    target = current_target()
+    chosen = choose(Call.of(x, b, candidates), target, tiles)
+    rows = pl.cdiv(tokens, chosen.tile_m)
+    launch = partial(
+        pl.pallas_call,
+        compiler_params=plt.CompilerParams(num_warps=chosen.num_warps, num_stages=chosen.num_stages),
+        interpret=target.interpret,
+    )
+    down = launch(
+        partial(_shrink_kernel, tiles=chosen),
+        grid=(chosen.splits * pl.cdiv(rank, tile_r(rank)), rows, chosen.teams),
+        out_shape=jax.ShapeDtypeStruct((chosen.splits, tokens, rank), jnp.float32),
+        name="lora_matmul_shrink",
+    )(x, a, adapter, ranks)
+    out: jax.Array = launch(
+        partial(_expand_kernel, tiles=chosen),
+        grid=(pl.cdiv(n, chosen.tile_n), rows, chosen.teams),
+        out_shape=jax.ShapeDtypeStruct((tokens, n), x.dtype),
+        name="lora_matmul_expand",
+    )(down, b, adapter, ranks)
+    return out
+
+
+def _shrink_kernel(x_ref: Any, a_ref: Any, adapter_ref: Any, ranks_ref: Any, out_ref: Any, *, tiles: Tiles) -> None:
+    """Rows of the team's tokens in ``out_ref`` [splits, T, R]: a part of K, ``tile_r`` ranks."""
+    k, width = x_ref.shape[1], tile_r(a_ref.shape[2])
+    split, first = pl.program_id(0) % tiles.splits, pl.program_id(0) // tiles.splits * width
+    rows, users = _users(adapter_ref, tiles)
+    columns = first + jnp.arange(width, dtype=jnp.int32)
+    steps = pl.cdiv(k, tiles.splits * tiles.tile_k)
+    even = k % (tiles.splits * tiles.tile_k) == 0
+
+    def multiply(entry: jax.Array, own: jax.Array) -> None:
+        rank = plt.load(ranks_ref.at[entry])
+        used = _in_use(columns, rank)[None, :]
+
+        def step(index: jax.Array, sums: jax.Array) -> jax.Array:
+            part = (split * steps + index) * tiles.tile_k + jnp.arange(tiles.tile_k, dtype=jnp.int32)
+            inside = jnp.full(part.shape, True) if even else part < k
+            x = plt.load(x_ref.at[rows[:, None], part[None, :]], mask=own[:, None] & inside[None, :], other=0.0)
+            a = plt.load(a_ref.at[entry, part[:, None], columns[None, :]], mask=inside[:, None] & used, other=0.0)
+            return sums + _dot(x, a)
+
+        trips = jnp.where(first < rank, jnp.int32(steps), jnp.int32(0))
+        sums = lax.fori_loop(0, trips, step, jnp.zeros((tiles.tile_m, width), jnp.float32))
+        plt.store(out_ref.at[split, rows[:, None], columns[None, :]], sums, mask=own[:, None] & used)
+
+    _for_each_adapter(users, tiles, multiply)
+
+
+def _expand_kernel(down_ref: Any, b_ref: Any, adapter_ref: Any, ranks_ref: Any, out_ref: Any, *, tiles: Tiles) -> None:
+    """Rows of the team's tokens in ``out_ref`` [T, N]; the first team also clears those of tokens without adapter."""
+    (splits, tokens, most), n = down_ref.shape, out_ref.shape[1]
+    width = tile_r(most)
+    rows, users = _users(adapter_ref, tiles)
+    columns = pl.program_id(0) * tiles.tile_n + jnp.arange(tiles.tile_n, dtype=jnp.int32)
+    inside = (columns < n)[None, :]
+
+    def write(values: jax.Array, own: jax.Array) -> None:
+        plt.store(out_ref.at[rows[:, None], columns[None, :]], values.astype(out_ref.dtype), mask=own[:, None] & inside)
+
+    parts, zeros = jnp.arange(splits, dtype=jnp.int32), jnp.zeros((tiles.tile_m, tiles.tile_n), jnp.float32)
+    without = (users < 0) & (rows < tokens)
+
+    @pl.when((pl.program_id(2) == 0) & (jnp.max(without.astype(jnp.int32)) > 0))
+    def _clear() -> None:
+        write(zeros, without)
+
+    def multiply(entry: jax.Array, own: jax.Array) -> None:
+        rank = plt.load(ranks_ref.at[entry])
+
+        def step(index: jax.Array, sums: jax.Array) -> jax.Array:
+            depth = index * width + jnp.arange(width, dtype=jnp.int32)
+            used = _in_use(depth, rank)
+            place = down_ref.at[parts[:, None, None], rows[None, :, None], depth[None, None, :]]
+            down = plt.load(place, mask=own[None, :, None] & used[None, None, :], other=0.0).sum(axis=0)
+            b = plt.load(b_ref.at[entry, depth[:, None], columns[None, :]], mask=used[:, None] & inside, other=0.0)
+            return sums + _dot(down.astype(b.dtype), b)
+
+        single = most <= width
+        write(step(jnp.int32(0), zeros) if single else lax.fori_loop(0, pl.cdiv(rank, width), step, zeros), own)
+
+    _for_each_adapter(users, tiles, multiply)
+
+
+def _users(adapter_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+    """The tokens of a program's tile, and the adapter of each; none beyond the last token."""
+    rows = pl.program_id(1) * tiles.tile_m + jnp.arange(tiles.tile_m, dtype=jnp.int32)
+    return rows, plt.load(adapter_ref.at[rows], mask=rows < adapter_ref.shape[0], other=-1)
+
+
+def _for_each_adapter(users: jax.Array, tiles: Tiles, serve: Callable[[jax.Array, jax.Array], None]) -> None:
+    """Call ``serve(entry, own)`` for each adapter of the program's team among ``users``; ``own`` are its tokens.
+
+    A team's are those whose number, divided by ``teams``, leaves its own: neighbours in the bank have different teams.
+    """
+    if tiles.teams > 1:
+        users = jnp.where(lax.rem(users, jnp.int32(tiles.teams)) == pl.program_id(2), users, -1)
+
+    def serve_next(waiting: jax.Array) -> jax.Array:
+        entry = jnp.max(waiting)
+        own = waiting == entry
+        serve(entry, own)
+        return jnp.where(own, -1, waiting)
+
+    lax.while_loop(lambda waiting: jnp.max(waiting) >= 0, serve_next, users)
+
+
+def _in_use(columns: jax.Array, rank: jax.Array) -> jax.Array:
+    """Whether each of the ranks ``columns`` lies in a block that an entry of ``rank`` uses.
+
+    Compared with a multiple of the block, for Triton to see that neighbours are masked alike: it loads 16 bytes then.
+    """
+    return columns < lax.div(rank + (RANK_BLOCK - 1), jnp.int32(RANK_BLOCK)) * RANK_BLOCK
+
+
+def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums in float32, of products in the precision of the operands."""
+    return jnp.dot(x, y, preferred_element_type=jnp.float32, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,144 @@
+"""How the two products are cut into pieces for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import tuning
+from pallas_kernels.target import Target
+
+LARGEST_DECODE = 256
+"""T up to which every token is taken to have an adapter of its own; beyond, neighbours share one."""
+
+LARGEST_TILE_R = 64
+"""Ranks that a program holds at once; those of larger adapters are spread over programs, and then walked through."""
+
+SMALLEST_TILE = 16
+"""Rows, columns and depth of the smallest product that Triton makes with tensor cores."""
+
+MOST_SPLITS = 16
+"""Parts of K at most: the second kernel has to add them up."""
+
+MOST_HELD = 4096
+"""Partial sums that a program can hold for each of its warps: it has those of all parts of K at once."""
+
+SMALL_BYTES = 2**23
+"""Bytes of partial sums that may be read in any case: they come out of the L2 cache."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """``tile_m`` tokens for each program of both kernels; ``teams`` of programs share out the adapters among them.
+
+    The first kernel walks K / ``splits`` in steps of ``tile_k``; the second makes ``tile_n`` columns of the result. All
+    but ``teams`` and ``num_stages`` are powers of two.
+    """
+
+    tile_m: int
+    tile_k: int
+    tile_n: int
+    splits: int
+    teams: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """T, K, N, R and S of ``lora_matmul``, and its dtype."""
+
+    tokens: int
+    k: int
+    n: int
+    rank: int
+    candidates: int
+    dtype: str
+
+    @classmethod
+    def of(cls, x: jax.Array, b: jax.Array, candidates: jax.Array) -> Call:
+        """The call that these arguments make."""
+        return cls(x.shape[0], x.shape[1], b.shape[2], b.shape[1], candidates.size, x.dtype.name)
+
+    @property
+    def key(self) -> str:
+        """What it is called in the tuning table: T rounded up to a power of two."""
+        sizes = f"k{self.k} n{self.n} r{self.rank} s{self.candidates}"
+        return f"t{pl.next_power_of_2(self.tokens)} {sizes} {jnp.dtype(self.dtype).name}"
+
+    @property
+    def decode(self) -> bool:
+        """Whether it is limited by reading adapters, rather than tokens and results."""
+        return self.tokens <= LARGEST_DECODE
+
+
+def tile_r(rank: int) -> int:
+    """Ranks in a program's piece, of an R of ``rank``."""
+    return _within(rank, SMALLEST_TILE, LARGEST_TILE_R)
+
+
+def heuristic(call: Call, cores: int) -> Tiles:
+    """Up to 64 tokens, 128 of many, so that an adapter is read once or a few times. In decode it has a team.
+
+    In prefill neighbours share adapters: there are a few teams where that makes no more than eight programs a core, for
+    tokens of decoding sequences may be among those of prompts. Columns are cut narrower while cores would be without
+    work. K is split until each core has two programs or a program one step, four in prefill; at most so often that
+    reading the sums, again for each tile of columns, stays small beside tokens and result.
+    """
+    width = tile_r(call.rank)
+    tile_m = _within(call.tokens, SMALLEST_TILE, 128 if call.tokens > 1024 and width < LARGEST_TILE_R else 64)
+    tile_k = _within(call.k, SMALLEST_TILE, 128)
+    rows = pl.cdiv(call.tokens, tile_m)
+    busy = rows * min(call.tokens, call.candidates) if call.decode else rows
+    tile_n = next((n for n in (128, 64) if busy * pl.cdiv(call.n, n) >= 2 * cores), 32)
+    columns = pl.cdiv(call.n, tile_n)
+    num_warps = 4 if tile_m * max(tile_n, width) <= 64 * 128 else 8
+    splits = min(
+        MOST_SPLITS,
+        2 * cores // busy,
+        call.k // (tile_k if call.decode else 4 * tile_k),
+        MOST_HELD * num_warps // (tile_m * width),
+        max(SMALL_BYTES, 4 * call.tokens * (call.k + call.n)) // (4 * call.tokens * call.rank * columns),
+    )
+    teams = _power_of_two(min(8, call.candidates, 8 * cores // (rows * columns)))
+    if call.decode:
+        teams = call.candidates if call.tokens > 1 else 1
+    return Tiles(tile_m, tile_k, tile_n, _power_of_two(splits), teams, num_warps, 3)
+
+
+def candidates(call: Call, cores: int) -> Iterator[Tiles]:
+    """What the tuner tries: half and twice of what the heuristic says, as far as a program's registers hold it."""
+    guess, width = heuristic(call, cores), tile_r(call.rank)
+    for tile_m, tile_n, splits, num_warps in product(
+        _around(guess.tile_m, 16, 128), _around(guess.tile_n, 32, 256), _around(guess.splits, 1, 32), (4, 8)
+    ):
+        held = tile_m * max(tile_n // 2, splits * width // 4, width)
+        if held <= MOST_HELD // 4 * num_warps and (splits - 1) * guess.tile_k < call.k:
+            yield replace(guess, tile_m=tile_m, tile_n=tile_n, splits=splits, num_warps=num_warps)
+    if guess.teams > 1:
+        yield replace(guess, teams=1)
+
+
+def _within(size: int, least: int, most: int) -> int:
+    """``size`` as a power of two, rounded up, within bounds."""
+    return int(min(most, max(least, pl.next_power_of_2(size))))
+
+
+def _power_of_two(most: int) -> int:
+    """The largest power of two up to ``most``; 1 where that is less."""
+    return 1 << max(1, most).bit_length() - 1
+
+
+def _around(size: int, least: int, most: int) -> list[int]:
+    """``size``, half and twice of it, within bounds."""
+    return [near for near in (size // 2, size, size * 2) if least <= near <= most]
+
+
+def choose(call: Call, target: Target, explicit: Tiles | None = None) -> Tiles:
+    """The tiles of a call on ``target``: ``explicit``, else measured, else the heuristic's."""
+    return tuning.choose("lora_matmul", target.kind, call.key, explicit, heuristic(call, target.cores or 1))
