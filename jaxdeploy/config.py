@@ -255,6 +255,7 @@ class GenerationConfig:
         None,
         "0 guesses none",
         least=0,
+        flag=False,
     )
     response_format: dict[str, Any] | None = setting(
         None, "form that the reply has to have; see jaxdeploy.response_format", flag=False

@@ -46,6 +46,12 @@ class RequestError(JaxdeployError):
     http_status = 400
 
 
+class UnknownAdapterError(RequestError):
+    """A request asks for an adapter that is not loaded."""
+
+    http_status = 404
+
+
 class ContextLengthError(RequestError):
     """Prompt and session do not fit into ``session_len``."""
 

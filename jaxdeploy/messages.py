@@ -58,7 +58,8 @@ class Request:
     Of those that wait the lowest ``priority`` comes first; equal ones share fairly between ``tenant``s, whatever a
     server takes for one. A request that is not complete ``timeout`` seconds after it came is aborted, ``None`` never.
     A prompt that goes on from the last request of its ``session_id`` has only new tokens computed, as long as the old
-    ones are in the cache. ``embed`` asks for the hidden states of the prompt.
+    ones are in the cache. ``embed`` asks for the hidden states of the prompt. ``adapter`` is the name of a LoRA adapter
+    that is loaded, ``None`` the model itself.
     """
 
     request_id: str
@@ -69,6 +70,7 @@ class Request:
     timeout: float | None = None
     session_id: str | None = None
     embed: bool = False
+    adapter: str | None = None
 
     @property
     def reads_prompt(self) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.adapters import Adapters
 from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, draft_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.engine import Engine
@@ -94,13 +95,16 @@ def _matrix(random: np.random.Generator, path: ParamPath, shape: Sequence[int]) 
     return matrix
 
 
-def runner_of(kind: type[ModelRunner], tp: int = 1, config: ModelConfig = CONFIG) -> ModelRunner:
+def runner_of(
+    kind: type[ModelRunner], tp: int = 1, config: ModelConfig = CONFIG, adapters: Any = None, bits: int | None = None
+) -> ModelRunner:
     """A new runner with weights of its own and pools for whole sessions in every slot."""
     mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
     sizes = EngineConfig(block_size=BLOCK_SIZE)
-    plan = plan_cache(config, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
+    plan = plan_cache(config, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype, bits=bits)
     pools = allocate_pools(config, plan, mesh, dtype)
-    return kind(decoder_from(config, params(config, tp)), pools, mesh, slots=SLOTS, session_len=SESSION_LEN)
+    decoder = decoder_from(config, params(config, tp))
+    return kind(decoder, pools, mesh, slots=SLOTS, session_len=SESSION_LEN, adapters=adapters)
 
 
 @functools.cache
@@ -140,6 +144,8 @@ def tiny_engine(
     host_blocks: int = 0,
     decode_steps: int = 1,
     grammars: Any = None,
+    adapters: Adapters | None = None,
+    reader: Any = None,
     speculation: Speculation | None = None,
 ) -> Engine:
     """A new engine over the shared runner: its own scheduler, slots and blocks."""
@@ -154,9 +160,10 @@ def tiny_engine(
         chunk_multiple=ROW_LENGTH,
         session_len=SESSION_LEN,
         decode_steps=decode_steps,
+        adapters=adapters,
     )
     every = [*shapes, *GUESSING] if speculation else shapes
-    return Engine(scheduler, runner or lasting_runner(tp), every, VOCAB, grammars, speculation)
+    return Engine(scheduler, runner or lasting_runner(tp), every, VOCAB, grammars, speculation, reader)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

@@ -25,7 +25,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "chat": Command("jaxdeploy.cli.chat", "talk with a model in the terminal"),
     "serve": Command("jaxdeploy.cli.serve", "put a model behind an OpenAI-compatible HTTP API"),
-    "lite": Command("jaxdeploy.cli.lite", "make a model small: AWQ, GPTQ, SmoothQuant, KV cache ranges"),
+    "lite": Command(
+        "jaxdeploy.cli.lite", "make a model small: AWQ, GPTQ, SmoothQuant, KV cache ranges; merge LoRA adapters"
+    ),
     "list": Command("jaxdeploy.cli.list", "show model families, architectures and chat templates"),
     "check_env": Command("jaxdeploy.cli.check_env", "show versions, devices, memory and usable kernels"),
 }

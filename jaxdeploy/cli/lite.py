@@ -1,8 +1,8 @@
-"""``jaxdeploy lite``: quantise a model."""
+"""``jaxdeploy lite``: quantise a model, or merge an adapter into it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
 from jaxdeploy.config import QuantConfig
@@ -20,23 +20,46 @@ METHODS = {
 }
 """LMDeploy's names of the methods."""
 
+MERGE = "merge_lora"
+_MERGING = ("work_dir", "overwrite", "revision", "download_dir")
+"""The settings that merging has."""
+
 
 def add_arguments(parser: Parser) -> None:
-    """METHOD, MODEL, and every setting of a quantisation."""
-    parser.add_argument("method", metavar="METHOD", help=", ".join(METHODS))
+    """METHOD, MODEL, ADAPTER, and every setting of a quantisation."""
+    parser.add_argument("method", metavar="METHOD", help=", ".join((*METHODS, MERGE)))
     parser.add_argument("model", metavar="MODEL", help="a folder with a float checkpoint, or an id on the hub")
+    parser.add_argument("adapter", metavar="ADAPTER", nargs="?", help=f"{MERGE}: the folder of a LoRA adapter")
     parser.add_argument("--config", metavar="FILE.yaml", help="flags from a file, e.g. `w_group_size: 64`")
     add_settings(parser, QuantConfig)
 
 
 def run(args: Namespace) -> int:
-    """Quantise, and show what it cost."""
+    """Quantise, and show what it cost; or merge."""
     name = args.method.replace("-", "_")
-    if name not in METHODS:
-        raise ConfigError(f"method={args.method!r} is unknown; choose one of {', '.join(METHODS)}")
     (given,) = read_settings(args, QuantConfig)
+    if name == MERGE:
+        _merge(args.model, args.adapter, given)
+        return 0
+    if name not in METHODS:
+        raise ConfigError(f"method={args.method!r} is unknown; choose one of {', '.join((*METHODS, MERGE))}")
+    if args.adapter is not None:
+        raise ConfigError(f"argument={args.adapter!r} is one too many: {args.method} takes no adapter; leave it out")
     show(args.model, QuantConfig(**{**given, "method": METHODS[name]}))
     return 0
+
+
+def _merge(model: str, adapter: str | None, given: dict[str, Any]) -> None:
+    """Merge with a bar on stderr, and say where the result is."""
+    from jaxdeploy.compress.merge import merge_lora
+
+    if adapter is None:
+        raise ConfigError(f"{MERGE} needs an adapter behind MODEL; give the folder that PEFT saved it to")
+    if odd := [name for name in given if name not in _MERGING]:
+        raise ConfigError(f"{odd[0]}={given[odd[0]]!r} means nothing to {MERGE}; leave it out")
+    settings = {"work_dir": QuantConfig().work_dir, **given}
+    merged = merge_lora(model, adapter, **settings, progress=True)
+    print(f"{len(merged.modules)} modules merged, {merged.nbytes / 2**20:.1f} MiB in {merged.work_dir}")
 
 
 def show(model: str, config: QuantConfig) -> Report:

@@ -10,7 +10,7 @@ import functools
 import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ class StepShape:
 
     ``repeats`` tokens are decoded by each sequence, one after the other, in a single launch. Where there are no prompts
     each decode may also verify ``drafts`` tokens: its row has them behind the last that is known, and samples behind
-    every one.
+    every one. In an ``adapted`` step sequences may have adapters.
     """
 
     decodes: int
@@ -55,10 +55,11 @@ class StepShape:
     max_sequences: int
     repeats: int = 1
     drafts: int = 0
+    adapted: bool = False
 
     def __str__(self) -> str:
-        verified = f" + {self.drafts} drafts" * (self.drafts > 0)
-        return f"({self.decodes}, {self.prefill_tokens})" + f" x {self.repeats}" * (self.repeats > 1) + verified
+        repeats, verified = f" x {self.repeats}" * (self.repeats > 1), f" + {self.drafts} drafts" * (self.drafts > 0)
+        return f"({self.decodes}, {self.prefill_tokens})" + repeats + verified + " with adapters" * self.adapted
 
     @property
     def decode_length(self) -> int:
@@ -108,6 +109,8 @@ class StepShape:
         layout["drafts"] = (self.decodes, self.drafts)
         for name in ("row_sequence", "row_start", "row_tokens"):
             layout[name] = (self.rows,)
+        if self.adapted:
+            layout["adapter"] = (self.sequences,)  # slot of its adapter, -1 for none
         return layout
 
 
@@ -160,11 +163,22 @@ def reading_shapes(shapes: list[StepShape]) -> list[StepShape]:
     return list(dict.fromkeys((short, long, largest)))
 
 
+def with_adapters(shapes: list[StepShape]) -> list[StepShape]:
+    """The same for sequences with adapters."""
+    return [replace(shape, adapted=True) for shape in shapes]
+
+
 def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
     """The smallest of ``shapes`` that holds ``batch``."""
     fitting = [shape for shape in shapes if _fits(shape, batch)]
     assert fitting, "the scheduler's budget keeps every batch within the largest shape"
     return min(fitting, key=lambda shape: (shape.prefill_tokens, shape.decodes, shape.drafts))
+
+
+def adapted_to(batch: ScheduledBatch, shape: StepShape) -> StepShape:
+    """``shape``, for adapters where a sequence of ``batch`` has one."""
+    adapted = any(chunk.sequence.adapter is not None for chunk in (*batch.decodes, *batch.chunks))
+    return replace(shape, adapted=True) if adapted else shape
 
 
 class Choice(NamedTuple):
@@ -276,6 +290,11 @@ def _pack(shape: StepShape, batch: ScheduledBatch) -> Array:
     fields = unpack(packed, shape)
     _fill_sequences(fields, 0, batch.decodes)
     _fill_sequences(fields, shape.decodes, batch.chunks)
+    if shape.adapted:
+        fields["adapter"][:] = -1
+        fields["adapter"][: len(batch.decodes)] = [_adapter_slot(chunk.sequence) for chunk in batch.decodes]
+        chunks = slice(shape.decodes, shape.decodes + len(batch.chunks))
+        fields["adapter"][chunks] = [_adapter_slot(chunk.sequence) for chunk in batch.chunks]
     fields["decode_lengths"][: len(batch.decodes)] = 1
     for index, chunk in enumerate(batch.decodes if shape.drafts else ()):
         fields["decode_lengths"][index] += len(chunk.drafts)
@@ -345,6 +364,13 @@ def _settings(sequence: Sequence) -> array[int]:
 def _slot(sequence: Sequence) -> int:
     assert sequence.slot is not None, "a scheduled sequence has a slot"
     return sequence.slot
+
+
+def _adapter_slot(sequence: Sequence) -> int:
+    if sequence.adapter is None:
+        return -1
+    assert sequence.adapter.slot is not None, "a scheduled sequence's adapter has a slot"
+    return sequence.adapter.slot
 
 
 def _fill_chunk(fields: Mapping[str, Array], shape: StepShape, index: int, row: int, chunk: Chunk) -> int:

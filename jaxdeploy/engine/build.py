@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.config import EngineConfig
+from jaxdeploy.engine.adapter_reader import EngineAdapters, adapters_of
+from jaxdeploy.engine.adapters import Adapters
 from jaxdeploy.engine.batch import ROW_LENGTH, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.engine import Engine
@@ -89,6 +91,7 @@ def _build(
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
     policy = kv_policy(folder, model, config)
+    adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype)
     draft = find_draft_model(folder, config)
     decoder = load_model(
         folder,
@@ -124,7 +127,7 @@ def _build(
     )
     grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
     shared = longest_shared(model, config)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, speculation)
+    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, speculation, adapters)
     if config.warmup:
         engine.warm_up(_bar if progress else _silent)
     return engine
@@ -199,8 +202,12 @@ def _assemble(
     longest_shared: int,
     grammars: Grammars,
     speculation: Speculation | None,
+    adapters: EngineAdapters | None,
 ) -> Engine:
     blocks = BlockManager(plan.num_blocks)
+    held = Adapters() if adapters is None else Adapters(adapters.reader.bank.slots)
+    for name, content in ({} if adapters is None else adapters.contents).items():
+        held.load(name, content)
     scheduler = Scheduler(
         blocks,
         PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
@@ -211,9 +218,12 @@ def _assemble(
         chunk_multiple=ROW_LENGTH,
         session_len=limits.session_len,
         decode_steps=limits.decode_steps,
+        adapters=held,
     )
     pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
-    runner = ModelRunner(decoder, pools, mesh, slots=limits.max_batch_size, session_len=limits.session_len)
+    bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
+    sizes = {"slots": limits.max_batch_size, "session_len": limits.session_len}
+    runner = ModelRunner(decoder, pools, mesh, **sizes, adapters=bank)
     table_length = scheduler.blocks_for(limits.session_len)
     shapes = step_shapes(
         limits.max_batch_size,
@@ -224,7 +234,8 @@ def _assemble(
         speculation.count if speculation else 0,
     )
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
-    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, speculation)
+    reader = None if adapters is None else adapters.reader
+    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, speculation, reader)
 
 
 def _enable_compilation_cache(config: EngineConfig) -> None:

@@ -9,15 +9,28 @@ from __future__ import annotations
 import heapq
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdeploy.engine.batch import ModelInputs, StepShape, build_inputs, choose_shape, reading_of, reading_shapes
+from jaxdeploy.engine.adapter_reader import AdapterReader
+from jaxdeploy.engine.adapters import Adapters
+from jaxdeploy.engine.batch import (
+    ModelInputs,
+    StepShape,
+    adapted_to,
+    build_inputs,
+    choose_shape,
+    reading_of,
+    reading_shapes,
+    with_adapters,
+)
 from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.grammar import Grammars, Matcher
 from jaxdeploy.engine.model_runner import ModelRunner, StepResult
@@ -27,7 +40,7 @@ from jaxdeploy.engine.sequence import Reading, Sequence
 from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import RequestError
+from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import NO_GUESSES, FinishReason, Request, StepOutput, TokenLogprob
 
 logger = logging.getLogger("jaxdeploy")
@@ -66,7 +79,7 @@ class Engine:
 
     ``spans`` names the parts of a step: schedule, admit, build, dispatch; then, of the step before, wait and commit.
     ``weight_bytes`` of weights are read in every one. ``grammars`` makes what requests with a grammar follow,
-    ``speculation`` guesses ahead.
+    ``speculation`` guesses ahead, ``reader`` reads adapters.
     """
 
     def __init__(
@@ -77,6 +90,7 @@ class Engine:
         vocab_size: int,
         grammars: Grammars | None = None,
         speculation: Speculation | None = None,
+        reader: AdapterReader | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.spans = Spans()
@@ -90,7 +104,8 @@ class Engine:
         self._taken_in: float | None = None
         self._deadlines: list[tuple[float, str]] = []
         self._steps = 0
-        self._grammars = grammars
+        self._grammars, self._reader = grammars, reader
+        self._loaded: deque[tuple[str, Any]] = deque()
         self._speculation = speculation
         self._readers: dict[Sequence, PromptReader] = {}
         self._compiler = ThreadPoolExecutor(1, "jaxdeploy-compiler")
@@ -125,7 +140,8 @@ class Engine:
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
         """Compile everything that can run; ``progress`` wraps the list of steps, to show a bar."""
-        self._runner.warm_up(self._shapes, progress)
+        adapted = [] if self._reader is None else with_adapters(self._shapes)
+        self._runner.warm_up(self._shapes + adapted, progress)
         if self._speculation is not None:
             self._speculation.warm_up(progress)
         if self.scheduler.prefixes.host.num_blocks:
@@ -137,12 +153,15 @@ class Engine:
         Raises:
             ContextLengthError: the prompt leaves no room for a token in ``session_len``.
             RequestError: an empty prompt, a token outside the vocabulary, too many logprobs, or a name in use.
+            UnknownAdapterError: an adapter that is not loaded.
         """
         check_name(request, request.request_id in self._sequences)
         self.limits.check(request)
         if request.sampling.grammar is not None and self._grammars is None:
             raise RequestError("grammar is not there: the engine has no tokenizer; leave it out")
         sequence = Sequence(request)
+        if request.adapter is not None:
+            sequence.adapter = self._adapters.named(request.adapter)
         if request.timeout is not None:
             sequence.deadline = time.monotonic() + request.timeout
             heapq.heappush(self._deadlines, (sequence.deadline, request.request_id))
@@ -161,6 +180,34 @@ class Engine:
             self._readers.pop(sequence, None)
             if self._compiling.pop(sequence, None) is None:
                 self.scheduler.abort(sequence)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of those that requests may ask for."""
+        return self._adapters.names
+
+    def load_adapter(self, name: str, folder: str | Path) -> Future[None]:
+        """Read a LoRA adapter in PEFT's layout in a thread; once that is done requests may ask for it.
+
+        Raises:
+            ConfigError: the engine has no room for adapters. In the future: CheckpointError, where the adapter is
+                damaged or does not fit.
+        """
+        reader = self._reader
+        if reader is None:
+            raise ConfigError(f"adapter={name!r} cannot be loaded: there is no room; start with max_loras=8")
+
+        def read() -> None:
+            self._loaded.append((name, reader.read(folder)))
+
+        return self._compiler.submit(read)
+
+    def unload_adapter(self, name: str) -> None:
+        """Refuse requests for an adapter from now on; those that are there end as usual.
+
+        Raises ``UnknownAdapterError``.
+        """
+        self._adapters.unload(name)
 
     def step(self) -> list[StepOutput]:
         """Launch a step, then take in what the one before sampled: the new token of every sequence that got one."""
@@ -186,6 +233,13 @@ class Engine:
         if self._speculation is not None:
             self._speculation.close()
 
+    @property
+    def _adapters(self) -> Adapters:
+        """Those that are loaded, with what threads have read since."""
+        while self._loaded:
+            self.scheduler.adapters.load(*self._loaded.popleft())
+        return self.scheduler.adapters
+
     def _weigh_host_memory(self) -> None:
         """Do without it where a block is computed again in less time than it takes to bring it back."""
         largest = max(self._shapes, key=lambda shape: (shape.prefill_tokens, -shape.decodes))
@@ -201,7 +255,8 @@ class Engine:
     def _compile(self, sequence: Sequence) -> Matcher | None:
         """What must be there before ``sequence`` can run; in a thread, others go on meanwhile."""
         if sequence.reading:
-            self._runner.prepare(self._reading_shapes, sequence.reading)
+            adapted = [] if self._reader is None else with_adapters(self._reading_shapes)
+            self._runner.prepare(self._reading_shapes + adapted, sequence.reading)
         grammar = sequence.sampling.grammar
         if grammar is None:
             return None
@@ -254,11 +309,13 @@ class Engine:
         self._steps += 1
         with self.spans("admit"):
             self._runner.copy_blocks(self.scheduler.prefixes.transfers())
+            self._runner.upload(self.scheduler.adapters.uploads())
             for sequence in batch.admitted:
                 assert sequence.slot is not None, "an admitted sequence has a slot"
                 self._runner.write_tokens(sequence.slot, sequence.token_ids)
         with self.spans("build"):
             shape = choose_shape(self._reading_shapes if reading_of(batch) else self._shapes, batch)
+            shape = adapted_to(batch, shape)
             inputs = build_inputs(shape, batch, self.limits.vocab_size)
         with self.spans("dispatch"):
             result = self._runner.run(inputs)

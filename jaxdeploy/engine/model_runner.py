@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxdeploy.engine.adapters import Adapter
 from jaxdeploy.engine.batch import SAMPLING_FLOATS, Choice, ModelInputs, StepShape, padding_inputs, unpack
 from jaxdeploy.engine.host_blocks import GROUP, HostBlocks
 from jaxdeploy.engine.host_tier import Transfer
@@ -23,6 +24,7 @@ from jaxdeploy.engine.sequence import Reading
 from jaxdeploy.engine.step_weights import StepWeights, flatten
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.lora import AdapterBank
 from jaxdeploy.parallel.sharding import replicated
 from pallas_kernels.kv_pool import Pool, block_size, stored
 
@@ -49,11 +51,23 @@ class ModelRunner:
 
     The token buffer int32 [slots, L] holds the tokens of every running sequence: a step reads its inputs there and
     writes what it sampled, so the next step needs no token from the host. ``weight_bytes`` is what a step reads of the
-    weights, on all devices together: all but the embeddings, of which it takes a few rows.
+    weights, on all devices together: all but the embeddings, of which it takes a few rows. ``adapters`` is a
+    bank and its arrays, where there are to be any.
     """
 
-    def __init__(self, decoder: Decoder, pools: Pools, mesh: Mesh, *, slots: int, session_len: int) -> None:
-        self._forward, self._leaves = flat_step(decoder, mesh)
+    def __init__(
+        self,
+        decoder: Decoder,
+        pools: Pools,
+        mesh: Mesh,
+        *,
+        slots: int,
+        session_len: int,
+        adapters: tuple[AdapterBank, tuple[jax.Array, ...]] | None = None,
+    ) -> None:
+        self._bank = adapters[0] if adapters else None
+        self._adapters = adapters[1] if adapters else ()
+        self._forward, self._leaves = flat_step(decoder, mesh, self._bank)
         self.weight_bytes = _bytes_read(decoder)
         self._pools = pools
         self._host_blocks = HostBlocks(pools)
@@ -62,7 +76,7 @@ class ModelRunner:
         self._on_gpu = mesh.devices.flat[0].platform != "cpu"
         self._vocab_size = decoder.config.vocab_size
         self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
-        self._held = jax.tree.map(_shape, (self._leaves, pools, self._buffer))
+        self._held = jax.tree.map(_shape, (pools, self._buffer))
         self._steps: dict[_Variant, Any] = {}
         self._warm = False
 
@@ -76,11 +90,19 @@ class ModelRunner:
         """Launch copies of blocks between device and host, in their order."""
         self._pools = self._host_blocks.carry_out(self._pools, transfers)
 
+    def upload(self, uploads: Iterable[tuple[int, Adapter]]) -> None:
+        """Launch copies of adapters into slots, in their order."""
+        for slot, adapter in uploads:
+            assert self._bank is not None, "an engine without a bank has no adapters"
+            self._adapters = self._bank.put(self._adapters, slot, adapter.content)
+
     def run(self, inputs: ModelInputs) -> StepResult:
         """Launch one step; what it samples are device arrays of ``inputs.shape.samples`` rows, on their way here."""
         step = self._step(_variant(inputs))
         result: StepResult
-        result, self._pools, self._buffer = step(self._leaves, self._pools, self._buffer, *_arrays(inputs))
+        result, self._pools, self._buffer = step(
+            self._weights(inputs.shape), self._pools, self._buffer, *_arrays(inputs)
+        )
         if self._on_gpu:  # a CPU's memory is the host's
             jax.copy_to_host_async(result)
         return result
@@ -101,7 +123,7 @@ class ModelRunner:
             inputs = padding_inputs(shape, self._vocab_size, full_sampler=True, reading=reading)
             variant = _variant(inputs)
             if variant not in self._steps:
-                self._steps[variant] = self._jitted(variant).lower(*self._held, *_arrays(inputs)).compile()
+                self._steps[variant] = self.compiled(inputs)
 
     def seconds_to_restore(self) -> float:
         """How long a block takes from host memory to the device; compiles the copies and leaves nothing behind."""
@@ -124,16 +146,24 @@ class ModelRunner:
 
     def compiled(self, inputs: ModelInputs) -> jax.stages.Compiled:
         """The program that ``run`` would use for such inputs, to look at its memory and its instructions."""
-        program: jax.stages.Compiled = self._jitted(_variant(inputs)).lower(*self._held, *_arrays(inputs)).compile()
-        return program
+        return self.lowered(inputs).compile()
+
+    def lowered(self, inputs: ModelInputs) -> jax.stages.Lowered:
+        """The same before it is compiled."""
+        held = jax.tree.map(_shape, self._weights(inputs.shape)), *self._held
+        lowered: jax.stages.Lowered = self._jitted(_variant(inputs)).lower(*held, *_arrays(inputs))
+        return lowered
 
     def close(self) -> None:
         """Give the device memory back; the runner is of no use afterwards."""
-        for array in (*self._leaves, *jax.tree.leaves(self._pools), self._buffer):
+        for array in (*self._leaves, *self._adapters, *jax.tree.leaves(self._pools), self._buffer):
             array.delete()
-        self._leaves, self._pools = (), ()
+        self._leaves, self._adapters, self._pools = (), (), ()
         self._host_blocks.clear()
         self._steps.clear()
+
+    def _weights(self, shape: StepShape) -> tuple[jax.Array, ...]:
+        return (*self._leaves, *self._adapters) if shape.adapted else self._leaves
 
     def _step(self, variant: _Variant) -> Any:
         if variant not in self._steps:
@@ -168,14 +198,16 @@ def _arrays(inputs: ModelInputs) -> tuple[Any, ...]:
     return (inputs.packed,) if inputs.choice is None else (inputs.packed, inputs.choice)
 
 
-def flat_step(decoder: Decoder, mesh: Mesh) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
+def flat_step(
+    decoder: Decoder, mesh: Mesh, bank: AdapterBank | None = None
+) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
     """A step as a pure function of arrays, and the decoder's weights as the tuple that it takes.
 
     The function takes ``(shape, weights, pools, buffer, packed[, choice])`` and gives ``(result, pools, buffer)``;
-    donate pools and buffer.
+    donate pools and buffer. In an adapted step the arrays of ``bank`` stand behind the weights.
     """
     weights, arrays = flatten(decoder, mesh)
-    return partial(_forward, weights), arrays
+    return partial(_forward, weights, bank), arrays
 
 
 def _bytes_read(decoder: Decoder) -> int:
@@ -201,6 +233,7 @@ def _write_row(buffer: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
 
 def _forward(
     weights: StepWeights,
+    bank: AdapterBank | None,
     shape: StepShape,
     arrays: tuple[jax.Array, ...],
     pools: Pools,
@@ -212,7 +245,8 @@ def _forward(
 ) -> tuple[StepResult, Pools, jax.Array]:
     """One step; or several in a row, whose samples are stacked."""
     fields = unpack(packed, shape)
-    one = partial(_once, weights.decoder(arrays), weights.mesh, shape, choice, reading)
+    adapters = _Adapters(bank, arrays[-bank.arrays :]) if bank is not None and shape.adapted else None
+    one = partial(_once, weights.decoder(arrays), adapters, weights.mesh, shape, choice, reading)
     if shape.repeats == 1:
         return one(fields, pools, buffer)
 
@@ -231,8 +265,16 @@ def _forward(
 _Carry = tuple[jax.Array, StepResult, Pools, jax.Array]
 
 
+class _Adapters(NamedTuple):
+    """Those that a step's sequences may have."""
+
+    bank: AdapterBank
+    arrays: tuple[jax.Array, ...]
+
+
 def _once(
     decoder: Decoder,
+    adapters: _Adapters | None,
     mesh: Mesh,
     shape: StepShape,
     choice: Choice | None,
@@ -249,17 +291,31 @@ def _once(
     lengths = fields["prompt_length"][layout.sequence]
     last = fields["last_token"] if shape.prefill_tokens else None  # of single tokens each is the last
     wanted = None if reading else last
-    hidden, new_pools = decoder.hidden(tokens, layout.positions, lengths, layout.context, pools, wanted)
+    own, logits_of = decoder, _logits_of(decoder, adapters)
+    if adapters is not None:
+        own = adapters.bank.adapted(decoder, adapters.arrays, fields["adapter"][layout.sequence], wanted)
+    hidden, new_pools = own.hidden(tokens, layout.positions, lengths, layout.context, pools, wanted)
     prompts = None
     if reading:
-        prompts = _read(decoder, shape, layout, fields, buffer, hidden, reading)
+        prompts = _read(logits_of, shape, layout, fields, buffer, hidden, reading)
         hidden = hidden[last]
-    logits = decoder.logits(hidden)
     rows = _row_for_each_token(fields, layout) if shape.drafts else fields
+    logits = logits_of(hidden, rows.get("adapter"))
     sampled = greedy(logits) if choice is None else sample(logits, _sampling_rows(rows, buffer, choice))
     slot = jnp.where(rows["samples"] > 0, rows["slot"], buffer.shape[0])
     buffer = buffer.at[slot, rows["length"]].set(sampled.tokens, mode="drop")
     return StepResult(sampled, prompts), cast(Pools, tuple(new_pools)), buffer
+
+
+def _logits_of(decoder: Decoder, adapters: _Adapters | None) -> Callable[[jax.Array, jax.Array | None], jax.Array]:
+    """Hidden states [T, D], and the slots int32 [T] of their adapters if there are any → logits float32 [T, V]."""
+
+    def logits_of(hidden: jax.Array, slots: jax.Array | None) -> jax.Array:
+        if adapters is None or slots is None:
+            return decoder.logits(hidden)
+        return adapters.bank.logits(decoder, adapters.arrays, hidden, slots)
+
+    return logits_of
 
 
 def _write_drafts(buffer: jax.Array, fields: Mapping[str, jax.Array], shape: StepShape) -> jax.Array:
@@ -272,8 +328,8 @@ def _write_drafts(buffer: jax.Array, fields: Mapping[str, jax.Array], shape: Ste
 
 def _row_for_each_token(fields: Mapping[str, jax.Array], layout: _Layout) -> dict[str, jax.Array]:
     """The fields for samples behind every token of the step, as if each were the last of its sequence."""
-    of_sequences = ("slot", "prompt_length", "top_k", "seed", *SAMPLING_FLOATS)
-    rows = {name: fields[name][layout.sequence] for name in of_sequences}
+    of_sequences = ("slot", "prompt_length", "top_k", "seed", *SAMPLING_FLOATS, "adapter")
+    rows = {name: fields[name][layout.sequence] for name in of_sequences if name in fields}
     return rows | {"samples": layout.real.astype(jnp.int32), "length": layout.positions + 1}
 
 
@@ -305,7 +361,7 @@ def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: Pool, mesh:
 
 
 def _read(
-    decoder: Decoder,
+    logits_of: Callable[[jax.Array, jax.Array | None], jax.Array],
     shape: StepShape,
     layout: _Layout,
     fields: Mapping[str, jax.Array],
@@ -323,7 +379,8 @@ def _read(
         real=layout.real[first:],
         last_token=fields["last_token"][first:] - first,
         next_token=buffer[fields["slot"][sequence], behind],
-        logits=decoder.logits if reading is Reading.LOGPROBS else None,
+        logits=logits_of if reading is Reading.LOGPROBS else None,
+        adapter=fields["adapter"][sequence] if shape.adapted else None,
     )
 
 

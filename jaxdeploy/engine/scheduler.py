@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from jaxdeploy.engine.adapters import Adapters
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.sequence import Sequence
@@ -80,7 +81,7 @@ class Scheduler:
     Prompts begin behind what ``prefixes`` finds of them in the cache. A step computes up to ``max_prefill_tokens`` of
     prompts, and beside replies up to ``max_mixed_tokens`` in all, so that those do not stall. ``chunk_multiple``: rows
     of the batch hold that many tokens, so a chunk costs a multiple of it. While nobody waits, a step decodes
-    ``decode_steps`` tokens in a row.
+    ``decode_steps`` tokens in a row. A sequence runs only while its adapter has one of the slots of ``adapters``.
     """
 
     def __init__(
@@ -95,9 +96,11 @@ class Scheduler:
         chunk_multiple: int,
         session_len: int,
         decode_steps: int = 1,
+        adapters: Adapters | None = None,
     ) -> None:
         self.blocks = blocks
         self.prefixes = prefixes
+        self.adapters = adapters or Adapters()
         self.block_size = block_size
         self.max_prefill_tokens = max_prefill_tokens
         self.max_mixed_tokens = max_mixed_tokens
@@ -257,10 +260,11 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of them.
 
-        One that was preempted while a token of its was in flight waits for it. A prompt that is to be read is computed
+        One that was preempted while a token of its was in flight waits for it, and one whose adapter finds every slot
+        in use for the end of another. A prompt that is to be read is computed
         from its start.
         """
-        if sequence.in_flight:
+        if sequence.in_flight or not self.adapters.has_room(sequence.adapter):
             return False
         kept = [] if sequence.reading else sequence.blocks
         own, found = self.blocks.hold(kept), [] if sequence.reading else self.prefixes.find(sequence)
@@ -287,6 +291,7 @@ class Scheduler:
             self.prefixes.found += sequence.cached
             self._waiting.charge(sequence, PROMPT_COST * sequence.prompt_length)
         sequence.slot = self._slots.popleft()
+        self.adapters.hold(sequence.adapter)
         self._waiting.remove(sequence)
         self._running.append(sequence)
         return True
@@ -366,6 +371,7 @@ class Scheduler:
     def _free_slot(self, sequence: Sequence) -> None:
         assert sequence.slot is not None, "only running sequences have a slot to give back"
         self._slots.append(sequence.slot)
+        self.adapters.release(sequence.adapter)
         sequence.slot = None
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
+from jaxdeploy.engine.adapters import Adapter, Root
 from jaxdeploy.messages import NO_GUESSES, FinishReason, Guesses, Request, SamplingParams
 
 
@@ -43,10 +44,11 @@ class Block:
 class Node:
     """A whole block of tokens behind those of ``before``, and where its keys and values are kept.
 
-    ``block`` on the device, ``host_block`` in host memory, both or, in the end, neither.
+    Before the first stands the root of an adapter, or nothing. ``block`` on the device, ``host_block`` in host memory,
+    both or, in the end, neither.
     """
 
-    before: Node | None = field(repr=False)
+    before: Node | Root | None = field(repr=False)
     tokens: tuple[int, ...]
     block: Block | None = None
     host_block: int | None = None
@@ -65,7 +67,7 @@ class Sequence:
     others find its tokens, in its own blocks or in such as had the same before (``PrefixCache``). ``settings`` is what
     a step takes of it that never changes, once that is laid out. ``matcher`` follows the reply through its grammar, if
     it has one. ``reading`` is what its prompt is still read for. A draft model has keys and values of ``drafted``
-    tokens in the same blocks; ``guesses`` counts drafts.
+    tokens in the same blocks; ``guesses`` counts drafts. ``adapter`` is what it runs with, ``None`` the model itself.
     """
 
     request: Request
@@ -88,6 +90,7 @@ class Sequence:
     drafted: int = 0
     guesses: Guesses = NO_GUESSES
     finish_reason: FinishReason | None = None
+    adapter: Adapter | None = None
     reading: Reading = field(init=False)
 
     def __post_init__(self) -> None:

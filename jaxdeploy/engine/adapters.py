@@ -1,0 +1,132 @@
+"""Which adapters there are, and which of them have one of the device's few slots.
+
+All are kept in host memory; those that sequences run with are on the device, as in S-LoRA (arXiv:2311.03285). A slot
+whose adapter nobody uses stays as it is until another one needs it, the longest unused first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxdeploy.errors import UnknownAdapterError
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Root:
+    """Where the cached blocks of an adapter's sequences begin; it outlives the adapter as long as they are kept."""
+
+
+@dataclass(eq=False, slots=True)
+class Adapter:
+    """An adapter as it was loaded: one that is loaded anew under its name is another.
+
+    ``content`` is what its slot gets; ``slot`` is its place on the device, if it has one; ``users`` sequences run with
+    it. ``unloaded`` ones have no name any more.
+    """
+
+    name: str
+    content: Any = field(repr=False)
+    root: Root = field(default_factory=Root, repr=False)
+    slot: int | None = None
+    users: int = 0
+    unloaded: bool = False
+
+
+class Adapters:
+    """Adapters by name, and the ``slots`` of the device.
+
+    Sequences hold the adapter they run with, and a slot with it. The device must copy what ``uploads`` says before the
+    step that was scheduled with it.
+    """
+
+    def __init__(self, slots: int = 0) -> None:
+        self.slots = slots
+        self._named: dict[str, Adapter] = {}
+        self._free = list(reversed(range(slots)))
+        self._idle: OrderedDict[Adapter, None] = OrderedDict()
+        self._uploads: list[tuple[int, Adapter]] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that requests may ask for."""
+        return tuple(self._named)
+
+    def named(self, name: str) -> Adapter:
+        """The adapter that has a name. Raises ``UnknownAdapterError``."""
+        if name not in self._named:
+            known = f"choose one of {', '.join(self._named)}" if self._named else "none is loaded; load it first"
+            raise UnknownAdapterError(f"adapter={name!r} is not loaded; {known}")
+        return self._named[name]
+
+    def load(self, name: str, content: Any) -> None:
+        """Let requests ask for an adapter from now on; one that had the name before goes once nobody runs with it."""
+        before, self._named[name] = self._named.get(name), Adapter(name, content)
+        if before is not None:
+            self._forget(before)
+
+    def unload(self, name: str) -> None:
+        """Refuse new requests; those that are there go on to their end. Raises ``UnknownAdapterError``."""
+        self._forget(self.named(name))
+        del self._named[name]
+
+    def has_room(self, adapter: Adapter | None) -> bool:
+        """Whether ``hold`` is possible now."""
+        return adapter is None or adapter.slot is not None or bool(self._free or self._idle)
+
+    def hold(self, adapter: Adapter | None) -> None:
+        """A sequence begins to run with an adapter, which gets a slot if it has none."""
+        if adapter is None:
+            return
+        if adapter.slot is None:
+            adapter.slot = self._free.pop() if self._free else self._evict()
+            self._uploads.append((adapter.slot, adapter))
+        self._idle.pop(adapter, None)
+        adapter.users += 1
+
+    def release(self, adapter: Adapter | None) -> None:
+        """A sequence runs no more."""
+        if adapter is None:
+            return
+        adapter.users -= 1
+        if adapter.users == 0:
+            self._idle[adapter] = None
+            if adapter.unloaded:
+                self._free_slot(adapter)
+
+    def uploads(self) -> list[tuple[int, Adapter]]:
+        """Which slots get which adapters before the next step, once and in this order."""
+        uploads, self._uploads = self._uploads, []
+        return uploads
+
+    def check(self) -> None:
+        """Assert that every slot is free or has one adapter."""
+        idle = [adapter.slot for adapter in self._idle]
+        assert all(not adapter.users for adapter in self._idle), "an adapter in use may be evicted"
+        assert len({*idle, *self._free}) == len(idle) + len(self._free), "a slot is free and taken, or taken twice"
+        named = [adapter.slot for adapter in self._named.values() if adapter.slot is not None]
+        assert len(set(named)) == len(named), "two adapters have one slot"
+        assert not set(named) & set(self._free), "a slot is free and taken"
+
+    @property
+    def used(self) -> int:
+        """Slots whose adapter sequences run with."""
+        return self.slots - len(self._free) - len(self._idle)
+
+    def _forget(self, adapter: Adapter) -> None:
+        adapter.unloaded = True
+        if adapter in self._idle:
+            self._free_slot(adapter)
+
+    def _free_slot(self, adapter: Adapter) -> None:
+        assert adapter.slot is not None, "an idle adapter has a slot"
+        del self._idle[adapter]
+        self._free.append(adapter.slot)
+        adapter.slot = None
+
+    def _evict(self) -> int:
+        adapter, _ = self._idle.popitem(last=False)
+        slot, adapter.slot = adapter.slot, None
+        assert slot is not None, "an idle adapter has a slot"
+        return slot

@@ -1,0 +1,276 @@
+"""LoRA adapters (arXiv:2106.09685) beside a decoder's weights, each token with one of its own or with none.
+
+All adapters that the device holds are in a bank, one pair of arrays for each kind of linear map and all layers together
+(few arguments for a step, as in S-LoRA, arXiv:2311.03285): the pair of layer ``l`` in slot ``s`` is entry
+``l · slots + s``. Which slot a token uses is data, so one program serves any mixture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import Decoder, abstract_params
+from jaxdeploy.models.layers import Weight, linear
+from jaxdeploy.models.leaves import Axes, axes_of
+from jaxdeploy.models.weights import Linear, ParamPath
+from jaxdeploy.parallel.sharding import product_per_device, replicated, sharding_of, spec
+from pallas_kernels.lora_matmul import lora_matmul
+
+Array = np.ndarray[Any, Any]
+Arrays = tuple[jax.Array, ...]
+
+HEAD = ("head", "weight")
+"""The output projection, tied or not. It is no part of a layer."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What is added to a linear map [*inputs, *outputs]: ``x``·``a``·``b``, with the scaling in ``b``.
+
+    ``a`` float32 [K, R], ``b`` float32 [R, *outputs].
+    """
+
+    a: Array
+    b: Array
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return int(self.a.shape[1])
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Linear maps [*inputs, *outputs] that are alike in ``count`` layers; ``path`` is theirs within a layer.
+
+    ``rank`` is the most that a pair may have. ``input_axis`` and ``output_axes`` are logical.
+    """
+
+    path: tuple[str, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    input_axis: str | None
+    output_axes: Axes
+    rank: int
+    count: int
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of one pair: [K, R] and [R, *outputs]."""
+        return (math.prod(self.inputs), self.rank), (self.rank, *self.outputs)
+
+    @property
+    def axes(self) -> tuple[Axes, Axes]:
+        """The logical axes of a pair."""
+        return (self.input_axis, None), (None, *self.output_axes)
+
+
+class AdaptedWeight(nnx.Module):
+    """A weight of any type, and what the adapters of the tokens add to its product.
+
+    ``a`` [B, K, R] and ``b`` [B, R, *outputs] are a bank, ``entries`` int32 [T] says for each token which of it is its
+    own (negative: none), ``candidates`` int32 [S] which occur at all, ``ranks`` int32 [B] how many of R are in use.
+    """
+
+    def __init__(self, base: Weight, kind: Kind, mesh: Mesh, use: Mapping[str, jax.Array]) -> None:
+        self.base, self.kind, self.mesh = base, kind, mesh
+        self.a, self.b = nnx.Variable(use["a"]), nnx.Variable(use["b"])
+        self.entries, self.candidates = nnx.Variable(use["entries"]), nnx.Variable(use["candidates"])
+        self.ranks = nnx.Variable(use["ranks"])
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """``x`` [T, K] → [T, *outputs], dtype of ``x``."""
+        use = (self.a[...], self.b[...], self.entries[...], self.candidates[...], self.ranks[...])
+        return linear(x.reshape(-1, *self.kind.inputs), self.base) + _update(self.kind, self.mesh, x, *use)
+
+
+@dataclass(frozen=True)
+class AdapterBank:
+    """What there is in a bank of ``slots`` adapters, floats of ``dtype``, cut over ``mesh`` as the weights are.
+
+    Its arrays: a [count · slots, K, R] and b [count · slots, R, *outputs] of each of ``kinds``, and behind them the
+    ranks in use, int32 [layers · slots, kinds].
+    """
+
+    kinds: tuple[Kind, ...]
+    slots: int
+    layers: int
+    dtype: jnp.dtype
+    mesh: Mesh
+
+    @property
+    def arrays(self) -> int:
+        """How many there are."""
+        return 2 * len(self.kinds) + 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays but the ranks, on all devices together."""
+        sizes = (math.prod(shape) for kind in self.kinds for shape in self._shapes(kind))
+        return sum(sizes) * self.dtype.itemsize
+
+    def zeros(self) -> Arrays:
+        """The arrays of a bank without adapters, on their devices."""
+        made = [
+            jax.jit(lambda shape=shape: jnp.zeros(shape, self.dtype), out_shardings=sharding)()
+            for kind in self.kinds
+            for shape, sharding in zip(self._shapes(kind), self._shardings(kind), strict=True)
+        ]
+        ranks = np.zeros((self.layers * self.slots, len(self.kinds)), np.int32)
+        return (*made, jax.device_put(ranks, replicated(self.mesh)))
+
+    def fits(self, path: ParamPath) -> bool:
+        """Whether there is a place for the pair of the linear map at ``path``."""
+        return _within(path) in {kind.path for kind in self.kinds}
+
+    def content(self, pairs: Mapping[ParamPath, LowRank]) -> tuple[Array, ...]:
+        """What a slot holds of an adapter, on the host: as the arrays, with its own entries alone."""
+        parts: list[Array] = []
+        ranks = np.zeros((self.layers, len(self.kinds)), np.int32)
+        for row, kind in enumerate(self.kinds):
+            a, b = (np.zeros((kind.count, *shape), self.dtype) for shape in kind.shapes)
+            for index in range(kind.count):
+                pair = pairs.get(_path(kind, index))
+                if pair is not None:
+                    a[index, :, : pair.rank], b[index, : pair.rank] = pair.a, pair.b
+                    ranks[index, row] = pair.rank
+            parts += [a, b]
+        return (*parts, ranks)
+
+    def put(self, arrays: Arrays, slot: int, content: Sequence[Array]) -> Arrays:
+        """Launch the copy of a ``content`` into a slot; the arrays come back, which were donated."""
+        placed = jax.device_put(tuple(content), self._content_shardings)
+        filled: Arrays = self._put(arrays, np.int32(slot), placed)
+        return filled
+
+    def adapted(self, decoder: Decoder, arrays: Arrays, slots: jax.Array, wanted: jax.Array | None = None) -> Decoder:
+        """``decoder`` for tokens whose adapters are in ``slots``, int32 [T] (negative: none); inside a step.
+
+        ``wanted`` int32 [B] are the tokens that the last layer computes to its end (``Decoder.hidden``).
+        """
+        copy: Decoder = nnx.merge(*nnx.split(decoder))
+        for index, layer in enumerate(copy.layers):
+            last = wanted is not None and index == self.layers - 1
+            for row, kind in enumerate(self.kinds):
+                if kind.path == HEAD:
+                    continue
+                own = slots[wanted] if last and kind.path != ("attention", "wqkv") else slots
+                block = getattr(layer, kind.path[0])
+                base: Weight = getattr(block, kind.path[1])
+                setattr(block, kind.path[1], AdaptedWeight(base, kind, self.mesh, self._use(arrays, row, index, own)))
+        return copy
+
+    def logits(self, decoder: Decoder, arrays: Arrays, x: jax.Array, slots: jax.Array) -> jax.Array:
+        """``x`` [T, D] → float32 [T, V], of tokens whose adapters are in ``slots``, int32 [T]."""
+        logits = decoder.logits(x)
+        for row, kind in enumerate(self.kinds):
+            if kind.path == HEAD:
+                update = _update(kind, self.mesh, x, *self._use(arrays, row, 0, slots).values())
+                logits = logits + update.astype(jnp.float32)
+        return logits
+
+    def _use(self, arrays: Arrays, row: int, index: int, slots: jax.Array) -> dict[str, jax.Array]:
+        """What ``_update`` takes beside ``x``, of the kind in ``row`` and the layer ``index``."""
+        count, first = self.kinds[row].count * self.slots, index * self.slots
+        return {
+            "a": arrays[2 * row],
+            "b": arrays[2 * row + 1],
+            "entries": jnp.where(slots < 0, -1, slots + first),
+            "candidates": jnp.arange(first, first + self.slots, dtype=jnp.int32),
+            "ranks": arrays[-1][:count, row],
+        }
+
+    def _shapes(self, kind: Kind) -> Iterator[tuple[int, ...]]:
+        return ((kind.count * self.slots, *shape) for shape in kind.shapes)
+
+    def _shardings(self, kind: Kind) -> Iterator[jax.sharding.NamedSharding]:
+        pairs = zip(kind.axes, self._shapes(kind), strict=True)
+        return (sharding_of(self.mesh, (None, *axes), shape) for axes, shape in pairs)
+
+    @cached_property
+    def _content_shardings(self) -> tuple[jax.sharding.NamedSharding, ...]:
+        return (*(sharding for kind in self.kinds for sharding in self._shardings(kind)), replicated(self.mesh))
+
+    @cached_property
+    def _put(self) -> Any:
+        def put(arrays: Arrays, slot: jax.Array, content: Arrays) -> Arrays:
+            return tuple(self._filled(*pair, slot) for pair in zip(arrays, content, strict=True))
+
+        return jax.jit(put, donate_argnums=0, out_shardings=self._content_shardings)
+
+    def _filled(self, array: jax.Array, own: jax.Array, slot: jax.Array) -> jax.Array:
+        """``array`` with the entries ``own`` of a slot in their places."""
+        apart = array.reshape(-1, self.slots, *array.shape[1:])
+        start = [jnp.int32(0)] * apart.ndim
+        start[1] = slot
+        return lax.dynamic_update_slice(apart, own[:, None], start).reshape(array.shape)
+
+
+def bank_of(
+    model: ModelConfig,
+    linears: Mapping[ParamPath, Linear],
+    mesh: Mesh,
+    *,
+    slots: int,
+    max_rank: int,
+    dtype: jnp.dtype,
+    head: bool = False,
+) -> AdapterBank:
+    """The bank for adapters of modules of up to ``max_rank``, and for those of the head where that is asked for.
+
+    ``linears`` are the linear maps of the model as an untied one has them.
+    """
+    params = abstract_params(replace(model, tie_embeddings=False), dtype)
+    first = [path for path in linears if path[:2] == ("layers", 0)] + ([HEAD] if head else [])
+    kinds = []
+    for path in first:
+        shape, axes, inputs = params[path].get_value().shape, axes_of(params[path]), len(linears[path].inputs)
+        outputs = tuple(
+            axis if axis is not None and size % mesh.size == 0 else None
+            for axis, size in zip(axes[inputs:], shape[inputs:], strict=True)
+        )
+        rank, count = max_rank * len(linears[path].modules), 1 if path == HEAD else model.num_layers
+        kinds.append(Kind(_within(path), shape[:inputs], shape[inputs:], axes[0], outputs, rank, count))
+    return AdapterBank(tuple(kinds), slots, model.num_layers, dtype, mesh)
+
+
+def _within(path: ParamPath) -> tuple[str, ...]:
+    """A path less the layer that it is in."""
+    return tuple(str(name) for name in (path[2:] if path[0] == "layers" else path))
+
+
+def _path(kind: Kind, index: int) -> ParamPath:
+    return kind.path if kind.path == HEAD else ("layers", index, *kind.path)
+
+
+def _update(
+    kind: Kind,
+    mesh: Mesh,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    entries: jax.Array,
+    candidates: jax.Array,
+    ranks: jax.Array,
+) -> jax.Array:
+    """What adapters add: ``x`` [T, K] → [T, *outputs]; each device has its share of inputs or of outputs."""
+    inputs, outputs = kind.input_axis, kind.output_axes
+    ins = (spec(None, inputs), spec(None, inputs, None), spec(None, None, *outputs), spec(), spec(), spec())
+    product = product_per_device(mesh, _product, inputs, ins, spec(None, *outputs))
+    return product(x, a, b, entries, candidates, ranks)
+
+
+def _product(x: jax.Array, a: jax.Array, b: jax.Array, *which: jax.Array) -> jax.Array:
+    return lora_matmul(x, a, b.reshape(*b.shape[:2], -1), *which).reshape(-1, *b.shape[2:])

@@ -1,0 +1,148 @@
+"""Reading LoRA adapters: what fits becomes pairs whose product is the module's own, what does not is refused whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxdeploy.checkpoint.adapter import read_adapter
+from jaxdeploy.checkpoint.writing import put_json, put_tensors
+from jaxdeploy.errors import CheckpointError
+from tests.tiny_adapters import ALL, LINEARS, QKV, TinyAdapter
+from tests.torch_zip import write_torch_file
+
+CASES = {
+    "all": TinyAdapter(),
+    "queries": TinyAdapter(targets=("q_proj",), rank=3),
+    "queries and values": TinyAdapter(targets=("q_proj", "v_proj"), ranks={"v_proj": 2}),
+    "mixed ranks": TinyAdapter(ranks={"k_proj": 1, "down_proj": 7}, alphas={"up_proj": 3.5}),
+    "rslora": TinyAdapter(rslora=True, rank=9),
+    "second layer": TinyAdapter(layers=(1,), targets=(*QKV, "up_proj")),
+    "head": TinyAdapter(targets=("lm_head", "o_proj")),
+    "bfloat16": TinyAdapter(dtype=ml_dtypes.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pairs_multiply_to_what_their_modules_do(name: str, tmp_path: Path) -> None:
+    made = CASES[name]
+    adapter = read_adapter(made.write(tmp_path), LINEARS)
+    adapted = 0
+    for linear in LINEARS.values():
+        pair = adapter.pair(linear)
+        if pair is None:
+            assert not any(made.delta(module).any() for module in linear.modules)
+            continue
+        adapted += 1
+        product = np.tensordot(pair.a, pair.b, axes=1)
+        parts = linear.outputs.cut(np.moveaxis(product, 0, -1))
+        for module, part in zip(linear.modules, parts, strict=True):
+            np.testing.assert_allclose(part, made.delta(module), rtol=0, atol=1e-6)
+    assert adapted == len({path for path, linear in LINEARS.items() if set(linear.modules) & set(made.modules())})
+
+
+def test_ranks_of_a_pair_are_those_of_its_modules_together(tmp_path: Path) -> None:
+    adapter = read_adapter(CASES["queries and values"].write(tmp_path), LINEARS)
+    pair = adapter.pair(LINEARS["layers", 0, "attention", "wqkv"])
+    assert pair is not None
+    assert (pair.rank, adapter.rank) == (4 + 2, 4)
+    assert {pair.a.dtype, pair.b.dtype} == {np.dtype(np.float32)}
+
+
+def test_pickled_adapters_are_read(tmp_path: Path) -> None:
+    made = CASES["all"]
+    folder = made.write(tmp_path / "one")
+    (folder / "adapter_model.safetensors").unlink()
+    write_torch_file(folder / "adapter_model.bin", made.tensors())
+    pickled, other = read_adapter(folder, LINEARS), read_adapter(made.write(tmp_path / "two"), LINEARS)
+    assert pickled.modules.keys() == other.modules.keys()
+    assert all(np.array_equal(pickled.modules[name].b, other.modules[name].b) for name in other.modules)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type='IA3' must be LORA"),
+        ({"use_dora": True}, "use_dora=True: DoRA scales whole weights"),
+        ({"bias": "all"}, "bias='all' must be none"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']: whole modules"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True: linear maps here are stored"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
+        ({"r": 0}, "r=0 must be a whole number above 0"),
+        ({"r": "4"}, "r='4' must be a whole number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a number"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern must give a number for each regular expression"),
+        ({"rank_pattern": [1]}, "rank_pattern must give"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern must give"),
+        ({"r": 5}, "q_proj: lora_A has shape [4, 32], [5, 32] expected"),
+        ({"rank_pattern": {"layers.1.mlp.up_proj": 2}}, "layers.1.mlp.up_proj: lora_B has shape [64, 4], [64, 2]"),
+    ],
+)
+def test_configurations_that_cannot_be_served(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert message in _refusal(TinyAdapter().write(tmp_path, config=config))
+
+
+def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
+    first = "base_model.model.model.layers.0.self_attn."
+    folder = TinyAdapter(targets=QKV).write(tmp_path)
+    tensors = TinyAdapter(targets=QKV).tensors()
+    del tensors[first + "q_proj.lora_B.weight"]
+    tensors[first + "k_proj.lora_B.weight"] = np.zeros((7, 4), np.float32)
+    tensors[first + "v_proj.lora_A.weight"] = np.zeros((4, 32), np.int32)
+    tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = np.zeros((4, 32), np.float32)
+    tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = np.zeros((4, 96), np.float32)
+    put_tensors(folder / "adapter_model.safetensors", tensors)
+    assert _refusal(folder).splitlines() == [
+        f"adapter={folder} does not fit the model; mend it, or give another:",
+        f"  {first}v_proj.lora_A.weight: dtype int32, floating point expected",
+        "  base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight: unexpected; "
+        "the model has no such linear map",
+        "  base_model.model.model.embed_tokens.lora_embedding_A: unexpected; the model has no such linear map",
+        "  model.layers.0.self_attn.q_proj: lora_B is missing",
+        "  model.layers.0.self_attn.k_proj: lora_B has shape [7, 4], [32, 4] expected",
+    ]
+
+
+def test_a_long_list_is_cut(tmp_path: Path) -> None:
+    wide = TinyAdapter(targets=ALL).write(tmp_path, config={"r": 3})
+    assert "... and" in _refusal(wide)
+
+
+def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
+    assert "adapter_config.json: missing" in _refusal(tmp_path / "nowhere")
+    assert "adapter_model.safetensors or adapter_model.bin: missing" in _refusal(tmp_path / "nowhere")
+    folder = TinyAdapter().write(tmp_path)
+    (folder / "adapter_config.json").write_text("{")
+    assert "adapter_config.json: is not JSON" in _refusal(folder)
+    put_json(folder / "adapter_config.json", [])
+    assert "is not a JSON object" in _refusal(folder)
+    whole = TinyAdapter().write(tmp_path / "cut") / "adapter_model.safetensors"
+    whole.write_bytes(whole.read_bytes()[:-8])
+    assert "adapter_model.safetensors: truncated" in _refusal(whole.parent)
+    put_tensors(whole, {})
+    assert "holds no tensors" in _refusal(whole.parent)
+
+
+def test_values_that_are_not_finite(tmp_path: Path) -> None:
+    folder, tensors = TinyAdapter(targets=("o_proj",)).write(tmp_path), TinyAdapter(targets=("o_proj",)).tensors()
+    next(iter(tensors.values()))[0, 0] = np.inf
+    put_tensors(folder / "adapter_model.safetensors", tensors)
+    assert "model.layers.0.self_attn.o_proj: holds values that are not finite" in _refusal(folder)
+
+
+def test_ranks_have_a_limit(tmp_path: Path) -> None:
+    folder = TinyAdapter(targets=("o_proj",), layers=(0,)).write(tmp_path)
+    with pytest.raises(CheckpointError, match="o_proj: rank 4 is more than max_lora_rank=3; raise that"):
+        read_adapter(folder, LINEARS, max_rank=3)
+    assert read_adapter(folder, LINEARS, max_rank=4).rank == 4
+
+
+def _refusal(folder: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read_adapter(folder, LINEARS)
+    return str(caught.value)
