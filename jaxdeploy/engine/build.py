@@ -28,8 +28,7 @@ from jaxdeploy.engine.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduler import Scheduler
-from jaxdeploy.engine.speculation.build import DraftModel, build_speculation, find_draft_model
-from jaxdeploy.engine.speculation.speculation import Speculation
+from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.config import ModelConfig
@@ -92,7 +91,7 @@ def _build(
     limits = resolve_limits(model, config, mesh)
     policy = kv_policy(folder, model, config)
     adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype)
-    draft = find_draft_model(folder, config)
+    draft = find_draft_model(folder, model, config)
     decoder = load_model(
         folder,
         hf,
@@ -104,7 +103,9 @@ def _build(
         outputs_first=_outputs_first(mesh),
         progress=progress,
     )
-    guessing = _load_draft(draft, config, limits, mesh, progress=progress) if draft else None
+    draft_model = load_draft_model(
+        draft, decoder, config, mesh, limits.dtype, outputs_first=_outputs_first(mesh), progress=progress
+    )
     plan = plan_cache(
         model,
         config,
@@ -113,36 +114,26 @@ def _build(
         max_batch_size=limits.max_batch_size,
         dtype=limits.dtype,
         bits=policy.bits,
-        draft=draft.config if draft else None,
+        beside=draft.block_bytes(config.block_size, limits.dtype, policy.bits) if draft else 0,
     )
     logger.info("%s", plan)
-    speculation = build_speculation(
+    guessing = build_speculation(
         config,
+        draft,
+        draft_model,
+        plan,
         mesh,
-        (guessing, allocate_pools(guessing.config, plan, mesh, limits.dtype)) if guessing else None,
+        limits.dtype,
         slots=limits.max_batch_size,
         session_len=limits.session_len,
         max_prefill_tokens=limits.max_prefill_tokens,
-        table_length=-(-limits.session_len // plan.block_size),
     )
     grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
     shared = longest_shared(model, config)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, speculation, adapters)
+    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, guessing, adapters)
     if config.warmup:
         engine.warm_up(_bar if progress else _silent)
     return engine
-
-
-def _load_draft(draft: DraftModel, config: EngineConfig, limits: Limits, mesh: Mesh, *, progress: bool) -> Decoder:
-    return load_model(
-        draft.folder,
-        draft.hf,
-        mesh=mesh,
-        dtype=limits.dtype,
-        load_format=config.load_format,
-        outputs_first=_outputs_first(mesh),
-        progress=progress,
-    )
 
 
 def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limits:
@@ -201,7 +192,7 @@ def _assemble(
     ranges: Ranges | None,
     longest_shared: int,
     grammars: Grammars,
-    speculation: Speculation | None,
+    guessing: Guessing,
     adapters: EngineAdapters | None,
 ) -> Engine:
     blocks = BlockManager(plan.num_blocks)
@@ -222,8 +213,16 @@ def _assemble(
     )
     pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
     bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
-    sizes = {"slots": limits.max_batch_size, "session_len": limits.session_len}
-    runner = ModelRunner(decoder, pools, mesh, **sizes, adapters=bank)
+    runner = ModelRunner(
+        decoder,
+        pools,
+        mesh,
+        slots=limits.max_batch_size,
+        session_len=limits.session_len,
+        adapters=bank,
+        features=guessing.features,
+    )
+    speculation = guessing.speculation
     table_length = scheduler.blocks_for(limits.session_len)
     shapes = step_shapes(
         limits.max_batch_size,

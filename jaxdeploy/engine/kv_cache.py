@@ -44,6 +44,10 @@ class CachePlan:
     host_blocks: int = 0
     host_block_bytes: int = 0
 
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that so many tokens take up."""
+        return -(-tokens // self.block_size)
+
     def __str__(self) -> str:
         size = _size(self.num_blocks * self.block_bytes)
         tokens = self.num_blocks * self.block_size
@@ -65,11 +69,11 @@ def plan_cache(
     max_batch_size: int,
     dtype: jnp.dtype,
     bits: int | None = None,
-    draft: ModelConfig | None = None,
+    beside: int = 0,
 ) -> CachePlan:
     """Decide the number of blocks, of floats of ``dtype`` or of integers of ``bits``.
 
-    A ``draft`` model has its own keys and values in the same blocks.
+    A block holds ``beside`` bytes more, for a model that guesses.
 
     An explicit count wins; else ``cache_max_entry_count`` of the device memory that is free now (the weights are
     loaded); on CPU what ``max_batch_size`` sequences of ``session_len`` tokens need, up to ``CPU_LIMIT`` bytes.
@@ -78,7 +82,6 @@ def plan_cache(
         CacheTooSmallError: one sequence of ``session_len`` tokens does not fit; the message shows the arithmetic.
     """
     whole = block_bytes(model, config.block_size, dtype, bits)
-    beside = block_bytes(draft, config.block_size, dtype, bits) if draft else 0
     size = (whole + beside) // mesh.size
     per_sequence = -(-session_len // config.block_size)
     count, reason = _count_blocks(config, mesh, size, per_sequence * max_batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -21,9 +22,10 @@ from jaxdeploy.engine.host_tier import Transfer
 from jaxdeploy.engine.prompt_reading import PromptRows, read
 from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
 from jaxdeploy.engine.sequence import Reading
-from jaxdeploy.engine.step_weights import StepWeights, flatten
+from jaxdeploy.engine.step_weights import StepModel, StepWeights, flatten
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.eagle3 import put_features
 from jaxdeploy.models.lora import AdapterBank
 from jaxdeploy.parallel.sharding import replicated
 from pallas_kernels.kv_pool import Pool, block_size, stored
@@ -39,6 +41,17 @@ LOOP_IN_GRAPH = {
 """XLA's own choice of what a CUDA graph may hold, and loops: without them the host would wait in every round of one."""
 
 
+class Features:
+    """Features of tokens [P, S, D], found by the tables of blocks: a model's steps write them for its head.
+
+    They are made by ``fuse`` [taps · D, D] of the residual stream before the layers ``taps``. Several runners hold
+    them: the device runs their steps in the order of their launch.
+    """
+
+    def __init__(self, array: jax.Array, fuse: jax.Array, taps: tuple[int, ...]) -> None:
+        self.array, self.fuse, self.taps = array, fuse, taps
+
+
 class StepResult(NamedTuple):
     """What a step samples, and what it tells of the prompts that it computes."""
 
@@ -52,31 +65,36 @@ class ModelRunner:
     The token buffer int32 [slots, L] holds the tokens of every running sequence: a step reads its inputs there and
     writes what it sampled, so the next step needs no token from the host. ``weight_bytes`` is what a step reads of the
     weights, on all devices together: all but the embeddings, of which it takes a few rows. ``adapters`` is a
-    bank and its arrays, where there are to be any.
+    bank and its arrays, where there are to be any; ``features`` are written by a decoder, and a head's last pool.
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: StepModel,
         pools: Pools,
         mesh: Mesh,
         *,
         slots: int,
         session_len: int,
         adapters: tuple[AdapterBank, tuple[jax.Array, ...]] | None = None,
+        features: Features | None = None,
     ) -> None:
         self._bank = adapters[0] if adapters else None
         self._adapters = adapters[1] if adapters else ()
-        self._forward, self._leaves = flat_step(decoder, mesh, self._bank)
+        taps = features.taps if features is not None and isinstance(decoder, Decoder) else ()
+        self._forward, self._leaves = flat_step(decoder, mesh, self._bank, taps)
+        if taps and features is not None:
+            self._leaves += (features.fuse,)
+        self._features = features
         self.weight_bytes = _bytes_read(decoder)
         self._pools = pools
         self._host_blocks = HostBlocks(pools)
-        self._pool_shardings = jax.tree.map(lambda array: array.sharding, pools)
+        self._pool_shardings = jax.tree.map(lambda array: array.sharding, self._all_pools)
         self._replicated = replicated(mesh)
         self._on_gpu = mesh.devices.flat[0].platform != "cpu"
         self._vocab_size = decoder.config.vocab_size
         self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
-        self._held = jax.tree.map(_shape, (pools, self._buffer))
+        self._held = jax.tree.map(_shape, (self._all_pools, self._buffer))
         self._steps: dict[_Variant, Any] = {}
         self._warm = False
 
@@ -100,9 +118,10 @@ class ModelRunner:
         """Launch one step; what it samples are device arrays of ``inputs.shape.samples`` rows, on their way here."""
         step = self._step(_variant(inputs))
         result: StepResult
-        result, self._pools, self._buffer = step(
-            self._weights(inputs.shape), self._pools, self._buffer, *_arrays(inputs)
-        )
+        result, pools, self._buffer = step(self._weights(inputs.shape), self._all_pools, self._buffer, *_arrays(inputs))
+        if self._features is not None:
+            *pools, self._features.array = pools
+        self._pools = tuple(pools)
         if self._on_gpu:  # a CPU's memory is the host's
             jax.copy_to_host_async(result)
         return result
@@ -162,6 +181,10 @@ class ModelRunner:
         self._host_blocks.clear()
         self._steps.clear()
 
+    @property
+    def _all_pools(self) -> Pools:
+        return self._pools if self._features is None else (*self._pools, self._features.array)
+
     def _weights(self, shape: StepShape) -> tuple[jax.Array, ...]:
         return (*self._leaves, *self._adapters) if shape.adapted else self._leaves
 
@@ -199,18 +222,19 @@ def _arrays(inputs: ModelInputs) -> tuple[Any, ...]:
 
 
 def flat_step(
-    decoder: Decoder, mesh: Mesh, bank: AdapterBank | None = None
+    decoder: StepModel, mesh: Mesh, bank: AdapterBank | None = None, taps: tuple[int, ...] = ()
 ) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
     """A step as a pure function of arrays, and the decoder's weights as the tuple that it takes.
 
     The function takes ``(shape, weights, pools, buffer, packed[, choice])`` and gives ``(result, pools, buffer)``;
-    donate pools and buffer. In an adapted step the arrays of ``bank`` stand behind the weights.
+    donate pools and buffer. In an adapted step the arrays of ``bank`` stand behind the weights. With ``taps`` features
+    are written: their pool is the last, what fuses them stands right behind the weights.
     """
     weights, arrays = flatten(decoder, mesh)
-    return partial(_forward, weights, bank), arrays
+    return partial(_forward, weights, bank, _Fusion(taps, len(arrays)) if taps else None), arrays
 
 
-def _bytes_read(decoder: Decoder) -> int:
+def _bytes_read(decoder: StepModel) -> int:
     parts = [decoder] if decoder.config.tie_embeddings else [decoder, decoder.embed]
     everything, *rows_of = (sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(part))) for part in parts)
     return int(everything - sum(rows_of))
@@ -234,6 +258,7 @@ def _write_row(buffer: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
 def _forward(
     weights: StepWeights,
     bank: AdapterBank | None,
+    fusion: _Fusion | None,
     shape: StepShape,
     arrays: tuple[jax.Array, ...],
     pools: Pools,
@@ -246,7 +271,8 @@ def _forward(
     """One step; or several in a row, whose samples are stacked."""
     fields = unpack(packed, shape)
     adapters = _Adapters(bank, arrays[-bank.arrays :]) if bank is not None and shape.adapted else None
-    one = partial(_once, weights.decoder(arrays), adapters, weights.mesh, shape, choice, reading)
+    fuse = None if fusion is None else _Fuse(fusion.taps, arrays[fusion.place])
+    one = partial(_once, weights.decoder(arrays), adapters, fuse, weights.mesh, shape, choice, reading)
     if shape.repeats == 1:
         return one(fields, pools, buffer)
 
@@ -265,6 +291,24 @@ def _forward(
 _Carry = tuple[jax.Array, StepResult, Pools, jax.Array]
 
 
+class _Fusion(NamedTuple):
+    """Before which layers features are taken, and which of a step's arrays fuses them."""
+
+    taps: tuple[int, ...]
+    place: int
+
+
+@dataclass(frozen=True)
+class _Fuse:
+    """Makes features [T, D] of the residual stream before the layers ``taps``."""
+
+    taps: tuple[int, ...]
+    weight: jax.Array
+
+    def __call__(self, noted: Mapping[int, jax.Array]) -> jax.Array:
+        return jnp.concatenate([noted[index] for index in self.taps], axis=-1) @ self.weight
+
+
 class _Adapters(NamedTuple):
     """Those that a step's sequences may have."""
 
@@ -275,6 +319,7 @@ class _Adapters(NamedTuple):
 def _once(
     decoder: Decoder,
     adapters: _Adapters | None,
+    fuse: _Fuse | None,
     mesh: Mesh,
     shape: StepShape,
     choice: Choice | None,
@@ -294,7 +339,13 @@ def _once(
     own, logits_of = decoder, _logits_of(decoder, adapters)
     if adapters is not None:
         own = adapters.bank.adapted(decoder, adapters.arrays, fields["adapter"][layout.sequence], wanted)
-    hidden, new_pools = own.hidden(tokens, layout.positions, lengths, layout.context, pools, wanted)
+    where = tokens, layout.positions, lengths, layout.context
+    if fuse is None:
+        hidden, new_pools = own.hidden(*where, pools, wanted)
+    else:
+        noted: dict[int, Any] = dict.fromkeys(fuse.taps)
+        hidden, new_pools = own.hidden(*where, pools[:-1], wanted, noted)
+        new_pools.append(put_features(stored(pools[-1]), fuse(noted), layout.context.slots))
     prompts = None
     if reading:
         prompts = _read(logits_of, shape, layout, fields, buffer, hidden, reading)

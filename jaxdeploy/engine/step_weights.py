@@ -15,10 +15,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.eagle3 import Eagle3
 from jaxdeploy.parallel.sharding import per_device, spec
 from pallas_kernels.unstack import unstack
 
 Arrays = tuple[jax.Array, ...]
+StepModel = Decoder | Eagle3
+"""What a step can be made of."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +32,12 @@ class StepWeights:
     """
 
     mesh: Mesh
-    graph: nnx.GraphDef[Decoder]
+    graph: nnx.GraphDef[Any]
     tree: jax.tree_util.PyTreeDef
     stacks: tuple[tuple[int, ...], ...]
 
-    def decoder(self, arrays: Arrays) -> Decoder:
-        """The decoder that holds ``arrays``."""
+    def decoder(self, arrays: Arrays) -> Any:
+        """The decoder that holds ``arrays``; there may be others behind them."""
         apart = per_device(self.mesh, unstack, spec(), spec())
         stacked, rest = arrays[: len(self.stacks)], iter(arrays[len(self.stacks) :])
         rows: dict[int, jax.Array] = {}
@@ -44,7 +47,7 @@ class StepWeights:
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, every))
 
 
-def flatten(decoder: Decoder, mesh: Mesh) -> tuple[StepWeights, Arrays]:
+def flatten(decoder: StepModel, mesh: Mesh) -> tuple[StepWeights, Arrays]:
     """The arrays that a step takes, or their shapes where the decoder holds shapes."""
     graph, weights = nnx.split(decoder)
     leaves, tree = jax.tree.flatten(weights)

@@ -83,24 +83,28 @@ class Decoder(nnx.Module):
         context: AttentionContext,
         pools: Pools,
         wanted: jax.Array | None = None,
+        noted: dict[int, jax.Array] | None = None,
     ) -> tuple[jax.Array, list[Pool | None]]:
         """The normed hidden state of every token, or of those at ``wanted``, int32 [B].
 
         ``tokens``, ``positions`` and ``lengths`` (prompt length of the token's sequence) are int32 [T], ``pools`` one
         KV pool a layer. Returns [T, D] or [B, D], and the updated pools. Beyond its keys and values the last layer is
-        computed only for what is wanted: of a prompt that is one token.
+        computed only for what is wanted: of a prompt that is one token. ``noted`` gets the residual stream [T, D]
+        before each layer whose index is one of its keys.
         """
         x = self.embed(tokens)
         angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
         if wanted is None and fused_decode.serves(context, self.layers):
             try:
-                return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools)
+                return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools, noted)
             except NoBackendError as refusal:
                 logger.info("decode steps run op by op: %s", refusal)
         updated = []
         for index, (layer, pool) in enumerate(zip(self.layers, pools, strict=True), 1):
             graph, weights = nnx.split(layer)
             rows = wanted if index == len(self.layers) else None
+            if noted is not None and index - 1 in noted:
+                noted[index - 1] = x
             x, pool = _run_layer(graph, weights, x, angles, context, pool, rows)
             updated.append(pool)
         return self.norm(x), updated

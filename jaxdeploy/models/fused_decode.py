@@ -61,9 +61,17 @@ def _takes(layer: Layer) -> bool:
 
 
 def decode_hidden(
-    layers: Sequence[Layer], norm: RMSNorm, x: jax.Array, rotary: Rotary, context: PagedContext, pools: Sequence[Any]
+    layers: Sequence[Layer],
+    norm: RMSNorm,
+    x: jax.Array,
+    rotary: Rotary,
+    context: PagedContext,
+    pools: Sequence[Any],
+    noted: dict[int, jax.Array] | None = None,
 ) -> tuple[jax.Array, list[Any]]:
     """The normed hidden state [B, D] of B new tokens whose embeddings are ``x``, and the updated pools.
+
+    ``noted`` is that of ``Decoder.hidden``.
 
     Raises ``NoBackendError`` where the kernels do not do such a model: its sizes, its dtype.
     """
@@ -73,7 +81,9 @@ def decode_hidden(
     x = jnp.pad(x, ((0, padded_rows(tokens) - tokens), (0, 0)))
     normed, updated = layers[0].attention_norm(x), []
     norms = [*(layer.attention_norm for layer in layers[1:]), norm]
-    for layer, next_norm, pool in zip(layers, norms, pools, strict=True):
+    for index, (layer, next_norm, pool) in enumerate(zip(layers, norms, pools, strict=True)):
+        if noted is not None and index in noted:
+            noted[index] = x[:tokens]
         options = _options(layer, context.mesh)
         x, normed, pool = _run_layer(options, x, normed, _weights(layer), next_norm.scale[...], pool, *where)
         updated.append(pool)

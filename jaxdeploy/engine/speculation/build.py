@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxdeploy.checkpoint.eagle3 import load_eagle3
+from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.batch import draft_shapes
-from jaxdeploy.engine.model_runner import ModelRunner, Pools
+from jaxdeploy.engine.kv_cache import CachePlan, allocate_pools, block_bytes
+from jaxdeploy.engine.model_runner import Features, ModelRunner
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
+from jaxdeploy.engine.step_weights import StepModel
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_config
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.parallel.sharding import check_divisible
+from jaxdeploy.parallel.sharding import check_divisible, replicated
 from jaxdeploy.tokenizer import Tokenizer
 
 USUAL = {"ngram": 7, "draft": 3, "eagle3": 3}
@@ -29,11 +36,24 @@ USUAL = {"ngram": 7, "draft": 3, "eagle3": 3}
 
 @dataclass(frozen=True)
 class DraftModel:
-    """The model that guesses: its folder, its ``config.json``, and what that means."""
+    """The model that guesses: its folder, its ``config.json``, and what that means; ``eagle3`` for a head."""
 
     folder: Path
     hf: Mapping[str, Any]
     config: ModelConfig
+    eagle3: Eagle3Config | None = None
+
+    def block_bytes(self, block_size: int, dtype: jnp.dtype, bits: int | None) -> int:
+        """What a block has to hold for it, on all devices together: keys and values, and features for a head."""
+        features = self.config.hidden_size * dtype.itemsize if self.eagle3 else 0
+        return block_bytes(self.config, block_size, dtype, bits) + block_size * features
+
+
+class Guessing(NamedTuple):
+    """Who guesses, if anybody does, and the features that this takes of the model."""
+
+    speculation: Speculation | None = None
+    features: Features | None = None
 
 
 def method_of(config: EngineConfig) -> str | None:
@@ -42,56 +62,98 @@ def method_of(config: EngineConfig) -> str | None:
     if method is None:
         return "draft" if model else None
     if method == "ngram" and model:
-        raise ConfigError(
-            f"speculative_model={model!r} has no use with speculative_method=ngram; leave one of them out"
-        )
+        raise ConfigError(f"speculative_model={model!r} has no use with speculative_method=ngram; leave one out")
     if method != "ngram" and not model:
         raise ConfigError(f"speculative_method={method!r} needs a speculative_model; name its folder or hub id")
     return method
 
 
-def find_draft_model(folder: Path, config: EngineConfig) -> DraftModel | None:
-    """The model that ``config`` names to guess for the one in ``folder``, if it names one.
+def find_draft_model(folder: Path, model: ModelConfig, config: EngineConfig) -> DraftModel | None:
+    """The model that ``config`` names to guess for ``model``, the one in ``folder``, if it names one.
 
-    Raises ``ConfigError`` where it has other tokens, and what ``resolve_model`` and ``family_of`` raise.
+    Raises ``ConfigError`` where it has other tokens, ``CheckpointError`` where a head is for another model, and what
+    ``resolve_model`` and ``family_of`` raise.
     """
-    if method_of(config) != "draft" or config.speculative_model is None:
+    method, named = method_of(config), config.speculative_model
+    if method is None or named is None:
         return None
-    found = resolve_model(config.speculative_model, download_dir=config.download_dir)
-    if _tokens(found) != _tokens(folder):
-        raise ConfigError(
-            f"speculative_model={config.speculative_model!r} has other tokens than the model; take one of its family"
-        )
+    found = resolve_model(named, download_dir=config.download_dir)
     hf = read_hf_config(found)
-    model = family_of(hf).model_config(hf)
-    check_divisible(
-        config.tp, {"num_key_value_heads": model.num_kv_heads, "intermediate_size": model.intermediate_size}
+    if method == "eagle3":
+        eagle3 = eagle3_config(hf, model)
+        draft = DraftModel(found, hf, eagle3.layer, eagle3)
+    else:
+        if _tokens(found) != _tokens(folder):
+            raise ConfigError(f"speculative_model={named!r} has other tokens than the model; take one of its family")
+        draft = DraftModel(found, hf, family_of(hf).model_config(hf))
+    sizes = {
+        "num_key_value_heads": draft.config.num_kv_heads,
+        "intermediate_size": draft.config.intermediate_size,
+    }
+    check_divisible(config.tp, sizes)
+    return draft
+
+
+def load_draft_model(
+    draft: DraftModel | None,
+    decoder: Decoder,
+    config: EngineConfig,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    *,
+    outputs_first: bool,
+    progress: bool,
+) -> StepModel | None:
+    """The model that guesses for ``decoder``, if one does. Raises ``CheckpointError``."""
+    if draft is None:
+        return None
+    if draft.eagle3 is not None:
+        embedding = decoder.embed.embedding[...]
+        return load_eagle3(draft.folder, draft.eagle3, embedding, mesh, dtype, progress=progress)
+    return load_model(
+        draft.folder,
+        draft.hf,
+        mesh=mesh,
+        dtype=dtype,
+        load_format=config.load_format,
+        outputs_first=outputs_first,
+        progress=progress,
     )
-    return DraftModel(found, hf, model)
 
 
 def build_speculation(
     config: EngineConfig,
+    draft: DraftModel | None,
+    model: StepModel | None,
+    plan: CachePlan,
     mesh: Mesh,
-    draft: tuple[Decoder, Pools] | None,
+    dtype: jnp.dtype,
     *,
     slots: int,
     session_len: int,
     max_prefill_tokens: int,
-    table_length: int,
-) -> Speculation | None:
-    """What ``config`` asks for; ``draft`` is the model that guesses and its KV pools, which have the model's blocks."""
+) -> Guessing:
+    """What ``config`` asks for; ``model`` is that of ``draft``, if a model guesses."""
     method = method_of(config)
     if method is None:
-        return None
+        return Guessing()
     count = config.num_speculative_tokens or USUAL[method]
-    proposer: Proposer = NgramProposer()
-    if draft is not None:
-        decoder, pools = draft
-        runner = ModelRunner(decoder, pools, mesh, slots=slots, session_len=session_len)
-        shapes = draft_shapes(slots, max_prefill_tokens, table_length, count)
-        proposer = DraftProposer(runner, shapes, decoder.config.vocab_size, count)
-    return Speculation(proposer, count)
+    if draft is None or model is None:
+        return Guessing(Speculation(NgramProposer(), count))
+    features = _features(draft, model, plan, mesh, dtype)
+    pools = allocate_pools(draft.config, plan, mesh, dtype)
+    runner = ModelRunner(model, pools, mesh, slots=slots, session_len=session_len, features=features)
+    shapes = draft_shapes(slots, max_prefill_tokens, plan.blocks_for(session_len), count)
+    proposer: Proposer = DraftProposer(runner, shapes, draft.config.vocab_size, count, first=1 if features else 0)
+    return Guessing(Speculation(proposer, count), features)
+
+
+def _features(draft: DraftModel, model: StepModel, plan: CachePlan, mesh: Mesh, dtype: jnp.dtype) -> Features | None:
+    if draft.eagle3 is None or not isinstance(model, Eagle3):
+        return None
+    shape = (plan.num_blocks, plan.block_size, draft.config.hidden_size)
+    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=replicated(mesh))()
+    return Features(zeros, model.fuse[...], draft.eagle3.taps)
 
 
 def _tokens(folder: Path) -> list[str]:

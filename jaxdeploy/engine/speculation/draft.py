@@ -30,19 +30,25 @@ class DraftProposer:
     """A model of its own on the blocks of the sequences: ``runner``'s pools have as many, found by the same tables.
 
     ``Sequence.drafted`` tokens are computed. What it has not seen, a prompt or what was decoded without drafts, is
-    computed in chunks first; what was accepted since the last time then comes as drafts do, all in one step that
-    samples the first guess, and the others follow in one launch.
+    computed in chunks first, from token ``first`` on; what was accepted since the last time then comes as drafts do,
+    all in one step that samples the first guess, and the others follow in one launch.
     """
 
-    def __init__(self, runner: ModelRunner, shapes: list[StepShape], vocab_size: int, count: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, shapes: list[StepShape], vocab_size: int, count: int, first: int = 0
+    ) -> None:
         self._runner = runner
         self._shapes = shapes
         self._vocab_size = vocab_size
         self._count = count
+        self._first = first
         self._most_prefill = max(shape.prefill_tokens for shape in shapes)
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
         """See ``Proposer``."""
+        room = {sequence: most for sequence, most in room.items() if len(sequence.token_ids) > self._first + 1}
+        if not room:
+            return {}
         self._catch_up(list(room))
         first = self._guess_first(list(room))
         going = [sequence for sequence, most in room.items() if most >= self._count - 1 > 0]
@@ -65,6 +71,7 @@ class DraftProposer:
         for sequence in behind:
             assert sequence.slot is not None, "a sequence that decodes has a slot"
             self._runner.write_tokens(sequence.slot, sequence.token_ids)
+            sequence.drafted = max(sequence.drafted, self._first)
         while behind:
             chunks, left = [], self._most_prefill
             for sequence in behind:

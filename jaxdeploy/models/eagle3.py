@@ -1,0 +1,184 @@
+"""The head of EAGLE-3 (arXiv:2503.01840): one layer that guesses from what the model made of the tokens before.
+
+A pair of a token and the feature of the token before it gives the feature of that token, and so the next token.
+Features of the model are made of its residual stream before three of its layers; where the model has not come yet the
+head goes on from its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxdeploy.errors import CheckpointError
+from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext, Rows
+from jaxdeploy.models.config import ModelConfig, read_decoder
+from jaxdeploy.models.layers import Embedding, Head, RMSNorm, Weight, parameter
+from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.rope import rotary
+from jaxdeploy.models.weights import (
+    ParamPath,
+    Source,
+    gate_and_up,
+    linear,
+    plain,
+    separate_qkv,
+    whole,
+)
+from pallas_kernels.kv_pool import Pool, block_size
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """``layer`` has the sizes of the head's one layer and the vocabulary of the model.
+
+    ``taps`` are the layers before which the model's residual stream, of ``model_size`` numbers, is taken. The head
+    chooses among ``draft_vocab_size`` tokens.
+    """
+
+    layer: ModelConfig
+    model_size: int
+    taps: tuple[int, ...]
+    draft_vocab_size: int
+    norm_before_residual: bool = False
+
+
+def eagle3_config(hf: Mapping[str, Any], model: ModelConfig) -> Eagle3Config:
+    """The ``config.json`` of a head for ``model``. Raises ``CheckpointError`` where it is for another one."""
+    layer = replace(read_decoder({**hf, "num_hidden_layers": 1}), tie_embeddings=False)
+    if layer.vocab_size != model.vocab_size:
+        raise CheckpointError(
+            f"vocab_size={layer.vocab_size} of the head is not the model's, {model.vocab_size}; take one made for it"
+        )
+    named = {**(hf.get("eagle_config") or {}), **hf}.get("eagle_aux_hidden_state_layer_ids")
+    count = model.num_layers
+    taps = tuple(int(index) for index in named or (2, count // 2, count - 3))
+    if any(not 0 <= index < count for index in taps):
+        raise CheckpointError(f"the head reads layers {list(taps)} of a model that has {count}; take one made for it")
+    size = int(hf.get("target_hidden_size") or model.hidden_size)
+    if size != model.hidden_size:
+        raise CheckpointError(f"target_hidden_size={size} is not {model.hidden_size}, the model's; take one for it")
+    vocabulary = int(hf.get("draft_vocab_size") or layer.vocab_size)
+    return Eagle3Config(layer, size, taps, vocabulary, bool(hf.get("norm_before_residual", False)))
+
+
+class Eagle3(nnx.Module):
+    """The head. ``fuse`` [taps · D, D] makes features of what the model gives; ``tokens`` int32 [V'] names its choices.
+
+    In a step it stands where a decoder does. Its pools are those of its keys and values, and features [P, S, D].
+    """
+
+    def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        layer = config.layer
+        size, eps = layer.hidden_size, layer.norm_eps
+        self.config = layer
+        self.norm_before_residual = config.norm_before_residual
+        self.embed = Embedding(layer.vocab_size, size, rngs=rngs, dtype=dtype)
+        self.fuse = parameter(rngs, (len(config.taps) * config.model_size, size), ("embed", None), dtype)
+        self.attention_norm = RMSNorm(size, eps, dtype=dtype)
+        self.hidden_norm = RMSNorm(size, eps, dtype=dtype)
+        self.attention = Attention(layer, None, rngs=rngs, dtype=dtype)
+        groups = (layer.num_kv_heads, layer.queries_per_kv + 2, layer.head_dim)
+        wide: Weight = parameter(rngs, (2 * size, *groups), ("embed", "kv_heads", None, None), dtype)
+        self.attention.wqkv = wide
+        self.mlp_norm = RMSNorm(size, eps, dtype=dtype)
+        self.mlp = MLP(layer, rngs=rngs, dtype=dtype)
+        self.norm = RMSNorm(size, eps, dtype=dtype)
+        self.head = Head(config.draft_vocab_size, size, rngs=rngs, dtype=dtype)
+        self.tokens = nnx.Param(jnp.arange(config.draft_vocab_size, dtype=jnp.int32), axes=(None,))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        lengths: jax.Array,
+        context: AttentionContext,
+        pools: Sequence[Any],
+        wanted: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[Any]]:
+        """The normed hidden state of every token, or of those ``wanted``, and the updated pools; as ``Decoder.hidden``.
+
+        No token is the first of its sequence. Keys and values of a pair stand where its feature does, one token back.
+        Where all are wanted, the last token of each row has no feature of the model yet, and gets this one's.
+        """
+        assert isinstance(context, PagedContext), "features are found by the tables of blocks"
+        kv, features = pools
+        before = _one_back(context, kv)
+        given = features.reshape(-1, features.shape[-1]).at[before.slots].get(mode="clip")
+        normed = self.hidden_norm(given)
+        both = jnp.concatenate([self.attention_norm(self.embed(tokens)), normed], axis=-1)
+        angles = rotary(self.config.rope, self.config.head_dim, jnp.maximum(positions - 1, 0), lengths)
+        attended, kv = self.attention(both, angles, before, kv)
+        normed, x = self.mlp_norm.added(attended, normed if self.norm_before_residual else given)
+        x = x + self.mlp(normed)
+        if wanted is None:
+            features = put_features(features, x, _last_of_rows(context, features))
+        return self.norm(x if wanted is None else x[wanted]), [kv, features]
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """``x`` [T, D] → float32 [T, V]; tokens that it does not know have none."""
+        known = self.head.logits(x)
+        nothing = jnp.full((x.shape[0], self.config.vocab_size), -jnp.inf, known.dtype)
+        return nothing.at[:, self.tokens[...]].set(known)
+
+
+def put_features(features: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+    """``features`` [P, S, D] with ``values`` [T, D] in the ``slots`` int32 [T]; those beyond the pool go nowhere."""
+    flat = features.reshape(-1, features.shape[-1])
+    return flat.at[slots].set(values.astype(flat.dtype), mode="drop").reshape(features.shape)
+
+
+def _one_back(context: PagedContext, pool: Pool) -> PagedContext:
+    """The same for the token before each."""
+    size, regions, slots = block_size(pool), [], []
+    for rows in context.regions:
+        first = rows.first_positions - 1
+        positions = first[:, None] + jnp.arange(rows.query_length, dtype=jnp.int32)
+        blocks = jnp.take_along_axis(rows.block_tables, jnp.maximum(positions, 0) // size, axis=1)
+        regions.append(Rows(rows.block_tables, jnp.maximum(first, 0), rows.lengths, rows.query_length))
+        slots.append((blocks * size + jnp.maximum(positions, 0) % size).reshape(-1))
+    nowhere = jnp.iinfo(jnp.int32).max
+    real = jnp.concatenate([_real(rows).reshape(-1) for rows in context.regions])
+    return PagedContext(tuple(regions), jnp.where(real, jnp.concatenate(slots), nowhere), context.mesh)
+
+
+def _last_of_rows(context: PagedContext, features: jax.Array) -> jax.Array:
+    """``slots`` of the last real token of each row; the others go nowhere."""
+    ends = [
+        (jnp.arange(rows.query_length, dtype=jnp.int32) == rows.lengths[:, None] - 1).reshape(-1)
+        for rows in context.regions
+    ]
+    nowhere = features.shape[0] * features.shape[1]
+    return jnp.where(jnp.concatenate(ends), context.slots, nowhere)
+
+
+def _real(rows: Rows) -> jax.Array:
+    return jnp.arange(rows.query_length, dtype=jnp.int32) < rows.lengths[:, None]
+
+
+def eagle3_weights(config: Eagle3Config, layer: str, *, own_embedding: bool) -> dict[ParamPath, Source]:
+    """The weight table of a head whose layer is called ``layer`` in its files."""
+    sizes = config.layer
+    size, width = sizes.hidden_size, sizes.intermediate_size
+    qkv = [f"{layer}.self_attn.{name}_proj" for name in "qkv"]
+    gate_up = [f"{layer}.mlp.{name}_proj" for name in ("gate", "up")]
+    table: dict[ParamPath, Source] = {
+        ("fuse",): linear(["fc"], (len(config.taps) * config.model_size,), whole(size)),
+        ("attention_norm", "scale"): plain(f"{layer}.input_layernorm.weight", size),
+        ("hidden_norm", "scale"): plain(f"{layer}.hidden_norm.weight", size),
+        ("attention", "wqkv"): linear(qkv, (2 * size,), separate_qkv(sizes)),
+        ("attention", "wo"): linear([f"{layer}.self_attn.o_proj"], (sizes.num_heads, sizes.head_dim), whole(size)),
+        ("mlp_norm", "scale"): plain(f"{layer}.post_attention_layernorm.weight", size),
+        ("mlp", "gate_up"): linear(gate_up, (size,), gate_and_up(sizes)),
+        ("mlp", "down"): linear([f"{layer}.mlp.down_proj"], (width,), whole(size)),
+        ("norm", "scale"): plain("norm.weight", size),
+        ("head", "weight"): linear(["lm_head"], (size,), whole(config.draft_vocab_size)),
+    }
+    if own_embedding:
+        table["embed", "embedding"] = plain("embed_tokens.weight", sizes.vocab_size, size)
+    return table
