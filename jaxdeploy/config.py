@@ -127,12 +127,12 @@ class EngineConfig:
     speculative_model: str | None = setting(
         None, "model that guesses, with the same tokenizer: a folder or a hub id; for draft and eagle3"
     )
-    num_speculative_tokens: int = setting(
-        4,
-        "tokens guessed at a time",
+    num_speculative_tokens: int | None = setting(
+        None,
+        "tokens guessed at a time; default: 7 for ngram, 3 for the others",
         holds=lambda value: 1 <= value <= MAX_DRAFTS,
         rule=f"must lie between 1 and {MAX_DRAFTS}",
-        advice="4 is usual, 8 where replies repeat their prompts",
+        advice="3 and 7 are usual: with the token before them they fill up what is computed together",
     )
     rope_scaling_factor: float = setting(
         0.0,
@@ -255,6 +255,7 @@ class GenerationConfig:
         None,
         "0 guesses none",
         least=0,
+        flag=False,
     )
     response_format: dict[str, Any] | None = setting(
         None, "form that the reply has to have; see jaxdeploy.response_format", flag=False

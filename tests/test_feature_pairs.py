@@ -9,7 +9,7 @@ import pytest
 
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.messages import Request, SamplingParams
-from tests.tiny_models import IN_A_ROW, SHAPES_IN_A_ROW, prompt, run, tiny_engine
+from tests.tiny_models import IN_A_ROW, SHAPES_IN_A_ROW, guessing, prompt, run, tiny_engine
 
 FEATURES: dict[str, dict[str, Any]] = {
     "prefix cache": {"sharing": True},
@@ -18,6 +18,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "small chunks": {"max_prefill": 32},
     "decodes in a row": {"decode_steps": IN_A_ROW, "shapes": SHAPES_IN_A_ROW},
     "host memory": {"sharing": True, "blocks": 20, "host_blocks": 64},
+    "guesses": {"guesses": "draft"},
     "tensor parallelism": {"tp": 2},
 }
 """Name → what ``tiny_engine`` is to be told for it."""
@@ -57,8 +58,12 @@ def test_no_token_changes(names: tuple[str, ...], expected: list[list[int]]) -> 
     options = dict(OFF)
     for name in names:
         options |= FEATURES[name]
-    engine = tiny_engine(**options)
+    method = options.pop("guesses", None)
+    engine = tiny_engine(**options, speculation=guessing(method, options.get("tp", 1)) if method else None)
     assert talk(engine, sessions="sessions" in names) == expected
-    assert engine.scheduler.preemptions > 0 or "preemption" not in names
     assert engine.scheduler.prefixes.found > 0 or not {"prefix cache", "sessions", "host memory"} & set(names)
-    assert engine.scheduler.prefixes.restored > 0 or "host memory" not in names
+    if method:  # then sequences end sooner, and there is more room
+        assert engine.stats.guesses.accepted > 0
+    else:
+        assert engine.scheduler.preemptions > 0 or "preemption" not in names
+        assert engine.scheduler.prefixes.restored > 0 or "host memory" not in names

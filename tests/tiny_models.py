@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,13 +14,17 @@ import numpy as np
 
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.adapters import Adapters
-from jaxdeploy.engine.batch import ROW_LENGTH, StepShape
+from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, draft_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.model_runner import ModelRunner
 from jaxdeploy.engine.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.engine.speculation.draft import DraftProposer
+from jaxdeploy.engine.speculation.gate import Gate
+from jaxdeploy.engine.speculation.ngram import NgramProposer
+from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
 from jaxdeploy.messages import FinishReason, Request, SamplingParams, StepOutput
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
@@ -43,6 +48,9 @@ SHAPES = [
 IN_A_ROW = 3
 SHAPES_IN_A_ROW = [*SHAPES, *(StepShape(decodes, 0, TABLE_LENGTH, SLOTS, IN_A_ROW) for decodes in (1, SLOTS))]
 """For engines that decode several tokens in a launch."""
+GUESSES = 4
+GUESSING = [StepShape(decodes, 0, TABLE_LENGTH, SLOTS, drafts=GUESSES) for decodes in (1, SLOTS)]
+"""Beside the others for engines that guess."""
 
 CONFIG = ModelConfig(
     vocab_size=VOCAB,
@@ -57,6 +65,10 @@ CONFIG = ModelConfig(
     rope=RopeConfig(),
     windows=(None, 40),
 )
+
+
+SMALLER = replace(CONFIG, num_layers=1, windows=(None,))
+"""Guesses for the other, and is right where that is easy."""
 
 
 class LastingRunner(ModelRunner):
@@ -96,9 +108,28 @@ def runner_of(
 
 
 @functools.cache
-def lasting_runner(tp: int) -> ModelRunner:
+def lasting_runner(tp: int, config: ModelConfig = CONFIG) -> ModelRunner:
     """The one that the tests of a session share."""
-    return runner_of(LastingRunner, tp)
+    return runner_of(LastingRunner, tp, config)
+
+
+class AlwaysOpen(Gate):
+    """Has every step try, however long it takes."""
+
+    def is_open(self, batch: int) -> bool:
+        """Always."""
+        return True
+
+
+def guessing(method: str, tp: int = 1, gate: Gate | None = None) -> Speculation:
+    """Who guesses: ``ngram``, ``draft`` (``SMALLER``), or ``itself``, the same model, which is always right."""
+    proposer: Proposer = NgramProposer()
+    if method != "ngram":
+        shapes = draft_shapes(SLOTS, MAX_PREFILL, TABLE_LENGTH, GUESSES)
+        few = [shape for shape in shapes if shape.decodes in (0, 1, SLOTS)]
+        runner = lasting_runner(tp, SMALLER) if method == "draft" else runner_of(ModelRunner, tp)
+        proposer = DraftProposer(runner, few, VOCAB, GUESSES)
+    return Speculation(proposer, GUESSES, gate or AlwaysOpen())
 
 
 def tiny_engine(
@@ -115,7 +146,7 @@ def tiny_engine(
     grammars: Any = None,
     adapters: Adapters | None = None,
     reader: Any = None,
-    speculation: Any = None,
+    speculation: Speculation | None = None,
 ) -> Engine:
     """A new engine over the shared runner: its own scheduler, slots and blocks."""
     manager = BlockManager(blocks)
@@ -131,7 +162,8 @@ def tiny_engine(
         decode_steps=decode_steps,
         adapters=adapters,
     )
-    return Engine(scheduler, runner or lasting_runner(tp), shapes, VOCAB, grammars, speculation, reader)
+    every = [*shapes, *GUESSING] if speculation else shapes
+    return Engine(scheduler, runner or lasting_runner(tp), every, VOCAB, grammars, speculation, reader)
 
 
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class Drafter(Protocol):
     """Who guesses how sequences go on."""
 
     def most(self, sequence: Sequence) -> int:
-        """Tokens that may be drafted for a sequence at a time."""
+        """Tokens to have room for when drafts of a sequence are made."""
         ...
 
     def propose(self, room: Mapping[Sequence, int]) -> Mapping[Sequence, tuple[int, ...]]:

@@ -23,6 +23,9 @@ from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.tokenizer import Tokenizer
 
+USUAL = {"ngram": 7, "draft": 3, "eagle3": 3}
+"""Tokens guessed at a time unless a count is given."""
+
 
 @dataclass(frozen=True)
 class DraftModel:
@@ -78,9 +81,10 @@ def build_speculation(
     table_length: int,
 ) -> Speculation | None:
     """What ``config`` asks for; ``draft`` is the model that guesses and its KV pools, which have the model's blocks."""
-    if method_of(config) is None:
+    method = method_of(config)
+    if method is None:
         return None
-    count = config.num_speculative_tokens
+    count = config.num_speculative_tokens or USUAL[method]
     proposer: Proposer = NgramProposer()
     if draft is not None:
         decoder, pools = draft

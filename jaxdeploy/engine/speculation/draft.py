@@ -45,9 +45,9 @@ class DraftProposer:
         """See ``Proposer``."""
         self._catch_up(list(room))
         first = self._guess_first(list(room))
-        going = [sequence for sequence, most in room.items() if most >= self._count > 1]
+        going = [sequence for sequence, most in room.items() if most >= self._count - 1 > 0]
         others = self._guess_others(going) if going else {}
-        return {sequence: (first[sequence], *others.get(sequence, ())) for sequence in room}
+        return {sequence: (first[sequence], *others.get(sequence, ()))[:most] for sequence, most in room.items()}
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
         """Compile everything that can run."""

@@ -6,15 +6,16 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-FEW = 6
+FEW = 8
 """Steps after which a way of going on has been seen often enough to compare it."""
 WINDOW = 32
 """Steps that are remembered of it."""
 PATIENCE = 50
 """A trial that lost time is not repeated before so many times that time have passed: so trials cost 2 % at most."""
-HOPELESS = 1.25
-"""A trial that is so much slower ends early."""
-EARLY = 3
+HOPELESS = 2.0
+"""A trial that is so much slower ends early,"""
+EARLY = 4
+"""after so many steps."""
 
 
 @dataclass

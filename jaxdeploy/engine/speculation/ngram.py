@@ -1,29 +1,36 @@
-"""Drafts by looking back: where the last tokens of a sequence have occurred before, it may go on as it did then.
+"""Guesses by looking back: where a sequence has been before, it may go on as it did then.
 
-Prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding), on prompt and reply.
+Prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding), on prompt and reply: of all places where the
+last tokens occur, the one where most of what comes before agrees as well, of equal ones the last.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from jaxdeploy.engine.sequence import Sequence
 
-SIZES = (4, 3, 2)
-"""Tokens that must agree, the longest first."""
+LEAST = 2
+"""Tokens that must agree."""
+MOST = 32
+"""Tokens that are compared."""
+PLACES = 16
+"""Places that are looked at, the last ones."""
 
 
 class NgramProposer:
-    """Finds drafts in the sequences themselves; there is no model."""
+    """Finds guesses in the sequences themselves; there is no model."""
 
     def __init__(self) -> None:
         self._indices: WeakKeyDictionary[Sequence, _Index] = WeakKeyDictionary()
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
         """See ``Proposer``."""
-        return {sequence: self._index_of(sequence).drafts(sequence.token_ids, most) for sequence, most in room.items()}
+        return {sequence: self._index_of(sequence).look_up(sequence.token_ids, most) for sequence, most in room.items()}
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
         """Nothing is compiled."""
@@ -39,25 +46,30 @@ class NgramProposer:
 
 
 class _Index:
-    """Where each run of tokens of a sequence was last seen, but for the one that it ends with."""
+    """Where the shortest runs that count occur in a sequence, but for the one that it ends with."""
 
     def __init__(self) -> None:
-        self._behind: dict[tuple[int, ...], int] = {}
-        """Tokens → the place behind them."""
-        self._read = 0
+        self._places: defaultdict[tuple[int, ...], deque[int]] = defaultdict(partial(deque, maxlen=PLACES))
+        """Tokens → the places behind them."""
+        self._read = LEAST
 
-    def drafts(self, token_ids: list[int], most: int) -> tuple[int, ...]:
-        """What came behind the last tokens before; it may run on into what it has itself guessed."""
-        for end in range(max(self._read, 1), len(token_ids)):
-            for size in SIZES:
-                if size <= end:
-                    self._behind[tuple(token_ids[end - size : end])] = end
-        self._read = len(token_ids)
-        for size in SIZES:
-            place = self._behind.get(tuple(token_ids[-size:])) if size <= len(token_ids) else None
-            if place is not None:
-                return _repeated(token_ids[place : place + most], most)
-        return ()
+    def look_up(self, token_ids: list[int], most: int) -> tuple[int, ...]:
+        """What came behind the last tokens before, as often as it takes for ``most`` tokens."""
+        for end in range(self._read, len(token_ids)):
+            self._places[tuple(token_ids[end - LEAST : end])].append(end)
+        self._read = max(len(token_ids), LEAST)
+        places = self._places.get(tuple(token_ids[-LEAST:]))
+        if not places:
+            return ()
+        best = max(places, key=lambda place: (_agreeing(token_ids, place), place))
+        return _repeated(token_ids[best : best + most], most)
+
+
+def _agreeing(token_ids: list[int], place: int) -> int:
+    """How many tokens before ``place`` are the last ones of all."""
+    end = len(token_ids)
+    most = min(MOST, place)
+    return next((count for count in range(most) if token_ids[place - 1 - count] != token_ids[end - 1 - count]), most)
 
 
 def _repeated(tokens: list[int], count: int) -> tuple[int, ...]:

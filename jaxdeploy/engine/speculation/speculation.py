@@ -35,9 +35,9 @@ class Proposer(Protocol):
 class Speculation:
     """What the engine needs: who guesses, ``count`` tokens at a time, and whether it pays."""
 
-    def __init__(self, proposer: Proposer, count: int) -> None:
+    def __init__(self, proposer: Proposer, count: int, gate: Gate | None = None) -> None:
         self.count = count
-        self.gate = Gate()
+        self.gate = gate or Gate()
         self.guesses = Guesses()
         """Of all sequences."""
         self.warm_up = proposer.warm_up
@@ -50,14 +50,13 @@ class Speculation:
         return any(self.most(sequence) for sequence in batch) and self.gate.is_open(len(batch))
 
     def most(self, sequence: Sequence) -> int:
-        """Tokens that may be drafted for a sequence at a time: what its request says, if that is less."""
-        wanted = sequence.sampling.num_speculative_tokens
-        return self.count if wanted is None else min(wanted, self.count)
+        """Tokens to have room for when drafts of a sequence are made; its request may want fewer."""
+        return 0 if sequence.sampling.num_speculative_tokens == 0 else self.count
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
-        """Drafts; a reply ends with the first token that ends it, so none come behind that."""
+        """Drafts, as many as each request wants; none behind a token that ends the reply."""
         proposed = self._proposer.propose(room)
-        return {sequence: _up_to_stop(drafts, sequence) for sequence, drafts in proposed.items()}
+        return {sequence: _wanted(drafts, sequence) for sequence, drafts in proposed.items()}
 
     def accept(self, sequence: Sequence, drafts: tuple[int, ...], sampled: list[int]) -> list[int]:
         """The sampled tokens that hold: as long as drafts before them are what was sampled in their place."""
@@ -69,6 +68,7 @@ class Speculation:
         return sampled[: right + 1]
 
 
-def _up_to_stop(drafts: tuple[int, ...], sequence: Sequence) -> tuple[int, ...]:
-    ends = sequence.sampling.stop_token_ids
-    return next((drafts[:index] for index, token in enumerate(drafts) if token in ends), drafts)
+def _wanted(drafts: tuple[int, ...], sequence: Sequence) -> tuple[int, ...]:
+    sampling = sequence.sampling
+    some = drafts[: sampling.num_speculative_tokens]
+    return next((some[:index] for index, token in enumerate(some) if token in sampling.stop_token_ids), some)
