@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_generation import SHAPES, write_shape
 from bench_record import spread, write_result
 from tqdm import tqdm
 
@@ -36,10 +37,9 @@ WORK = ("base", "adapters")
 def main() -> None:
     """Run the benchmark."""
     args = parse_args()
-    folder = Path(args.model or bundled_model())
     rates: dict[str, list[float]] = {name: [] for name in WORK}
     with tempfile.TemporaryDirectory() as scratch:
-        running = engine(folder, Path(scratch), args)
+        running = engine(Path(scratch), args)
         for round_ in tqdm(range(args.rounds + 1), desc="rounds"):
             for name in WORK if round_ % 2 else reversed(WORK):
                 rate = tokens_a_second(running, round_, args, adapters=name == "adapters")
@@ -57,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     """Flags of this script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model's folder (default: the bundled one)")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of a built-in shape in place of a model")
     parser.add_argument("--adapters", type=int, default=8, help="adapters that the requests are spread over")
     parser.add_argument("--rank", type=int, default=16, help="rank of each, for all linear maps of the layers")
     parser.add_argument("--requests", type=int, default=16, help="requests in a batch")
@@ -68,14 +69,19 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def engine(folder: Path, scratch: Path, args: argparse.Namespace) -> Engine:
+def engine(scratch: Path, args: argparse.Namespace) -> Engine:
     """One with a slot for every adapter."""
+    folder = Path(args.model or bundled_model())
+    if args.shape:
+        folder = scratch
+        write_shape(folder, args.shape, args.prompt_len + args.new)
     hf = read_hf_config(folder)
     folders = {
         str(number): str(write_adapter(scratch / str(number), hf, number, args.rank)) for number in range(args.adapters)
     }
     config = EngineConfig(
         dtype=args.dtype,
+        load_format="dummy" if args.shape else "auto",
         session_len=args.prompt_len + args.new,
         max_batch_size=args.requests,
         max_prefill_token_num=args.requests * args.prompt_len,

@@ -345,7 +345,7 @@ def test_nothing_is_compiled_after_warm_up(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_an_engine_from_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With the settings that ``EngineConfig`` has, or will have."""
+    """With the settings that ``EngineConfig`` will have."""
     caplog.set_level(logging.INFO, "jaxdeploy")
     base, folder = write_base(tmp_path / "base"), tiny(2).write(tmp_path / "two")
     sizes = EngineConfig(session_len=64, max_batch_size=2, max_prefill_token_num=32, block_size=16, warmup=False)

@@ -24,7 +24,7 @@ logger = logging.getLogger("jaxdeploy")
 
 DEFAULT_SLOTS = 8
 ROUNDED = 16
-"""The rank of a bank is a multiple of it where it follows from the adapters: what tensor cores multiply at a time."""
+"""The rank of a bank is a multiple of it: what tensor cores multiply at a time."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,13 @@ def adapters_of(
         return None
     linears, most = adaptable(family, model), getattr(config, "max_lora_rank", None)
     read = {name: read_adapter(folder, linears, max_rank=most) for name, folder in folders.items()}
-    rank = most or -(-max((weights.rank for weights in read.values()), default=1) // ROUNDED) * ROUNDED
+    rank = most or max((weights.rank for weights in read.values()), default=1)
+    rank = -(-rank // ROUNDED) * ROUNDED
     head = any(HEAD in _pairs(weights, linears) for weights in read.values())
     bank = bank_of(model, linears, mesh, slots=slots or DEFAULT_SLOTS, max_rank=rank, dtype=dtype, head=head)
     size = bank.nbytes / mesh.size / 2**20
     logger.info("adapters: %d slots of rank up to %d, %.2f MiB on each device", bank.slots, rank, size)
-    reader = AdapterReader(linears, bank, rank)
+    reader = AdapterReader(linears, bank, most or rank)
     contents = {name: reader.content(weights) for name, weights in read.items()}
     return EngineAdapters(reader, contents, bank.zeros())
 

@@ -175,10 +175,12 @@ def choose_shape(shapes: list[StepShape], batch: ScheduledBatch) -> StepShape:
     return min(fitting, key=lambda shape: (shape.prefill_tokens, shape.decodes, shape.drafts))
 
 
-def adapted_to(batch: ScheduledBatch, shape: StepShape) -> StepShape:
-    """``shape``, for adapters where a sequence of ``batch`` has one."""
-    adapted = any(chunk.sequence.adapter is not None for chunk in (*batch.decodes, *batch.chunks))
-    return replace(shape, adapted=True) if adapted else shape
+def for_adapters(shape: StepShape, batch: ScheduledBatch) -> tuple[StepShape, ScheduledBatch]:
+    """Both for adapters, where a sequence has one: those of the same adapter then stand together."""
+    if all(chunk.sequence.adapter is None for chunk in (*batch.decodes, *batch.chunks)):
+        return shape, batch
+    decodes, chunks = (tuple(sorted(part, key=_adapter_slot)) for part in (batch.decodes, batch.chunks))
+    return replace(shape, adapted=True), replace(batch, decodes=decodes, chunks=chunks)
 
 
 class Choice(NamedTuple):
@@ -292,9 +294,9 @@ def _pack(shape: StepShape, batch: ScheduledBatch) -> Array:
     _fill_sequences(fields, shape.decodes, batch.chunks)
     if shape.adapted:
         fields["adapter"][:] = -1
-        fields["adapter"][: len(batch.decodes)] = [_adapter_slot(chunk.sequence) for chunk in batch.decodes]
+        fields["adapter"][: len(batch.decodes)] = [_adapter_slot(chunk) for chunk in batch.decodes]
         chunks = slice(shape.decodes, shape.decodes + len(batch.chunks))
-        fields["adapter"][chunks] = [_adapter_slot(chunk.sequence) for chunk in batch.chunks]
+        fields["adapter"][chunks] = [_adapter_slot(chunk) for chunk in batch.chunks]
     fields["decode_lengths"][: len(batch.decodes)] = 1
     for index, chunk in enumerate(batch.decodes if shape.drafts else ()):
         fields["decode_lengths"][index] += len(chunk.drafts)
@@ -366,11 +368,12 @@ def _slot(sequence: Sequence) -> int:
     return sequence.slot
 
 
-def _adapter_slot(sequence: Sequence) -> int:
-    if sequence.adapter is None:
+def _adapter_slot(chunk: Chunk) -> int:
+    adapter = chunk.sequence.adapter
+    if adapter is None:
         return -1
-    assert sequence.adapter.slot is not None, "a scheduled sequence's adapter has a slot"
-    return sequence.adapter.slot
+    assert adapter.slot is not None, "a scheduled sequence's adapter has a slot"
+    return adapter.slot
 
 
 def _fill_chunk(fields: Mapping[str, Array], shape: StepShape, index: int, row: int, chunk: Chunk) -> int:

@@ -24,9 +24,9 @@ from jaxdeploy.engine.adapters import Adapters
 from jaxdeploy.engine.batch import (
     ModelInputs,
     StepShape,
-    adapted_to,
     build_inputs,
     choose_shape,
+    for_adapters,
     reading_of,
     reading_shapes,
     with_adapters,
@@ -315,7 +315,7 @@ class Engine:
                 self._runner.write_tokens(sequence.slot, sequence.token_ids)
         with self.spans("build"):
             shape = choose_shape(self._reading_shapes if reading_of(batch) else self._shapes, batch)
-            shape = adapted_to(batch, shape)
+            shape, batch = for_adapters(shape, batch)
             inputs = build_inputs(shape, batch, self.limits.vocab_size)
         with self.spans("dispatch"):
             result = self._runner.run(inputs)

@@ -13,6 +13,7 @@ from pallas_kernels.lora_matmul.tiles import Tiles
 
 BACKENDS = {
     "pallas_triton": "pallas_kernels.lora_matmul.pallas_triton",
+    "xla": "pallas_kernels.lora_matmul.xla",
     "reference": "pallas_kernels.lora_matmul.reference",
 }
 """In order of preference; each refuses what it cannot do."""

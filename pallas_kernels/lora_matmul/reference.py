@@ -1,4 +1,4 @@
-"""The op in plain jnp, for any platform, float dtype and rank. CPUs serve adapters with it.
+"""The op in plain jnp, for any platform, float dtype and rank.
 
 It goes through the adapters that occur in the batch: one after another all tokens are multiplied with an entry, and its
 own keep the result. So an entry that no token uses costs nothing, and one that overflows harms only its own tokens.
