@@ -90,8 +90,8 @@ def count_chunk_starts(engine: Any) -> dict[str, int]:
     counts = {"revived": 0, "recomputed": 0}
     schedule = engine.scheduler.schedule
 
-    def counted() -> Any:
-        batch = schedule()
+    def counted(drafter: Any = None) -> Any:
+        batch = schedule(drafter)
         for chunk in batch.chunks:
             if chunk.sequence in batch.admitted and chunk.sequence.generated:
                 counts["revived" if chunk.start else "recomputed"] += 1

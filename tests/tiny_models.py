@@ -96,7 +96,7 @@ def _matrix(random: np.random.Generator, path: ParamPath, shape: Sequence[int]) 
 
 
 def runner_of(
-    kind: type[ModelRunner], tp: int = 1, config: ModelConfig = CONFIG, adapters: Any = None, bits: int | None = None
+    kind: type[ModelRunner], tp: int = 1, config: ModelConfig = CONFIG, bits: int | None = None, **options: Any
 ) -> ModelRunner:
     """A new runner with weights of its own and pools for whole sessions in every slot."""
     mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
@@ -104,7 +104,7 @@ def runner_of(
     plan = plan_cache(config, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype, bits=bits)
     pools = allocate_pools(config, plan, mesh, dtype)
     decoder = decoder_from(config, params(config, tp))
-    return kind(decoder, pools, mesh, slots=SLOTS, session_len=SESSION_LEN, adapters=adapters)
+    return kind(decoder, pools, mesh, slots=SLOTS, session_len=SESSION_LEN, **options)
 
 
 @functools.cache

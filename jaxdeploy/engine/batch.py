@@ -24,6 +24,9 @@ from jaxdeploy.engine.sequence import Reading, Sequence
 ROW_LENGTH = 32
 """Most tokens in a row of a prompt chunk; the smallest bucket of prefill tokens."""
 
+ONLY_LAST = 2
+"""Of the tokens sampled behind drafts only the last counts: the drafts are known to be right."""
+
 Array = np.ndarray[Any, np.dtype[np.int32]]
 
 SAMPLING_FLOATS = (
@@ -97,7 +100,7 @@ class StepShape:
             "slot",  # row of the token buffer
             "prompt_length",
             "length",  # tokens up to the end of this step's: where the (first) new token goes
-            "samples",  # 1 if its new token counts, 0 for padding and unfinished prompts
+            "samples",  # 1 if its new tokens count, ONLY_LAST if the last of them does; 0: padding, unfinished prompts
             "last_token",  # index in the step of the token whose logits are sampled from
             "top_k",
             "seed",
@@ -300,6 +303,7 @@ def _pack(shape: StepShape, batch: ScheduledBatch) -> Array:
     fields["decode_lengths"][: len(batch.decodes)] = 1
     for index, chunk in enumerate(batch.decodes if shape.drafts else ()):
         fields["decode_lengths"][index] += len(chunk.drafts)
+        fields["samples"][index] = 1 if chunk.verifies else ONLY_LAST
         fields["drafts"][index, : len(chunk.drafts)] = chunk.drafts
     fields["last_token"][: len(batch.decodes)] = np.arange(len(batch.decodes))
     row = 0

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdeploy.engine.adapters import Adapter
-from jaxdeploy.engine.batch import SAMPLING_FLOATS, Choice, ModelInputs, StepShape, padding_inputs, unpack
+from jaxdeploy.engine.batch import ONLY_LAST, SAMPLING_FLOATS, Choice, ModelInputs, StepShape, padding_inputs, unpack
 from jaxdeploy.engine.host_blocks import GROUP, HostBlocks
 from jaxdeploy.engine.host_tier import Transfer
 from jaxdeploy.engine.prompt_reading import PromptRows, read
@@ -381,7 +381,10 @@ def _row_for_each_token(fields: Mapping[str, jax.Array], layout: _Layout) -> dic
     """The fields for samples behind every token of the step, as if each were the last of its sequence."""
     of_sequences = ("slot", "prompt_length", "top_k", "seed", *SAMPLING_FLOATS, "adapter")
     rows = {name: fields[name][layout.sequence] for name in of_sequences if name in fields}
-    return rows | {"samples": layout.real.astype(jnp.int32), "length": layout.positions + 1}
+    behind = layout.positions + 1
+    last = behind == (fields["length"] + fields["decode_lengths"] - 1)[layout.sequence]
+    counts = layout.real & (last | (fields["samples"][layout.sequence] != ONLY_LAST))
+    return rows | {"samples": counts.astype(jnp.int32), "length": behind}
 
 
 class _Layout(NamedTuple):

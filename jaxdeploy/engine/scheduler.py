@@ -39,6 +39,11 @@ class Chunk:
         return self.start + 1 if self.drafts or self.start >= self.sequence.prefill_end else self.end
 
     @property
+    def verifies(self) -> bool:
+        """Whether its drafts are guesses, so that what is sampled behind each counts, and not only behind the last."""
+        return bool(self.drafts)
+
+    @property
     def samples(self) -> bool:
         """Whether it completes the prefill, or lies behind it, so that a token can be sampled."""
         return self.end >= self.sequence.prefill_end

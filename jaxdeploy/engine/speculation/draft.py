@@ -26,6 +26,15 @@ class _Known(Chunk):
         return False
 
 
+class _Seen(Chunk):
+    """One whose drafts are the sequence's own tokens."""
+
+    @property
+    def verifies(self) -> bool:
+        """There is nothing to verify."""
+        return False
+
+
 class DraftProposer:
     """A model of its own on the blocks of the sequences: ``runner``'s pools have as many, found by the same tables.
 
@@ -86,7 +95,7 @@ class DraftProposer:
     def _guess_first(self, sequences: list[Sequence]) -> dict[Sequence, int]:
         """Compute what is new, behind the last token that is not, and sample what comes next."""
         rows = [
-            Chunk(item, item.drafted - 1, 1 + len(item.token_ids) - item.drafted, tuple(item.token_ids[item.drafted :]))
+            _Seen(item, item.drafted - 1, 1 + len(item.token_ids) - item.drafted, tuple(item.token_ids[item.drafted :]))
             for item in sequences
         ]
         tokens, places = self._run(ScheduledBatch(decodes=tuple(rows)))
