@@ -6,7 +6,7 @@ the tokens that its tokenizer makes of it, as a good model would write it; guess
 ``draft``: free text of a model with random weights, guesses of another of half its layers, which are as good as always
 wrong: all that can be won is to notice it.
 
-    python scripts/bench_speculation.py ../shared/assets/text/wikitext2.valid.txt \
+    python scripts/bench_speculation.py --texts ../shared/assets/text/wikitext2.valid.txt \
         --tokenizer ../shared/assets/tokenizers/llama2 --out benchmarks/results/speculation_cpu.json
 """
 
@@ -28,12 +28,15 @@ from bench_record import spread, write_result
 from rich.console import Console
 from tqdm import tqdm
 
+import jaxdeploy.compress
 from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
+from jaxdeploy.chat import bundled_model
 from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.messages import Guesses
 from jaxdeploy.tokenizer import Tokenizer
 
 OFF, ON = "off", "on"
+TEXTS = Path(jaxdeploy.compress.__file__).parent / "text" / "default.txt"
 
 
 def main() -> None:
@@ -60,7 +63,7 @@ def main() -> None:
 def prepare(folder: Path, args: argparse.Namespace, *, halved: bool = False) -> Path:
     """A model of the shape, or of half its layers, with a real tokenizer; its weights are random ones."""
     write_shape(folder, args.shape, args.session_len)
-    for file in args.tokenizer.iterdir():
+    for file in args.tokenizer.glob("tokenizer*"):
         shutil.copy(file, folder)
     if halved:
         file = folder / "config.json"
@@ -110,7 +113,13 @@ def measure(
     model: Path, speculation: dict[str, Any], tasks: list[list[Task]], args: argparse.Namespace, settling: int
 ) -> dict[str, Any]:
     """Tokens a second of all rounds but the first ``settling``, with guesses and without, one after the other."""
-    shared = EngineConfig(load_format="dummy", session_len=args.session_len, max_batch_size=args.batch)
+    shared = EngineConfig(
+        load_format="dummy",
+        session_len=args.session_len,
+        max_batch_size=args.batch,
+        max_prefill_token_num=512,
+        num_blocks=args.num_blocks,
+    )
     rates: dict[str, list[float]] = {OFF: [], ON: []}
     guesses = Guesses()
     with ExitStack() as stack:
@@ -153,8 +162,8 @@ def time_replies(pipe: Pipeline, tasks: list[Task]) -> tuple[float, list[Respons
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", type=Path, help="a text file, from which texts to copy are taken")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="folder with a real tokenizer")
+    parser.add_argument("--texts", type=Path, default=TEXTS, help="texts to copy are taken from it (default: ours)")
+    parser.add_argument("--tokenizer", type=Path, default=bundled_model(), help="its folder (default: the bundled one)")
     parser.add_argument("--shape", choices=SHAPES, default="llama-110m", help="a built-in shape (default: llama-110m)")
     parser.add_argument("--batch", type=int, default=1, help="replies at a time (default: 1)")
     parser.add_argument("--words", type=int, default=80, help="words of a text to copy (default: 80)")
@@ -164,6 +173,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--settling", type=int, default=2, help="rounds before those that count (default: 2)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
     parser.add_argument("--session-len", type=int, default=1024)
+    parser.add_argument("--num-blocks", type=int, help="KV blocks of each engine: two have to fit onto a GPU")
     parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
     return parser.parse_args()
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the engine shall reach on an H200, held against the result files of one ``scripts/gpu_suite --end-to-end``.
+"""What the engine shall reach on an H200, held against what ``scripts/gpu_suite --end-to-end``, ``--features`` wrote.
 
 python scripts/end_to_end_goals.py benchmarks/results NVIDIA_H200
 """
@@ -22,7 +22,7 @@ BF16 = "jaxdeploy llama-8b"
 PUBLISHED = {"SGLang": 16215, "LMDeploy": 16132, "vLLM": 12553}
 """Output tokens/s of Llama-3.1-8B in bf16 on an H100 with 1000 ShareGPT prompts, as published by aimultiple."""
 
-FILES = ("generation", "throughput", "throughput_int8", "peers")
+FILES = ("generation", "throughput", "throughput_int8", "peers", "speculation", "adapters")
 
 Results = Mapping[str, Any]
 """Name in ``FILES`` → a file's content, empty where it was not written."""
@@ -75,6 +75,21 @@ def goals(results: Results) -> Iterator[Goal]:
         "  tokens that KV int8 holds / bf16",
         1.9,
         value(lambda: kv_tokens(results["throughput_int8"]) / kv_tokens(results["throughput"])),
+    )
+    yield Goal(
+        "copying a text, batch 1: guesses on / off",
+        1.8,
+        value(lambda: results["speculation"]["ratios"]["copy tok_s, on / off"]),
+    )
+    yield Goal(
+        "  a draft that is always wrong: on / off",
+        0.95,
+        value(lambda: results["speculation"]["ratios"]["draft tok_s, on / off"]),
+    )
+    yield Goal(
+        "64 requests over 16 adapters of rank 16 / without",
+        0.85,
+        value(lambda: results["adapters"]["ratios"]["adapters / base"]),
     )
 
 

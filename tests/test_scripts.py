@@ -104,6 +104,22 @@ def test_gpu_suite_end_to_end(tmp_path: Path) -> None:
     assert ran.returncode == 1
 
 
+def test_gpu_suite_features(tmp_path: Path) -> None:
+    for name, text in (("nvidia-smi", "echo 580.1"), ("python", 'echo "$@"')):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JAXDEPLOY_PYTHON": str(tmp_path / "python")}
+    ran = run_script("gpu_suite", "--features", "--out", str(tmp_path / "out"), **environment)
+    asked = [line for line in ran.stdout.splitlines() if not line.startswith("===")]
+    assert [line.split()[0] for line in asked] == [
+        "scripts/bench_speculation.py",
+        "scripts/bench_adapters.py",
+        "scripts/end_to_end_goals.py",
+    ]
+    assert ran.returncode == 0
+
+
 def test_end_to_end_goals() -> None:
     """From files of the form that the benchmarks write; what was not measured is said to be so."""
     from end_to_end_goals import FILES, goals
@@ -123,6 +139,8 @@ def test_end_to_end_goals() -> None:
             "throughput": {"metrics": {**ours, "kv_tokens": 1000}},
             "throughput_int8": {"metrics": {**ours, "kv_tokens": 1940}},
             "peers": {"metrics": peers},
+            "speculation": {"ratios": {"copy tok_s, on / off": 1.9, "draft tok_s, on / off": 0.94}},
+            "adapters": {"ratios": {"adapters / base": 0.9}},
         }
     )
     assert [(goal.value, goal.verdict) for goal in found] == [
@@ -132,6 +150,9 @@ def test_end_to_end_goals() -> None:
         (2.0, "missed"),
         (None, "not measured"),
         (1.94, "held"),
+        (1.9, "held"),
+        (0.94, "missed"),
+        (0.9, "held"),
     ]
 
 
