@@ -6,7 +6,7 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxdeploy.checkpoint.adapter import adaptable
 from jaxdeploy.checkpoint.quantized import hold_quantized
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.engine.batch import StepShape, packed_size, padding_inputs
@@ -22,6 +23,8 @@ from jaxdeploy.engine.model_runner import LOOP_IN_GRAPH, flat_step
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import abstract_params, decoder_from
 from jaxdeploy.models.families import llama
+from jaxdeploy.models.lora import bank_of
+from jaxdeploy.models.registry import family_of
 from pallas_kernels.decode_layer.step import compile_llama_8b
 from pallas_kernels.dispatch import OPS, NoBackendError
 from pallas_kernels.kv_pool import QuantizedPool
@@ -32,6 +35,10 @@ STEP_BATCH = 8
 
 ENGINE_STEPS = {"decode": (8, 0), "mixed": (8, 512), "prefill": (0, 512)}
 """Steps of the engine: decoding sequences and prompt tokens."""
+
+DRAFTS = 7
+ADAPTERS = 16
+"""Of steps that verify guesses, and of those whose sequences have LoRA adapters."""
 
 IN_A_ROW = 4
 """Tokens that a step decodes in a row, in a loop on the device."""
@@ -194,6 +201,8 @@ def measure_engine() -> list[dict[str, Any]]:
         *plain,
         _measure_engine_step("decode, sampling", decode, small=True, sampling=True),
         _measure_engine_step("decode in a row", row, small=True),
+        _measure_engine_step("verify", StepShape(1, 0, TABLE_LENGTH, SLOTS, drafts=DRAFTS), small=False),
+        _measure_engine_step("decode with adapters", replace(decode, adapted=True), small=False),
     ]
 
 
@@ -217,8 +226,13 @@ def _measure_engine_step(name: str, shape: StepShape, *, small: bool, sampling: 
     }
 
 
-def llama_8b(layers: int, mesh: Mesh, *, small: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The engine's step over ``layers`` layers of a Llama-3-8B, as ``flat_step`` gives it; weights are shapes only."""
+def llama_8b(
+    layers: int, mesh: Mesh, *, small: bool, adapted: bool = False
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The engine's step over ``layers`` layers of a Llama-3-8B, as ``flat_step`` gives it; weights are shapes only.
+
+    ``adapted``: beside a bank of ``ADAPTERS`` adapters of rank 16.
+    """
     config = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=4096,
@@ -236,7 +250,13 @@ def llama_8b(layers: int, mesh: Mesh, *, small: bool) -> tuple[Callable[..., Any
     if small:
         params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, mesh.size)
     values: Any = {path: param.get_value() for path, param in params.items()}
-    return flat_step(decoder_from(config, values, mesh), mesh)
+    decoder = decoder_from(config, values, mesh)
+    if not adapted:
+        return flat_step(decoder, mesh)
+    linears = adaptable(family_of({"architectures": ["LlamaForCausalLM"]}), config)
+    bank = bank_of(config, linears, mesh, slots=ADAPTERS, max_rank=16, dtype=jnp.dtype(jnp.bfloat16))
+    step, weights = flat_step(decoder, mesh, bank)
+    return step, (*weights, *jax.eval_shape(bank.zeros))
 
 
 def _held(layers: int, small: bool) -> tuple[Any, Any]:
@@ -250,7 +270,8 @@ def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) 
 
     ``small``: with weights in 4 bits and a KV cache in 8. ``sampling``: with the full sampler.
     """
-    step, weights = llama_8b(layers, Mesh(np.array(offline_devices("h200")), ("tp",)), small=small)
+    mesh = Mesh(np.array(offline_devices("h200")), ("tp",))
+    step, weights = llama_8b(layers, mesh, small=small, adapted=shape.adapted)
     inputs = [jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32)]
     if sampling:
         inputs.append(jax.eval_shape(lambda: padding_inputs(shape, VOCAB, full_sampler=True).choice))
