@@ -34,7 +34,9 @@ def _seconds(default: float, help: str) -> Any:
 def _named_folders(given: Any) -> Any:
     """A mapping of texts like ``name=folder``; a folder alone is named by its last part. Others stay as they are."""
     if isinstance(given, Mapping):
-        return {name: os.fspath(folder) if isinstance(folder, os.PathLike) else folder for name, folder in given.items()}
+        return {
+            name: os.fspath(folder) if isinstance(folder, os.PathLike) else folder for name, folder in given.items()
+        }
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         return given
