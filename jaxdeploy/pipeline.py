@@ -102,7 +102,8 @@ class Pipeline:
     @property
     def adapters(self) -> tuple[str, ...]:
         """The names of the LoRA adapters that ``adapter_name`` may be."""
-        return self.generator.engine.stats.adapters
+        engine = self.generator.engine
+        return self._streams.between_steps(lambda: engine.stats.adapters)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Read a LoRA adapter in PEFT's layout; it takes the place of one that has this name.
@@ -113,11 +114,13 @@ class Pipeline:
             CheckpointError: it is damaged or does not fit; the message lists every fault.
             ConfigError: there is no room for adapters.
         """
-        self._streams.ask(lambda generator: generator.engine.load_adapter(name, path)).result()
+        engine = self.generator.engine
+        self._streams.between_steps(lambda: engine.load_adapter(name, path)).result()
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter; replies that run with it go on to their end. Raises ``UnknownAdapterError``."""
-        self._streams.ask(lambda generator: generator.engine.unload_adapter(name)).result()
+        engine = self.generator.engine
+        self._streams.between_steps(lambda: engine.unload_adapter(name)).result()
 
     def __call__(
         self,

@@ -51,10 +51,10 @@ class Streams:
         """End these requests before the next step. Takes no lock, so that signal handlers may call it."""
         self._stopped.extend(request_ids)
 
-    def ask(self, what: Callable[[Generator], T]) -> T:
-        """Ask the generator something between two steps."""
+    def between_steps(self, ask: Callable[[], T]) -> T:
+        """What the generator's engine says while no step runs."""
         with self._lock:
-            return what(self._generator)
+            return ask()
 
     def close(self) -> None:
         """Free the generator; it waits for the step that runs."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from jaxdeploy.chat import bundled_model
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import EngineConfig, ProxyConfig, ServerConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.engine.generator import TextOutput, TextRequest
 from jaxdeploy.errors import ConfigError, RequestError, UnknownAdapterError
+from jaxdeploy.messages import FinishReason
 from jaxdeploy.models.registry import read_config
 from jaxdeploy.pipeline import Pipeline, pipeline
 from jaxdeploy.server.proxy.app import create_proxy_app
@@ -249,6 +251,20 @@ def test_an_adapter_that_goes_between_server_and_engine(
     assert refused(response, 404) == "adapter='gone' is not loaded; choose one of one, two"
     assert response.json()["error"]["code"] == "model_not_found"
     monkeypatch.undo()
+
+
+def test_an_adapter_that_goes_between_engine_and_its_process(
+    http: httpx2.Client, guarded: RunningServer, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = guarded.served.adapters._served
+    served["gone"] = served["one"]
+
+    async def refuse(requests: Sequence[TextRequest]) -> AsyncGenerator[TextOutput]:
+        del served["gone"]
+        yield TextOutput(requests[0].request.request_id, "", (), (), FinishReason.ERROR)
+
+    monkeypatch.setattr(engine, "generate_all", refuse)
+    assert "model='gone' is not served here" in refused(chat(http, "gone"), 404)
 
 
 def test_names_that_are_taken(http: httpx2.Client, folders: dict[str, str]) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.errors import CheckpointError, RequestError
+
+logger = logging.getLogger("jaxdeploy.server")
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,14 @@ class ServedAdapters(Mapping[str, ServedAdapter]):
         finally:
             self._loading.discard(name)
         self._served[name] = ServedAdapter(folder)
+        logger.info("adapter %r is loaded from %r", name, folder)
 
     async def unload(self, name: str) -> None:
         """Serve it no longer; replies that run with it go on to their end. Raises ``UnknownAdapterError``."""
         self._check_quiet(name)
         self._served.pop(name, None)
         await self._engine.unload_adapter(name)
+        logger.info("adapter %r is unloaded", name)
 
     def _check_quiet(self, name: str) -> None:
         if name in self._loading:
