@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.prompts import Prompt
 from jaxdeploy.response import Response, Session
+
+if TYPE_CHECKING:
+    from jaxdeploy.pipeline import Pipeline
 
 _ENDINGS = {FinishReason.ABORT: " · stopped", FinishReason.LENGTH: " · cut off at max_new_tokens or session_len"}
 
@@ -35,6 +38,26 @@ class Speaker(Protocol):
     def stop_session(self, session: Session) -> None:
         """End the reply that runs; may be called from a signal handler."""
         ...
+
+
+@dataclass(frozen=True)
+class WithAdapter:
+    """A ``pipe`` that answers with its LoRA adapter ``name``."""
+
+    pipe: Pipeline
+    name: str
+
+    def session(self) -> Session:
+        """A new conversation."""
+        return self.pipe.session()
+
+    def stream_infer(self, prompts: Prompt, gen_config: GenerationConfig, *, session_id: int) -> Iterator[Response]:
+        """The reply as it comes."""
+        return self.pipe.stream_infer(prompts, gen_config, session_id=session_id, adapter_name=self.name)
+
+    def stop_session(self, session: Session) -> None:
+        """End the reply that runs; may be called from a signal handler."""
+        self.pipe.stop_session(session)
 
 
 @dataclass

@@ -7,6 +7,8 @@ feature is still to come is accepted by name and raises when it is used; any oth
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,30 @@ def _positive(help: str, default: int | None, advice: str, *, least: int = 1, fl
 
 def _seconds(default: float, help: str) -> Any:
     return setting(default, help, holds=lambda value: value > 0, rule="must be more than 0", advice="give seconds")
+
+
+def _named_folders(given: Any) -> Any:
+    """A mapping of texts like ``name=folder``; a folder alone is named by its last part. Others stay as they are."""
+    if isinstance(given, Mapping):
+        return {
+            name: os.fspath(folder) if isinstance(folder, os.PathLike) else folder for name, folder in given.items()
+        }
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return given
+    folders: dict[str, str] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            name, folder = Path(text).name, text
+        if name in folders:
+            raise ConfigError(f"adapters={given!r} names {name!r} twice; give each a name of its own, as NAME=PATH")
+        folders[name] = folder
+    return folders
+
+
+def _names_folders(adapters: dict[Any, Any]) -> bool:
+    return all(isinstance(text, str) and text for pair in adapters.items() for text in pair)
 
 
 def _valid_cache_share(value: float) -> bool:
@@ -134,6 +160,25 @@ class EngineConfig:
         rule=f"must lie between 1 and {MAX_DRAFTS}",
         advice="3 and 7 are usual: with the token before them they fill up what is computed together",
     )
+    adapters: dict[str, str] | None = setting(
+        None,
+        "LoRA adapters that requests may ask for: NAME=PATH for each, or PATH, whose name is then its last part",
+        holds=_names_folders,
+        rule="must be names with folders, none of them empty",
+        advice="give NAME=PATH, the folder that PEFT saved an adapter to",
+        reads=_named_folders,
+    )
+    max_loras: int | None = _positive(
+        "adapters that may be in use at a time; default: 8 where there are adapters; without any, room for those that "
+        "are loaded later",
+        None,
+        "8 is usual; others wait their turn",
+    )
+    max_lora_rank: int | None = _positive(
+        "largest rank of an adapter; default: 16, or what those that are given need",
+        None,
+        "16 and 64 are usual",
+    )
     rope_scaling_factor: float = setting(
         0.0,
         "stretch positions by this factor (dynamic NTK); 0: as the model's config.json says",
@@ -155,7 +200,6 @@ class EngineConfig:
     speculative_draft_model: str | None = alias("speculative_model")
     speculative_num_draft_tokens: int | None = alias("num_speculative_tokens")
 
-    adapters: dict[str, str] | None = missing("merge the LoRA weights into the model and leave adapters out")
     hf_overrides: dict[str, Any] | None = missing("edit a copy of config.json")
     async_: int | None = ignored("steps always overlap as far as the device allows")
     cache_chunk_size: int | None = ignored("the KV cache is one array per layer")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Job:
     """One reply to generate: the ``alternative``-th of ``how.n`` for a prompt.
 
-    ``goes_on``: the session's next prompt is expected to go on from it.
+    ``adapter`` is the LoRA adapter that makes it. ``goes_on``: the session's next prompt is expected to go on from it.
     """
 
     ids: tuple[int, ...]
@@ -25,6 +25,7 @@ class Job:
     index: int
     how: ResolvedGeneration
     alternative: int
+    adapter: str | None = None
     goes_on: bool = False
 
     def request(self, request_id: str, *, embed: bool = False) -> TextRequest:
@@ -37,6 +38,7 @@ class Job:
             self.how.alternatives()[self.alternative],
             session_id=str(self.session_id) if self.goes_on else None,
             embed=embed,
+            adapter=self.adapter,
         )
         return TextRequest.of(request, self.how)
 

@@ -7,8 +7,9 @@ import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
 from jaxdeploy.embedding import pooled
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from jaxdeploy.tokenizer import Tokenizer
 
 logger = logging.getLogger("jaxdeploy")
+
+AdapterNames: TypeAlias = str | Sequence[str | None] | None
+"""One LoRA adapter for all prompts, or one for each; ``None`` is the model itself."""
 
 
 def pipeline(
@@ -95,6 +99,29 @@ class Pipeline:
         """Longest prompt plus reply, in tokens."""
         return self.generator.session_len
 
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the LoRA adapters that ``adapter_name`` may be."""
+        engine = self.generator.engine
+        return self._streams.between_steps(lambda: engine.stats.adapters)
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Read a LoRA adapter in PEFT's layout; it takes the place of one that has this name.
+
+        Replies go on meanwhile, those that run with an adapter of this name to their end.
+
+        Raises:
+            CheckpointError: it is damaged or does not fit; the message lists every fault.
+            ConfigError: there is no room for adapters.
+        """
+        engine = self.generator.engine
+        self._streams.between_steps(lambda: engine.load_adapter(name, path)).result()
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter; replies that run with it go on to their end. Raises ``UnknownAdapterError``."""
+        engine = self.generator.engine
+        self._streams.between_steps(lambda: engine.unload_adapter(name)).result()
+
     def __call__(
         self,
         prompts: Prompts,
@@ -110,13 +137,16 @@ class Pipeline:
             gen_config: for all prompts, or a list with one for each.
             use_tqdm: a progress bar on stderr; default: on a terminal, for more than one prompt.
             options: single fields of ``GenerationConfig`` by their names, ``request_output_len`` (LMDeploy's older
-                name of ``max_new_tokens``), and ``do_preprocess`` (False: texts are not put into the chat template).
+                name of ``max_new_tokens``), ``do_preprocess`` (False: texts are not put into the chat template), and
+                ``adapter_name``, the LoRA adapter to answer with, for all prompts or a list with one for each (None:
+                the model itself).
 
         Returns:
             One ``Response`` for one prompt; a list for a list of prompts, or where ``n`` is above 1.
 
         Raises:
-            RequestError: a prompt cannot be served; nothing was generated then.
+            RequestError: a prompt cannot be served, or (``UnknownAdapterError``) there is no such adapter; nothing was
+                generated then.
         """
         jobs, single = self._jobs(prompts, gen_config, **options)
         responses = [Response("", 0, len(job.ids), job.session_id, index=job.index) for job in jobs]
@@ -141,22 +171,27 @@ class Pipeline:
         """
         return self._stream(self._jobs(prompts, gen_config, **options)[0])
 
-    def embed(self, texts: Prompts, *, pooling: str = "last", normalize: bool = True) -> list[list[float]]:
+    def embed(
+        self, texts: Prompts, *, pooling: str = "last", normalize: bool = True, adapter_name: AdapterNames = None
+    ) -> list[list[float]]:
         """A vector of D numbers for each of ``texts``, which are taken as they are, or of token ids.
 
         Args:
             texts: as the prompts of a call.
             pooling: ``last``, the hidden state of the last token, or ``mean``, of all.
             normalize: have vectors of length 1.
+            adapter_name: as in a call.
 
         Raises:
-            RequestError: a text is empty or too long, or the pooling is unknown.
+            RequestError: a text is empty or too long, or the pooling or adapter is unknown.
         """
         config = GenerationConfig(do_sample=False, max_new_tokens=1)
-        jobs, _ = self._jobs(texts, config, do_preprocess=False)
+        jobs, _ = self._jobs(texts, config, do_preprocess=False, adapter_name=adapter_name)
         return [pooled(reading, pooling, normalize=normalize) for reading in self._read(jobs)]
 
-    def get_ppl(self, input_ids: Sequence[int] | Sequence[Sequence[int]]) -> list[float]:
+    def get_ppl(
+        self, input_ids: Sequence[int] | Sequence[Sequence[int]], *, adapter_name: AdapterNames = None
+    ) -> list[float]:
         """For each sequence of at least 2 token ids the mean cross-entropy of all but the first, in nats.
 
         It is LMDeploy's function of the name: the perplexity is the exponential of what it gives.
@@ -169,7 +204,7 @@ class Pipeline:
         if any(len(prompt["prompt_token_ids"]) < 2 for prompt in prompts):
             raise RequestError("input_ids must have at least 2 tokens each: the first is not scored; give more")
         config = GenerationConfig(do_sample=False, max_new_tokens=1, prompt_logprobs=0)
-        jobs, _ = self._jobs(prompts, config, do_preprocess=False)
+        jobs, _ = self._jobs(prompts, config, do_preprocess=False, adapter_name=adapter_name)
         scores = [reading.logprobs for reading in self._read(jobs)]
         return [-sum(token.logprob for token in tokens) / len(tokens) for tokens in scores]
 
@@ -243,21 +278,26 @@ class Pipeline:
         gen_config: GenerationConfig | Sequence[GenerationConfig] | None,
         *,
         do_preprocess: bool = True,
-        adapter_name: str | None = None,
+        adapter_name: AdapterNames = None,
         session_id: int | None = None,
         **fields: Any,
     ) -> tuple[list[Job], bool]:
-        if adapter_name is not None:
-            raise ConfigError(f"adapter_name={adapter_name!r} is not there yet; merge the LoRA weights into the model")
         several, single = as_list(prompts)
+        configs, adapters = _configs(gen_config, len(several), fields), _adapters(adapter_name, len(several))
         jobs: list[Job] = []
-        for prompt, config in zip(several, _configs(gen_config, len(several), fields), strict=True):
+        for prompt, config, adapter in zip(several, configs, adapters, strict=True):
             session = next(self._session_ids) if session_id is None else session_id
-            jobs += self._alternatives(prompt, config, do_preprocess, session, len(jobs))
+            jobs += self._alternatives(prompt, config, adapter, do_preprocess, session, len(jobs))
         return jobs, single
 
     def _alternatives(
-        self, prompt: Prompt, config: GenerationConfig, do_preprocess: bool, session_id: int, first: int
+        self,
+        prompt: Prompt,
+        config: GenerationConfig,
+        adapter: str | None,
+        do_preprocess: bool,
+        session_id: int,
+        first: int,
     ) -> list[Job]:
         made = self.generator
         ids = encode(prompt, made.tokenizer, made.template, do_preprocess=do_preprocess)
@@ -268,7 +308,7 @@ class Pipeline:
             eos_token_ids=made.eos_token_ids,
             template_stops=made.template.stop_words if do_preprocess else (),
         )
-        return [Job(ids, session_id, first + index, how, index) for index in range(how.n)]
+        return [Job(ids, session_id, first + index, how, index, adapter) for index in range(how.n)]
 
     def _read(self, jobs: list[Job]) -> list[PromptReading]:
         """What is told of the prompts of ``jobs``; what they are answered is dropped."""
@@ -328,6 +368,16 @@ def _configs(
             f"gen_config has {len(several)} entries for {count} prompts; give one for each, or one for all"
         )
     return [dataclasses.replace(config, **over) for config in several]
+
+
+def _adapters(given: AdapterNames, count: int) -> list[str | None]:
+    """One adapter for each prompt."""
+    several = [given] * count if given is None or isinstance(given, str) else list(given)
+    if len(several) != count:
+        raise ConfigError(
+            f"adapter_name has {len(several)} entries for {count} prompts; give one for each, or one for all"
+        )
+    return several
 
 
 def _progress_bar(total: int, wanted: bool | None) -> Any:

@@ -41,6 +41,7 @@ class Setting:
     holds: Callable[[Any], bool] | None = None
     advice: str = ""
     words: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reads: Callable[[Any], Any] | None = None
     flag: bool = True
     ignored: str = ""
     missing: str = ""
@@ -70,13 +71,15 @@ def setting(
     holds: Callable[[Any], bool] | None = None,
     advice: str = "",
     words: Mapping[str, Any] | None = None,
+    reads: Callable[[Any], Any] | None = None,
     flag: bool = True,
 ) -> Any:
     """A field: ``rule`` says in words what ``holds`` checks, ``advice`` what to do when it does not.
 
-    ``words`` are texts accepted in place of values, e.g. ``int8`` for 8; ``flag`` False keeps it off command lines.
+    ``words`` are texts accepted in place of values, e.g. ``int8`` for 8; ``reads`` makes a value of other forms that
+    are accepted; ``flag`` False keeps it off command lines.
     """
-    about = Setting(help, choices, rule, holds, advice, words or {}, flag)
+    about = Setting(help, choices, rule, holds, advice, words or {}, reads, flag)
     return dataclasses.field(default=default, metadata={"setting": about})
 
 
@@ -132,6 +135,8 @@ def checked(cls: type[Any], name: str, value: Any) -> Any:
         return None
     if isinstance(value, str):
         value = about.words.get(value, value)
+    if about.reads is not None:
+        value = about.reads(value)
     value = _as_list(name, kind, value) if is_list else _as_kind(name, kind, value, value)
     _check_rule(name, about, value)
     return value

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason
 
 if TYPE_CHECKING:
     from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
+
+
+T = TypeVar("T")
 
 
 class Streams:
@@ -47,6 +50,11 @@ class Streams:
     def stop(self, request_ids: Sequence[str]) -> None:
         """End these requests before the next step. Takes no lock, so that signal handlers may call it."""
         self._stopped.extend(request_ids)
+
+    def between_steps(self, ask: Callable[[], T]) -> T:
+        """What the generator's engine says while no step runs."""
+        with self._lock:
+            return ask()
 
     def close(self) -> None:
         """Free the generator; it waits for the step that runs."""

@@ -59,18 +59,23 @@ class RunningServer(RunningApp):
         return not (stats.active_blocks or stats.running or stats.waiting or self.served.held)
 
 
-def demo_engine() -> AsyncEngine:
+def demo_config(**settings: Any) -> EngineConfig:
+    """Small sizes."""
+    return EngineConfig(max_batch_size=8, session_len=SESSION_LEN, block_size=16, warmup=False, **settings)
+
+
+def demo_engine(**settings: Any) -> AsyncEngine:
     """The bundled model, in this process."""
-    config = EngineConfig(max_batch_size=8, session_len=SESSION_LEN, block_size=16, warmup=False)
+    config = demo_config(**settings)
     return AsyncEngine(Generator.from_pretrained(bundled_model(), config))
 
 
 @contextmanager
 def running(
-    engine: AsyncEngine, most: int = MOST, parsers: dict[str, str] | None = None, **config: Any
+    engine: AsyncEngine, most: int = MOST, options: dict[str, Any] | None = None, **config: Any
 ) -> Iterator[RunningServer]:
     """A server over ``engine``."""
-    server = RunningServer(Served(engine, NAME, most, **(parsers or {})), ServerConfig(**config))
+    server = RunningServer(Served(engine, NAME, most, **(options or {})), ServerConfig(**config))
     yield server
     server.close()
 

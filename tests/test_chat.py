@@ -71,6 +71,17 @@ def test_piped_input_is_one_prompt(
     assert "cut off" in captured.err
 
 
+def test_an_adapter_answers(loads: list[FakeGenerator], capsys: pytest.CaptureFixture[str]) -> None:
+    """The first, unless another one is named."""
+    argv = ["m", "--prompt", "hello", "--adapters", "x=/one", "/folder/two"]
+    assert main(argv) == 0
+    assert main([*argv, "--adapter-name", "two"]) == 0
+    assert [load.submitted[0].request.adapter for load in loads] == ["x", "two"]
+    assert main([*argv, "--adapter-name", "three"]) == 2
+    assert main([*argv[:3], "--adapter-name", "three"]) == 2
+    assert "adapter_name='three' is not among --adapters; choose one of x, two\n" in capsys.readouterr().err
+
+
 def test_completion_passes_text_on(loads: list[FakeGenerator], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["m", "--chat-template", "chatml", "--cap", "completion", "--prompt", "Once"]) == 0
     assert capsys.readouterr().out == "Once\n"

@@ -88,7 +88,11 @@ def test_an_unknown_name_names_the_nearest() -> None:
         (EngineConfig, "load_format", "gguf"),
         (EngineConfig, "rope_scaling_factor", -1.0),
         (EngineConfig, "warmup", "yes"),
-        (EngineConfig, "adapters", {"a": "b"}),
+        (EngineConfig, "adapters", {"a": ""}),
+        (EngineConfig, "adapters", {"": "b"}),
+        (EngineConfig, "adapters", ["a=b", "a=c"]),
+        (EngineConfig, "adapters", 5),
+        (EngineConfig, "max_loras", 0),
         (GenerationConfig, "n", 0),
         (GenerationConfig, "max_new_tokens", 0),
         (GenerationConfig, "top_p", 1.1),
@@ -177,3 +181,16 @@ def test_yaml(tmp_path: Path) -> None:
             read_yaml(str(path))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_yaml(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"a": Path("/x/y")}, {"a": "/x/y"}),
+        ("/x/y/", {"y": "/x/y/"}),
+        (["a=/x=1", "/x/y"], {"a": "/x=1", "y": "/x/y"}),
+        (None, None),
+    ],
+)
+def test_forms_of_adapters(given: Any, kept: Any) -> None:
+    assert EngineConfig(adapters=given).adapters == kept

@@ -7,8 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -311,7 +310,7 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
         engine.load_adapter("a", TinyAdapter(rank=9).write(tmp_path / "a")).result(60)
     assert engine.adapters == ("0",)
     with pytest.raises(ConfigError, match="adapter='a' cannot be loaded: there is no room"):
-        tiny_engine().load_adapter("a", tmp_path / "a")
+        tiny_engine().load_adapter("a", tmp_path / "a").result(60)
     narrow = AdapterReader(LINEARS, bank_of(CONFIG, LINEARS, make_mesh(1), slots=1, max_rank=8, dtype=jnp.float32), 8)
     with pytest.raises(CheckpointError, match=r"adapts lm_head, as none did that was given at start"):
         narrow.read(TinyAdapter(targets=("lm_head",)).write(tmp_path / "head"))
@@ -345,12 +344,11 @@ def test_nothing_is_compiled_after_warm_up(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_an_engine_from_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With the settings that ``EngineConfig`` will have."""
     caplog.set_level(logging.INFO, "jaxdeploy")
     base, folder = write_base(tmp_path / "base"), tiny(2).write(tmp_path / "two")
     sizes = EngineConfig(session_len=64, max_batch_size=2, max_prefill_token_num=32, block_size=16, warmup=False)
-    settings = SimpleNamespace(**{**vars(sizes), "adapters": {"two": str(folder)}, "max_loras": 2})
-    engine = build_engine(base, read_hf_config(base), cast(EngineConfig, settings))
+    settings = replace(sizes, adapters={"two": str(folder)}, max_loras=2)
+    engine = build_engine(base, read_hf_config(base), settings)
     assert engine.adapters == ("two",)
     engine.load_adapter("three", tiny(3).write(tmp_path / "three")).result(60)
     sampling = SamplingParams(max_new_tokens=4)

@@ -93,8 +93,16 @@ def test_old_keyword_arguments() -> None:
     assert (sampling.top_k, sampling.top_p, sampling.temperature) == (40, 0.8, 0.8)
     with pytest.raises(ConfigError, match="the nearest one is top_p"):
         pipe("a", top_pp=1)
-    with pytest.raises(ConfigError, match="adapter_name='x' is not there yet"):
-        pipe("a", adapter_name="x")
+
+
+def test_adapters_are_passed_on_for_all_or_for_each() -> None:
+    pipe, generator = fake_pipeline()
+    pipe(["a", "b"], adapter_name="x")
+    pipe(["a", "b"], adapter_name=[None, "y"], n=2)
+    pipe.chat("a", adapter_name="x")
+    assert [request.request.adapter for request in generator.submitted] == ["x", "x", None, None, "y", "y", "x"]
+    with pytest.raises(ConfigError, match="adapter_name has 1 entries for 2 prompts; give one for each"):
+        pipe(["a", "b"], adapter_name=["x"])
 
 
 def test_alternatives_are_flat_and_numbered() -> None:

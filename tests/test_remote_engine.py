@@ -7,20 +7,25 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from numpy.testing import assert_allclose
 
+from jaxdeploy.engine.adapters import Adapters
 from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.checks import RequestLimits
+from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.generator import TextRequest
-from jaxdeploy.engine.remote import EngineDiedError, RemoteEngine
+from jaxdeploy.engine.remote import PATIENCE, EngineDiedError, RemoteEngine
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import ConfigError, ContextLengthError, RequestError
+from jaxdeploy.errors import CheckpointError, ConfigError, ContextLengthError, RequestError, UnknownAdapterError
 from jaxdeploy.messages import FinishReason, Request, StepOutput
 from tests.tiny_models import SESSION_LEN, VOCAB, outputs_of, prompt, request, tiny_engine
 from tests.tiny_text import generate, joined, tiny_generator
@@ -43,6 +48,8 @@ class Echo:
     def __init__(self, fails: int = 1 << 30) -> None:
         self._left: dict[str, list[int]] = {}
         self._fails = fails
+        self._adapters = Adapters()
+        self._loader = ThreadPoolExecutor(1)
 
     @property
     def has_work(self) -> bool:
@@ -50,9 +57,29 @@ class Echo:
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(running=len(self._left))
+        return EngineStats(running=len(self._left), adapters=self._adapters.names)
+
+    def load_adapter(self, name: str, folder: str | Path) -> Future[None]:
+        """``folder`` says what becomes of it."""
+
+        def read() -> None:
+            if folder == "the end":
+                os._exit(7)
+            time.sleep(0.2)
+            if folder == "damaged":
+                raise CheckpointError(f"adapter={name} is damaged; give another")
+            if folder == "odd":
+                raise OddError("no luck", 3)
+            self._adapters.load(name, folder)
+
+        return self._loader.submit(read)
+
+    def unload_adapter(self, name: str) -> Future[None]:
+        return Engine.unload_adapter(cast(Engine, SimpleNamespace(_adapters=self._adapters)), name)
 
     def add(self, item: Request) -> None:
+        if item.adapter is not None:
+            self._adapters.named(item.adapter)
         self._left[item.request_id] = list(item.prompt_token_ids)
 
     def abort(self, request_id: str) -> None:
@@ -277,4 +304,109 @@ def test_who_waits_for_a_dead_process_hears_of_it(caplog: pytest.LogCaptureFixtu
     with pytest.raises(EngineStoppedError):
         asyncio.run(asyncio.wait_for(ask(), 30))
     assert "OddError: no luck" in caplog.text
+    engine.close()
+
+
+def answered(engine: RemoteEngine, call: Future[None]) -> None:
+    assert until(engine, call.done)
+    call.result(0)
+
+
+def test_adapters_come_and_go_while_others_run() -> None:
+    engine = RemoteEngine(Thinking)
+    engine.add(Request("a", (1,)))
+    with pytest.raises(UnknownAdapterError, match="adapter='x' is not loaded; none is loaded; load it first"):
+        engine.add(Request("b", (1,), adapter="x"))
+    loading = engine.load_adapter("x", "fine")
+    begun = time.monotonic()
+    assert engine.step() == [], "the answer wakes whoever waits"
+    assert time.monotonic() - begun < PATIENCE - 0.05
+    answered(engine, loading)
+    assert engine.stats == EngineStats(running=1, adapters=("x",))
+    engine.add(Request("b", (1,), adapter="x"))
+    assert until(engine, lambda: engine.stats.running == 2)
+    answered(engine, engine.unload_adapter("x"))
+    assert engine.stats == EngineStats(running=2)
+    with pytest.raises(UnknownAdapterError, match="adapter='x' is not loaded"):
+        answered(engine, engine.unload_adapter("x"))
+    engine.close()
+
+
+def test_an_idle_engine_answers_too() -> None:
+    engine = RemoteEngine(echo)
+    names = [f"{number}" for number in range(5)]
+    calls = [engine.load_adapter(name, "fine") for name in names]
+    given_up = engine.load_adapter("given up", "fine")
+    assert given_up.cancel()
+    damaged, odd = engine.load_adapter("y", "damaged"), engine.load_adapter("y", "odd")
+    waits = engine.has_work
+    for call in calls:
+        answered(engine, call)
+    with pytest.raises(CheckpointError, match="adapter=y is damaged; give another"):
+        answered(engine, damaged)
+    with pytest.raises(EngineDiedError, match="OddError: no luck"):
+        answered(engine, odd)
+    assert engine.stats.adapters == (*names, "given up")
+    assert (waits, engine.has_work) == (True, False)
+    assert collect(engine, [Request("a", (1, 2), adapter="3")]) == {"a": [1, 2]}
+    engine.close()
+
+
+def test_a_request_that_meets_the_unloading_of_its_adapter_ends() -> None:
+    """And the engine does not."""
+    engine = RemoteEngine(echo)
+    answered(engine, engine.load_adapter("x", "fine"))
+    unloading = engine.unload_adapter("x")
+    engine.add(Request("a", (1, 2), adapter="x"))
+    outputs = list[StepOutput]()
+    while not outputs:
+        outputs = engine.step()
+    assert outputs == [StepOutput("a", (), FinishReason.ERROR)]
+    answered(engine, unloading)
+    assert not engine.has_work
+    engine.close()
+
+
+@pytest.mark.parametrize("how", ["dies", "closed"])
+def test_calls_fail_when_the_process_ends(how: str) -> None:
+    engine = RemoteEngine(echo)
+    calls = [engine.load_adapter("x", "fine"), engine.load_adapter("y", "the end")]
+    if how == "closed":
+        engine.close()
+        assert not engine.has_work
+    else:
+        with pytest.raises(EngineDiedError, match="ended with exit code 7"):
+            step_until_it_ends(engine)
+    with pytest.raises(EngineDiedError):
+        calls[1].result(0)
+    engine.close()
+
+
+def test_loading_through_the_asynchronous_engine() -> None:
+    engine = AsyncEngine(tiny_generator(RemoteEngine(echo)))
+
+    async def ask(name: str) -> list[int]:
+        asked = TextRequest(request("a", (1, 2, 3)))
+        asked = replace(asked, request=replace(asked.request, adapter=name))
+        return [token async for output in engine.generate(asked) for token in output.token_ids]
+
+    async def talk() -> None:
+        with pytest.raises(UnknownAdapterError):
+            await ask("x")
+        with pytest.raises(CheckpointError):
+            await engine.load_adapter("x", "damaged")
+        loading = asyncio.create_task(engine.load_adapter("x", "fine"))
+        assert (await engine.stats()).adapters == (), "others are not held up"
+        await loading
+        assert (await engine.stats()).adapters == ("x",)
+        assert await ask("x") == [1, 2, 3]
+        await engine.unload_adapter("x")
+        with pytest.raises(UnknownAdapterError):
+            await engine.unload_adapter("x")
+        with pytest.raises(EngineDiedError, match="ended with exit code 7"):
+            await engine.load_adapter("x", "the end")
+        with pytest.raises(EngineStoppedError):
+            await engine.load_adapter("x", "fine")
+
+    asyncio.run(asyncio.wait_for(talk(), 60))
     engine.close()

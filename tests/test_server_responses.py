@@ -55,7 +55,7 @@ def tool_client(engine: AsyncEngine) -> Iterator[openai.OpenAI]:
         "{{ call.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     )
     usual, made.template = made.template, replace(made.template, jinja=compile_template(template), name="tools")
-    with running(engine, parsers={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as server:
+    with running(engine, options={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as server:
         with client_of(server) as client:
             yield client
         assert until(server.idle)

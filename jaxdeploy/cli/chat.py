@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
-from jaxdeploy.errors import RequestError
+from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.settings import ignored, setting, settings
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class ChatOptions:
         None, "name (jaxdeploy list), or a JSON or Jinja file; default: the checkpoint's own"
     )
     meta_instruction: str | None = setting(None, "the system prompt")
+    adapter_name: str | None = setting(None, "which of --adapters answers; default: the first")
     cap: str | None = setting(
         None,
         "chat, or completion: continue raw text",
@@ -56,13 +57,23 @@ def run(args: Namespace) -> int:
     prompt = _piped() if args.prompt is None and not sys.stdin.isatty() else args.prompt
     if prompt == "" and options.cap != "completion":
         raise RequestError("prompt='' says nothing; write some text, or add --cap completion to begin from nothing")
+    config = EngineConfig(**{"max_batch_size": 1, **of_engine})
+    adapter = _adapter(options.adapter_name, config)
     options.log_level = options.log_level or ("INFO" if prompt is None else "WARNING")
-    with _load(args.model, options, {"max_batch_size": 1, **of_engine}) as pipe:
-        return _chat(pipe, options, gen_config, prompt, args.model)
+    with _load(args.model, options, config) as pipe:
+        return _chat(pipe, adapter, options, gen_config, prompt, args.model)
 
 
-def _load(model: str | None, options: ChatOptions, of_engine: dict[str, Any]) -> Pipeline:
-    config = EngineConfig(**of_engine)
+def _adapter(name: str | None, config: EngineConfig) -> str | None:
+    """The LoRA adapter that answers, if there are any. Raises ``ConfigError`` for one that is not given."""
+    given = config.adapters or {}
+    if name is not None and name not in given:
+        known = f"choose one of {', '.join(given)}" if given else f"add --adapters {name}=PATH"
+        raise ConfigError(f"adapter_name={name!r} is not among --adapters; {known}")
+    return name or next(iter(given), None)
+
+
+def _load(model: str | None, options: ChatOptions, config: EngineConfig) -> Pipeline:
     template = template_config(options)
     from jaxdeploy.chat import bundled_model
     from jaxdeploy.pipeline import pipeline
@@ -76,18 +87,24 @@ def _load(model: str | None, options: ChatOptions, of_engine: dict[str, Any]) ->
 
 
 def _chat(
-    pipe: Pipeline, options: ChatOptions, gen_config: GenerationConfig, prompt: str | None, model: str | None
+    pipe: Pipeline,
+    adapter: str | None,
+    options: ChatOptions,
+    gen_config: GenerationConfig,
+    prompt: str | None,
+    model: str | None,
 ) -> int:
     from jaxdeploy.chat import Chat
     from jaxdeploy.chat_input import line_reader
-    from jaxdeploy.chat_session import Conversation
+    from jaxdeploy.chat_session import Conversation, WithAdapter
     from jaxdeploy.cli import INTERRUPTED
 
     remembers = pipe.chat_template.capability == "chat"
-    chat = Chat(pipe, gen_config, Conversation(options.meta_instruction, remembers))
+    speaker = pipe if adapter is None else WithAdapter(pipe, adapter)
+    chat = Chat(speaker, gen_config, Conversation(options.meta_instruction, remembers))
     if prompt is not None:
         return 0 if chat.answer_once(prompt) else INTERRUPTED
-    chat.run(line_reader(), model or "bundled model")
+    chat.run(line_reader(), (model or "bundled model") + (f" with {adapter}" if adapter else ""))
     return 0
 
 

@@ -101,7 +101,7 @@ def _metavar(described: Described) -> str:
     choices = described.about.choices
     if len(choices) > 1:
         return "{" + ",".join(str(choice) for choice in choices) + "}"
-    return {int: "N", float: "X"}.get(described.kind, "TEXT")
+    return {int: "N", float: "X", dict: "NAME=PATH"}.get(described.kind, "TEXT")
 
 
 def _flag_names(cls: type[Any]) -> list[str]:

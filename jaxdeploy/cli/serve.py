@@ -41,6 +41,7 @@ class ServeOptions:
     )
     log_level: str = setting("INFO", "how much to report on stderr", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     api_key: str | None = setting(None, "api_client, gradio: the key that the server at URL asks for")
+    adapter_name: str | None = setting(None, "api_client: the LoRA adapter that answers, if not the model itself")
     meta_instruction: str | None = setting(None, "api_client, gradio: the system prompt")
 
 
@@ -121,7 +122,7 @@ def _talk(url: str, options: ServeOptions, generation: GenerationConfig) -> int:
     from jaxdeploy.chat_input import line_reader
     from jaxdeploy.chat_session import Conversation
 
-    client = ApiClient(url, options.api_key)
+    client = ApiClient(url, options.api_key, options.adapter_name)
     Chat(client, generation, Conversation(options.meta_instruction)).run(line_reader(), f"{client.model} at {url}")
     client.close()
     return 0

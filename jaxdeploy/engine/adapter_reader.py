@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.adapter import AdapterWeights, adaptable, read_adapter
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.errors import CheckpointError
+from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.lora import HEAD, AdapterBank, LowRank, bank_of
 from jaxdeploy.models.registry import Family
@@ -65,13 +65,14 @@ def adapters_of(
 ) -> EngineAdapters | None:
     """What ``config`` says of adapters; ``None`` where there are to be none.
 
-    Raises ``CheckpointError``: one of them is damaged, or does not fit.
+    Raises ``CheckpointError``: one of them is damaged, or does not fit; ``ConfigError``: a rank without adapters.
     """
-    folders: Mapping[str, str] = getattr(config, "adapters", None) or {}
-    slots: int | None = getattr(config, "max_loras", None)
+    folders, slots, most = config.adapters or {}, config.max_loras, config.max_lora_rank
     if not folders and not slots:
+        if most:
+            raise ConfigError(f"max_lora_rank={most} needs room for adapters; give adapters, or max_loras=8")
         return None
-    linears, most = adaptable(family, model), getattr(config, "max_lora_rank", None)
+    linears = adaptable(family, model)
     read = {name: read_adapter(folder, linears, max_rank=most) for name, folder in folders.items()}
     rank = most or max((weights.rank for weights in read.values()), default=1)
     rank = -(-rank // ROUNDED) * ROUNDED

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxdeploy.errors import UnknownAdapterError
+from jaxdeploy.engine.checks import check_adapter
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,9 +55,7 @@ class Adapters:
 
     def named(self, name: str) -> Adapter:
         """The adapter that has a name. Raises ``UnknownAdapterError``."""
-        if name not in self._named:
-            known = f"choose one of {', '.join(self._named)}" if self._named else "none is loaded; load it first"
-            raise UnknownAdapterError(f"adapter={name!r} is not loaded; {known}")
+        check_adapter(name, self._named)
         return self._named[name]
 
     def load(self, name: str, content: Any) -> None:

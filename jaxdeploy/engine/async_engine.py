@@ -7,8 +7,10 @@ import contextlib
 import logging
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
@@ -127,6 +129,22 @@ class AsyncEngine:
         self._send(look)
         return await found
 
+    async def load_adapter(self, name: str, folder: str | Path) -> None:
+        """Read a LoRA adapter in PEFT's layout; then requests may ask for it. Others go on meanwhile.
+
+        Raises:
+            CheckpointError: it is damaged or does not fit. ConfigError: there is no room for adapters.
+            EngineStoppedError, EngineDiedError: the engine ended before it was done.
+        """
+        await self._call(lambda: self.generator.engine.load_adapter(name, folder))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Refuse requests for an adapter; those that are there go on to their end.
+
+        Raises ``UnknownAdapterError``, and when the engine ends like ``load_adapter``.
+        """
+        await self._call(lambda: self.generator.engine.unload_adapter(name))
+
     async def abort(self, request_id: str) -> None:
         """End a request; its stream raises ``EngineStoppedError``."""
         self._tell(lambda: self._fail(request_id, EngineStoppedError(f"request {request_id} was aborted")))
@@ -136,6 +154,20 @@ class AsyncEngine:
         self._tell(None)
         self._thread.join()
         self.generator.close()
+
+    async def _call(self, call: Callable[[], Future[None]]) -> None:
+        """Have the engine's thread make a call, and wait for the answer."""
+        answer: Future[None] = Future()
+
+        def begin() -> None:
+            try:
+                self._check_running()
+                call().add_done_callback(partial(_pass_on, answer))
+            except Exception as error:  # whoever called hears of it; what else was asked for goes on
+                answer.set_exception(error)
+
+        self._send(begin)
+        await asyncio.shield(asyncio.wrap_future(answer))
 
     def _send(self, command: Callable[[], None]) -> None:
         with self._sending:
@@ -220,3 +252,12 @@ def _resolve(future: asyncio.Future[EngineStats], answer: EngineStats | Exceptio
         future.set_exception(answer)
     else:
         future.set_result(answer)
+
+
+def _pass_on(answer: Future[None], done: Future[None]) -> None:
+    if done.cancelled():
+        answer.set_exception(EngineStoppedError("the engine stopped before it had answered; restart it"))
+    elif (error := done.exception()) is not None:
+        answer.set_exception(error)
+    else:
+        answer.set_result(None)

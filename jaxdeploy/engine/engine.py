@@ -40,7 +40,7 @@ from jaxdeploy.engine.sequence import Reading, Sequence
 from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.errors import ConfigError, RequestError, UnknownAdapterError
 from jaxdeploy.messages import NO_GUESSES, FinishReason, Request, StepOutput, TokenLogprob
 
 logger = logging.getLogger("jaxdeploy")
@@ -110,6 +110,7 @@ class Engine:
         self._readers: dict[Sequence, PromptReader] = {}
         self._compiler = ThreadPoolExecutor(1, "jaxdeploy-compiler")
         self._compiling: dict[Sequence, Future[Matcher | None]] = {}
+        self._loader = ThreadPoolExecutor(1, "jaxdeploy-loader")
 
     @property
     def has_work(self) -> bool:
@@ -136,6 +137,7 @@ class Engine:
             steps=self._steps,
             preemptions=scheduler.preemptions,
             guesses=self._speculation.guesses if self._speculation else NO_GUESSES,
+            adapters=self.adapters,
         )
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
@@ -189,25 +191,30 @@ class Engine:
     def load_adapter(self, name: str, folder: str | Path) -> Future[None]:
         """Read a LoRA adapter in PEFT's layout in a thread; once that is done requests may ask for it.
 
-        Raises:
-            ConfigError: the engine has no room for adapters. In the future: CheckpointError, where the adapter is
-                damaged or does not fit.
+        Raises, in the future:
+            CheckpointError: the adapter is damaged or does not fit. ConfigError: there is no room for adapters.
         """
-        reader = self._reader
-        if reader is None:
-            raise ConfigError(f"adapter={name!r} cannot be loaded: there is no room; start with max_loras=8")
 
         def read() -> None:
-            self._loaded.append((name, reader.read(folder)))
+            if self._reader is None:
+                raise ConfigError(f"adapter={name!r} cannot be loaded: there is no room; start with max_loras=8")
+            self._loaded.append((name, self._reader.read(folder)))
 
-        return self._compiler.submit(read)
+        return self._loader.submit(read)
 
-    def unload_adapter(self, name: str) -> None:
+    def unload_adapter(self, name: str) -> Future[None]:
         """Refuse requests for an adapter from now on; those that are there end as usual.
 
-        Raises ``UnknownAdapterError``.
+        Raises ``UnknownAdapterError``, in the future.
         """
-        self._adapters.unload(name)
+        answer: Future[None] = Future()
+        try:
+            self._adapters.unload(name)
+        except UnknownAdapterError as error:
+            answer.set_exception(error)
+        else:
+            answer.set_result(None)
+        return answer
 
     def step(self) -> list[StepOutput]:
         """Launch a step, then take in what the one before sampled: the new token of every sequence that got one."""
@@ -228,7 +235,8 @@ class Engine:
     def close(self) -> None:
         """Give the device memory back."""
         self._flight = None
-        self._compiler.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._compiler, self._loader):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._runner.close()
         if self._speculation is not None:
             self._speculation.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Protocol
 
 from jaxdeploy.engine.checks import RequestLimits
@@ -33,6 +35,14 @@ class EngineLike(Protocol):
 
     def abort(self, request_id: str) -> None:
         """Drop a request; one that has ended, or never was, is no error."""
+        ...
+
+    def load_adapter(self, name: str, folder: str | Path) -> Future[None]:
+        """Have a LoRA adapter read; once that is done requests may ask for it. What is wrong stands in the future."""
+        ...
+
+    def unload_adapter(self, name: str) -> Future[None]:
+        """Refuse requests for an adapter; those that are there go on. What is wrong stands in the future."""
         ...
 
     def step(self) -> list[StepOutput]:

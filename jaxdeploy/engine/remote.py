@@ -11,22 +11,26 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from jaxdeploy.engine.checks import RequestLimits, check_name
+from jaxdeploy.engine.checks import RequestLimits, check_adapter, check_name
 from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import JaxdeployError
-from jaxdeploy.messages import Request, StepOutput
+from jaxdeploy.errors import JaxdeployError, UnknownAdapterError
+from jaxdeploy.messages import FinishReason, Request, StepOutput
 
 PATIENCE = 0.5
 """Seconds that ``step`` waits for outputs, unless it is woken."""
 SWITCH_INTERVAL = 1e-4
 """Seconds after which the thread that sends has to let the one that steps go on; Python's own 5 ms are a whole step."""
+ANSWER_PAUSE = 0.01
+"""Seconds between two looks for the answer to a call, while there is nothing else to do."""
 LAST_WORDS = 10.0
 """Seconds that the process has to end by itself."""
 
@@ -60,6 +64,8 @@ class RemoteEngine:
         """What a request is called there → its name here: names may be used again, numbers are not."""
         self._numbers: dict[str, str] = {}
         self._count = 0
+        self._asked: dict[int, Future[None]] = {}
+        """Calls that are not answered yet, by their numbers."""
         self._arrived: list[StepOutput] = []
         self._limits: RequestLimits
         self._stats: EngineStats
@@ -78,13 +84,15 @@ class RemoteEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether outputs are to come."""
-        return bool(self._numbers)
+        """Whether outputs or answers are to come."""
+        return bool(self._numbers or self._asked)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises like ``Engine.add``."""
         check_name(request, request.request_id in self._numbers)
         self._limits.check(request)
+        if request.adapter is not None:
+            check_adapter(request.adapter, self._stats.adapters)
         self._count += 1
         number = str(self._count)
         self._numbers[request.request_id], self._names[number] = number, request.request_id
@@ -96,6 +104,14 @@ class RemoteEngine:
         if number is not None:
             del self._names[number]
             self._send("abort", number)
+
+    def load_adapter(self, name: str, folder: str | Path) -> Future[None]:
+        """Have a LoRA adapter read; ``step`` takes the answer. Raises like ``Engine.load_adapter``, in the future."""
+        return self._call("load_adapter", name, folder)
+
+    def unload_adapter(self, name: str) -> Future[None]:
+        """Refuse requests for an adapter; ``step`` takes the answer. Raises ``UnknownAdapterError``, in the future."""
+        return self._call("unload_adapter", name)
 
     def wake(self) -> None:
         """Have a ``step`` that waits return. Any thread may call it."""
@@ -115,6 +131,7 @@ class RemoteEngine:
             self._process.join(LAST_WORDS)
             self._process.kill()
         self._process.join()
+        self._fail_calls(EngineDiedError("the engine was closed before it had answered"))
         for end in (self._connection, self._woken, self._waker):
             end.close()
 
@@ -123,14 +140,27 @@ class RemoteEngine:
         if patience and any(ready == self._woken.fileno() for ready, _ in self._waiting.poll(1000 * patience)):
             os.read(self._woken.fileno(), 4096)
         while self._connection.poll():
-            outputs, self._stats = self._receive()
+            outputs, self._stats, answers = self._receive()
             self._arrived += outputs
+            for number, error in answers:
+                _settle(self._asked.pop(number), error)
 
     def _named(self, output: StepOutput) -> StepOutput:
         name = self._names[output.request_id]
         if output.finish_reason is not None:
             del self._names[output.request_id], self._numbers[name]
         return replace(output, request_id=name)
+
+    def _call(self, method: str, *arguments: Any) -> Future[None]:
+        """Have a method of the engine called that answers later."""
+        self._count += 1
+        answer = self._asked[self._count] = Future[None]()
+        self._send("call", (self._count, method, arguments))
+        return answer
+
+    def _fail_calls(self, error: Exception) -> None:
+        while self._asked:
+            _settle(self._asked.popitem()[1], error)
 
     def _send(self, what: str, about: Any) -> None:
         try:
@@ -146,12 +176,54 @@ class RemoteEngine:
             raise self._death() from error
         if isinstance(message, Exception):
             self._process.join(LAST_WORDS)
+            self._fail_calls(EngineDiedError(f"the engine failed: {message}"))
             raise message
         return message
 
     def _death(self) -> EngineDiedError:
         self._process.join(LAST_WORDS)
-        return EngineDiedError(f"the engine's process ended with exit code {self._process.exitcode}; restart it")
+        error = EngineDiedError(f"the engine's process ended with exit code {self._process.exitcode}; restart it")
+        self._fail_calls(error)
+        return error
+
+
+def _settle(answer: Future[None], error: Exception | None) -> None:
+    """Give an answer to whoever still waits for it."""
+    if not answer.set_running_or_notify_cancel():
+        return
+    if error is None:
+        answer.set_result(None)
+    else:
+        answer.set_exception(error)
+
+
+class _Calls:
+    """Methods of ``engine`` that were called and have not answered."""
+
+    def __init__(self, engine: EngineLike) -> None:
+        self._engine = engine
+        self._running: dict[int, Future[None]] = {}
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds after which to look again whether one has; ``None``: there is none."""
+        return ANSWER_PAUSE if self._running else None
+
+    def begin(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        """Call a method."""
+        self._running[number] = getattr(self._engine, method)(*arguments)
+
+    def answers(self) -> list[tuple[int, Exception | None]]:
+        """Number and error of each that has since the last time."""
+        done = [number for number, future in self._running.items() if future.done()]
+        return [(number, _fault_of(self._running.pop(number))) for number in done]
+
+
+def _fault_of(future: Future[None]) -> Exception | None:
+    """What went wrong, as it can be sent."""
+    error = future.exception()
+    assert error is None or isinstance(error, Exception), "nobody leaves the process here"
+    return None if error is None else _sendable(error)
 
 
 def _serve(connection: Connection, build: Callable[[], EngineLike]) -> None:
@@ -165,10 +237,13 @@ def _serve(connection: Connection, build: Callable[[], EngineLike]) -> None:
             send((engine.limits, said))
             gc.collect()
             gc.freeze()  # what is here now stays; looking through it again and again would hold up steps
-            while _obey(connection, engine):
-                outputs, stats = engine.step(), engine.stats
-                if outputs or stats != said:
-                    send((outputs, stats))
+            calls, refused = _Calls(engine), list[StepOutput]()
+            while _obey(connection, engine, calls, refused):
+                outputs, answers = [*refused, *engine.step()], calls.answers()
+                refused.clear()
+                stats = engine.stats
+                if outputs or answers or stats != said:
+                    send((outputs, stats, answers))
                     said = stats
             engine.close()
         except EOFError:
@@ -194,15 +269,26 @@ def _outbox(connection: Connection) -> Iterator[Callable[[Any], None]]:
     thread.join()
 
 
-def _obey(connection: Connection, engine: EngineLike) -> bool:
-    """Do what was asked for since the last step, waiting while there is nothing else to do; whether to go on."""
-    idle = not engine.has_work
-    while idle or connection.poll():
-        what, about = connection.recv()
-        if what == "close":
-            return False
-        (engine.add if what == "add" else engine.abort)(about)
-        idle = False
+def _obey(connection: Connection, engine: EngineLike, calls: _Calls, refused: list[StepOutput]) -> bool:
+    """Do what was asked for since the last step, waiting while there is nothing else to do; whether to go on.
+
+    A request for an adapter that has just been unloaded is ``refused``.
+    """
+    patience = 0 if engine.has_work else calls.patience
+    while connection.poll(patience):
+        match connection.recv():
+            case "add", request:
+                try:
+                    engine.add(request)
+                except UnknownAdapterError:
+                    refused.append(StepOutput(request.request_id, (), FinishReason.ERROR))
+            case "abort", name:
+                engine.abort(name)
+            case "call", call:
+                calls.begin(*call)
+            case _:
+                return False
+        patience = 0
     return True
 
 

@@ -13,7 +13,8 @@ class EngineStats:
 
     ``cached_blocks`` nobody holds, but their content may still be found. ``prompt_tokens`` of all sequences that began
     to run, ``cached_tokens`` of them found in the cache; ``restored_blocks`` were brought back from host memory for it.
-    While anything runs ``steps`` grows. ``guesses`` are those of speculative decoding.
+    While anything runs ``steps`` grows. ``guesses`` are those of speculative decoding. ``adapters`` are those that
+    requests may ask for, by name.
     """
 
     waiting: int = 0
@@ -30,6 +31,7 @@ class EngineStats:
     steps: int = 0
     preemptions: int = 0
     guesses: Guesses = NO_GUESSES
+    adapters: tuple[str, ...] = ()
 
     @property
     def hit_rate(self) -> float:

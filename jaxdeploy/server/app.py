@@ -27,6 +27,7 @@ def create_app(served: Served, config: ServerConfig) -> FastAPI:
         **dict.fromkeys(hidden),  # type: ignore[arg-type]
     )
     app.state.served = served
+    app.state.needs_keys = bool(config.api_keys)
     error_handlers.install(app)
     for router in routers():
         app.include_router(router, responses=error_handlers.RESPONSES)

@@ -51,6 +51,11 @@ class Replies:
     def __len__(self) -> int:
         return len(self._readings)
 
+    @property
+    def model(self) -> str:
+        """Who replies."""
+        return self.served.model_of(self.origin)
+
     def check_room(self) -> None:
         """Raise ``OverloadedError`` if they are too many now."""
         self.served.check_room([self._prompt])

@@ -11,18 +11,24 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from jaxdeploy.errors import ContextLengthError, JaxdeployError
+from jaxdeploy.errors import ContextLengthError, JaxdeployError, UnknownAdapterError
 from jaxdeploy.server.errors import OverloadedError, UnknownModelError
 from jaxdeploy.server.protocol.error import ErrorBody, ErrorReply
 
 logger = logging.getLogger("jaxdeploy")
 
-TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error"}
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+}
 """HTTP status → OpenAI's type of the error."""
 
 CODES = {
     ContextLengthError: "context_length_exceeded",
     UnknownModelError: "model_not_found",
+    UnknownAdapterError: "model_not_found",
     OverloadedError: "rate_limit_exceeded",
 }
 
@@ -33,6 +39,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "the request is wrong",
         401: "the API key is missing or wrong",
+        403: "the server was not started for this",
         404: "there is no such model or response",
         409: "the session has a reply that runs",
         413: "the body is too large",

@@ -11,6 +11,12 @@ class UnknownModelError(JaxdeployError):
     http_status = 404
 
 
+class ForbiddenError(JaxdeployError):
+    """The server does not do this as it was started."""
+
+    http_status = 403
+
+
 class OverloadedError(JaxdeployError):
     """More is asked for than the server takes; ``retry_after`` is in seconds."""
 

@@ -6,6 +6,7 @@ import logging
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.errors import ConfigError
 from jaxdeploy.server.app import create_app
 from jaxdeploy.server.listening import address, certificate, listen
 from jaxdeploy.server.logs import set_up_logging
@@ -46,10 +47,14 @@ def load(
     progress: bool = False,
 ) -> Served:
     """``model`` with an engine in a process of its own, as routes want it. Raises ``JaxdeployError``."""
+    name = engine_config.model_name or model
+    if name in (engine_config.adapters or {}):
+        raise ConfigError(f"adapters={name!r} is the name of the model; choose another, or name the model (model_name)")
     return Served(
         AsyncEngine.from_pretrained(model, engine_config, chat_template=chat_template, progress=progress),
-        engine_config.model_name or model,
+        name,
         config.max_concurrent_requests,
+        adapters=engine_config.adapters,
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
     )

@@ -18,6 +18,7 @@ from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError, RequestError
 from jaxdeploy.generation_config import ResolvedGeneration, resolve
 from jaxdeploy.messages import FinishReason, Request
+from jaxdeploy.server.adapters import ServedAdapters
 from jaxdeploy.server.errors import OverloadedError, UnknownModelError
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.parsers import reasoning_form, tool_form
@@ -36,12 +37,16 @@ REMEMBERED = 64
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a request comes from: its id in the logs, who shares with whom, and what comes first."""
+    """What a request is beside its prompts: its id in the logs, who shares with whom, what comes first.
+
+    ``adapter`` is the LoRA adapter that it asks for.
+    """
 
     request_id: str
     tenant: str = ""
     priority: int = 0
     session_id: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class Pulse:
 class Served:
     """One loaded model by its ``name``. ``most`` replies at most are generated or wait at the same time.
 
+    ``adapters`` are the LoRA adapters that its engine has, with their folders.
     ``tool_form`` and ``reasoning_form`` are how it writes calls and thoughts (``jaxdeploy.server.parsers``), by the
     names given or as its chat template tells. Raises ``ConfigError`` for names that are unknown.
     """
@@ -82,6 +88,7 @@ class Served:
         name: str,
         most: int,
         *,
+        adapters: Mapping[str, str] | None = None,
         tool_call_parser: str | None = None,
         reasoning_parser: str | None = None,
     ) -> None:
@@ -91,6 +98,7 @@ class Served:
         self.most = most
         self.held = 0
         """Replies that are generated or wait."""
+        self.adapters = ServedAdapters(engine, name, adapters or {})
         self.metrics = Metrics(name)
         self.sessions = Sessions()
         self.responses = StoredResponses()
@@ -113,9 +121,19 @@ class Served:
         return self.engine.generator.tokenizer
 
     def check_model(self, name: str) -> None:
-        """Raise ``UnknownModelError`` unless ``name`` is served, or empty."""
-        if name not in ("", self.name):
-            raise UnknownModelError(f"model={name!r:.80} is not served here; ask for {self.name!r}")
+        """Raise ``UnknownModelError`` unless ``name`` is the model's or an adapter's, or empty."""
+        if name not in ("", self.name) and name not in self.adapters:
+            known = ", ".join(map(repr, (self.name, *self.adapters)))
+            raise UnknownModelError(f"model={name!r:.80} is not served here; ask for {known}")
+
+    def adapter_of(self, model: str) -> str | None:
+        """The adapter that a request names as its model, if it is one. Raises ``UnknownModelError``."""
+        self.check_model(model)
+        return model if model in self.adapters else None
+
+    def model_of(self, origin: Origin) -> str:
+        """Who replies to a request: the model, or an adapter of it."""
+        return origin.adapter or self.name
 
     async def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
@@ -181,7 +199,8 @@ class Served:
     async def replies(self, prompts: Sequence[Prompt], origin: Origin) -> AsyncGenerator[tuple[int, TextOutput]]:
         """The replies to all ``prompts`` as they come, each piece with its index: ``n`` alternatives side by side.
 
-        Raises ``OverloadedError``, ``EngineStoppedError``; ``RequestError`` where one fails in the engine.
+        Raises ``OverloadedError``, ``EngineStoppedError``; ``RequestError`` where one fails in the engine,
+        ``UnknownAdapterError`` or ``UnknownModelError`` where its adapter has just been unloaded.
         """
         requests = list(_requests(prompts, origin))
         places = {request.request.request_id: index for index, request in enumerate(requests)}
@@ -194,6 +213,7 @@ class Served:
                 async for output in outputs:
                     times.note(output)
                     if output.finish_reason is FinishReason.ERROR:
+                        self.check_model(self.model_of(origin))  # it may just have been unloaded
                         raise _failure(prompts)
                     yield places[output.request_id], output
         finally:
@@ -244,6 +264,7 @@ def _requests(prompts: Sequence[Prompt], origin: Origin) -> Iterator[TextRequest
                 tenant=origin.tenant,
                 session_id=origin.session_id,
                 embed=prompt.embed,
+                adapter=origin.adapter,
             )
             yield TextRequest.of(request, how)
             count += 1

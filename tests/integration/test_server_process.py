@@ -17,9 +17,13 @@ import httpx2
 import pytest
 
 import jaxdeploy
+from jaxdeploy.chat import bundled_model
+from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import ServerConfig
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.models.registry import read_config
 from tests.served import until
+from tests.tiny_adapters import TinyAdapter
 
 ASK = {"messages": [{"role": "user", "content": "What is 6 times 7?"}], "max_tokens": 60, "ignore_eos": True}
 
@@ -62,6 +66,44 @@ def answers(url: str) -> bool:
 def test_replies_that_run_are_finished_at_the_end(tmp_path: Path) -> None:
     with started(tmp_path / "log", "--no-warmup", "--max-batch-size", "2") as (running, url):
         ends_in_peace(running, url, tmp_path / "log")
+
+
+def test_adapters_come_and_go(tmp_path: Path) -> None:
+    """Across the border of the engine's process."""
+    base = read_config(read_hf_config(Path(bundled_model())))
+    folders = {
+        name: str(TinyAdapter(seed=seed, base=base).write(tmp_path / name, config={"lora_alpha": 24}))
+        for seed, name in enumerate(("poet", "pirate"))
+    }
+    flags = ["--no-warmup", "--max-batch-size", "2", "--session-len", "256", "--api-keys", "KEY"]
+    flags += ["--adapters", folders["poet"], "--max-loras", "1", "--max-lora-rank", "8"]
+    with (
+        started(tmp_path / "log", *flags) as (_, url),
+        httpx2.Client(base_url=url, headers={"x-api-key": "KEY"}, timeout=60) as http,
+    ):
+
+        def say(name: str) -> str:
+            asked = {**ASK, "model": name, "temperature": 0}
+            text: str = http.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+            return text
+
+        def load(name: str, folder: str) -> httpx2.Response:
+            return http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": folder})
+
+        replies = [say(""), say("poet")]
+        with http.stream("POST", "/v1/chat/completions", json={**ASK, "model": "poet", "stream": True}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            assert load("pirate", folders["pirate"]).status_code == 200
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        replies.append(say("pirate"))
+        assert len({*replies}) == 3
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == ["jaxdeploy-demo", "poet", "pirate"]
+        other = TinyAdapter().write(tmp_path / "other")
+        assert "lora_A has shape [4, 32], [4, 256] expected" in load("other", str(other)).text
+        assert http.post("/v1/unload_lora_adapter", json={"lora_name": "pirate"}).status_code == 200
+        assert http.post("/v1/chat/completions", json={**ASK, "model": "pirate"}).status_code == 404
+        assert say("poet") == replies[1]
 
 
 def ends_in_peace(running: subprocess.Popen[bytes], url: str, log: Path) -> None:

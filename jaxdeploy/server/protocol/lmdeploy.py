@@ -12,7 +12,19 @@ from jaxdeploy.server.protocol.chat import MOST_MESSAGES, Message
 from jaxdeploy.server.protocol.fields import Stop, Stops, Strict, TokenIds, refused
 
 
-class InteractiveRequest(Strict):
+class Named(Strict):
+    """Who is asked; LMDeploy has the second field alone."""
+
+    model: str = Field("", description="a name of GET /v1/models; none: the model that is served")
+    adapter_name: str | None = Field(None, description="the same, for a LoRA adapter")
+
+    @property
+    def named(self) -> str:
+        """A name of ``/v1/models``, or nothing."""
+        return self.adapter_name or self.model
+
+
+class InteractiveRequest(Named):
     """What is said next in a session; with ``interactive_mode`` the session goes on after the reply."""
 
     prompt: str | Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
@@ -32,7 +44,6 @@ class InteractiveRequest(Strict):
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    adapter_name: Any = refused("merge the adapter into the model")
     image_url: Any = refused("this model reads text only")
 
     @model_validator(mode="after")
@@ -77,7 +88,7 @@ class InteractiveReply(BaseModel):
     finish_reason: str | None
 
 
-class GenerateRequest(Strict):
+class GenerateRequest(Named):
     """A text, or token ids, to go on with as they are."""
 
     prompt: str | None = None

@@ -50,7 +50,7 @@ class Asked:
         except ClientDisconnect:
             raise ClientGoneError("the client left before all was sent") from None
         fields = _fields(body) if len(body) < LARGE else await asyncio.to_thread(_fields, body)
-        model = fields.get("model") or request.query_params.get("model")
+        model = fields.get("adapter_name") or fields.get("model") or request.query_params.get("model")
         query = request.scope["query_string"].decode("latin-1")
         return cls(
             method=request.method,

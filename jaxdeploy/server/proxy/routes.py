@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.errors import NoNodeError, UnknownModelError
 from jaxdeploy.server.metrics import CONTENT_TYPE
+from jaxdeploy.server.protocol.models import AnthropicModelList
 from jaxdeploy.server.proxy.asked import Asked
 from jaxdeploy.server.proxy.nodes import Node
 from jaxdeploy.server.proxy.proxy import Proxy
@@ -23,6 +24,8 @@ router = APIRouter()
 
 PASSED_ON = ("v1/", "generate", "tokenize", "detokenize", "tokenizer_info")
 """How paths begin that are the nodes'; what else a server may have is for its operator."""
+OF_OPERATORS = frozenset({"v1/load_lora_adapter", "v1/unload_lora_adapter"})
+"""Paths that begin so, and are for the operator all the same: they are about one node."""
 
 
 def _proxy(request: Request) -> Proxy:
@@ -110,6 +113,12 @@ async def model(name: str, proxy: TheProxy) -> dict[str, Any]:
     return card
 
 
+@router.get("/anthropic/v1/models", tags=["models"])
+async def anthropic_models(proxy: TheProxy) -> AnthropicModelList:
+    """The models of all nodes that are up, as Anthropic lists them."""
+    return AnthropicModelList.of((name, card.get("created") or 0) for name, card in proxy.nodes.models().items())
+
+
 @router.post("/abort_request", tags=["operation"])
 async def abort_request(request: Request, proxy: TheProxy) -> dict[str, int]:
     """Tell all nodes to end a request, or all of them. How many replies ended is the answer."""
@@ -121,7 +130,8 @@ async def abort_request(request: Request, proxy: TheProxy) -> dict[str, int]:
 @router.api_route("/{path:path}", methods=["GET", "POST"], include_in_schema=False)
 async def pass_on(path: str, request: Request, proxy: TheProxy) -> Response:
     """Anything else that is asked of a model."""
-    if not path.startswith(PASSED_ON) or {".", ".."} & set(path.split("/")):
+    ours = not path.startswith(PASSED_ON) or path.strip("/") in OF_OPERATORS
+    if ours or {".", ".."} & set(path.split("/")):
         raise HTTPException(404, "no route of the proxy, and not passed on to its nodes")
     return Relayed(partial(proxy.forwarder.forward, await Asked.read(request)))
 

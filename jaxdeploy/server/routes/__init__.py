@@ -8,7 +8,7 @@ from fastapi import APIRouter
 
 ROUTERS = (
     *("models", "chat", "responses", "completions", "embeddings", "anthropic", "lmdeploy"),
-    *("tokens", "health", "requests"),
+    *("tokens", "health", "requests", "adapters"),
 )
 
 

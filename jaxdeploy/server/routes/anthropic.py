@@ -36,9 +36,10 @@ async def messages(
     asked: MessagesRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> MessagesReply | StreamingResponse:
     """Go on with a conversation."""
-    served.check_model(asked.model)
+    adapter = served.adapter_of(asked.model)
     chat = asked.chat_request()
-    replies = Replies(served, chat, await chat_prompt(served, chat), Origin(f"msg_{reply_id}", chat.tenant))
+    origin = Origin(f"msg_{reply_id}", chat.tenant, adapter=adapter)
+    replies = Replies(served, chat, await chat_prompt(served, chat), origin)
     if asked.stream:
         replies.check_room()
         return named_event_stream(_Stream(replies).events(), ping=NAMED_PING)
@@ -57,7 +58,7 @@ async def _whole(replies: Replies) -> MessagesReply:
     (reply,) = await replies.whole()
     return MessagesReply(
         id=replies.origin.request_id,
-        model=replies.served.name,
+        model=replies.model,
         content=_blocks(reply),
         stop_reason=_stop_reason(replies, reply.finish_reason, reply.stop_word),
         stop_sequence=_stop_sequence(replies, reply.stop_word),
@@ -77,7 +78,7 @@ class _Stream:
         """From ``message_start`` to ``message_stop``."""
         begun = MessagesReply(
             id=self._replies.origin.request_id,
-            model=self._replies.served.name,
+            model=self._replies.model,
             content=[],
             stop_reason=None,
             stop_sequence=None,

@@ -39,9 +39,9 @@ async def chat_completions(
     asked: ChatRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> ChatReply | StreamingResponse:
     """Go on with a conversation."""
-    served.check_model(asked.model)
+    adapter = served.adapter_of(asked.model)
     prompt = await chat_prompt(served, asked)
-    origin = Origin(f"chatcmpl-{reply_id}", asked.tenant, asked.priority, asked.session)
+    origin = Origin(f"chatcmpl-{reply_id}", asked.tenant, asked.priority, asked.session, adapter)
     job = _Job(Replies(served, asked, prompt, origin))
     if asked.stream:
         job.replies.check_room()
@@ -66,7 +66,7 @@ class _Job:
             id=self.replies.origin.request_id,
             object="chat.completion",
             created=self._created,
-            model=self.replies.served.name,
+            model=self.replies.model,
             choices=[self._choice(index, reply) for index, reply in enumerate(whole)],
             usage=self.replies.counts.usage,
         )
@@ -117,7 +117,7 @@ class _Job:
             id=self.replies.origin.request_id,
             object="chat.completion.chunk",
             created=self._created,
-            model=self.replies.served.name,
+            model=self.replies.model,
             choices=list(choices),
         )
         if self._with_usage:

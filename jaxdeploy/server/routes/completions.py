@@ -29,12 +29,12 @@ async def completions(
     asked: CompletionRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> CompletionReply | StreamingResponse:
     """Go on with a text, or with each of several."""
-    served.check_model(asked.model)
+    adapter = served.adapter_of(asked.model)
     config = asked.generation()
     prompts = []
     for given in asked.prompts:
         prompts.append(await served.resolved(await served.ids_of(given), config, chat=False))
-    origin = Origin(f"cmpl-{reply_id}", asked.user or "", asked.priority)
+    origin = Origin(f"cmpl-{reply_id}", asked.user or "", asked.priority, adapter=adapter)
     job = _Job(served, asked, prompts, origin)
     if asked.stream:
         served.check_room(prompts)
@@ -64,7 +64,7 @@ class _Job:
         return CompletionReply(
             id=self._origin.request_id,
             created=self._created,
-            model=self._served.name,
+            model=self._served.model_of(self._origin),
             choices=[self._whole_choice(index, reply) for index, reply in enumerate(replies)],
             usage=self._counts.usage,
         )
@@ -102,7 +102,7 @@ class _Job:
             id=self._origin.request_id,
             object="text_completion",
             created=self._created,
-            model=self._served.name,
+            model=self._served.model_of(self._origin),
             choices=list(choices),
         )
         if not choices:

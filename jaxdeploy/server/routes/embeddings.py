@@ -21,14 +21,14 @@ router = APIRouter(tags=["OpenAI"])
 @router.post("/v1/embeddings")
 async def embeddings(asked: EmbeddingsRequest, request: Request, served: Model, reply_id: ReplyId) -> EmbeddingsReply:
     """The vectors of one text or several."""
-    served.check_model(asked.model)
+    adapter = served.adapter_of(asked.model)
     prompts = [await served.to_read(await served.ids_of(given)) for given in asked.prompts]
-    origin = Origin(f"embd-{reply_id}", asked.user or "", asked.priority)
+    origin = Origin(f"embd-{reply_id}", asked.user or "", asked.priority, adapter=adapter)
     readings = await while_connected(request, _read(served, prompts, origin))
     tokens = sum(len(prompt.ids) for prompt in prompts)
     return EmbeddingsReply(
         data=[Embedding(index=index, embedding=_vector(asked, reading)) for index, reading in enumerate(readings)],
-        model=served.name,
+        model=served.model_of(origin),
         usage=EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens),
     )
 

@@ -46,10 +46,11 @@ async def generate(
     asked: GenerateRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> GenerateReply | StreamingResponse:
     """Go on with a text or with token ids."""
+    adapter = served.adapter_of(asked.named)
     ids = tuple(asked.input_ids) if asked.input_ids else await served.text_ids(asked.prompt or "")
     prompt = await served.resolved(ids, asked.generation(), chat=False)
     session = None if asked.session_id in (None, -1) else str(asked.session_id)
-    origin = Origin(f"generate-{reply_id}", session_id=session)
+    origin = Origin(f"generate-{reply_id}", session_id=session, adapter=adapter)
     if asked.stream:
         served.check_room([prompt])
         return event_stream(_pieces(served, asked, prompt, origin))
@@ -58,13 +59,15 @@ async def generate(
 
 async def _turn(served: Served, asked: InteractiveRequest, request_id: str) -> AsyncGenerator[InteractiveReply]:
     """The reply in pieces; what was said is remembered when it is complete."""
+    adapter = served.adapter_of(asked.named)
     session_id = secrets.randbits(62) if asked.session_id == -1 else asked.session_id
     with served.sessions.turn(session_id, request_id) as conversation:
         messages = [*conversation.messages, *asked.messages]
         ids = await served.chat_ids(messages)
         prompt = await served.resolved(ids, asked.generation(), chat=True)
         before, whole = conversation.tokens, Collected()
-        origin = Origin(request_id, session_id=str(session_id) if asked.interactive_mode else None)
+        kept = str(session_id) if asked.interactive_mode else None
+        origin = Origin(request_id, session_id=kept, adapter=adapter)
         async with aclosing(served.replies([prompt], origin)) as pieces:
             async for _, output in pieces:
                 whole.add(output)

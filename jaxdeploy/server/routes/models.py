@@ -1,46 +1,38 @@
-"""``/v1/models``: what is served."""
+"""``/v1/models`` and ``/anthropic/v1/models``: what is served."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 from fastapi import APIRouter
-from pydantic import BaseModel
 
 from jaxdeploy.server.dependencies import Model
+from jaxdeploy.server.protocol.models import AnthropicModelList, ModelCard, ModelList
 
 router = APIRouter(tags=["models"])
 
 
-class ModelCard(BaseModel):
-    """A model by its name; ``max_model_len`` is what a prompt and its reply may have together."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "jaxdeploy"
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    """All models."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
 @router.get("/v1/models")
 async def models(served: Model) -> ModelList:
-    """The models that a request may name."""
-    return ModelList(data=[_card(served)])
+    """What a request may name as its model: the model, and its LoRA adapters."""
+    return ModelList(data=_cards(served))
 
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, served: Model) -> ModelCard:
     """One of them."""
     served.check_model(name)
-    return _card(served)
+    return next(card for card in _cards(served) if card.id == name)
 
 
-def _card(served: Model) -> ModelCard:
-    return ModelCard(id=served.name, created=served.created, max_model_len=served.session_len)
+@router.get("/anthropic/v1/models", tags=["Anthropic"])
+async def anthropic_models(served: Model) -> AnthropicModelList:
+    """The same as Anthropic lists them."""
+    return AnthropicModelList.of((card.id, card.created) for card in _cards(served))
+
+
+def _cards(served: Model) -> list[ModelCard]:
+    length, name = served.session_len, served.name
+    adapters = [
+        ModelCard(id=adapter, created=about.created, root=about.folder, parent=name, max_model_len=length)
+        for adapter, about in served.adapters.items()
+    ]
+    return [ModelCard(id=name, created=served.created, root=name, max_model_len=length), *adapters]

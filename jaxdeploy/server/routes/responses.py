@@ -48,12 +48,13 @@ async def create_response(
     asked: ResponsesRequest, request: Request, served: Model, reply_id: ReplyId
 ) -> Response | StreamingResponse:
     """Go on with a conversation, which may be that of an earlier response."""
-    served.check_model(asked.model)
+    adapter = served.adapter_of(asked.model)
     previous = asked.previous_response_id
     before = () if previous is None else served.responses.find(previous).items
     chat = asked.chat_request(before)
     prompt = await chat_prompt(served, chat)
-    replies = Replies(served, chat, prompt, Origin(f"resp_{reply_id}", chat.tenant, chat.priority))
+    origin = Origin(f"resp_{reply_id}", chat.tenant, chat.priority, adapter=adapter)
+    replies = Replies(served, chat, prompt, origin)
     job = _Job(replies, _begun(asked, replies, prompt), (*before, *asked.input))
     if asked.stream:
         replies.check_room()
@@ -231,7 +232,7 @@ def _begun(asked: ResponsesRequest, replies: Replies, prompt: Prompt) -> Respons
     return Response(
         id=replies.origin.request_id,
         created_at=int(time.time()),
-        model=replies.served.name,
+        model=replies.model,
         instructions=asked.instructions,
         max_output_tokens=asked.max_output_tokens,
         metadata=asked.metadata or {},
