@@ -11,6 +11,7 @@ from jaxdeploy.config import (
     PytorchEngineConfig,
     QuantConfig,
     ServerConfig,
+    SpeculativeConfig,
     TurbomindEngineConfig,
 )
 from jaxdeploy.pipeline import Pipeline, pipeline
@@ -26,6 +27,7 @@ __all__ = [
     "Response",
     "ServerConfig",
     "Session",
+    "SpeculativeConfig",
     "TurbomindEngineConfig",
     "pipeline",
     "quantize",

@@ -18,6 +18,7 @@ from jaxdeploy.settings import alias, ignored, missing, setting, settings
 _XLA = "XLA chooses how the work is laid out"
 _ONE_ENGINE = "there is one engine, for every device"
 MAX_DRAFTS = 16
+SPECULATIVE_METHODS = ("ngram", "draft", "eagle3")
 _REAL_NUMBERS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -148,7 +149,7 @@ class EngineConfig:
         "guess tokens and verify several in one step; the reply stays the same: ngram (what came behind the same words "
         "before), draft (a smaller model), eagle3 (a head trained for the model); default: draft where a "
         "speculative_model is given, else none",
-        choices=("ngram", "draft", "eagle3"),
+        choices=SPECULATIVE_METHODS,
     )
     speculative_model: str | None = setting(
         None, "model that guesses, with the same tokenizer: a folder or a hub id; for draft and eagle3"
@@ -221,6 +222,26 @@ class EngineConfig:
     thread_safe: bool | None = ignored("calls from several threads are always safe")
     trust_remote_code: bool | None = ignored("no code from a checkpoint is ever run")
     use_logn_attn: bool | None = ignored("no family here has it")
+
+
+@settings
+class SpeculativeConfig:
+    """LMDeploy's form of the speculative settings of ``EngineConfig``, for ``pipeline``.
+
+    Raises:
+        ConfigError: a value breaks its rule, or a name is unknown.
+    """
+
+    method: str = setting("ngram", "speculative_method", choices=SPECULATIVE_METHODS)
+    model: str | None = setting(None, "speculative_model")
+    num_speculative_tokens: int | None = setting(None, "num_speculative_tokens")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As fields of ``EngineConfig``."""
+        count = self.num_speculative_tokens
+        named = {"speculative_method": self.method, "speculative_model": self.model or None}
+        return named if count is None else {**named, "num_speculative_tokens": count}
 
 
 TurbomindEngineConfig = EngineConfig

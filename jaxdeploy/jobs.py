@@ -56,7 +56,7 @@ class Job:
             index=self.index,
             cached_tokens=output.cached_tokens,
             prompt_logprobs=self._prompt_logprobs(output),
-            guesses=output.guesses,
+            speculation=output.speculation,
         )
 
     def _prompt_logprobs(self, output: TextOutput) -> list[dict[int, float]] | None:

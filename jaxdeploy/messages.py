@@ -99,16 +99,16 @@ class PromptReading:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class Guesses(NamedTuple):
+class SpeculationCounts(NamedTuple):
     """How speculative decoding went: ``rounds`` in which ``drafts`` were verified, of which ``accepted`` were right."""
 
     rounds: int = 0
     drafts: int = 0
     accepted: int = 0
 
-    def plus(self, drafts: int, accepted: int) -> Guesses:
+    def plus(self, drafts: int, accepted: int) -> SpeculationCounts:
         """After one round more."""
-        return Guesses(self.rounds + 1, self.drafts + drafts, self.accepted + accepted)
+        return SpeculationCounts(self.rounds + 1, self.drafts + drafts, self.accepted + accepted)
 
     @property
     def acceptance_rate(self) -> float:
@@ -121,7 +121,7 @@ class Guesses(NamedTuple):
         return 1 + self.accepted / self.rounds if self.rounds else 1.0
 
 
-NO_GUESSES = Guesses()
+NO_SPECULATION = SpeculationCounts()
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class StepOutput:
     """What one engine step produced for one request: its new token, or only a finish reason.
 
     ``cached_tokens`` of its prompt did not have to be computed. ``prompt`` comes with the first token, where it was
-    asked for. ``guesses`` are those of the whole reply, up to here.
+    asked for. ``speculation`` are those of the whole reply, up to here.
     """
 
     request_id: str
@@ -138,4 +138,4 @@ class StepOutput:
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
     prompt: PromptReading | None = None
-    guesses: Guesses = NO_GUESSES
+    speculation: SpeculationCounts = NO_SPECULATION

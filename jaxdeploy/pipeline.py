@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
+from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, SpeculativeConfig
 from jaxdeploy.embedding import pooled
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.generation_config import resolve
@@ -38,6 +38,8 @@ def pipeline(
     backend_config: EngineConfig | None = None,
     chat_template_config: ChatTemplateConfig | str | None = None,
     log_level: str = "WARNING",
+    *,
+    speculative_config: SpeculativeConfig | None = None,
     **settings: Any,
 ) -> Pipeline:
     """Load a model and make it ready to answer.
@@ -49,6 +51,7 @@ def pipeline(
         backend_config: how the engine runs.
         chat_template_config: a config, a built-in template's name, or a JSON or Jinja file; default: the checkpoint's.
         log_level: DEBUG, INFO, WARNING or ERROR, for the logger ``jaxdeploy``.
+        speculative_config: who guesses tokens, as LMDeploy has it; the same as the fields of ``EngineConfig``.
         **settings: fields of ``EngineConfig``, laid over ``backend_config``.
 
     Raises:
@@ -59,6 +62,7 @@ def pipeline(
     set_log_level(log_level)
     if isinstance(model_name, EngineConfig):
         model_name, backend_config = None, model_name
+    settings |= speculative_config.fields if speculative_config is not None else {}
     config = dataclasses.replace(backend_config or EngineConfig(), **settings)
     template = chat_template_config or _template_named(model_name or config.model_name)
     bars = sys.stderr.isatty()

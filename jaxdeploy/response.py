@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jaxdeploy.messages import NO_GUESSES, FinishReason, Guesses
+from jaxdeploy.messages import NO_SPECULATION, FinishReason, SpeculationCounts
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Response:
     ``logprobs`` are the new piece and ``generate_token_len`` counts from the start. ``logprobs`` has one dict a token,
     token id → natural log-probability, the chosen token's among them; ``prompt_logprobs`` are the same for the prompt's
     tokens but the first, in a stream with the first piece. ``cached_tokens`` of the prompt were found in the KV cache
-    and not computed again. ``guesses`` tells how speculative decoding went.
+    and not computed again. ``speculation`` tells how speculative decoding went.
     """
 
     text: str
@@ -29,7 +29,7 @@ class Response:
     index: int = 0
     cached_tokens: int = 0
     prompt_logprobs: list[dict[int, float]] | None = None
-    guesses: Guesses = NO_GUESSES
+    speculation: SpeculationCounts = NO_SPECULATION
 
     def extend(self, piece: Response) -> Response:
         """Append the next piece of the stream that this reply began with."""
@@ -37,7 +37,7 @@ class Response:
         self.generate_token_len = piece.generate_token_len
         self.finish_reason = piece.finish_reason
         self.cached_tokens = piece.cached_tokens
-        self.guesses = piece.guesses
+        self.speculation = piece.speculation
         self.token_ids += piece.token_ids
         if piece.logprobs is not None:
             self.logprobs = (self.logprobs or []) + piece.logprobs

@@ -32,7 +32,7 @@ import jaxdeploy.compress
 from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
 from jaxdeploy.chat import bundled_model
 from jaxdeploy.engine.checks import MAX_BIASES
-from jaxdeploy.messages import Guesses
+from jaxdeploy.messages import SpeculationCounts
 from jaxdeploy.tokenizer import Tokenizer
 
 OFF, ON = "off", "on"
@@ -121,7 +121,7 @@ def measure(
         num_blocks=args.num_blocks,
     )
     rates: dict[str, list[float]] = {OFF: [], ON: []}
-    guesses = Guesses()
+    guesses = SpeculationCounts()
     with ExitStack() as stack:
         sides = {
             name: stack.enter_context(pipeline(str(model), backend_config=shared, **settings))
@@ -135,7 +135,9 @@ def measure(
                     rates[name].append(rate)
             assert [r.token_ids for r in replies[OFF]] == [r.token_ids for r in replies[ON]], "guesses changed a reply"
             if round_ >= settling:
-                guesses = Guesses(*map(sum, zip(guesses, *(reply.guesses for reply in replies[ON]), strict=True)))
+                guesses = SpeculationCounts(
+                    *map(sum, zip(guesses, *(reply.speculation for reply in replies[ON]), strict=True))
+                )
     return {
         **{f"{name}_tok_s": spread(each) for name, each in rates.items()},
         "each_on_over_off": [round(on / off, 4) for on, off in zip(rates[ON], rates[OFF], strict=True)],

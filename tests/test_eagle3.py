@@ -232,7 +232,7 @@ def test_no_token_changes(folder: Path, options: dict[str, Any]) -> None:
     ]
     engine = guessing_engine(folder, **options)
     assert run(engine, items) == run(tiny_engine(), items)
-    assert engine.stats.guesses.rounds > 0
+    assert engine.stats.speculation.rounds > 0
 
 
 @pytest.mark.slow
@@ -303,5 +303,5 @@ def test_on_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         alone: Any = [pipe(text, how) for text in asked[:4]]
     assert [reply.text for reply in replies] == expected
     assert [reply.text for reply in alone] == expected[:4]
-    assert sum(reply.guesses.rounds for reply in replies) > 0
+    assert sum(reply.speculation.rounds for reply in replies) > 0
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == sizes.vocab_size

@@ -251,7 +251,7 @@ def test_drafts_are_verified_with_the_adapter(monkeypatch: pytest.MonkeyPatch) -
     shapes = [*TWO_SHAPES, replace(SHAPES[2], drafts=DRAFTS)]
     engine = engine_with(range(3), shapes=shapes, speculation=speculation)
     assert run(engine, items) == {str(row): truth(20 + row, adapter, 8) for row, adapter in enumerate((1, 2, None))}
-    assert engine.stats.guesses.drafts > 10
+    assert engine.stats.speculation.drafts > 10
     settled(engine)
 
 

@@ -1,4 +1,4 @@
-"""Guesses change no token, whoever makes them; they are counted, and left alone where they do not pay."""
+"""SpeculationCounts change no token, whoever makes them; they are counted, and left alone where they do not pay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxdeploy.engine.batch import ROW_LENGTH, StepShape
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.engine.speculation.gate import FEW, PATIENCE, Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer
-from jaxdeploy.messages import FinishReason, Guesses, Request, SamplingParams, StepOutput
+from jaxdeploy.messages import FinishReason, Request, SamplingParams, SpeculationCounts, StepOutput
 from tests.tiny_models import (
     GUESSES,
     SHAPES,
@@ -80,7 +80,7 @@ def test_a_batch_of_all_kinds_has_the_tokens_that_it_has_without_guesses(
     engine = tiny_engine(speculation=guessing(method))
     guessed = outputs_of(engine, mixed())
     assert texts(guessed) == texts(plain)
-    assert engine.stats.guesses.accepted > 0
+    assert engine.stats.speculation.accepted > 0
     np.testing.assert_allclose(logprobs(guessed), logprobs(plain), atol=1e-4)
 
 
@@ -96,8 +96,8 @@ def test_the_same_model_is_always_right() -> None:
     engine = tiny_engine(speculation=guessing("itself"))
     for seed in range(4):
         run_one(engine, prompt(9, seed=seed), temperature=1.0, seed=seed, max_new_tokens=21)
-    guesses = engine.stats.guesses
-    assert guesses == Guesses(rounds=16, drafts=16 * GUESSES, accepted=16 * GUESSES)
+    guesses = engine.stats.speculation
+    assert guesses == SpeculationCounts(rounds=16, drafts=16 * GUESSES, accepted=16 * GUESSES)
     assert guesses.acceptance_rate == 1
     assert guesses.mean_length == GUESSES + 1
 
@@ -121,7 +121,7 @@ def test_requests_say_how_many() -> None:
     engine = tiny_engine(speculation=guessing("itself"))
     for most, rounds, drafts in ((0, 0, 0), (1, 8, 8), (3, 4, 12), (GUESSES, 3, 12), (99, 3, 12)):
         outputs = outputs_of(engine, [request("one", prompt(9), max_new_tokens=17, num_speculative_tokens=most)])
-        assert outputs["one"][-1].guesses == Guesses(rounds, drafts, drafts)
+        assert outputs["one"][-1].speculation == SpeculationCounts(rounds, drafts, drafts)
 
 
 def test_a_request_that_leaves_while_guesses_are_verified() -> None:
@@ -135,7 +135,7 @@ def test_a_request_that_leaves_while_guesses_are_verified() -> None:
         engine.step()
     engine.scheduler.blocks.check()
     assert engine.scheduler.blocks.active == 0
-    assert engine.stats.guesses.accepted > 0
+    assert engine.stats.speculation.accepted > 0
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def draws(start: list[int], method: str, count: int = 20_000) -> Counter[tuple[i
         seeds = range(first, first + SLOTS)
         replies = run(engine, [request(f"{seed}", start, seed=seed, **how) for seed in seeds])
         found.update(tuple(reply[:3]) for reply in replies.values())
-    assert engine.stats.guesses.accepted > count // 20
+    assert engine.stats.speculation.accepted > count // 20
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
+from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, Response, SpeculativeConfig, pipeline
 from jaxdeploy.chat import bundled_model
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
@@ -114,7 +114,7 @@ def test_replies_are_the_same(model: Path, shallow: Path, quant_policy: int) -> 
             both = answer(pipe)
         assert texts(both[0]) == texts(together), method
         assert texts(both[1]) == texts(alone), method
-        assert sum(reply.guesses.accepted for reply in both[0]) > 0, method
+        assert sum(reply.speculation.accepted for reply in both[0]) > 0, method
 
 
 @pytest.mark.parametrize(
@@ -139,3 +139,6 @@ def test_a_model_with_other_tokens_cannot_guess(shared: Path) -> None:
 def test_lmdeploys_names() -> None:
     config = EngineConfig(speculative_algorithm="ngram", speculative_num_draft_tokens=5)
     assert (config.speculative_method, config.num_speculative_tokens) == ("ngram", 5)
+    asked = SpeculativeConfig(method="draft", num_speculative_tokens=2)
+    with pytest.raises(ConfigError, match="needs a speculative_model"):
+        pipeline(str(bundled_model()), **SIZES, speculative_config=asked)

@@ -68,7 +68,7 @@ CONFIG = ModelConfig(
 
 
 SMALLER = replace(CONFIG, num_layers=1, windows=(None,))
-"""Guesses for the other, and is right where that is easy."""
+"""SpeculationCounts for the other, and is right where that is easy."""
 
 
 class LastingRunner(ModelRunner):

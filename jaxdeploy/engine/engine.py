@@ -41,7 +41,7 @@ from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ConfigError, RequestError, UnknownAdapterError
-from jaxdeploy.messages import NO_GUESSES, FinishReason, Request, StepOutput, TokenLogprob
+from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, StepOutput, TokenLogprob
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -136,7 +136,7 @@ class Engine:
             generated_tokens=scheduler.generated,
             steps=self._steps,
             preemptions=scheduler.preemptions,
-            guesses=self._speculation.guesses if self._speculation else NO_GUESSES,
+            speculation=self._speculation.counts if self._speculation else NO_SPECULATION,
             adapters=self.adapters,
         )
 
@@ -383,7 +383,7 @@ class Engine:
         if sequence.reading:
             sequence.reading = Reading.NOTHING
             prompt = self._readers.pop(sequence).reading()
-        reason, cached, guesses = sequence.finish_reason, sequence.cached, sequence.guesses
+        reason, cached, guesses = sequence.finish_reason, sequence.cached, sequence.speculation
         return StepOutput(sequence.request_id, tokens, reason, logprobs, cached, prompt, guesses)
 
 

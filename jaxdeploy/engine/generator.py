@@ -19,7 +19,15 @@ from jaxdeploy.engine.remote import RemoteEngine
 from jaxdeploy.engine.text_stream import TextStream
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
-from jaxdeploy.messages import NO_GUESSES, FinishReason, Guesses, PromptReading, Request, StepOutput, TokenLogprob
+from jaxdeploy.messages import (
+    NO_SPECULATION,
+    FinishReason,
+    PromptReading,
+    Request,
+    SpeculationCounts,
+    StepOutput,
+    TokenLogprob,
+)
 from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.tokenizer import Tokenizer
 
@@ -51,7 +59,7 @@ class TextOutput:
     """What a step added to a reply: text and tokens since the last output, and how it ended if it did.
 
     ``stop_word`` is the text that ended it, where one did; ``prompt`` comes once, where it was asked for;
-    ``guesses`` are those of the whole reply, up to here.
+    ``speculation`` are those of the whole reply, up to here.
     """
 
     request_id: str
@@ -62,7 +70,7 @@ class TextOutput:
     cached_tokens: int = 0
     stop_word: str | None = None
     prompt: PromptReading | None = None
-    guesses: Guesses = NO_GUESSES
+    speculation: SpeculationCounts = NO_SPECULATION
 
 
 class Generator:
@@ -188,7 +196,7 @@ class Generator:
         logprobs = output.logprobs[: len(tokens)]
         cached, word = output.cached_tokens, stream.stop_word
         return TextOutput(
-            output.request_id, text, tokens, logprobs, reason, cached, word, output.prompt, output.guesses
+            output.request_id, text, tokens, logprobs, reason, cached, word, output.prompt, output.speculation
         )
 
 

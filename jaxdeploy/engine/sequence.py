@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 from jaxdeploy.engine.adapters import Adapter, Root
-from jaxdeploy.messages import NO_GUESSES, FinishReason, Guesses, Request, SamplingParams
+from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, SamplingParams, SpeculationCounts
 
 
 class MatcherLike(Protocol):
@@ -67,7 +67,7 @@ class Sequence:
     others find its tokens, in its own blocks or in such as had the same before (``PrefixCache``). ``settings`` is what
     a step takes of it that never changes, once that is laid out. ``matcher`` follows the reply through its grammar, if
     it has one. ``reading`` is what its prompt is still read for. A draft model has keys and values of ``drafted``
-    tokens in the same blocks; ``guesses`` counts drafts. ``adapter`` is what it runs with, ``None`` the model itself.
+    tokens in the same blocks; ``speculation`` counts drafts. It runs with ``adapter``, ``None``: the model itself.
     """
 
     request: Request
@@ -88,7 +88,7 @@ class Sequence:
     matcher: MatcherLike | None = None
     noted: list[Node] = field(default_factory=list)
     drafted: int = 0
-    guesses: Guesses = NO_GUESSES
+    speculation: SpeculationCounts = NO_SPECULATION
     finish_reason: FinishReason | None = None
     adapter: Adapter | None = None
     reading: Reading = field(init=False)

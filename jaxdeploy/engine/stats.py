@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxdeploy.messages import NO_GUESSES, Guesses
+from jaxdeploy.messages import NO_SPECULATION, SpeculationCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,7 @@ class EngineStats:
 
     ``cached_blocks`` nobody holds, but their content may still be found. ``prompt_tokens`` of all sequences that began
     to run, ``cached_tokens`` of them found in the cache; ``restored_blocks`` were brought back from host memory for it.
-    While anything runs ``steps`` grows. ``guesses`` are those of speculative decoding. ``adapters`` are those that
+    While anything runs ``steps`` grows. ``speculation`` are those of speculative decoding. ``adapters`` are those that
     requests may ask for, by name.
     """
 
@@ -30,7 +30,7 @@ class EngineStats:
     generated_tokens: int = 0
     steps: int = 0
     preemptions: int = 0
-    guesses: Guesses = NO_GUESSES
+    speculation: SpeculationCounts = NO_SPECULATION
     adapters: tuple[str, ...] = ()
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from jaxdeploy.engine.generator import TextOutput
-from jaxdeploy.messages import FinishReason, Guesses, PromptReading, TokenLogprob
+from jaxdeploy.messages import FinishReason, PromptReading, SpeculationCounts, TokenLogprob
 from jaxdeploy.server.protocol.chat import ChoiceLogprobs, ChosenLogprob, LogprobOf
 from jaxdeploy.server.protocol.usage import Usage
 from jaxdeploy.tokenizer import Tokenizer
@@ -41,18 +41,18 @@ class Counts:
     n: int = 1
     completion: int = 0
     cached: dict[int, int] = field(default_factory=dict)
-    guesses: dict[int, Guesses] = field(default_factory=dict)
+    speculation: dict[int, SpeculationCounts] = field(default_factory=dict)
 
     def add(self, index: int, output: TextOutput) -> None:
         """Count a piece of reply ``index``."""
         self.completion += len(output.token_ids)
-        self.guesses[index] = output.guesses
+        self.speculation[index] = output.speculation
         self.cached[index // self.n] = max(self.cached.get(index // self.n, 0), output.cached_tokens)
 
     @property
     def usage(self) -> Usage:
         """As a client reads it."""
-        guesses = Guesses(*map(sum, zip(*self.guesses.values(), strict=True)))
+        guesses = SpeculationCounts(*map(sum, zip(*self.speculation.values(), strict=True)))
         return Usage.of(self.prompt, self.completion, sum(self.cached.values()), guesses)
 
 

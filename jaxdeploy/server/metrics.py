@@ -81,7 +81,7 @@ class Metrics:
         self._prompt.inc(stats.prompt_tokens - self._last.prompt_tokens)
         self._cached.inc(stats.cached_tokens - self._last.cached_tokens)
         self._generated.inc(stats.generated_tokens - self._last.generated_tokens)
-        before, guesses = self._last.guesses, stats.guesses
+        before, guesses = self._last.speculation, stats.speculation
         self._rounds.inc(guesses.rounds - before.rounds)
         self._drafts.inc(guesses.drafts - before.drafts)
         self._accepted.inc(guesses.accepted - before.accepted)

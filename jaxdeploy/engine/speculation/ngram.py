@@ -1,4 +1,4 @@
-"""Guesses by looking back: where a sequence has been before, it may go on as it did then.
+"""SpeculationCounts by looking back: where a sequence has been before, it may go on as it did then.
 
 Prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding), on prompt and reply: of all places where the
 last tokens occur, the one where most of what comes before agrees as well, of equal ones the last.

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.engine.speculation.gate import Gate
-from jaxdeploy.messages import Guesses
+from jaxdeploy.messages import SpeculationCounts
 
 
 class Proposer(Protocol):
-    """Guesses how sequences go on."""
+    """SpeculationCounts how sequences go on."""
 
     def propose(self, room: Mapping[Sequence, int]) -> Mapping[Sequence, tuple[int, ...]]:
         """Drafts behind the known tokens of each sequence, at most as many as there is room for; none are fine."""
@@ -38,7 +38,7 @@ class Speculation:
     def __init__(self, proposer: Proposer, count: int, gate: Gate | None = None) -> None:
         self.count = count
         self.gate = gate or Gate()
-        self.guesses = Guesses()
+        self.counts = SpeculationCounts()
         """Of all sequences."""
         self.warm_up = proposer.warm_up
         self.close = proposer.close
@@ -63,8 +63,8 @@ class Speculation:
         right = 0
         while right < len(drafts) and drafts[right] == sampled[right]:
             right += 1
-        sequence.guesses = sequence.guesses.plus(len(drafts), right)
-        self.guesses = self.guesses.plus(len(drafts), right)
+        sequence.speculation = sequence.speculation.plus(len(drafts), right)
+        self.counts = self.counts.plus(len(drafts), right)
         return sampled[: right + 1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
-from jaxdeploy.messages import NO_GUESSES, Guesses
+from jaxdeploy.messages import NO_SPECULATION, SpeculationCounts
 
 
 class CachedTokens(BaseModel):
@@ -25,7 +25,7 @@ class PredictionTokens(BaseModel):
     mean_accepted_length: float
 
     @classmethod
-    def of(cls, guesses: Guesses) -> PredictionTokens:
+    def of(cls, guesses: SpeculationCounts) -> PredictionTokens:
         """As a client reads it."""
         return cls(
             accepted_prediction_tokens=guesses.accepted,
@@ -45,7 +45,7 @@ class Usage(BaseModel):
     completion_tokens_details: PredictionTokens | None = None
 
     @classmethod
-    def of(cls, prompt: int, completion: int, cached: int, guesses: Guesses = NO_GUESSES) -> Usage:
+    def of(cls, prompt: int, completion: int, cached: int, guesses: SpeculationCounts = NO_SPECULATION) -> Usage:
         """From what was counted."""
         return cls(
             prompt_tokens=prompt,
