@@ -108,9 +108,9 @@ def test_every_fault_is_listed_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_a_long_list_is_cut(tmp_path: Path) -> None:
+def test_a_long_list_is_whole(tmp_path: Path) -> None:
     wide = TinyAdapter(targets=ALL).write(tmp_path, config={"r": 3})
-    assert "... and" in _refusal(wide)
+    assert len(_refusal(wide).splitlines()) > 25
 
 
 def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:

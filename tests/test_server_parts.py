@@ -21,10 +21,11 @@ from jaxdeploy.config import EngineConfig, ProxyConfig, ServerConfig
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ConfigError, RequestError
-from jaxdeploy.messages import FinishReason
+from jaxdeploy.messages import FinishReason, SpeculationCounts
 from jaxdeploy.server.logs import JsonFormat, TextFormat, set_up_logging
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.protocol.stream_event import StreamEvent
+from jaxdeploy.server.protocol.usage import Usage
 from jaxdeploy.server.served import Pulse
 from jaxdeploy.server.sessions import KEPT, SessionBusyError, Sessions
 from jaxdeploy.server.streaming import NAMED_PING, event_stream, line_stream, named_event_stream
@@ -166,3 +167,32 @@ def test_the_dashboard_shows_what_there_is() -> None:
 
     offered = set(re.findall(r"^jaxdeploy:(\w+)", asyncio.run(text()), re.MULTILINE))
     assert shown - offered == set()
+
+
+def test_how_speculative_decoding_went() -> None:
+    counts = SpeculationCounts(rounds=4, drafts=12, accepted=6)
+    details = Usage.of(5, 11, 0, counts).completion_tokens_details
+    assert details is not None
+    assert details.model_dump() == {
+        "accepted_prediction_tokens": 6,
+        "rejected_prediction_tokens": 6,
+        "acceptance_rate": 0.5,
+        "mean_accepted_length": 2.5,
+    }
+    assert Usage.of(5, 11, 0).completion_tokens_details is None
+
+    async def scraped() -> str:
+        metrics = Metrics("m")
+        metrics.take(EngineStats(speculation=counts))
+        metrics.take(EngineStats(speculation=counts.plus(3, 3)))
+        return metrics.text()
+
+    text = asyncio.run(scraped())
+    for name, value in (
+        ("num_drafts_total", 5),
+        ("num_draft_tokens_total", 15),
+        ("num_accepted_tokens_total", 9),
+        ("acceptance_rate", 0.6),
+        ("mean_accepted_length", 2.8),
+    ):
+        assert f'jaxdeploy:spec_decode_{name}{{model_name="m"}} {float(value)}' in text

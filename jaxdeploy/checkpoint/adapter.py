@@ -27,7 +27,6 @@ from jaxdeploy.models.weights import Linear, ParamPath
 
 _FILES = {"adapter_model.safetensors": read_safetensors_file, "adapter_model.bin": read_torch_file}
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_LISTED = 20
 
 Linears = Mapping[ParamPath, Linear]
 
@@ -87,9 +86,7 @@ def read_adapter(folder: str | Path, linears: Linears, *, max_rank: int | None =
 
 def _refuse(folder: Path, faults: list[str]) -> None:
     if faults:
-        rest = len(faults) - _LISTED
-        shown = faults if rest <= 0 else [*faults[:_LISTED], f"... and {rest} more"]
-        raise CheckpointError.collect(f"adapter={folder} does not fit the model; mend it, or give another:", shown)
+        raise CheckpointError.collect(f"adapter={folder} does not fit the model; mend it, or give another:", faults)
 
 
 def _open(folder: Path) -> tuple[Mapping[str, TensorRef], list[str]]:
