@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -284,8 +283,9 @@ def _deep(layers: int) -> ModelConfig:
 
 
 @pytest.mark.slow
-def test_on_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Path(bundled_model())
+@pytest.mark.parametrize("name", ["bundled", "stories260K"])
+def test_on_real_models(name: str, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path(bundled_model()) if name == "bundled" else shared / "assets/models" / name
     sizes = family_of(read_hf_config(model)).model_config(read_hf_config(model))
     hf = {**HF, "vocab_size": sizes.vocab_size, "hidden_size": sizes.hidden_size}
     hf["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
@@ -293,15 +293,17 @@ def test_on_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     put_tensors(tmp_path / "model.safetensors", tensors(hf, sizes.hidden_size))
     monkeypatch.setattr(Gate, "is_open", lambda gate, batch: True)
     options: dict[str, Any] = {"warmup": False, "session_len": 256, "max_batch_size": 16}
-    how = GenerationConfig(do_sample=False, max_new_tokens=40)
+    how = [
+        GenerationConfig(do_sample=n % 3 == 2, random_seed=n, max_new_tokens=40, repetition_penalty=1 + 0.1 * (n % 2))
+        for n in range(16)
+    ]
     asked = ["Hello", "What is 7 + 8?", "My name is Anna. What is my name?", "Which flags are there?"] * 4
     with pipeline(str(model), **options) as pipe:
         plain: Any = pipe(asked, how)
     expected = [reply.text for reply in plain]
     with pipeline(str(model), speculative_method="eagle3", speculative_model=str(tmp_path), **options) as pipe:
         replies: Any = pipe(asked, how)
-        alone: Any = [pipe(text, how) for text in asked[:4]]
+        alone: Any = [pipe(text, how[index]) for index, text in enumerate(asked[:4])]
     assert [reply.text for reply in replies] == expected
     assert [reply.text for reply in alone] == expected[:4]
     assert sum(reply.speculation.rounds for reply in replies) > 0
-    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == sizes.vocab_size
