@@ -16,6 +16,8 @@ HOPELESS = 2.0
 """A trial that is so much slower ends early,"""
 EARLY = 4
 """after so many steps."""
+HELD_UP = 3
+"""A step counts as so many usual ones at most."""
 
 
 @dataclass
@@ -39,8 +41,9 @@ class _Way:
 
     @property
     def cost(self) -> float:
-        """Seconds for each token of a sequence; the median keeps one slow step from deciding."""
-        return median(self.seconds) / fmean(self.tokens)
+        """Seconds for each token of a sequence; one step that was held up does not decide."""
+        most = HELD_UP * median(self.seconds)
+        return fmean(min(seconds, most) for seconds in self.seconds) / fmean(self.tokens)
 
 
 @dataclass

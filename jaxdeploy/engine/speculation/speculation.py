@@ -17,7 +17,7 @@ from jaxdeploy.messages import SpeculationCounts
 
 
 class Proposer(Protocol):
-    """SpeculationCounts how sequences go on."""
+    """Guesses how sequences go on."""
 
     def propose(self, room: Mapping[Sequence, int]) -> Mapping[Sequence, tuple[int, ...]]:
         """Drafts behind the known tokens of each sequence, at most as many as there is room for; none are fine."""
