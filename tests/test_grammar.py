@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason, Request
-from tests.tiny_models import SHAPES_IN_A_ROW, outputs_of, prompt, reasons, request, run, tiny_engine
+from tests.tiny_models import SHAPES_IN_A_ROW, guessing, outputs_of, prompt, reasons, request, run, tiny_engine
 
 END = 95
 
@@ -22,10 +23,15 @@ class Counting:
     def __init__(self, last: int, lost_after: int | None = None) -> None:
         self._next, self._last, self._lost_after = 2, last, lost_after
 
-    def allow(self, words: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
-        token_id = self._next if self._next <= self._last else END
-        words[:] = 0
-        words[token_id // 32] = 1 << token_id % 32
+    def allow(self, words: np.ndarray[Any, np.dtype[np.uint32]], drafts: tuple[int, ...] = ()) -> None:
+        following = self._next
+        for row, draft in zip(words, (following - 1, *drafts), strict=True):
+            if draft != following - 1:
+                return
+            token_id = following if following <= self._last else END
+            row[:] = 0
+            row[token_id // 32] = 1 << token_id % 32
+            following += 1
 
     def take(self, token_id: int) -> bool:
         assert token_id in (self._next, END), "what was allowed was chosen"
@@ -84,6 +90,16 @@ def test_whatever_else_happens(how: dict[str, Any]) -> None:
     asked = [counting(str(last), last, 20 + last) for last in (4, 9, 14)]
     assert run(engine, [*asked, free("a", 20)])["14"] == counted(14)
     assert engine.scheduler.blocks.active == 0
+
+
+def test_guesses_that_follow_and_others() -> None:
+    """The prompt counts as the reply will, at first; then it goes on in another way."""
+    engine = tiny_engine(grammars=CountingGrammars(), speculation=guessing("ngram"))
+    asked = counting("x", 30, max_new_tokens=60)
+    start = (*prompt(9), *range(2, 12), 50, 51, *range(12, 20), 1)
+    asked = replace(asked, prompt_token_ids=start)
+    assert run(engine, [asked, free("a", 20)])["x"] == counted(30)
+    assert 0 < engine.stats.speculation.accepted < engine.stats.speculation.drafts
 
 
 def test_others_go_on_while_a_grammar_is_made() -> None:

@@ -121,7 +121,7 @@ def test_replies_are_the_same(model: Path, shallow: Path, quant_policy: int) -> 
     ("settings", "complaint"),
     [
         ({"speculative_method": "draft"}, "needs a speculative_model"),
-        ({"speculative_method": "ngram", "speculative_model": "x"}, "leave one of them out"),
+        ({"speculative_method": "ngram", "speculative_model": "x"}, "leave one out"),
         ({"speculative_method": "guess"}, "is not one of ngram, draft"),
         ({"speculative_method": "ngram", "num_speculative_tokens": 17}, "must lie between 1 and 16"),
     ],
