@@ -45,7 +45,6 @@ def run(
     tokens, few = x.shape[0], _few(x.shape[0], candidates.shape[0])
     wide, places = x.astype(jnp.float32), jnp.arange(tokens, dtype=jnp.int32)
     rank, columns = b.shape[1], (b.shape[2] // sum(segments), sum(segments))
-    b = b.reshape(-1, rank, *columns)
 
     def next_of(waiting: jax.Array) -> jax.Array:
         """The first token that waits; T if none does."""
@@ -58,7 +57,7 @@ def run(
         own = (lax.dynamic_slice_in_dim(adapter, first, few) == entry)[:, None, None]
         mine = lax.dynamic_slice_in_dim(wide, first, few)
         down = jnp.dot(mine, a[entry].astype(jnp.float32), precision=lax.Precision.HIGHEST).reshape(few, -1, rank)
-        for column, piece in _expanded(down, b[entry], segments):
+        for column, piece in _expanded(down, b, entry, segments):
             before = lax.dynamic_slice(out, (first, 0, column), piece.shape)
             out = lax.dynamic_update_slice(out, jnp.where(own, piece, before), (first, 0, column))
         served = (places < first + few) & (adapter == entry)
@@ -74,19 +73,21 @@ def _few(tokens: int, adapters: int) -> int:
     return min(max(share, FEWEST), MOST, tokens)
 
 
-def _expanded(down: jax.Array, b: jax.Array, segments: tuple[int, ...]) -> Iterator[tuple[int, jax.Array]]:
-    """float32 ``down`` [t, M, R] times ``b`` [R, N / period, period]: pieces of the columns, each with its first."""
-    (few, modules, rank), b = down.shape, b.astype(jnp.float32)
-    if few <= FEWEST and rank <= LARGEST_RANK:  # reads b where it lies: a dot would copy it first
-        of_column = np.repeat(np.arange(modules), segments)
-        total = jnp.zeros((few, *b.shape[1:]), jnp.float32)
+def _expanded(
+    down: jax.Array, b: jax.Array, entry: jax.Array, segments: tuple[int, ...]
+) -> Iterator[tuple[int, jax.Array]]:
+    """float32 ``down`` [t, M, R] times an entry of ``b`` → [t, N / period, columns], and the first of the columns."""
+    (few, modules, rank), period = down.shape, sum(segments)
+    if few <= FEWEST and rank <= LARGEST_RANK:  # rows of b are read where they lie: a dot would have them copied first
+        of_column, total = np.repeat(np.arange(modules), segments), jnp.zeros((), jnp.float32)
         for index in range(rank):
             factor = down[:, 0, index, None, None]
             for module in range(1, modules):
                 factor = jnp.where(of_column == module, down[:, module, index, None, None], factor)
-            total += factor * b[index]
+            total += factor * b[entry, index].astype(jnp.float32).reshape(-1, period)
         yield 0, total
         return
+    own = b[entry].astype(jnp.float32).reshape(rank, -1, period)
     for module, end in enumerate(accumulate(segments)):
         begin = end - segments[module]
-        yield begin, jnp.tensordot(down[:, module], b[:, :, begin:end], 1, precision=lax.Precision.HIGHEST)
+        yield begin, jnp.tensordot(down[:, module], own[:, :, begin:end], 1, precision=lax.Precision.HIGHEST)
