@@ -52,6 +52,12 @@ def pairs(adapter: AdapterWeights, linears: Mapping[ParamPath, Linear] = LINEARS
     return {path: pair for path, pair in found.items() if pair is not None}
 
 
+def product(made: TinyAdapter, linear: Linear) -> Array:
+    """What an adapter adds to a linear map, float32 [K, *outputs]."""
+    deltas = [made.delta(module).astype(np.float32) for module in linear.modules]
+    return np.moveaxis(linear.outputs.join(deltas), -1, 0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("adapters")
@@ -84,33 +90,33 @@ def with_adapters(decoder: Decoder, bank: AdapterBank, arrays: tuple[jax.Array, 
 
 
 @functools.cache
-def merged_logits(index: int, folder: Path, config: ModelConfig = CONFIG) -> Array:
+def merged_logits(index: int) -> Array:
     """Logits [B, T, V] of a decoder whose weights have an adapter in them; -1: none."""
-    held = dict(params(config))
-    if index >= 0:
-        for path, pair in pairs_of(index, folder).items():
-            held[path] = held[path] + jnp.tensordot(pair.a, pair.b, 1).reshape(held[path].shape)
-    return np.asarray(decoder_from(config, held)(jnp.asarray(TOKENS)))
+    held = dict(params())
+    for path, linear in LINEARS.items() if index >= 0 else ():
+        delta = product(ADAPTERS[index], linear)
+        held[path] = held[path] + delta.reshape(held[path].shape)
+    return np.asarray(decoder_from(CONFIG, held)(jnp.asarray(TOKENS)))
 
 
-def truth(folder: Path) -> Array:
+def truth() -> Array:
     """Each sequence by its own adapter."""
-    return np.stack([merged_logits(slot, folder)[row] for row, slot in enumerate(SLOTS)])
+    return np.stack([merged_logits(slot)[row] for row, slot in enumerate(SLOTS)])
 
 
 @pytest.mark.parametrize("tp", [1, *every_other([2, 4])])
 def test_each_sequence_has_its_own_adapter(tp: int, folder: Path) -> None:
     decoder = decoder_from(CONFIG, params(tp=tp), make_mesh(tp))
-    ours, expected = with_adapters(decoder, *filled(folder, tp), None), truth(folder)
+    ours, expected = with_adapters(decoder, *filled(folder, tp), None), truth()
     for row, slot in enumerate(SLOTS):
         assert apart(ours[row], expected[row]) < 1e-5
-        assert slot < 0 or apart(ours[row], merged_logits(-1, folder)[row]) > 0.1
+        assert slot < 0 or apart(ours[row], merged_logits(-1)[row]) > 0.1
 
 
 def test_the_last_layer_computes_what_is_wanted(folder: Path) -> None:
     decoder, wanted = decoder_from(CONFIG, params()), np.array([5, 70, 30, 31], np.int32)
     ours = with_adapters(decoder, *filled(folder), wanted)
-    assert apart(ours, truth(folder).reshape(-1, VOCAB)[wanted]) < 1e-5
+    assert apart(ours, truth().reshape(-1, VOCAB)[wanted]) < 1e-5
 
 
 def test_a_tied_head_is_adapted_too(folder: Path) -> None:
@@ -162,9 +168,9 @@ def test_quantized_bases(layout: Layout, tmp_path: Path) -> None:
     adapted = bank.adapted(decoder, arrays, slots)
     for weight in weights_of(adapted):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((TOKENS.size, math.prod(weight.kind.inputs))), FLOAT)
-        pair = own["layers", 0, *weight.kind.path]
+        expected = product(made, linears["layers", 0, *weight.kind.path])
         added = np.asarray(weight.multiply(x) - weight.base.multiply(x))
-        assert apart(added, np.tensordot(np.asarray(x) @ pair.a, pair.b, 1)) < 1e-5
+        assert apart(added, np.tensordot(np.asarray(x), expected, 1)) < 1e-5
     values = stored.values | {f"{m}.weight": stored.values[f"{m}.weight"] + made.delta(m) for m in made.modules()}
     merged = replace(stored, values={name: value.astype(np.float32) for name, value in values.items()}).floats()
     rounded = 0.1 if layout is SMOOTH_QUANT else 1e-4  # that one rounds activations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,35 +26,43 @@ Arrays = tuple[jax.Array, ...]
 X, A, B, ADAPTER, CANDIDATES, RANKS = range(6)
 """Places of the arguments."""
 
-MIXED = Shape("mixed", 19, 160, 72, rank=48, slots=5, layers=3, mixed=True)
+MIXED = Shape("mixed", 19, 160, 72, rank=48, slots=5, layers=3, mixed=True, segments=(20, 11, 5))
+WHOLE = replace(MIXED, n=256, segments=(64, 32, 32))
+"""Its modules fill tiles."""
 
 
-def multiplied(args: Arrays, backend: str | None, tiles: Tiles | None = None) -> Array:
+def multiplied(shape: Shape, args: Arrays, backend: str | None, tiles: Tiles | None = None) -> Array:
     """What the op gives, in float64."""
-    out = jax.jit(lambda *arrays: lora_matmul(*arrays, backend=backend, tiles=tiles))(*args)
+    options: dict[str, Any] = {"segments": shape.segments, "backend": backend, "tiles": tiles}
+    out = jax.jit(lambda *arrays: lora_matmul(*arrays, **options))(*args)
     assert out.dtype == args[X].dtype
     return np.asarray(out, np.float64)
 
 
-def expected(args: Arrays) -> tuple[Array, Array]:
+def expected(shape: Shape, args: Arrays) -> tuple[Array, Array]:
     """(the result in float64, the largest believable error): between the products a token may be rounded."""
     x, a, b = (np.asarray(array, np.float64) for array in args[:3])
-    exact, bound = np.zeros((2, x.shape[0], b.shape[2]))
+    rank, columns = b.shape[1], b.shape[2]
+    segments, roundoff = shape.segments or (columns,), unit_roundoff(args[X].dtype)
+    exact, bound = np.zeros((2, x.shape[0], columns))
     for token, entry in enumerate(np.asarray(args[ADAPTER])):
-        if entry >= 0:
-            down = x[token] @ a[entry]
-            exact[token] = down @ b[entry]
-            roundoff = unit_roundoff(args[X].dtype)
-            through = np.abs(down) @ np.abs(b[entry])
-            bound[token] = sum_bound(exact[token], through, a.shape[2], args[X].dtype, operand_roundoff=roundoff)
-            first = np.abs(x[token]) @ np.abs(a[entry]) @ np.abs(b[entry])
-            bound[token] += 2 * ACCUMULATOR * np.sqrt(x.shape[1]) * first
+        for begin in range(0, columns if entry >= 0 else 0, sum(segments)):
+            for module, width in enumerate(segments):
+                own = slice(begin, begin + width)
+                begin += width
+                mine, up = a[entry, :, module * rank : module * rank + rank], b[entry, :, own]
+                down = x[token] @ mine
+                exact[token, own] = down @ up
+                through = np.abs(down) @ np.abs(up)
+                limit = sum_bound(exact[token, own], through, rank, args[X].dtype, operand_roundoff=roundoff)
+                first = np.abs(x[token]) @ np.abs(mine) @ np.abs(up)
+                bound[token, own] = limit + 2 * ACCUMULATOR * np.sqrt(x.shape[1]) * first
     return exact, bound
 
 
-def worst(args: Arrays, got: Array) -> float:
+def worst(shape: Shape, args: Arrays, got: Array) -> float:
     """Largest error, in units of what is believable; where nothing but zero is, any other value is far off."""
-    exact, bound = expected(args)
+    exact, bound = expected(shape, args)
     return float((np.abs(got - exact) / np.maximum(bound, 1e-300)).max())
 
 
@@ -71,7 +80,7 @@ def unused(args: Arrays) -> jax.Array:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend(backend: str, shape: Shape) -> None:
     args, _ = make_args(shape)
-    assert worst(args, multiplied(args, backend)) < 1
+    assert worst(shape, args, multiplied(shape, args, backend)) < 1
 
 
 @pytest.mark.gpu
@@ -87,8 +96,10 @@ def test_real_shapes(shape: Shape) -> None:
     """An H200's tiles, and all of K; columns and tiles of tokens are independent, so one and a half will do."""
     tiles = tiles_for(shape, "h200")
     tokens = min(shape.tokens, 96 if shape.phase == "decode" else 300)
-    args, _ = make_args(replace(shape, tokens=tokens, n=tiles.tile_n * 3 // 2))
-    assert worst(args, multiplied(args, "pallas_triton", tiles)) < 1
+    width = tiles.tile_n * 3 // 2 // shape.modules
+    shape = replace(shape, tokens=tokens, n=width * shape.modules, segments=(width,) * shape.modules)
+    args, _ = make_args(shape)
+    assert worst(shape, args, multiplied(shape, args, "pallas_triton", tiles)) < 1
 
 
 @pytest.mark.gpu
@@ -106,25 +117,37 @@ def test_real_shapes_on_a_gpu(shape: Shape) -> None:
     slots=st.sampled_from((2, 4)),
     layers=st.sampled_from((1, 3)),
     mixed=st.booleans(),
+    segments=st.sampled_from((None, (8,), (3, 5), (4, 1, 3))),
     dtype=st.sampled_from(("bfloat16", "float32")),
     seed=st.integers(0, 2**31 - 1),
 )
 def test_any_shape(
-    tokens: int, k: int, n: int, rank: int, slots: int, layers: int, mixed: bool, dtype: str, seed: int
+    tokens: int,
+    k: int,
+    n: int,
+    rank: int,
+    slots: int,
+    layers: int,
+    mixed: bool,
+    segments: tuple[int, ...] | None,
+    dtype: str,
+    seed: int,
 ) -> None:
-    args, _ = make_args(Shape("any", tokens, k, n, rank, slots, layers, mixed, dtype), seed)
+    shape = Shape("any", tokens, k, n, rank, slots, layers, mixed, dtype, segments)
+    args, _ = make_args(shape, seed)
     for backend in BACKENDS:
-        assert worst(args, multiplied(args, backend)) < 1
+        assert worst(shape, args, multiplied(shape, args, backend)) < 1
 
 
+@pytest.mark.parametrize("shape", [MIXED, WHOLE], ids=str)
 @pytest.mark.parametrize(
     "tiles",
     [Tiles(16, 16, 32, 1, 1, 4, 2), Tiles(32, 64, 64, 2, 3, 4, 3), Tiles(16, 32, 128, 8, 16, 4, 3)],
     ids=str,
 )
-def test_tiles_change_nothing(tiles: Tiles) -> None:
-    args, _ = make_args(MIXED)
-    assert worst(args, multiplied(args, "pallas_triton", tiles)) < 1
+def test_tiles_change_nothing(tiles: Tiles, shape: Shape) -> None:
+    args, _ = make_args(shape)
+    assert worst(shape, args, multiplied(shape, args, "pallas_triton", tiles)) < 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -134,59 +157,61 @@ def test_entries_that_no_token_uses_are_not_read(backend: str) -> None:
     for place in (A, B):
         spoilt = changed(spoilt, place, jnp.where(unused(args)[:, None, None], jnp.nan, spoilt[place]))
     assert unused(args).sum() > MIXED.slots
-    np.testing.assert_array_equal(multiplied(spoilt, backend), multiplied(args, backend))
+    np.testing.assert_array_equal(multiplied(MIXED, spoilt, backend), multiplied(MIXED, args, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_adapter_that_overflows_harms_its_own_tokens_alone(backend: str) -> None:
     args, _ = make_args(MIXED)
     bad = args[ADAPTER][0]
-    got = multiplied(changed(args, A, args[A].at[bad].set(jnp.inf)), backend)
+    got = multiplied(MIXED, changed(args, A, args[A].at[bad].set(jnp.inf)), backend)
     own = np.asarray(args[ADAPTER] == bad)
     assert not np.isfinite(got[own]).any()
-    np.testing.assert_array_equal(got[~own], multiplied(args, backend)[~own])
+    np.testing.assert_array_equal(got[~own], multiplied(MIXED, args, backend)[~own])
 
 
 def test_ranks_that_an_adapter_does_not_have_are_not_read() -> None:
     args, _ = make_args(MIXED)
     beyond = jnp.arange(MIXED.rank) >= -(-args[RANKS][:, None] // 16) * 16
-    spoilt = changed(args, A, jnp.where(beyond[:, None], jnp.nan, args[A]))
+    of_modules = jnp.tile(beyond, len(MIXED.segments or ()))
+    spoilt = changed(args, A, jnp.where(of_modules[:, None], jnp.nan, args[A]))
     spoilt = changed(spoilt, B, jnp.where(beyond[..., None], jnp.nan, spoilt[B]))
     assert beyond.any()
-    np.testing.assert_array_equal(multiplied(spoilt, "pallas_triton"), multiplied(args, "pallas_triton"))
+    np.testing.assert_array_equal(multiplied(MIXED, spoilt, "pallas_triton"), multiplied(MIXED, args, "pallas_triton"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_without_an_adapter_are_zero(backend: str) -> None:
     args, _ = make_args(MIXED)
-    got = multiplied(args, backend)
+    got = multiplied(MIXED, args, backend)
     without = np.asarray(args[ADAPTER]) < 0
     assert without.any()
     assert not got[without].any()
     assert got[~without].any(axis=1).all()
     for nobody in (args[ADAPTER] * 0 - 1, args[ADAPTER] * 0 - 15):
-        assert not multiplied(changed(args, ADAPTER, nobody), backend).any(), "none has one"
+        assert not multiplied(MIXED, changed(args, ADAPTER, nobody), backend).any(), "none has one"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_order_of_candidates_changes_nothing(backend: str) -> None:
     args, _ = make_args(MIXED)
     turned = changed(args, CANDIDATES, args[CANDIDATES][::-1])
-    np.testing.assert_array_equal(multiplied(turned, backend), multiplied(args, backend))
+    np.testing.assert_array_equal(multiplied(MIXED, turned, backend), multiplied(MIXED, args, backend))
 
 
 def test_under_shard_map() -> None:
     """Columns of the result spread over devices; what is in the bank, and who uses it, is only known when it runs."""
-    args, _ = make_args(replace(MIXED, dtype="float32"))
+    shape = replace(MIXED, dtype="float32", segments=(10, 5, 3))
+    args, _ = make_args(shape)
     everywhere, columns = PartitionSpec(), PartitionSpec(None, None, "tp")
     spread = jax.shard_map(
-        lambda *arrays: lora_matmul(*arrays, backend="reference"),
+        lambda *arrays: lora_matmul(*arrays, segments=shape.segments, backend="reference"),
         mesh=Mesh(np.array(jax.devices()[:4]), ("tp",)),
         in_specs=(everywhere, everywhere, columns, *[everywhere] * 3),
         out_specs=PartitionSpec(None, "tp"),
         check_vma=False,
     )
-    assert worst(args, np.asarray(jax.jit(spread)(*args), np.float64)) < 1
+    assert worst(shape, args, np.asarray(jax.jit(spread)(*args), np.float64)) < 1
 
 
 def shift(place: int, axis: int) -> Callable[[Arrays], Arrays]:
@@ -211,16 +236,26 @@ def forget_an_adapter(args: Arrays) -> Arrays:
     return changed(args, ADAPTER, args[ADAPTER].at[0].set(-1))
 
 
-SHIFTS = [shift(X, 0), shift(X, 1), shift(A, 0), shift(A, 1), shift(B, 0), shift(B, 1), shift(B, 2), shift(ADAPTER, 0)]
+MIXEDIFTS = [
+    shift(X, 0),
+    shift(X, 1),
+    shift(A, 0),
+    shift(A, 1),
+    shift(A, 2),
+    shift(B, 0),
+    shift(B, 1),
+    shift(B, 2),
+    shift(ADAPTER, 0),
+]
 
 
 @pytest.mark.parametrize(
-    "mutate", [*SHIFTS, forget_last_of_k, forget_last_rank, forget_an_adapter], ids=lambda m: m.__name__
+    "mutate", [*MIXEDIFTS, forget_last_of_k, forget_last_rank, forget_an_adapter], ids=lambda m: m.__name__
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_wrong_input_is_noticed(backend: str, mutate: Callable[[Arrays], Arrays]) -> None:
     args, _ = make_args(MIXED)
-    assert worst(args, multiplied(mutate(args), backend)) > 5
+    assert worst(MIXED, args, multiplied(MIXED, mutate(args), backend)) > 5
 
 
 def test_teams_and_splits_leave_work_for_each_program() -> None:

@@ -2,7 +2,7 @@
 
 PEFT stores for each adapted module ``lora_A.weight`` [r, in] and ``lora_B.weight`` [out, r]: the module then gives
 ``x·Wᵀ + scaling · x·Aᵀ·Bᵀ``. A linear map of ours may be several modules; its pair then has their A side by side, and
-their B each for its own outputs.
+their B each in its own outputs.
 """
 
 from __future__ import annotations
@@ -44,21 +44,18 @@ class AdapterWeights:
         return max(pair.rank for pair in self.modules.values())
 
     def pair(self, linear: Linear) -> LowRank | None:
-        """The pair of a linear map, R the sum of its modules' ranks; ``None`` where it is not adapted."""
-        present = [module for module in linear.modules if module in self.modules]
-        if not present:
+        """The pair of a linear map, R the largest of its modules' ranks; ``None`` where it is not adapted."""
+        pairs = [self.modules.get(module) for module in linear.modules]
+        rank = max((pair.rank for pair in pairs if pair is not None), default=0)
+        if not rank:
             return None
-        total = sum(self.modules[module].rank for module in present)
-        rows, begin = [], 0
-        for module, count in zip(linear.modules, linear.outputs.rows, strict=True):
-            own = np.zeros((count, total), np.float32)
-            if module in self.modules:
-                pair = self.modules[module]
-                own[:, begin : begin + pair.rank] = pair.b.T
-                begin += pair.rank
-            rows.append(own)
-        a = np.concatenate([self.modules[module].a for module in present], axis=1)
-        return LowRank(a, np.ascontiguousarray(np.moveaxis(linear.outputs.join(rows), -1, 0)))
+        a = np.zeros((linear.width, len(pairs), rank), np.float32)
+        rows = [np.zeros((count, rank), np.float32) for count in linear.outputs.rows]
+        for module, pair in enumerate(pairs):
+            if pair is not None:
+                a[:, module, : pair.rank], rows[module][:, : pair.rank] = pair.a, pair.b.T
+        b = np.ascontiguousarray(np.moveaxis(linear.outputs.join(rows), -1, 0))
+        return LowRank(a.reshape(linear.width, -1), b)
 
 
 def adaptable(family: Family, model: ModelConfig) -> dict[ParamPath, Linear]:

@@ -37,9 +37,9 @@ HEAD = ("head", "weight")
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to a linear map [*inputs, *outputs]: ``x``·``a``·``b``, with the scaling in ``b``.
+    """What is added to a linear map [*inputs, *outputs] of M modules: ``x``·``a``·``b``, with the scaling in ``b``.
 
-    ``a`` float32 [K, R], ``b`` float32 [R, *outputs].
+    ``a`` float32 [K, M·R], module after module; ``b`` float32 [R, *outputs], each module's in its own outputs.
     """
 
     a: Array
@@ -47,15 +47,16 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """R."""
-        return int(self.a.shape[1])
+        """R: the largest of a module."""
+        return int(self.b.shape[0])
 
 
 @dataclass(frozen=True)
 class Kind:
     """Linear maps [*inputs, *outputs] that are alike in ``count`` layers; ``path`` is theirs within a layer.
 
-    ``rank`` is the most that a pair may have. ``input_axis`` and ``output_axes`` are logical.
+    ``rank`` is the most that a module may have; modules lie along the output ``axis``, each with its own of ``shares``.
+    ``input_axis`` and ``output_axes`` are logical.
     """
 
     path: tuple[str, ...]
@@ -63,25 +64,39 @@ class Kind:
     outputs: tuple[int, ...]
     input_axis: str | None
     output_axes: Axes
+    axis: int
+    shares: tuple[int, ...]
     rank: int
     count: int
 
     @property
+    def modules(self) -> int:
+        """M."""
+        return len(self.shares)
+
+    @property
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of one pair: [K, R] and [R, *outputs]."""
-        return (math.prod(self.inputs), self.rank), (self.rank, *self.outputs)
+        """Of one pair: [K, M·R] and [R, *outputs]."""
+        return (math.prod(self.inputs), self.modules * self.rank), (self.rank, *self.outputs)
 
     @property
     def axes(self) -> tuple[Axes, Axes]:
         """The logical axes of a pair."""
         return (self.input_axis, None), (None, *self.output_axes)
 
+    def product(self, x: jax.Array, a: jax.Array, b: jax.Array, *which: jax.Array) -> jax.Array:
+        """``x`` [T, K] times entries of a bank, on a device's own share of it → [T, *outputs]."""
+        behind = math.prod(b.shape[self.axis + 3 :])
+        segments = tuple(share * behind for share in self.shares) if self.modules > 1 else None
+        flat = b.reshape(*b.shape[:2], -1)
+        return lora_matmul(x, a, flat, *which, segments=segments).reshape(-1, *b.shape[2:])
+
 
 class AdaptedWeight(nnx.Module):
     """A weight of any type, and what the adapters of the tokens add to its product.
 
-    ``a`` [B, K, R] and ``b`` [B, R, *outputs] are a bank, ``entries`` int32 [T] says for each token which of it is its
-    own (negative: none), ``candidates`` int32 [S] which occur at all, ``ranks`` int32 [B] how many of R are in use.
+    ``a`` [B, K, M·R] and ``b`` [B, R, *outputs] are a bank, ``entries`` int32 [T] says for each token which of it is
+    its own (negative: none), ``candidates`` int32 [S] which occur at all, ``ranks`` int32 [B] how many of R are in use.
     """
 
     def __init__(self, base: Weight, kind: Kind, mesh: Mesh, use: Mapping[str, jax.Array]) -> None:
@@ -100,7 +115,7 @@ class AdaptedWeight(nnx.Module):
 class AdapterBank:
     """What there is in a bank of ``slots`` adapters, floats of ``dtype``, cut over ``mesh`` as the weights are.
 
-    Its arrays: a [count · slots, K, R] and b [count · slots, R, *outputs] of each of ``kinds``, and behind them the
+    Its arrays: a [count · slots, K, M·R] and b [count · slots, R, *outputs] of each of ``kinds``, and behind them the
     ranks in use, int32 [layers · slots, kinds].
     """
 
@@ -144,7 +159,9 @@ class AdapterBank:
             for index in range(kind.count):
                 pair = pairs.get(_path(kind, index))
                 if pair is not None:
-                    a[index, :, : pair.rank], b[index, : pair.rank] = pair.a, pair.b
+                    places = a[index].reshape(len(a[index]), kind.modules, -1)
+                    places[..., : pair.rank] = pair.a.reshape(len(pair.a), kind.modules, -1)
+                    b[index, : pair.rank] = pair.b
                     ranks[index, row] = pair.rank
             parts += [a, b]
         return (*parts, ranks)
@@ -241,8 +258,9 @@ def bank_of(
             axis if axis is not None and size % mesh.size == 0 else None
             for axis, size in zip(axes[inputs:], shape[inputs:], strict=True)
         )
-        rank, count = max_rank * len(linears[path].modules), 1 if path == HEAD else model.num_layers
-        kinds.append(Kind(_within(path), shape[:inputs], shape[inputs:], axes[0], outputs, rank, count))
+        count, joined = 1 if path == HEAD else model.num_layers, linears[path].outputs
+        whole = _within(path), shape[:inputs], shape[inputs:], axes[0], outputs
+        kinds.append(Kind(*whole, joined.axis, joined.shares, max_rank, count))
     return AdapterBank(tuple(kinds), slots, model.num_layers, dtype, mesh)
 
 
@@ -268,9 +286,5 @@ def _update(
     """What adapters add: ``x`` [T, K] → [T, *outputs]; each device has its share of inputs or of outputs."""
     inputs, outputs = kind.input_axis, kind.output_axes
     ins = (spec(None, inputs), spec(None, inputs, None), spec(None, None, *outputs), spec(), spec(), spec())
-    product = product_per_device(mesh, _product, inputs, ins, spec(None, *outputs))
+    product = product_per_device(mesh, kind.product, inputs, ins, spec(None, *outputs))
     return product(x, a, b, entries, candidates, ranks)
-
-
-def _product(x: jax.Array, a: jax.Array, b: jax.Array, *which: jax.Array) -> jax.Array:
-    return lora_matmul(x, a, b.reshape(*b.shape[:2], -1), *which).reshape(-1, *b.shape[2:])

@@ -28,11 +28,14 @@ class Outputs:
 
     ``rows`` says how many each tensor has. ``join`` takes arrays [rows, X], one for each, and gives [*outputs, X], or
     the same without X; ``cut`` is its inverse. X is the input width of a weight; quantised weights have others.
+    Tensors lie side by side along the output ``axis``, each with its own of ``shares``.
     """
 
     rows: tuple[int, ...]
     join: Callable[[Sequence[Array]], Array]
     cut: Callable[[Array], list[Array]]
+    axis: int
+    shares: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def whole(*shape: int) -> Outputs:
         (size,),
         lambda arrays: arrays[0].reshape(*shape, *arrays[0].shape[1:]),
         lambda value: [value.reshape(size, *value.shape[len(shape) :])],
+        axis=0,
+        shares=shape[:1],
     )
 
 
@@ -136,7 +141,7 @@ def separate_qkv(config: ModelConfig) -> Outputs:
         parts = np.split(value, (group, group + 1), axis=1)
         return [part.reshape(n, *value.shape[3:]) for part, n in zip(parts, rows, strict=True)]
 
-    return Outputs(rows, join, cut)
+    return Outputs(rows, join, cut, axis=1, shares=heads)
 
 
 def grouped_qkv(config: ModelConfig) -> Outputs:
@@ -146,7 +151,7 @@ def grouped_qkv(config: ModelConfig) -> Outputs:
 
 def gate_and_up(config: ModelConfig) -> Outputs:
     """Gate and up stored apart → [2, F]."""
-    return Outputs((config.intermediate_size,) * 2, np.stack, list)
+    return Outputs((config.intermediate_size,) * 2, np.stack, list, axis=0, shares=(1, 1))
 
 
 @dataclass(frozen=True)

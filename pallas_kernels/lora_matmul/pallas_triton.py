@@ -8,8 +8,9 @@ float32 sums of each part, which the second adds up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ def run(
     candidates: jax.Array,
     ranks: jax.Array,
     *,
+    segments: tuple[int, ...],
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """See ``pallas_kernels.lora_matmul.lora_matmul``; refuses an R that is not a multiple of ``RANK_BLOCK``.
@@ -46,11 +48,11 @@ def run(
     Between the products a token is rounded to the dtype of ``x``, which tensor cores take. Of ``candidates`` only their
     number counts, for the tiles.
     """
-    (tokens, _), rank, n = x.shape, a.shape[2], b.shape[2]
+    (tokens, _), (_, rank, n), ranks_together = x.shape, b.shape, a.shape[2]
     if rank % RANK_BLOCK or not rank:
         raise RefusalError(f"needs R in steps of {RANK_BLOCK}, have R={rank}; pad a and b with zeros")
     target = current_target()
-    chosen = choose(Call.of(x, b, candidates), target, tiles)
+    chosen = choose(Call.of(x, a, b, candidates), target, tiles)
     rows = pl.cdiv(tokens, chosen.tile_m)
     launch = partial(
         pl.pallas_call,
@@ -58,13 +60,13 @@ def run(
         interpret=target.interpret,
     )
     down = launch(
-        partial(_shrink_kernel, tiles=chosen),
-        grid=(chosen.splits * pl.cdiv(rank, tile_r(rank)), rows, chosen.teams),
-        out_shape=jax.ShapeDtypeStruct((chosen.splits, tokens, rank), jnp.float32),
+        partial(_shrink_kernel, rank=rank, tiles=chosen),
+        grid=(chosen.splits * pl.cdiv(ranks_together, tile_r(ranks_together)), rows, chosen.teams),
+        out_shape=jax.ShapeDtypeStruct((chosen.splits, tokens, ranks_together), jnp.float32),
         name="lora_matmul_shrink",
     )(x, a, adapter, ranks)
     out: jax.Array = launch(
-        partial(_expand_kernel, tiles=chosen),
+        partial(_expand_kernel, segments=segments, tiles=chosen),
         grid=(pl.cdiv(n, chosen.tile_n), rows, chosen.teams),
         out_shape=jax.ShapeDtypeStruct((tokens, n), x.dtype),
         name="lora_matmul_expand",
@@ -72,9 +74,12 @@ def run(
     return out
 
 
-def _shrink_kernel(x_ref: Any, a_ref: Any, adapter_ref: Any, ranks_ref: Any, out_ref: Any, *, tiles: Tiles) -> None:
-    """Rows of the team's tokens in ``out_ref`` [splits, T, R]: a part of K, ``tile_r`` ranks."""
-    k, width = x_ref.shape[1], tile_r(a_ref.shape[2])
+def _shrink_kernel(
+    x_ref: Any, a_ref: Any, adapter_ref: Any, ranks_ref: Any, out_ref: Any, *, rank: int, tiles: Tiles
+) -> None:
+    """Rows of the team's tokens in ``out_ref`` [splits, T, M·R]: a part of K, ``tile_r`` columns of ``a_ref``."""
+    k, together = a_ref.shape[1:]
+    width = tile_r(together)
     split, first = pl.program_id(0) % tiles.splits, pl.program_id(0) // tiles.splits * width
     rows, users = _users(adapter_ref, tiles)
     columns = first + jnp.arange(width, dtype=jnp.int32)
@@ -82,8 +87,9 @@ def _shrink_kernel(x_ref: Any, a_ref: Any, adapter_ref: Any, ranks_ref: Any, out
     even = k % (tiles.splits * tiles.tile_k) == 0
 
     def multiply(entry: jax.Array, own: jax.Array) -> None:
-        rank = plt.load(ranks_ref.at[entry])
-        used = _in_use(columns, rank)[None, :]
+        used = ((columns < together) & _in_use(lax.rem(columns, jnp.int32(rank)), plt.load(ranks_ref.at[entry])))[
+            None, :
+        ]
 
         def step(index: jax.Array, sums: jax.Array) -> jax.Array:
             part = (split * steps + index) * tiles.tile_k + jnp.arange(tiles.tile_k, dtype=jnp.int32)
@@ -92,20 +98,30 @@ def _shrink_kernel(x_ref: Any, a_ref: Any, adapter_ref: Any, ranks_ref: Any, out
             a = plt.load(a_ref.at[entry, part[:, None], columns[None, :]], mask=inside[:, None] & used, other=0.0)
             return sums + _dot(x, a)
 
-        trips = jnp.where(first < rank, jnp.int32(steps), jnp.int32(0))
+        trips = jnp.where(jnp.max(used.astype(jnp.int32)) > 0, jnp.int32(steps), jnp.int32(0))
         sums = lax.fori_loop(0, trips, step, jnp.zeros((tiles.tile_m, width), jnp.float32))
         plt.store(out_ref.at[split, rows[:, None], columns[None, :]], sums, mask=own[:, None] & used)
 
     _for_each_adapter(users, tiles, multiply)
 
 
-def _expand_kernel(down_ref: Any, b_ref: Any, adapter_ref: Any, ranks_ref: Any, out_ref: Any, *, tiles: Tiles) -> None:
+def _expand_kernel(
+    down_ref: Any,
+    b_ref: Any,
+    adapter_ref: Any,
+    ranks_ref: Any,
+    out_ref: Any,
+    *,
+    segments: tuple[int, ...],
+    tiles: Tiles,
+) -> None:
     """Rows of the team's tokens in ``out_ref`` [T, N]; the first team also clears those of tokens without adapter."""
-    (splits, tokens, most), n = down_ref.shape, out_ref.shape[1]
+    (splits, tokens, _), (_, most, n) = down_ref.shape, b_ref.shape
     width = tile_r(most)
     rows, users = _users(adapter_ref, tiles)
     columns = pl.program_id(0) * tiles.tile_n + jnp.arange(tiles.tile_n, dtype=jnp.int32)
     inside = (columns < n)[None, :]
+    modules = list(_modules(columns, pl.program_id(0) * tiles.tile_n, segments, tiles))
 
     def write(values: jax.Array, own: jax.Array) -> None:
         plt.store(out_ref.at[rows[:, None], columns[None, :]], values.astype(out_ref.dtype), mask=own[:, None] & inside)
@@ -120,18 +136,37 @@ def _expand_kernel(down_ref: Any, b_ref: Any, adapter_ref: Any, ranks_ref: Any, 
     def multiply(entry: jax.Array, own: jax.Array) -> None:
         rank = plt.load(ranks_ref.at[entry])
 
-        def step(index: jax.Array, sums: jax.Array) -> jax.Array:
-            depth = index * width + jnp.arange(width, dtype=jnp.int32)
-            used = _in_use(depth, rank)
-            place = down_ref.at[parts[:, None, None], rows[None, :, None], depth[None, None, :]]
-            down = plt.load(place, mask=own[None, :, None] & used[None, None, :], other=0.0).sum(axis=0)
-            b = plt.load(b_ref.at[entry, depth[:, None], columns[None, :]], mask=used[:, None] & inside, other=0.0)
-            return sums + _dot(down.astype(b.dtype), b)
+        def add(module: int, belongs: jax.Array, sums: jax.Array) -> jax.Array:
+            def step(index: jax.Array, sums: jax.Array) -> jax.Array:
+                depth = index * width + jnp.arange(width, dtype=jnp.int32)
+                used = _in_use(depth, rank)
+                place = down_ref.at[parts[:, None, None], rows[None, :, None], module * most + depth[None, None, :]]
+                down = plt.load(place, mask=own[None, :, None] & used[None, None, :], other=0.0).sum(axis=0)
+                mask = used[:, None] & inside & belongs[None, :]
+                b = plt.load(b_ref.at[entry, depth[:, None], columns[None, :]], mask=mask, other=0.0)
+                return sums + _dot(down.astype(b.dtype), b)
 
-        single = most <= width
-        write(step(jnp.int32(0), zeros) if single else lax.fori_loop(0, pl.cdiv(rank, width), step, zeros), own)
+            return step(jnp.int32(0), sums) if most <= width else lax.fori_loop(0, pl.cdiv(rank, width), step, sums)
+
+        sums = zeros
+        for module, (touched, belongs) in enumerate(modules):
+            add_own = partial(add, module, belongs)
+            sums = lax.cond(touched, add_own, lambda sums: sums, sums) if len(modules) > 1 else add_own(sums)
+        write(sums, own)
 
     _for_each_adapter(users, tiles, multiply)
+
+
+def _modules(
+    columns: jax.Array, first: jax.Array, segments: tuple[int, ...], tiles: Tiles
+) -> Iterator[tuple[jax.Array, jax.Array]]:
+    """Of each module, whether the tile of ``columns`` from ``first`` on has some of its own, and which these are."""
+    period, whole = sum(segments), len(segments) == 1 or all(size % tiles.tile_n == 0 for size in segments)
+    place, within = lax.rem(first, jnp.int32(period)), lax.rem(columns, jnp.int32(period))
+    for begin, width in zip(accumulate(segments, initial=0), segments, strict=False):
+        here = (place < begin + width) & (place + tiles.tile_n > begin)
+        belongs = jnp.full(columns.shape, True) if whole else (within >= begin) & (within < begin + width)
+        yield here | (place + tiles.tile_n > period + begin), belongs
 
 
 def _users(adapter_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:

@@ -6,13 +6,17 @@ own keep the result. So an entry that no token uses costs nothing, and one that 
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.lora_matmul.tiles import Tiles
 from pallas_kernels.target import Target
 
+Array = np.ndarray[Any, Any]
 State = tuple[jax.Array, jax.Array]
 """What tokens still wait for: int32 [T], -1 where they have it; and the result so far, float32 [T, N]."""
 
@@ -29,10 +33,11 @@ def run(
     candidates: jax.Array,
     ranks: jax.Array,
     *,
+    segments: tuple[int, ...],
     tiles: Tiles | None = None,
 ) -> jax.Array:
     """See ``pallas_kernels.lora_matmul.lora_matmul``; needs neither ``candidates`` nor ``ranks``, and has no tiles."""
-    wide = x.astype(jnp.float32)
+    wide, modules = x.astype(jnp.float32), np.resize(np.repeat(np.arange(len(segments)), segments), b.shape[2])
 
     def waiting(state: State) -> jax.Array:
         return (state[0] >= 0).any()
@@ -41,13 +46,15 @@ def run(
         awaited, out = state
         entry = awaited.max()
         own = awaited == entry
-        return jnp.where(own, -1, awaited), jnp.where(own[:, None], _product(wide, a[entry], b[entry]), out)
+        product = _product(wide, a[entry], b[entry], modules)
+        return jnp.where(own, -1, awaited), jnp.where(own[:, None], product, out)
 
     out = jnp.zeros((x.shape[0], b.shape[2]), jnp.float32)
     return lax.while_loop(waiting, serve, (adapter, out))[1].astype(x.dtype)
 
 
-def _product(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """float32 ``x`` [T, K] · ``a`` [K, R] · ``b`` [R, N] → float32 [T, N]."""
-    down = jnp.dot(x, a.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    return jnp.dot(down, b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+def _product(x: jax.Array, a: jax.Array, b: jax.Array, modules: Array) -> jax.Array:
+    """float32 ``x`` [T, K] · ``a`` [K, M·R] · ``b`` [R, N] → float32 [T, N]; ``modules`` [N] has each column's."""
+    down = jnp.dot(x, a.astype(jnp.float32), precision=lax.Precision.HIGHEST).reshape(x.shape[0], -1, b.shape[0])
+    every = jnp.einsum("tmr,rn->tmn", down, b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return jnp.take_along_axis(every, modules[None, None], axis=1)[:, 0]

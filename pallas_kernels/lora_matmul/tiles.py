@@ -51,7 +51,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Call:
-    """T, K, N, R and S of ``lora_matmul``, and its dtype."""
+    """T, K, N, R and S of ``lora_matmul``, its dtype, and the number M of modules."""
 
     tokens: int
     k: int
@@ -59,16 +59,18 @@ class Call:
     rank: int
     candidates: int
     dtype: str
+    modules: int = 1
 
     @classmethod
-    def of(cls, x: jax.Array, b: jax.Array, candidates: jax.Array) -> Call:
+    def of(cls, x: jax.Array, a: jax.Array, b: jax.Array, candidates: jax.Array) -> Call:
         """The call that these arguments make."""
-        return cls(x.shape[0], x.shape[1], b.shape[2], b.shape[1], candidates.size, x.dtype.name)
+        (_, rank, n), modules = b.shape, a.shape[2] // b.shape[1]
+        return cls(x.shape[0], x.shape[1], n, rank, candidates.size, x.dtype.name, modules)
 
     @property
     def key(self) -> str:
         """What it is called in the tuning table: T rounded up to a power of two."""
-        sizes = f"k{self.k} n{self.n} r{self.rank} s{self.candidates}"
+        sizes = f"k{self.k} n{self.n} r{self.rank}x{self.modules} s{self.candidates}"
         return f"t{pl.next_power_of_2(self.tokens)} {sizes} {jnp.dtype(self.dtype).name}"
 
     @property
@@ -78,7 +80,7 @@ class Call:
 
 
 def tile_r(rank: int) -> int:
-    """Ranks in a program's piece, of an R of ``rank``."""
+    """Ranks in a program's piece, of ``rank`` in all."""
     return _within(rank, SMALLEST_TILE, LARGEST_TILE_R)
 
 
@@ -90,7 +92,7 @@ def heuristic(call: Call, cores: int) -> Tiles:
     work. K is split until each core has two programs or a program one step, four in prefill; at most so often that
     reading the sums, again for each tile of columns, stays small beside tokens and result.
     """
-    width = tile_r(call.rank)
+    width = tile_r(call.modules * call.rank)
     tile_m = _within(call.tokens, SMALLEST_TILE, 128 if call.tokens > 1024 and width < LARGEST_TILE_R else 64)
     tile_k = _within(call.k, SMALLEST_TILE, 128)
     rows = pl.cdiv(call.tokens, tile_m)
@@ -113,7 +115,7 @@ def heuristic(call: Call, cores: int) -> Tiles:
 
 def candidates(call: Call, cores: int) -> Iterator[Tiles]:
     """What the tuner tries: half and twice of what the heuristic says, as far as a program's registers hold it."""
-    guess, width = heuristic(call, cores), tile_r(call.rank)
+    guess, width = heuristic(call, cores), tile_r(call.modules * call.rank)
     for tile_m, tile_n, splits, num_warps in product(
         _around(guess.tile_m, 16, 128), _around(guess.tile_n, 32, 256), _around(guess.splits, 1, 32), (4, 8)
     ):

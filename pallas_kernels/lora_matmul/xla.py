@@ -5,10 +5,13 @@ An adapter is read once for every ``_few`` of its tokens that stand together: wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.target import Target
@@ -16,8 +19,11 @@ from pallas_kernels.target import Target
 FEWEST, MOST = 2, 64
 """Tokens that are multiplied together."""
 
+LARGEST_RANK = 64
+"""R up to which the products of the fewest tokens are written out, rank by rank."""
+
 State = tuple[jax.Array, jax.Array]
-"""The next token, int32; and the result so far, float32 [T, N]."""
+"""The next token, int32; and the result so far, float32 [T, N / period, period] with the segments' sum as period."""
 
 
 def check(target: Target) -> None:
@@ -32,11 +38,13 @@ def run(
     candidates: jax.Array,
     ranks: jax.Array,
     *,
+    segments: tuple[int, ...],
     tiles: Any = None,
 ) -> jax.Array:
     """See ``pallas_kernels.lora_matmul.lora_matmul``; needs no ``ranks``, and there are no ``tiles`` to choose."""
     tokens, few = x.shape[0], _few(x.shape[0], candidates.shape[0])
     wide, places = x.astype(jnp.float32), jnp.arange(tokens, dtype=jnp.int32)
+    rank, columns = b.shape[1], (b.shape[2] // sum(segments), sum(segments))
 
     def next_of(waiting: jax.Array) -> jax.Array:
         """The first token that waits; T if none does."""
@@ -46,15 +54,17 @@ def run(
         """The next tokens, as far as they have the adapter of the first of them."""
         token, out = state
         first, entry = jnp.minimum(token, tokens - few), adapter[token]
-        own = lax.dynamic_slice_in_dim(adapter, first, few) == entry
-        product = _product(lax.dynamic_slice_in_dim(wide, first, few), a[entry], b[entry])
-        before = lax.dynamic_slice_in_dim(out, first, few)
-        out = lax.dynamic_update_slice_in_dim(out, jnp.where(own[:, None], product, before), first, 0)
+        own = (lax.dynamic_slice_in_dim(adapter, first, few) == entry)[:, None, None]
+        mine = lax.dynamic_slice_in_dim(wide, first, few)
+        down = jnp.dot(mine, a[entry].astype(jnp.float32), precision=lax.Precision.HIGHEST).reshape(few, -1, rank)
+        for column, piece in _expanded(down, b, entry, segments):
+            before = lax.dynamic_slice(out, (first, 0, column), piece.shape)
+            out = lax.dynamic_update_slice(out, jnp.where(own, piece, before), (first, 0, column))
         served = (places < first + few) & (adapter == entry)
         return next_of((places > token) & (adapter >= 0) & ~served), out
 
-    start = next_of(adapter >= 0), jnp.zeros((tokens, b.shape[2]), jnp.float32)
-    return lax.while_loop(lambda state: state[0] < tokens, serve, start)[1].astype(x.dtype)
+    start = next_of(adapter >= 0), jnp.zeros((tokens, *columns), jnp.float32)
+    return lax.while_loop(lambda state: state[0] < tokens, serve, start)[1].astype(x.dtype).reshape(tokens, -1)
 
 
 def _few(tokens: int, adapters: int) -> int:
@@ -63,9 +73,21 @@ def _few(tokens: int, adapters: int) -> int:
     return min(max(share, FEWEST), MOST, tokens)
 
 
-def _product(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """float32 ``x`` [t, K] · ``a`` [K, R] · ``b`` [R, N] → float32 [t, N]."""
-    down = jnp.dot(x, a.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    if x.shape[0] > FEWEST:
-        return jnp.dot(down, b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
-    return (down[:, :, None] * b.astype(jnp.float32)).sum(axis=1)  # reads b where it lies: a dot would copy it first
+def _expanded(
+    down: jax.Array, b: jax.Array, entry: jax.Array, segments: tuple[int, ...]
+) -> Iterator[tuple[int, jax.Array]]:
+    """float32 ``down`` [t, M, R] times an entry of ``b`` → [t, N / period, columns], and the first of the columns."""
+    (few, modules, rank), period = down.shape, sum(segments)
+    if few <= FEWEST and rank <= LARGEST_RANK:  # rows of b are read where they lie: a dot would have them copied first
+        of_column, total = np.repeat(np.arange(modules), segments), jnp.zeros((), jnp.float32)
+        for index in range(rank):
+            factor = down[:, 0, index, None, None]
+            for module in range(1, modules):
+                factor = jnp.where(of_column == module, down[:, module, index, None, None], factor)
+            total += factor * b[entry, index].astype(jnp.float32).reshape(-1, period)
+        yield 0, total
+        return
+    own = b[entry].astype(jnp.float32).reshape(rank, -1, period)
+    for module, end in enumerate(accumulate(segments)):
+        begin = end - segments[module]
+        yield begin, jnp.tensordot(down[:, module], own[:, :, begin:end], 1, precision=lax.Precision.HIGHEST)
