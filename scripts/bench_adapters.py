@@ -87,8 +87,10 @@ def engine(scratch: Path, args: argparse.Namespace) -> Engine:
         max_prefill_token_num=args.requests * args.prompt_len,
         enable_prefix_caching=False,
         warmup=False,  # the first round is not timed
+        adapters=folders,
+        max_loras=args.adapters,
+        max_lora_rank=args.rank,
     )
-    vars(config).update(adapters=folders, max_loras=args.adapters, max_lora_rank=args.rank)
     return build_engine(folder, hf, config, progress=True)
 
 
