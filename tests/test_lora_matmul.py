@@ -305,6 +305,21 @@ def test_shapes_that_do_not_fit(place: int, shape: tuple[int, ...], told: str) -
         lora_matmul(x, a, b, *numbers)
 
 
+@pytest.mark.parametrize(
+    ("segments", "told"),
+    [
+        ((3,), r"segments=\(3,\) must repeat along N=16; give the width of each module's columns"),
+        ((), r"expected \[T, K\], \[B, K, M·R\] and \[B, R, N\] of M=0"),
+        ((8, 8), r"do not fit; expected .* of M=2"),
+        ((-16,), r"segments=\(-16,\) must repeat"),
+    ],
+)
+def test_segments_that_do_not_fit(segments: tuple[int, ...], told: str) -> None:
+    x, a, b, *numbers = (jnp.zeros(s, jnp.float32 if i < ADAPTER else jnp.int32) for i, s in enumerate(FITTING))
+    with pytest.raises(ValueError, match=told):
+        lora_matmul(x, a, b, *numbers, segments=segments)
+
+
 def test_dtypes_that_do_not_fit() -> None:
     x, a, b, adapter, candidates, ranks = (
         jnp.zeros(shape, jnp.float32 if place < ADAPTER else jnp.int32) for place, shape in enumerate(FITTING)

@@ -121,7 +121,7 @@ def _expand_kernel(
     rows, users = _users(adapter_ref, tiles)
     columns = pl.program_id(0) * tiles.tile_n + jnp.arange(tiles.tile_n, dtype=jnp.int32)
     inside = (columns < n)[None, :]
-    modules = list(_modules(columns, pl.program_id(0) * tiles.tile_n, segments, tiles))
+    modules = tuple(_modules(columns, pl.program_id(0) * tiles.tile_n, segments, tiles))
 
     def write(values: jax.Array, own: jax.Array) -> None:
         plt.store(out_ref.at[rows[:, None], columns[None, :]], values.astype(out_ref.dtype), mask=own[:, None] & inside)
@@ -160,13 +160,16 @@ def _expand_kernel(
 def _modules(
     columns: jax.Array, first: jax.Array, segments: tuple[int, ...], tiles: Tiles
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Of each module, whether the tile of ``columns`` from ``first`` on has some of its own, and which these are."""
-    period, whole = sum(segments), len(segments) == 1 or all(size % tiles.tile_n == 0 for size in segments)
-    place, within = lax.rem(first, jnp.int32(period)), lax.rem(columns, jnp.int32(period))
-    for begin, width in zip(accumulate(segments, initial=0), segments, strict=False):
-        here = (place < begin + width) & (place + tiles.tile_n > begin)
-        belongs = jnp.full(columns.shape, True) if whole else (within >= begin) & (within < begin + width)
-        yield here | (place + tiles.tile_n > period + begin), belongs
+    """Of each module, whether any of the tile's ``columns`` from ``first`` on are its own, and which these are.
+
+    Where tiles divide all segments a tile is one module's: those that have any have all.
+    """
+    period, whole = sum(segments), len(segments) == 1 or all(width % tiles.tile_n == 0 for width in segments)
+    start, within = lax.rem(first, jnp.int32(period)), lax.rem(columns, jnp.int32(period))
+    for width, end in zip(segments, accumulate(segments), strict=True):
+        begin, beyond = end - width, start + tiles.tile_n
+        touched = (start < end) & (beyond > begin) | (beyond > period + begin)
+        yield touched, jnp.full(columns.shape, True) if whole else (begin <= within) & (within < end)
 
 
 def _users(adapter_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
