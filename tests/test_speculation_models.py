@@ -15,6 +15,7 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.errors import ConfigError
+from tests.tiny_models import live_arrays
 
 STORIES = "stories260K"
 SIZES: dict[str, Any] = {
@@ -134,6 +135,16 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], complaint: str) -> N
 def test_a_model_with_other_tokens_cannot_guess(shared: Path) -> None:
     with pytest.raises(ConfigError, match="other tokens"):
         pipeline(str(bundled_model()), **SIZES, speculative_model=str(shared / "assets/models" / STORIES))
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft"])
+def test_all_memory_is_given_back(method: str) -> None:
+    model = str(bundled_model())
+    named: dict[str, Any] = {"speculative_model": model} if method == "draft" else {}
+    before = live_arrays()
+    with pipeline(model, **SIZES, speculative_method=method, **named):
+        assert live_arrays() > before
+    assert live_arrays() == before
 
 
 def test_lmdeploys_names() -> None:

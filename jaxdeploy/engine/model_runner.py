@@ -175,8 +175,8 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the device memory back; the runner is of no use afterwards."""
-        for array in (*self._leaves, *self._adapters, *jax.tree.leaves(self._pools), self._buffer):
-            array.delete()
+        for array in (*self._leaves, *self._adapters, *jax.tree.leaves(self._all_pools), self._buffer):
+            array.delete()  # what runners share has been deleted already by one of them
         self._leaves, self._adapters, self._pools = (), (), ()
         self._host_blocks.clear()
         self._steps.clear()
