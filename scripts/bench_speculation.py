@@ -119,6 +119,7 @@ def measure(
         max_batch_size=args.batch,
         max_prefill_token_num=512,
         num_blocks=args.num_blocks,
+        warmup=args.compile_all,
     )
     rates: dict[str, list[float]] = {OFF: [], ON: []}
     guesses = SpeculationCounts()
@@ -175,6 +176,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--settling", type=int, default=2, help="rounds before those that count (default: 2)")
     parser.add_argument("--rounds", type=int, default=9, help="rounds that count (default: 9)")
     parser.add_argument("--session-len", type=int, default=1024)
+    parser.add_argument(
+        "--compile-all",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile what an engine may run before the first round, not only what it takes (default: yes)",
+    )
     parser.add_argument("--num-blocks", type=int, help="KV blocks of each engine: two have to fit onto a GPU")
     parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
     return parser.parse_args()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import median
 
 FEW = 8
 """Steps after which a way of going on has been seen often enough to compare it."""
@@ -40,10 +40,15 @@ class _Way:
         return len(self.seconds)
 
     @property
-    def cost(self) -> float:
-        """Seconds for each token of a sequence; one step that was held up does not decide."""
+    def spent(self) -> float:
+        """Seconds of all steps, but for what held one of them up."""
         most = HELD_UP * median(self.seconds)
-        return fmean(min(seconds, most) for seconds in self.seconds) / fmean(self.tokens)
+        return sum(min(seconds, most) for seconds in self.seconds)
+
+    @property
+    def cost(self) -> float:
+        """Seconds for each token of a sequence."""
+        return self.spent / sum(self.tokens)
 
 
 @dataclass
@@ -80,7 +85,7 @@ class Gate:
         """Close where drafts have lost time: for long where they have lost much."""
         way, slower = size.drafted, size.drafted.cost / size.plain.cost
         if slower > (1.0 if way.seen >= FEW else HOPELESS):
-            lost = sum(way.seconds) - size.plain.cost * sum(way.tokens)
+            lost = way.spent - size.plain.cost * sum(way.tokens)
             size.wait = PATIENCE * max(lost, size.plain.cost)
             way.clear()
 
