@@ -197,12 +197,12 @@ def plain_layer(named: dict[str, Array], embedded: Array, features: Array) -> Ar
     return out
 
 
-@pytest.mark.parametrize(("length", "max_prefill"), [(2, 64), (9, 64), (16, 64), (50, 32), (70, 32)])
+@pytest.mark.parametrize(("length", "max_prefill"), [(2, 64), (16, 64), (70, 32)])
 def test_guesses_are_those_of_the_plain_computation(folder: Path, length: int, max_prefill: int) -> None:
     engine = guessing_engine(folder, max_prefill=max_prefill)
     named = tensors(HF, CONFIG.hidden_size)
     seen = watch(engine)
-    run_one(engine, prompt(length), max_new_tokens=14)
+    run_one(engine, prompt(length), max_new_tokens=9)
     assert seen
     for known, drafts in seen:
         assert list(drafts) == plain_guesses(named, known, len(drafts))
