@@ -16,6 +16,9 @@ INSTRUCTIONS = {
 LAUNCHES_PER_LAYER = {1: 7, 8: 13}
 """Most launches of a decode step's layer, collectives included: tp → limit."""
 
+ENGINE_LAUNCHES = {"decode": LAUNCHES_PER_LAYER[1], "verify": 13, "adapted decode": 21}
+"""The same for the engine's steps, by how their names begin; guesses and adapters go op by op."""
+
 STEP_TEMP_BYTES = 16 * 10**6
 
 
@@ -83,5 +86,6 @@ def _engine_faults(step: dict[str, Any]) -> Iterator[str]:
         yield f"{step['bytes_in_place']} bytes updated in place; the bar is all {step['bytes_held']}"
     if step["host_callbacks"]:
         yield f"{step['host_callbacks']} calls of the host; the bar is 0"
-    if step["step"].startswith("decode") and step["launches_per_layer"] > LAUNCHES_PER_LAYER[1]:
-        yield f"{step['launches_per_layer']} launches a layer; the bar is {LAUNCHES_PER_LAYER[1]}"
+    limit = next((most for name, most in ENGINE_LAUNCHES.items() if step["step"].startswith(name)), math.inf)
+    if step["launches_per_layer"] > limit:
+        yield f"{step['launches_per_layer']} launches a layer; the bar is {limit}"

@@ -202,7 +202,7 @@ def measure_engine() -> list[dict[str, Any]]:
         _measure_engine_step("decode, sampling", decode, small=True, sampling=True),
         _measure_engine_step("decode in a row", row, small=True),
         _measure_engine_step("verify", StepShape(1, 0, TABLE_LENGTH, SLOTS, drafts=DRAFTS), small=False),
-        _measure_engine_step("decode with adapters", replace(decode, adapted=True), small=False),
+        _measure_engine_step("adapted decode", replace(decode, adapted=True), small=False),
     ]
 
 

@@ -86,6 +86,8 @@ def test_a_step_that_breaks_a_bar(change: dict[str, Any], line: str) -> None:
         ({"pool_copies": 2}, ["2 pool copies; the bar is 0"]),
         ({"outside_command_buffers": 3}, ["1 CUDA graphs and 3 launches outside; the bar is one graph of all"]),
         ({"step": "decode in a row", "launches_per_layer": 8.0}, ["8.0 launches a layer; the bar is 7"]),
+        ({"step": "verify", "launches_per_layer": 14}, ["14 launches a layer; the bar is 13"]),
+        ({"step": "adapted decode", "launches_per_layer": 21}, []),
         ({"bytes_in_place": 9}, ["9 bytes updated in place; the bar is all 10"]),
         ({"host_callbacks": 1}, ["1 calls of the host; the bar is 0"]),
     ],
