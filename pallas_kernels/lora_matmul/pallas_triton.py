@@ -87,9 +87,9 @@ def _shrink_kernel(
     even = k % (tiles.splits * tiles.tile_k) == 0
 
     def multiply(entry: jax.Array, own: jax.Array) -> None:
-        used = ((columns < together) & _in_use(lax.rem(columns, jnp.int32(rank)), plt.load(ranks_ref.at[entry])))[
-            None, :
-        ]
+        in_use = _in_use(lax.rem(columns, jnp.int32(rank)), plt.load(ranks_ref.at[entry]))
+        wanted = (columns < together) & in_use
+        used = wanted[None, :]
 
         def step(index: jax.Array, sums: jax.Array) -> jax.Array:
             part = (split * steps + index) * tiles.tile_k + jnp.arange(tiles.tile_k, dtype=jnp.int32)
@@ -98,7 +98,7 @@ def _shrink_kernel(
             a = plt.load(a_ref.at[entry, part[:, None], columns[None, :]], mask=inside[:, None] & used, other=0.0)
             return sums + _dot(x, a)
 
-        trips = jnp.where(jnp.max(used.astype(jnp.int32)) > 0, jnp.int32(steps), jnp.int32(0))
+        trips = jnp.where(jnp.max(wanted.astype(jnp.int32)) > 0, jnp.int32(steps), jnp.int32(0))
         sums = lax.fori_loop(0, trips, step, jnp.zeros((tiles.tile_m, width), jnp.float32))
         plt.store(out_ref.at[split, rows[:, None], columns[None, :]], sums, mask=own[:, None] & used)
 
