@@ -156,3 +156,17 @@ def test_real_schemas(grammars: Grammars, tokenizer: Tokenizer) -> None:
                 wrong.append((case["file"], test["valid"], text[:80]))
     assert not wrong
     assert followed >= 0.93 * cases
+
+
+def test_a_model_with_more_logits_than_its_tokenizer_has_tokens(tokenizer: Tokenizer) -> None:
+    """As Qwen2.5 has them; what has no token never comes, nor do drafts that do not follow harm."""
+    size = VOCAB + 70
+    matcher = Grammars(lambda: tokenizer, size, frozenset({EOS})).matcher(form("choice", choice=["cat cat"]))
+    first = tokenizer.encode("cat", add_bos=False)
+    words = np.full((3, -(-size // 32)), 0xFFFFFFFF, np.uint32)
+    matcher.allow(words, (first[0], size - 1))
+    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+    assert bits[0, first[0]] == 1
+    assert not bits[:2, VOCAB:size].any()
+    assert bits[2].all(), "behind a draft that does not follow nothing is said"
+    assert matcher.take(first[0])

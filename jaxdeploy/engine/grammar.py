@@ -96,7 +96,8 @@ class Grammars:
         from llguidance import LLTokenizer, TokenizerWrapper
 
         ends = sorted(self._eos_token_ids)
-        return LLTokenizer(TokenizerWrapper(_Vocabulary(self._load(), ends)), n_vocab=self._vocab_size, eos_token=ends)
+        vocabulary = _Vocabulary(self._load(), self._vocab_size, ends)
+        return LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=self._vocab_size, eos_token=ends)
 
 
 _MARK = "\x02"
@@ -104,14 +105,18 @@ _MARK = "\x02"
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance wants to see it."""
+    """A tokenizer as llguidance wants to see it: ``size`` tokens, as many as the model has logits.
 
-    def __init__(self, tokenizer: Tokenizer, ends: list[int]) -> None:
+    Models often have some more than their tokenizer has tokens; those have no text, so they never come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, size: int, ends: list[int]) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id = ends[0]
         self.bos_token_id = tokenizer.bos_token_id
         self.special_token_ids = sorted(tokenizer.special_ids)
-        self.tokens = [self._bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        known = range(min(tokenizer.vocab_size, size))
+        self.tokens = [self._bytes(token_id) for token_id in known] + [b""] * (size - len(known))
 
     def __call__(self, text: str) -> list[int]:
         """The tokens that ``text`` has when it goes on from another; some tokenizers begin every text with a space."""
