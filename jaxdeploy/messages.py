@@ -129,7 +129,7 @@ class StepOutput:
     """What one engine step produced for one request: its new token, or only a finish reason.
 
     ``cached_tokens`` of its prompt did not have to be computed. ``prompt`` comes with the first token, where it was
-    asked for. ``speculation`` are those of the whole reply, up to here.
+    asked for. ``speculation`` counts the drafts of the whole reply, up to here.
     """
 
     request_id: str

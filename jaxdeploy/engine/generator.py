@@ -59,7 +59,7 @@ class TextOutput:
     """What a step added to a reply: text and tokens since the last output, and how it ended if it did.
 
     ``stop_word`` is the text that ended it, where one did; ``prompt`` comes once, where it was asked for;
-    ``speculation`` are those of the whole reply, up to here.
+    ``speculation`` counts the drafts of the whole reply, up to here.
     """
 
     request_id: str

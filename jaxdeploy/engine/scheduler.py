@@ -266,8 +266,7 @@ class Scheduler:
         """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of them.
 
         One that was preempted while a token of its was in flight waits for it, and one whose adapter finds every slot
-        in use for the end of another. A prompt that is to be read is computed
-        from its start.
+        in use for the end of another. A prompt that is to be read is computed from its start.
         """
         if sequence.in_flight or not self.adapters.has_room(sequence.adapter):
             return False

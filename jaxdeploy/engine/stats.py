@@ -13,7 +13,7 @@ class EngineStats:
 
     ``cached_blocks`` nobody holds, but their content may still be found. ``prompt_tokens`` of all sequences that began
     to run, ``cached_tokens`` of them found in the cache; ``restored_blocks`` were brought back from host memory for it.
-    While anything runs ``steps`` grows. ``speculation`` are those of speculative decoding. ``adapters`` are those that
+    While anything runs ``steps`` grows. ``speculation`` counts the drafts of all. ``adapters`` are those that
     requests may ask for, by name.
     """
 
