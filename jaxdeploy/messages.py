@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from jaxdeploy.errors import JaxdeployError
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended; OpenAI's and LMDeploy's words."""
@@ -129,7 +131,8 @@ class StepOutput:
     """What one engine step produced for one request: its new token, or only a finish reason.
 
     ``cached_tokens`` of its prompt did not have to be computed. ``prompt`` comes with the first token, where it was
-    asked for. ``speculation`` counts the drafts of the whole reply, up to here.
+    asked for. ``speculation`` counts the drafts of the whole reply, up to here. ``error`` comes with
+    ``FinishReason.ERROR``: why the request ended. It must pickle.
     """
 
     request_id: str
@@ -139,3 +142,4 @@ class StepOutput:
     cached_tokens: int = 0
     prompt: PromptReading | None = None
     speculation: SpeculationCounts = NO_SPECULATION
+    error: JaxdeployError | None = field(default=None, compare=False)

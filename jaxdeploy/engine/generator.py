@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from jaxdeploy.engine.build import build_engine
 from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.remote import RemoteEngine
 from jaxdeploy.engine.text_stream import TextStream
-from jaxdeploy.errors import CheckpointError
+from jaxdeploy.errors import CheckpointError, JaxdeployError
 from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
 from jaxdeploy.messages import (
     NO_SPECULATION,
@@ -59,7 +59,8 @@ class TextOutput:
     """What a step added to a reply: text and tokens since the last output, and how it ended if it did.
 
     ``stop_word`` is the text that ended it, where one did; ``prompt`` comes once, where it was asked for;
-    ``speculation`` counts the drafts of the whole reply, up to here.
+    ``speculation`` counts the drafts of the whole reply, up to here. ``error`` comes with ``FinishReason.ERROR``:
+    why the request ended.
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class TextOutput:
     stop_word: str | None = None
     prompt: PromptReading | None = None
     speculation: SpeculationCounts = NO_SPECULATION
+    error: JaxdeployError | None = field(default=None, compare=False)
 
 
 class Generator:
@@ -196,7 +198,16 @@ class Generator:
         logprobs = output.logprobs[: len(tokens)]
         cached, word = output.cached_tokens, stream.stop_word
         return TextOutput(
-            output.request_id, text, tokens, logprobs, reason, cached, word, output.prompt, output.speculation
+            output.request_id,
+            text,
+            tokens,
+            logprobs,
+            reason,
+            cached,
+            word,
+            output.prompt,
+            output.speculation,
+            output.error,
         )
 
 

@@ -214,7 +214,7 @@ class Served:
                     times.note(output)
                     if output.finish_reason is FinishReason.ERROR:
                         self.check_model(self.model_of(origin))  # it may just have been unloaded
-                        raise _failure(prompts)
+                        raise output.error or _failure(prompts)
                     yield places[output.request_id], output
         finally:
             self.held -= len(requests)
