@@ -6,7 +6,8 @@ JSON Schema, regular expressions and Lark grammars are llguidance's; what it can
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxdeploy.errors import RequestError
@@ -14,23 +15,49 @@ from jaxdeploy.errors import RequestError
 LARGEST = 256 * 1024
 """Characters of a grammar or schema."""
 
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
-"""Between the parts of a JSON text: enough to lay it out, not enough to go on for ever, as small models like to."""
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}|\x20?(\x0D?\x0A){1,2}[\x20\x09]{0,128}"
+"""Between the parts of a JSON text: at most 20 characters, or a line's end and the indentation of the next line, four
+spaces for each of 32 levels. Without a limit, small models can write spaces until their reply is cut off."""
+
+MEMBERS = {
+    "text": (),
+    "json_object": ("schema",),
+    "json_schema": ("json_schema", "schema"),
+    "regex_schema": ("regex_schema",),
+    "choice": ("choice",),
+    "grammar": ("grammar",),
+}
+"""Type of a form → its members beside the type."""
+
+WRAPPER = frozenset({"name", "description", "schema", "strict"})
+"""Members of OpenAI's ``json_schema``."""
 
 FORMS = "text, json_object, json_schema, regex_schema, choice or grammar"
+
+
+class FormError(RequestError):
+    """A form that llguidance cannot follow; ``fault`` is what it complains of, ``name`` the field of the request."""
+
+    def __init__(self, fault: str, asked: Any, name: str = "response_format") -> None:
+        super().__init__(f"{name} cannot be followed: {cause_of(fault, asked)}; leave that out")
+        self.fault = fault
 
 
 def grammar_of(response_format: Mapping[str, Any] | None) -> str | None:
     """Llguidance's form of the grammar, checked; ``None`` where any text will do.
 
-    ``{"type": "json_object"}``; ``{"type": "json_schema", "json_schema": {"schema": {...}}}`` (OpenAI);
+    ``{"type": "json_object"}``, with ``"schema": {...}`` as llama.cpp and Together have it;
+    ``{"type": "json_schema", "json_schema": {"schema": {...}}}`` (OpenAI), or ``"schema": {...}`` beside the type;
     ``{"type": "regex_schema", "regex_schema": "..."}`` (LMDeploy); ``{"type": "choice", "choice": ["yes", "no"]}``;
     ``{"type": "grammar", "grammar": "start: ..."}`` (Lark, or GBNF).
 
     Raises:
-        RequestError: it has none of these forms, is too large, or uses what cannot be followed.
+        RequestError: it has none of these forms or an unknown member, is too large, or cannot be followed.
     """
-    if response_format is None or response_format.get("type") == "text":
+    if not response_format:
+        return None
+    response_format = _checked_members(response_format)
+    if response_format["type"] == "text":
         return None
     made = _made(response_format)
     if len(made) > LARGEST:
@@ -39,8 +66,51 @@ def grammar_of(response_format: Mapping[str, Any] | None) -> str | None:
 
     fault = LLMatcher.validate_grammar(made)
     if fault and not fault.startswith("WARNING"):
-        raise RequestError(f"response_format cannot be followed: {_first_line(fault)}; leave that out")
+        raise FormError(fault, response_format)
     return made
+
+
+def nested_form(form: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``response_format`` from a form that has name and schema next to the type."""
+    if form.get("type") != "json_schema":
+        return dict(form)
+    return {"type": "json_schema", "json_schema": {name: form[name] for name in form if name != "type"}}
+
+
+def cause_of(fault: str, asked: Any) -> str:
+    """What llguidance complains of, in one line; for a regular expression the keyword of ``asked`` that has it."""
+    found = re.search(r"regex parse error:\s*\n +(.*)\n[\s\S]*?error: (.*)", fault)
+    if found is None:
+        return next(iter(fault.strip().splitlines()), "no reason given")
+    pattern, cause = found.groups()
+    keyword = next(_keywords_with(asked, pattern), "the regular expression")
+    return f"{keyword}={pattern!r:.120}: {cause}"
+
+
+def _keywords_with(value: Any, pattern: str, place: str = "") -> Iterator[str]:
+    """Paths to the members of ``value`` that are ``pattern``, or have it as their name."""
+    if isinstance(value, Mapping):
+        for name, member in value.items():
+            if name == pattern:
+                yield place
+            yield from _keywords_with(member, pattern, f"{place}.{name}".removeprefix("."))
+    elif isinstance(value, list):
+        for index, member in enumerate(value):
+            yield from _keywords_with(member, pattern, f"{place}[{index}]")
+    elif value == pattern:
+        yield place
+
+
+def _checked_members(response_format: Mapping[str, Any]) -> dict[str, Any]:
+    """The members that say something. Raises ``RequestError`` for an unknown type or member."""
+    said = {name: value for name, value in response_format.items() if value is not None}
+    kind = said.get("type")
+    if not isinstance(kind, str) or kind not in MEMBERS:
+        raise RequestError(f"response_format.type={kind!r:.60} is unknown; give {FORMS}")
+    for name, value in said.items():
+        if name != "type" and name not in MEMBERS[kind] and value not in ("", [], {}):
+            raise RequestError(f"response_format.{name} is no member of type={kind!r}; leave it out")
+    return said
 
 
 def _made(response_format: Mapping[str, Any]) -> str:
@@ -49,9 +119,11 @@ def _made(response_format: Mapping[str, Any]) -> str:
     kind = response_format.get("type")
     try:
         if kind == "json_object":
-            return _json('{"type": "object"}')
+            return _json(_schema("schema", response_format.get("schema", {"type": "object"})))
+        if kind == "json_schema" and "schema" in response_format:
+            return _json(_schema("schema", response_format["schema"]))
         if kind == "json_schema":
-            return _json(_schema(response_format.get("json_schema")))
+            return _json(_schema("json_schema", _unwrapped(response_format.get("json_schema"))))
         if kind == "regex_schema":
             return grammar_from("regex", _text(response_format, "regex_schema"))
         if kind == "choice":
@@ -61,8 +133,8 @@ def _made(response_format: Mapping[str, Any]) -> str:
     except RequestError:
         raise
     except Exception as error:  # whatever a parser of strangers' texts may raise
-        raise RequestError(f"response_format cannot be read ({_first_line(str(error))}); mend it") from error
-    raise RequestError(f"response_format.type={kind!r:.60} is unknown; give {FORMS}")
+        raise RequestError(f"response_format cannot be read ({cause_of(str(error), None)}); mend it") from error
+    raise AssertionError(f"{kind} is in MEMBERS and has no grammar")
 
 
 def _json(schema: str) -> str:
@@ -71,11 +143,19 @@ def _json(schema: str) -> str:
     return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
 
 
-def _schema(given: Any) -> str:
+def _unwrapped(given: Any) -> Any:
     """The schema alone: OpenAI wraps it, LMDeploy may not."""
-    schema = given.get("schema", given) if isinstance(given, Mapping) else given
+    if not isinstance(given, Mapping) or ("schema" not in given and not {"name", "strict"} & given.keys()):
+        return given
+    for name in given:
+        if name not in WRAPPER:
+            raise RequestError(f"response_format.json_schema.{name} is no member beside the schema; leave it out")
+    return given.get("schema")
+
+
+def _schema(name: str, schema: Any) -> str:
     if not isinstance(schema, Mapping | bool):
-        raise RequestError(f"response_format.json_schema={given!r:.60} holds no schema; give a JSON Schema object")
+        raise RequestError(f"response_format.{name}={schema!r:.60} holds no schema; give a JSON Schema object")
     return json.dumps(schema)
 
 
@@ -90,7 +170,3 @@ def _text(response_format: Mapping[str, Any], name: str) -> str:
     if not isinstance(value, str) or not value:
         raise RequestError(f"response_format.{name}={value!r:.60} must be a text; give one")
     return value
-
-
-def _first_line(fault: str) -> str:
-    return next(iter(fault.strip().splitlines()), "no reason given")

@@ -16,10 +16,15 @@ OPEN_PATHS = frozenset({"/health"})
 """Answered without a key."""
 
 
+KEY_NAME = "jaxdeploy.key"
+"""Where the scope of a request has a name of the key that it came with."""
+
+
 class Keys:
     """Keys, of which only digests are kept."""
 
     def __init__(self, keys: Sequence[str]) -> None:
+        assert all(keys), "an empty key would let everybody in"
         self._digests = [_digest(key.encode()) for key in keys]
 
     def include(self, key: bytes) -> bool:
@@ -37,8 +42,12 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._keys.include(_key(Headers(scope=scope))):
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
+            return
+        key = _key(Headers(scope=scope))
+        if self._keys.include(key):
+            await self._app({**scope, KEY_NAME: _digest(key).hex()[:16]}, receive, send)
             return
         body = reply("the API key is missing or wrong; send Authorization: Bearer KEY", "authentication_error")
         body.error.code = "invalid_api_key"

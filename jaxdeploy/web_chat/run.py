@@ -11,6 +11,7 @@ from fastapi import FastAPI
 
 from jaxdeploy.api_client import is_url
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
+from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.listening import address, certificate, listen
 from jaxdeploy.server.local import LocalServer
 from jaxdeploy.server.logs import set_up_logging
@@ -47,6 +48,7 @@ def web_chat(
         JaxdeployError: a setting, the checkpoint or the memory does not fit, or there is no server.
     """
     set_up_logging(log_level, server_config.log_format)
+    server_config = with_keys(server_config)
     certificate(server_config)
     local = None
     if is_url(model_or_url):
@@ -73,6 +75,7 @@ def create_app(
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BodyLimit, most=config.max_body_size)
     app.add_middleware(PageRules)
+    config = with_keys(config)
     keys = Keys(config.api_keys or [])
     gr.mount_gradio_app(
         app,

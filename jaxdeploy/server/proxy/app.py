@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from jaxdeploy.config import ProxyConfig, ServerConfig
 from jaxdeploy.server import error_handlers
+from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.middleware import surround
 from jaxdeploy.server.proxy.proxy import Proxy
 from jaxdeploy.server.proxy.routes import router
@@ -20,7 +21,9 @@ def create_proxy_app(config: ProxyConfig, server_config: ServerConfig) -> FastAP
 
     Raises:
         RequestError: one of ``nodes`` is no address.
+        ConfigError: keys are missing where they should be, or empty.
     """
+    server_config = with_keys(server_config)
     proxy = Proxy(config, keep_keys=not (server_config.api_keys or config.node_api_key))
     hidden = ("docs_url", "redoc_url", "openapi_url") if server_config.disable_fastapi_docs else ()
     app = FastAPI(
