@@ -119,7 +119,7 @@ class OtherMLP(MLP):
 
 
 def _query_norm(layer: Layer) -> None:
-    layer.attention.query_norm = RMSNorm(CONFIG.head_dim, CONFIG.norm_eps, dtype=jnp.dtype(jnp.bfloat16))
+    layer.attention.query_norm = RMSNorm(CONFIG.head_dim, CONFIG.norm_eps, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
 
 
 def _softcap(layer: Layer) -> None:
@@ -127,7 +127,7 @@ def _softcap(layer: Layer) -> None:
 
 
 def _second_norm(layer: Layer) -> None:
-    layer.post_norm = RMSNorm(CONFIG.hidden_size, CONFIG.norm_eps, dtype=jnp.dtype(jnp.bfloat16))
+    layer.post_norm = RMSNorm(CONFIG.hidden_size, CONFIG.norm_eps, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
 
 
 def _other_mlp(layer: Layer) -> None:
