@@ -120,6 +120,7 @@ def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, wr
 
     Raises:
         RequestError: the prompt cannot be served, e.g. ``ContextLengthError``.
+        JaxdeployError: the reply ended with an error.
     """
     session = pipe.session()
     reply = Reply(started=time.perf_counter())
@@ -131,6 +132,8 @@ def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, wr
             reply.text += piece.text
             reply.tokens, reply.finish_reason = piece.generate_token_len, piece.finish_reason
             write(piece.text)
+            if piece.error is not None:
+                raise piece.error
     return reply
 
 

@@ -15,6 +15,7 @@ from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
 from jaxdeploy.engine.build import build_engine
 from jaxdeploy.engine.engine_like import EngineLike
+from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.remote import RemoteEngine
 from jaxdeploy.engine.text_stream import TextStream
 from jaxdeploy.errors import CheckpointError, JaxdeployError
@@ -137,23 +138,27 @@ class Generator:
 
     def submit(self, request: TextRequest) -> None:
         """Queue a request. Raises ``ContextLengthError`` and other ``RequestError``s; nothing is queued then."""
+        stream = self._stream_of(request)
         self.engine.add(request.request)
-        decoder = self.tokenizer.detokenizer(
-            skip_special_tokens=request.skip_special_tokens,
-            spaces_between_special_tokens=request.spaces_between_special_tokens,
-            prompt_ids=request.request.prompt_token_ids,
-        )
-        stream = TextStream(
-            decoder,
-            request.stop_words,
-            include_stop=request.include_stop,
-            min_new_tokens=request.request.sampling.min_new_tokens,
-        )
         self._streams[request.request.request_id] = (request, stream)
 
     def step(self) -> list[TextOutput]:
-        """Run one engine step."""
-        return [self._text_output(output) for output in self.engine.step()]
+        """Run one engine step.
+
+        An engine in another process may be ahead: outputs of a request that has ended here are dropped. A fault in the
+        text of one request ends that request with ``FinishReason.ERROR``.
+        """
+        outputs = []
+        for output in self.engine.step():
+            if output.request_id not in self._streams:
+                continue
+            made = self._text_or_failure(output)
+            if made.finish_reason is not None:
+                del self._streams[output.request_id]
+                if output.finish_reason is None:
+                    self.engine.abort(output.request_id)
+            outputs.append(made)
+        return outputs
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free what it holds."""
@@ -177,6 +182,26 @@ class Generator:
     ) -> None:
         self.close()
 
+    def _stream_of(self, request: TextRequest) -> TextStream:
+        decoder = self.tokenizer.detokenizer(
+            skip_special_tokens=request.skip_special_tokens,
+            spaces_between_special_tokens=request.spaces_between_special_tokens,
+            prompt_ids=request.request.prompt_token_ids,
+        )
+        return TextStream(
+            decoder,
+            request.stop_words,
+            include_stop=request.include_stop,
+            min_new_tokens=request.request.sampling.min_new_tokens,
+        )
+
+    def _text_or_failure(self, output: StepOutput) -> TextOutput:
+        try:
+            return self._text_output(output)
+        except Exception as error:  # a tokenizer may raise anything
+            reason = failure(output.request_id, error)
+            return TextOutput(output.request_id, "", (), finish_reason=FinishReason.ERROR, error=reason)
+
     def _text_output(self, output: StepOutput) -> TextOutput:
         request, stream = self._streams[output.request_id]
         reason = output.finish_reason
@@ -189,25 +214,20 @@ class Generator:
             if stream.stopped:
                 tokens = tokens[:count]
                 break
-        if stream.stopped and reason is None:
-            self.engine.abort(output.request_id)
         if stream.stopped or reason is not None:
             text += stream.finish()
             reason = FinishReason.STOP if stream.stopped else reason
-            del self._streams[output.request_id]
-        logprobs = output.logprobs[: len(tokens)]
-        cached, word = output.cached_tokens, stream.stop_word
         return TextOutput(
             output.request_id,
             text,
             tokens,
-            logprobs,
+            output.logprobs[: len(tokens)],
             reason,
-            cached,
-            word,
+            output.cached_tokens,
+            stream.stop_word,
             output.prompt,
             output.speculation,
-            output.error,
+            error=output.error if reason is FinishReason.ERROR else None,
         )
 
 
