@@ -13,10 +13,9 @@ from typing import Any
 from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
-from jaxdeploy.engine.build import build_engine
 from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.failure import failure
-from jaxdeploy.engine.remote import RemoteEngine
+from jaxdeploy.engine.supervisor import Supervisor
 from jaxdeploy.engine.text_stream import TextStream
 from jaxdeploy.errors import CheckpointError, JaxdeployError
 from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
@@ -111,7 +110,7 @@ class Generator:
     ) -> Generator:
         """Load ``model``, a local folder or a hub id; ``progress`` shows bars on stderr.
 
-        ``own_process`` runs the engine in one (``RemoteEngine``).
+        ``own_process`` runs the engine in one, and restarts it when it dies (``Supervisor``).
 
         Raises ``ModelNotFoundError``, ``CheckpointError``, ``UnsupportedModelError``, ``ConfigError``.
         """
@@ -127,8 +126,8 @@ class Generator:
         template = ChatTemplate.resolve(chat_template, tokenizer, architecture)
         defaults = _generation_defaults(folder)
         ends = eos_token_ids(tokenizer, hf, defaults)
-        build = partial(build_engine, folder, hf, config, ends=ends, progress=progress)
-        engine: EngineLike = RemoteEngine(build) if own_process else build()
+        build = partial(_build, folder, hf, config, ends, progress)
+        engine: EngineLike = Supervisor(build) if own_process else build()
         return cls(engine, tokenizer, template, defaults, ends)
 
     @property
@@ -229,6 +228,15 @@ class Generator:
             output.speculation,
             error=output.error if reason is FinishReason.ERROR else None,
         )
+
+
+def _build(
+    folder: Path, hf: Mapping[str, Any], config: EngineConfig, ends: frozenset[int], progress: bool
+) -> EngineLike:
+    """``build_engine``. Its import of JAX takes seconds: errors before it are reported at once."""
+    from jaxdeploy.engine.build import build_engine
+
+    return build_engine(folder, hf, config, ends=ends, progress=progress)
 
 
 def _generation_defaults(folder: Path) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class Pulse:
     def still_for(self, stats: EngineStats) -> float:
         """Seconds for which the engine has had work and run no step."""
         now = time.monotonic()
-        if stats.steps != self._steps or not (stats.running or stats.waiting):
+        if stats.steps != self._steps or stats.fault or not (stats.running or stats.waiting):
             self._steps, self._changed = stats.steps, now
         return now - self._changed
 
