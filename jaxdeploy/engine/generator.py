@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +15,9 @@ from jaxdeploy.engine.build import build_engine
 from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.remote import RemoteEngine
 from jaxdeploy.engine.text_stream import TextStream
-from jaxdeploy.errors import CheckpointError, JaxdeployError
+from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
+from jaxdeploy.generation_defaults import read_generation_defaults
 from jaxdeploy.messages import (
     NO_SPECULATION,
     FinishReason,
@@ -78,7 +77,7 @@ class TextOutput:
 class Generator:
     """Turns text requests into text outputs, one engine step at a time. One thread calls it.
 
-    ``generation_defaults`` is the checkpoint's ``generation_config.json``; ``eos_token_ids`` are all ids that end a
+    ``generation_defaults`` is what the checkpoint's ``generation_config.json`` says; ``eos_token_ids`` are all ids that end a
     reply; ``session_len`` is in tokens.
     """
 
@@ -124,7 +123,7 @@ class Generator:
         architecture = architecture_of(hf)
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate.resolve(chat_template, tokenizer, architecture)
-        defaults = _generation_defaults(folder)
+        defaults = read_generation_defaults(folder)
         ends = eos_token_ids(tokenizer, hf, defaults)
         build = partial(build_engine, folder, hf, config, ends=ends, progress=progress)
         engine: EngineLike = RemoteEngine(build) if own_process else build()
@@ -209,15 +208,3 @@ class Generator:
             output.speculation,
             output.error,
         )
-
-
-def _generation_defaults(folder: Path) -> dict[str, Any]:
-    """The checkpoint's ``generation_config.json``; empty where there is none."""
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        defaults = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}); download it again") from error
-    return defaults if isinstance(defaults, dict) else {}
