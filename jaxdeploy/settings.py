@@ -226,7 +226,9 @@ def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
             return value if kind is float else int(value)
     elif kind not in (bool, int, float) and isinstance(value, kind):
         return value
-    raise ConfigError(f"{name}={shown(given)} must be {_TYPE_WORDS.get(kind, kind.__name__)}; correct it or leave it out")
+    raise ConfigError(
+        f"{name}={shown(given)} must be {_TYPE_WORDS.get(kind, kind.__name__)}; correct it or leave it out"
+    )
 
 
 def _check_rule(name: str, about: Setting, value: Any) -> None:

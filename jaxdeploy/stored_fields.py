@@ -81,6 +81,13 @@ class StoredFields:
             raise self.fault(name, "must be a list")
         return list(value or ())
 
+    def texts(self, name: str) -> list[str]:
+        """A list of texts; empty where it is absent."""
+        found = self.items(name)
+        if not all(isinstance(text, str) for text in found):
+            raise self.fault(name, "must be a list of texts")
+        return found
+
     def fault(self, name: str, rule: str) -> CheckpointError:
         """The error for a field that breaks ``rule``."""
         return CheckpointError(f"{self.file}: {name}={shown(self.values.get(name))} {rule}; correct it or remove it")

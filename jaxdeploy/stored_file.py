@@ -12,13 +12,13 @@ from typing import Any
 
 from jaxdeploy.errors import CheckpointError
 
-DAMAGED = "download or copy it again"
+DAMAGED = "download it again"
 MAX_BYTES = 64 * 2**20
 """The largest known tokenizer.json has 35 MB."""
 MAX_VALUES = 5_000_000
 """JSON values of a file. An empty list or object takes 64 bytes in memory and two in the file."""
 
-_STRUCTURE = b",:[{"
+_STRUCTURE = (b",", b":", b"[", b"{")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -46,7 +46,26 @@ def check_regular(path: Path) -> int:
 
 def exists(path: Path) -> bool:
     """Whether there is anything at ``path``, regular file or not; a broken link counts."""
-    return os.path.lexists(path)
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # a NUL in the name
+        return False
+
+
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a directory; false also for names that the file system does not take."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def user_path(text: str | Path) -> Path:
+    """The path that ``text`` names, ``~`` expanded where there is such a home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
@@ -79,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises ``FileNotFoundError``: there is no file. ``CheckpointError``: it cannot be read, or holds something else.
     """
-    return parse_json(read_bytes(path), str(path))
+    return parse_json(read_bytes(path), f"{path}:")
 
 
 def parse_json(content: bytes, name: str) -> dict[str, Any]:
@@ -87,7 +106,7 @@ def parse_json(content: bytes, name: str) -> dict[str, Any]:
 
     Raises ``CheckpointError``: it is not JSON, not an object, too large, or holds half of a surrogate pair.
     """
-    if sum(map(content.count, (bytes([mark]) for mark in _STRUCTURE))) > MAX_VALUES:
+    if sum(map(content.count, _STRUCTURE)) > MAX_VALUES:
         raise CheckpointError(f"{name} has more than {MAX_VALUES} JSON values; {DAMAGED}")
     try:
         found = json.loads(content)

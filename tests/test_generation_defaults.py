@@ -18,7 +18,9 @@ VALUES = (-1, 0, 1, 20.0, 0.5, 1e9, 2**31, 10**400, float("nan"), float("inf"), 
 
 
 def test_whole_floats_are_whole_numbers_and_null_is_absent() -> None:
-    found = checked_defaults({"top_k": 20.0, "max_new_tokens": 9.0, "top_p": None, "do_sample": True, "pad_token_id": 0})
+    found = checked_defaults(
+        {"top_k": 20.0, "max_new_tokens": 9.0, "top_p": None, "do_sample": True, "pad_token_id": 0}
+    )
     assert found == {"top_k": 20, "max_new_tokens": 9, "do_sample": True}
     assert type(found["top_k"]) is int
     assert resolve(None, found, Letters()).sampling.top_k == 20

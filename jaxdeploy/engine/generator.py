@@ -77,8 +77,8 @@ class TextOutput:
 class Generator:
     """Turns text requests into text outputs, one engine step at a time. One thread calls it.
 
-    ``generation_defaults`` is what the checkpoint's ``generation_config.json`` says; ``eos_token_ids`` are all ids that end a
-    reply; ``session_len`` is in tokens.
+    ``generation_defaults`` come from the checkpoint's ``generation_config.json``; ``eos_token_ids`` are all ids that
+    end a reply; ``session_len`` is in tokens.
     """
 
     def __init__(

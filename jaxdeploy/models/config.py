@@ -20,6 +20,7 @@ _DEEPEST = 1000
 """More layers than any model has."""
 _DTYPES = ("float32", "bfloat16", "float16")
 
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding (RoFormer, arXiv:2104.09864) and how it is stretched to longer contexts.
@@ -133,7 +134,7 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     rope = StoredFields(scaling, "config.json: rope_scaling")
     kind = rope.text("rope_type", None) or rope.text("type", None) or "default"
     if kind not in ROPE_KINDS:
-        raise UnsupportedModelError(f"rope_type={kind if kind.isidentifier() else shown(kind)} is not supported; supported are {', '.join(ROPE_KINDS)}")
+        raise UnsupportedModelError(f"rope_type={_word(kind)} is not supported; supported are {', '.join(ROPE_KINDS)}")
     max_position = stored.whole("max_position_embeddings", DEFAULT_MAX_POSITION)
     name = "original_max_position_embeddings"
     own = kind in ("llama3", "yarn")
@@ -177,16 +178,20 @@ def _head_dim(stored: StoredFields, default: int, rope: RopeConfig) -> int:
 
 
 def _dtype(stored: StoredFields) -> str:
-    """The type of the weights; float64 and unknown types are refused."""
+    """The type to hold the weights in; float64 is held as float32."""
     for name in ("dtype", "torch_dtype"):
         named = stored.text(name, None)
         if named is not None:
             fields = StoredFields({name: named.removeprefix("torch.")}, stored.file)
-            return fields.text(name, "", choices=_DTYPES)
+            return fields.text(name, "", choices=(*_DTYPES, "float64")).replace("64", "32")
     return "float32"
 
 
 def _check_activation(stored: StoredFields) -> None:
     name = stored.text("hidden_act", None) or "silu"
     if name not in ("silu", "swish"):
-        raise UnsupportedModelError(f"hidden_act={name if name.isidentifier() else shown(name)} is not supported; supported is silu")
+        raise UnsupportedModelError(f"hidden_act={_word(name)} is not supported; supported is silu")
+
+
+def _word(name: str) -> str:
+    return name if name.isidentifier() else shown(name)
