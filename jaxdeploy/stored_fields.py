@@ -47,7 +47,7 @@ class StoredFields:
             raise self.fault(name, f"must lie between {least:g} and {most:g}")
         return float(value)
 
-    def flag(self, name: str, default: bool = False) -> bool:
+    def flag(self, name: str, default: T) -> bool | T:
         """True or false."""
         value = self.values.get(name)
         if value is None:

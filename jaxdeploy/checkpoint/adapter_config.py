@@ -111,7 +111,7 @@ def _checked(found: Mapping[str, Any]) -> AdapterConfig:
             faults.append(str(error))
     stored = StoredFields(found, NAME)
     try:
-        stabilized, whole_modules = stored.flag("use_rslora"), tuple(stored.texts("modules_to_save"))
+        stabilized, whole_modules = stored.flag("use_rslora", False), tuple(stored.texts("modules_to_save"))
     except CheckpointError as error:
         return _faulty(str(error))
     return AdapterConfig(

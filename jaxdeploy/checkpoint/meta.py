@@ -114,7 +114,7 @@ def _from_weights(folder: Path, params: StoredFields) -> dict[str, Any]:
 def _positions(params: StoredFields) -> dict[str, Any]:
     """Rotary base, scaling and trained context length: 2048 Llama 1, 4096 2, 16384 Code, 8192 3, 131072 3.1 and up."""
     theta = params.number("rope_theta", 10000.0, least=2.0, most=1e12)
-    if params.flag("use_scaled_rope"):
+    if params.flag("use_scaled_rope", False):
         scaling = {
             "rope_type": "llama3",
             "factor": params.number("rope_scaling_factor", 8.0, least=1e-3, most=1e6),

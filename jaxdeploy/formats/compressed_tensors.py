@@ -151,7 +151,7 @@ def _check_types(config: Mapping[str, Any]) -> None:
             for text in ("type", "strategy"):
                 args.text(text, None)
             for flag in ("symmetric", "dynamic"):
-                args.flag(flag)
+                args.flag(flag, False)
 
 
 def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:

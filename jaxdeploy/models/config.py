@@ -110,7 +110,7 @@ def read_decoder(hf: Mapping[str, Any], **options: Any) -> ModelConfig:
         "max_position": stored.whole("max_position_embeddings", DEFAULT_MAX_POSITION),
         "rope": rope,
         "windows": (None,) * layers,
-        "tie_embeddings": stored.flag("tie_word_embeddings"),
+        "tie_embeddings": stored.flag("tie_word_embeddings", False),
         "dtype": _dtype(stored),
     }
     return ModelConfig(**{**fields, **options})

@@ -62,7 +62,7 @@ def eagle3_config(hf: Mapping[str, Any], model: ModelConfig) -> Eagle3Config:
     if size != model.hidden_size:
         raise CheckpointError(f"target_hidden_size={size} is not {model.hidden_size}, the model's; take one for it")
     vocabulary = stored.whole("draft_vocab_size", layer.vocab_size, most=layer.vocab_size)
-    return Eagle3Config(layer, size, taps, vocabulary, stored.flag("norm_before_residual"))
+    return Eagle3Config(layer, size, taps, vocabulary, stored.flag("norm_before_residual", False))
 
 
 def _taps(stored: StoredFields, count: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ NAMES = DecoderNames(
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     """``bias`` covers ``wqkv`` and ``wo``."""
-    bias = StoredFields(hf).flag("bias")
+    bias = StoredFields(hf).flag("bias", False)
     return read_decoder(hf, qkv_bias=bias, o_bias=bias)
 
 

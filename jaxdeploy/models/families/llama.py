@@ -29,8 +29,8 @@ NAMES = DecoderNames(
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     """``attention_bias`` covers query, key, value and output; ``mlp_bias`` all three maps of the feed-forward."""
     stored = StoredFields(hf)
-    bias = stored.flag("attention_bias")
-    return read_decoder(hf, qkv_bias=bias, o_bias=bias, mlp_bias=stored.flag("mlp_bias"))
+    bias = stored.flag("attention_bias", False)
+    return read_decoder(hf, qkv_bias=bias, o_bias=bias, mlp_bias=stored.flag("mlp_bias", False))
 
 
 def weights(config: ModelConfig) -> WeightTable:

@@ -18,7 +18,7 @@ ARCHITECTURES = ("Qwen2ForCausalLM",)
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The window counts only with ``use_sliding_window``, and only in the layers that ``_slides`` names."""
     stored = StoredFields(hf)
-    window = stored.whole("sliding_window", None) if stored.flag("use_sliding_window") else None
+    window = stored.whole("sliding_window", None) if stored.flag("use_sliding_window", False) else None
     windows = tuple(window if slides else None for slides in _slides(stored, read_layer_count(hf)))
     return read_decoder(hf, qkv_bias=True, windows=windows)
 
