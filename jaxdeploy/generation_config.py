@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.generation_defaults import token_ids
 from jaxdeploy.messages import SamplingParams
 from jaxdeploy.response_format import grammar_of
 
@@ -63,13 +64,13 @@ def resolve(
 ) -> ResolvedGeneration:
     """Fill the gaps of ``config`` and translate its texts.
 
-    ``defaults`` is the content of ``generation_config.json``, ``eos_token_ids`` what ``eos_token_ids()`` found,
+    ``defaults`` is what ``read_generation_defaults`` returned, ``eos_token_ids`` what ``eos_token_ids()`` found,
     ``template_stops`` the words with which the chat template ends a reply. A request without ``random_seed`` gets a
     fresh one. Ends that the model sets, the template's among them, do not count under ``ignore_eos``; the user's do.
     """
     config = config or GenerationConfig()
     own_stops = frozenset() if config.ignore_eos else frozenset(eos_token_ids)
-    turn_stops = () if config.ignore_eos else template_stops
+    turn_stops = () if config.ignore_eos else (*template_stops, *defaults.get("stop_words", ()))
     stop_ids, stop_words = _split_stops(config.stop_words or (), turn_stops, tokenizer)
     return ResolvedGeneration(
         sampling=_sampling(config, defaults, own_stops | stop_ids | frozenset(config.stop_token_ids or ()), tokenizer),
@@ -82,12 +83,12 @@ def resolve(
 
 
 def eos_token_ids(tokenizer: Vocabulary, *configs: Mapping[str, Any]) -> frozenset[int]:
-    """Every id that ends a reply: the tokenizer's and each ``eos_token_id`` (one or a list) of the JSON files."""
-    ids = {tokenizer.eos_token_id}
-    for config in configs:
-        named = config.get("eos_token_id")
-        ids.update(named if isinstance(named, list | tuple) else [named])
-    return frozenset(token_id for token_id in ids if isinstance(token_id, int))
+    """Every id that ends a reply: the tokenizer's and each ``eos_token_id`` (one or a list) of the JSON files.
+
+    Raises ``CheckpointError``: an ``eos_token_id`` that is no id and no list of ids.
+    """
+    named = [token for config in configs for token in token_ids(config, "config.json")]
+    return frozenset(named if tokenizer.eos_token_id is None else [tokenizer.eos_token_id, *named])
 
 
 def samples(config: GenerationConfig, defaults: Mapping[str, Any]) -> bool:

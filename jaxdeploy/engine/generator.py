@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +15,9 @@ from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.supervisor import Supervisor
 from jaxdeploy.engine.text_stream import TextStream
-from jaxdeploy.errors import CheckpointError, JaxdeployError
+from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
+from jaxdeploy.generation_defaults import read_generation_defaults
 from jaxdeploy.messages import (
     NO_SPECULATION,
     FinishReason,
@@ -78,8 +77,8 @@ class TextOutput:
 class Generator:
     """Turns text requests into text outputs, one engine step at a time. One thread calls it.
 
-    ``generation_defaults`` is the checkpoint's ``generation_config.json``; ``eos_token_ids`` are all ids that end a
-    reply; ``session_len`` is in tokens.
+    ``generation_defaults`` come from the checkpoint's ``generation_config.json``; ``eos_token_ids`` are all ids that
+    end a reply; ``session_len`` is in tokens.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class Generator:
         architecture = architecture_of(hf)
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate.resolve(chat_template, tokenizer, architecture)
-        defaults = _generation_defaults(folder)
+        defaults = read_generation_defaults(folder)
         ends = eos_token_ids(tokenizer, hf, defaults)
         build = partial(_build, folder, hf, config, ends, progress)
         engine: EngineLike = Supervisor(build) if own_process else build()
@@ -237,15 +236,3 @@ def _build(
     from jaxdeploy.engine.build import build_engine
 
     return build_engine(folder, hf, config, ends=ends, progress=progress)
-
-
-def _generation_defaults(folder: Path) -> dict[str, Any]:
-    """The checkpoint's ``generation_config.json``; empty where there is none."""
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        defaults = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}); download it again") from error
-    return defaults if isinstance(defaults, dict) else {}

@@ -68,7 +68,7 @@ class Grammars:
     def __init__(self, load: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._load = load
         self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
+        self._eos_token_ids = frozenset(token for token in eos_token_ids if token < vocab_size)
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
