@@ -16,9 +16,9 @@ ESCAPES = re.compile(
 
 
 class Utf8Bodies:
-    """Makes every body well-formed UTF-8, so that no field of a request can hold half a character.
+    r"""Makes every body well-formed UTF-8, so that no field of a request can hold half a character.
 
-    JSON can name half of a surrogate pair (``\\ud83d``), and ``json.loads`` accepts it. Such a string has no UTF-8
+    JSON can name half of a surrogate pair (``\ud83d``), and ``json.loads`` accepts it. Such a string has no UTF-8
     form: tokenizers, grammars and replies would fail on it later.
     """
 
