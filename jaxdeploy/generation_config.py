@@ -20,6 +20,7 @@ from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.generation_defaults import token_ids
 from jaxdeploy.messages import SamplingParams
 from jaxdeploy.response_format import grammar_of
+from jaxdeploy.unicode_text import well_formed, well_formed_values
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
 MAX_NEW_TOKENS = 512
@@ -147,7 +148,7 @@ def _grammar(config: GenerationConfig) -> str | None:
         return None
     if config.ignore_eos or config.min_new_tokens:
         raise RequestError("response_format says when a reply ends; leave ignore_eos and min_new_tokens out")
-    return grammar_of(config.response_format)
+    return grammar_of(well_formed_values(config.response_format))
 
 
 def _draw(config: GenerationConfig, defaults: Mapping[str, Any], value: Any) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def _split_stops(
 ) -> tuple[frozenset[int], tuple[str, ...]]:
     """Ids and texts. A user's word is an id only where it is a special token: others may hide inside longer tokens."""
     ids, words = set(), {}
-    for word in filter(None, (*asked, *of_template)):
+    for word in map(well_formed, filter(None, (*asked, *of_template))):
         encoded = tokenizer.encode(word, add_bos=False)
         if len(encoded) == 1 and (word in of_template or encoded[0] in tokenizer.special_ids):
             ids.add(encoded[0])

@@ -14,6 +14,7 @@ from jaxdeploy.tokenizer.huggingface_file import HuggingFaceFile, describe_byte_
 from jaxdeploy.tokenizer.sentencepiece_file import SentencePieceFile
 from jaxdeploy.tokenizer.settings import Settings, read_settings
 from jaxdeploy.tokenizer.tiktoken_file import QWEN, describe_tiktoken, is_tiktoken
+from jaxdeploy.unicode_text import well_formed
 
 READABLE = "tokenizer.json, tokenizer.model, qwen.tiktoken, or vocab.json with merges.txt"
 FOREIGN_FILES = ("tekken.json", "tokenizer.tiktoken", "tiktoken.model")
@@ -82,9 +83,10 @@ class Tokenizer:
 
         ``add_bos``: put the tokenizer's own beginning and end around it (none for a tokenizer that has none).
         ``parse_special``: the text of a special token in ``text`` means that token; else it is text like any other.
+        Lone surrogates are read as U+FFFD.
         """
         with refusing(RequestError, "the tokenizer cannot encode the text", "change it"):
-            ids = self._file.encode(text, parse_special)
+            ids = self._file.encode(well_formed(text), parse_special)
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_bos else ids
 
     def decode(
