@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.tokenizer.bounds import TokenBound, bound_of_sentencepiece
 from jaxdeploy.tokenizer.settings import AddedToken, Settings
 
 WORD_SPACE = "▁"
@@ -71,6 +72,11 @@ class SentencePieceFile:
         if self._model.is_byte(token_id):
             return bytes([int(token[3:5], 16)])
         return token.replace(WORD_SPACE, " ").encode()
+
+    @cached_property
+    def bound(self) -> TokenBound:
+        """How many tokens a text has at least."""
+        return bound_of_sentencepiece(self._model, self._overlay.values())
 
     @cached_property
     def _bare_model(self) -> Any:
