@@ -426,7 +426,9 @@ class QuantConfig:
         flag=False,
     )
     work_dir: str = setting("./work_dir", "folder that the result is written to")
-    overwrite: bool = setting(False, "replace what is in work_dir")
+    overwrite: bool = setting(
+        False, "replace an earlier result of jaxdeploy in work_dir; other files are never replaced"
+    )
     calib_dataset: str | None = setting(
         None,
         "text to calibrate with: a .txt, .jsonl or .parquet file, or ptb, wikitext2, c4, pileval (fetched); default: "

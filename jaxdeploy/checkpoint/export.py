@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxdeploy.checkpoint.tensor_ref import Array
-from jaxdeploy.checkpoint.writing import put_file, put_json, write_tensors
+from jaxdeploy.checkpoint.writing import put_json, write_tensors
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.weights import ParamPath, WeightTable
+from jaxdeploy.whole_file import put_file
 
 
 def check_writable(folder: str | Path) -> Path:
