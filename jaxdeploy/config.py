@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.settings import alias, ignored, missing, setting, settings
+from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 _XLA = "XLA chooses how the work is laid out"
 _ONE_ENGINE = "there is one engine, for every device"
@@ -552,6 +553,7 @@ def _read_text(path: Path) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        check_replaceable(path, is_json(dict))
+        put_text(path, text)
     except OSError as error:
         raise ConfigError(f"file_path={str(path)!r} cannot be written ({error.strerror}); name another file") from None

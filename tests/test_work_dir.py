@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
+from bench_record import result_path, save_figure, write_result
 
+from jaxdeploy.chat_session import Conversation
 from jaxdeploy.checkpoint.marker import NAME, Marker, foreign_files, read_marker, remove_ours
+from jaxdeploy.cli import check_env
 from jaxdeploy.compress import folder_swap
 from jaxdeploy.compress.beside_model import BesideModel
 from jaxdeploy.compress.work_dir import WorkDir
-from jaxdeploy.errors import ConfigError
+from jaxdeploy.config import ChatTemplateConfig
+from jaxdeploy.errors import ConfigError, JaxdeployError
+from jaxdeploy.whole_file import put_file, put_text
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -211,3 +218,39 @@ def test_beside_a_model_nothing_foreign_is_replaced(source: Path) -> None:
         with pytest.raises(ConfigError, match=r"holds layers\.1\..*, which jaxdeploy did not write; move that file"):
             BesideModel(source, num_layers=2, overwrite=overwrite)
     assert snapshot(source) == before
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "old"
+    put_text(file, "old")
+
+    def failing(handle: IO[bytes]) -> None:
+        handle.write(b"half")
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        put_file(file, failing)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "old")]
+    put_text(Path(os.devnull), "a device stays one")
+    assert not Path(os.devnull).is_file()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: ChatTemplateConfig("internlm2").to_json(file),
+        lambda file: Conversation().save(str(file)),
+        lambda file: check_env._write(file, {}),
+        lambda file: write_result(file, "test/1", {}, {}, {}),
+        lambda file: save_figure(None, file),
+    ],
+    ids=["chat template", "conversation", "environment", "result", "picture"],
+)
+def test_a_named_file_that_holds_something_else_is_kept(tmp_path: Path, write: Callable[[Path], object]) -> None:
+    file = tmp_path / "thesis.tex"
+    file.write_text("years of work")
+    with pytest.raises(JaxdeployError, match=r"cannot be written \(it exists and holds something else\); name"):
+        write(file)
+    assert file.read_text() == "years of work"
+    with pytest.raises(argparse.ArgumentTypeError, match="holds something else"):
+        result_path(str(file))
