@@ -17,6 +17,7 @@ from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.prompts import Prompt
 from jaxdeploy.response import Response, Session
+from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 if TYPE_CHECKING:
     from jaxdeploy.pipeline import Pipeline
@@ -83,8 +84,10 @@ class Conversation:
         """Write the conversation as a JSON list of messages. Raises ``RequestError``."""
         begin = [{"role": "system", "content": self.system}] if self.system else []
         text = json.dumps([*begin, *self.messages], ensure_ascii=False, indent=2) + "\n"
+        file = Path(path).expanduser()
         try:
-            Path(path).expanduser().write_text(text, encoding="utf-8")
+            check_replaceable(file, is_json(list))
+            put_text(file, text)
         except OSError as error:
             raise RequestError(f"path={path!r} cannot be written ({error.strerror}); name another file") from None
 
