@@ -8,12 +8,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from jaxdeploy.errors import RequestError
+from jaxdeploy.grammar_process import TOO_MUCH, ask, start
 
 LARGEST = 256 * 1024
 """Characters of a grammar or schema."""
+
+SMALL = 4096
+"""Characters of a grammar that is too short to overflow the stack of the library."""
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}|\x20?(\x0D?\x0A){1,2}[\x20\x09]{0,128}"
 """Between the parts of a JSON text: at most 20 characters, or a line's end and the indentation of the next line, four
@@ -25,22 +30,14 @@ MEMBERS = {
     "json_schema": ("json_schema", "schema"),
     "regex_schema": ("regex_schema",),
     "choice": ("choice",),
-    "grammar": ("grammar",),
+    "grammar": ("grammar", "tools"),
 }
-"""Type of a form → its members beside the type."""
+"""Type of a form → its members next to the type. ``tools`` are the schemas that the server made a grammar from."""
 
 WRAPPER = frozenset({"name", "description", "schema", "strict"})
 """Members of OpenAI's ``json_schema``."""
 
 FORMS = "text, json_object, json_schema, regex_schema, choice or grammar"
-
-
-class FormError(RequestError):
-    """A form that llguidance cannot follow; ``fault`` is what it complains of, ``name`` the field of the request."""
-
-    def __init__(self, fault: str, asked: Any, name: str = "response_format") -> None:
-        super().__init__(f"{name} cannot be followed: {cause_of(fault, asked)}; leave that out")
-        self.fault = fault
 
 
 def grammar_of(response_format: Mapping[str, Any] | None) -> str | None:
@@ -54,6 +51,17 @@ def grammar_of(response_format: Mapping[str, Any] | None) -> str | None:
     Raises:
         RequestError: it has none of these forms or an unknown member, is too large, or cannot be followed.
     """
+    grammar = grammar_text(response_format)
+    if grammar is None:
+        return None
+    if len(grammar) > SMALL:
+        return _checked_apart(json.dumps(response_format))
+    check(grammar, response_format or {})
+    return grammar
+
+
+def grammar_text(response_format: Mapping[str, Any] | None) -> str | None:
+    """The same, before the library has seen the grammar. Raises ``RequestError`` for its form and its size."""
     if not response_format:
         return None
     response_format = _checked_members(response_format)
@@ -62,12 +70,30 @@ def grammar_of(response_format: Mapping[str, Any] | None) -> str | None:
     made = _made(response_format)
     if len(made) > LARGEST:
         raise RequestError(f"response_format of {len(made)} characters is larger than {LARGEST}; simplify it")
+    return made
+
+
+def check(grammar: str, asked: Mapping[str, Any]) -> None:
+    """Have the library read the ``grammar`` of ``asked``, in this process. Raises ``RequestError`` if it cannot."""
     from llguidance import LLMatcher
 
-    fault = LLMatcher.validate_grammar(made)
+    fault = LLMatcher.validate_grammar(grammar)
     if fault and not fault.startswith("WARNING"):
-        raise FormError(fault, response_format)
-    return made
+        name = "tools" if "tools" in asked else "response_format"
+        raise RequestError(f"{name} cannot be followed: {_cause(fault, asked.get('tools', asked))}; leave that out")
+
+
+@lru_cache(16)
+def _checked_apart(job: str) -> str | None:
+    """The grammar of a format, checked in a process of its own, since the library may crash."""
+    try:
+        with start() as worker:
+            answer = ask(worker, job.encode())
+    except (OSError, EOFError):
+        raise RequestError(TOO_MUCH) from None
+    if "fault" in answer:
+        raise RequestError(str(answer["fault"]))
+    return answer["grammar"]
 
 
 def nested_form(form: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +103,7 @@ def nested_form(form: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {name: form[name] for name in form if name != "type"}}
 
 
-def cause_of(fault: str, asked: Any) -> str:
+def _cause(fault: str, asked: Any) -> str:
     """What llguidance complains of, in one line; for a regular expression the keyword of ``asked`` that has it."""
     found = re.search(r"regex parse error:\s*\n +(.*)\n[\s\S]*?error: (.*)", fault)
     if found is None:
@@ -133,7 +159,7 @@ def _made(response_format: Mapping[str, Any]) -> str:
     except RequestError:
         raise
     except Exception as error:  # whatever a parser of strangers' texts may raise
-        raise RequestError(f"response_format cannot be read ({cause_of(str(error), None)}); mend it") from error
+        raise RequestError(f"response_format cannot be read ({_cause(str(error), None)}); mend it") from error
     raise AssertionError(f"{kind} is in MEMBERS and has no grammar")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from jaxdeploy.errors import ConfigError
@@ -46,8 +46,10 @@ def add_settings(parser: Parser, *classes: type[Any]) -> None:
                 _add_flag(group, name, described)
 
 
-def read_settings(args: Namespace, *classes: type[Any]) -> list[dict[str, Any]]:
+def read_settings(args: Namespace, *classes: type[Any], skipped: Collection[str] = ()) -> list[dict[str, Any]]:
     """The settings that were given, for each class: those of the file ``--config`` under those of the command line.
+
+    ``skipped`` are keys of the file that the command reads itself.
 
     Raises:
         ConfigError: the file cannot be read, or it has keys that are no flags of the command, or wrong values. All
@@ -56,7 +58,7 @@ def read_settings(args: Namespace, *classes: type[Any]) -> list[dict[str, Any]]:
     given = vars(args)
     path = given.get("config")
     from_file = {_field_name(key): value for key, value in read_yaml(path).items()} if path else {}
-    faults = _faults(from_file, classes, str(path))
+    faults = _faults(from_file, classes, str(path), skipped)
     if len(faults) == 1:
         raise ConfigError(faults[0])
     if faults:
@@ -66,11 +68,13 @@ def read_settings(args: Namespace, *classes: type[Any]) -> list[dict[str, Any]]:
     return [_of_class(cls, given, from_file) for cls in classes]
 
 
-def _faults(from_file: dict[str, Any], classes: Sequence[type[Any]], path: str) -> list[str]:
+def _faults(from_file: dict[str, Any], classes: Sequence[type[Any]], path: str, skipped: Collection[str]) -> list[str]:
     """Everything that is wrong in a file."""
     owners = {name: cls for cls in classes for name in _flag_names(cls)}
     faults = []
     for name, value in from_file.items():
+        if name in skipped:
+            continue
         if name not in owners:
             faults.append(str(unknown_setting(name, value, owners, path)))
         elif value is None and describe(owners[name])[name].about.secret:

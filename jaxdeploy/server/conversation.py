@@ -10,7 +10,6 @@ from typing import Any
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason, TokenLogprob
-from jaxdeploy.response_format import FormError
 from jaxdeploy.server.call_grammar import call_grammar
 from jaxdeploy.server.collected import Counts
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Text, Thought
@@ -31,12 +30,7 @@ async def chat_prompt(served: Served, asked: ChatRequest) -> Prompt:
             several = asked.parallel_tool_calls is not False and asked.tool_choice == "required"
             calls = call_grammar(served.tool_form, asked.functions_to_call, served.tokenizer, several=several)
     ids = await served.chat_ids([_for_template(message) for message in asked.messages], **variables)
-    try:
-        return await served.resolved(ids, asked.generation(calls), chat=True)
-    except FormError as error:
-        if calls is None:
-            raise
-        raise FormError(error.fault, asked.functions_to_call, "tools") from None
+    return await served.resolved(ids, asked.generation(calls), chat=True)
 
 
 class Replies:

@@ -54,6 +54,10 @@ class KeyCheck:
         await answer(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
 
+class TooLargeError(HTTPException):
+    """A body has more bytes than it said, or than it may have."""
+
+
 class BodyLimit:
     """Refuses bodies of more than ``most`` bytes, told or not."""
 
@@ -78,10 +82,13 @@ class BodyLimit:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._most:
-                raise HTTPException(413, self._complaint)
+                raise TooLargeError(413, self._complaint)
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        except TooLargeError:  # raised in a layer outside the routes, which have handlers for it
+            await answer(reply(self._complaint, "invalid_request_error"), 413)(scope, receive, send)
 
 
 def _key(headers: Headers) -> bytes:

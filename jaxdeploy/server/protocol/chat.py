@@ -222,7 +222,9 @@ class ChatRequest(Sampling):
         """
         longest = self.max_completion_tokens or self.max_tokens or 2**31 - 1
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        form = self.response_format if calls is None else {"type": "grammar", "grammar": calls}
+        form = self.response_format
+        if calls is not None:
+            form = {"type": "grammar", "grammar": calls, "tools": self.functions_to_call}
         config = self.generation_config(longest, logprobs, response_format=form)
         if self.may_call:
             config.skip_special_tokens = False

@@ -39,6 +39,7 @@ async def chat_completions(
 ) -> ChatReply | StreamingResponse:
     """Go on with a conversation."""
     adapter = served.adapter_of(asked.model)
+    served.check_number(asked.n or 1)
     origin = caller.origin(
         f"chatcmpl-{reply_id}",
         user=asked.tenant,
@@ -46,7 +47,7 @@ async def chat_completions(
         session_id=asked.session_id,
         adapter=adapter,
     )
-    prompt = await chat_prompt(served, asked)
+    prompt = await while_connected(request, chat_prompt(served, asked))
     job = _Job(Replies(served, asked, prompt, origin))
     if asked.stream:
         job.replies.check_room()

@@ -31,15 +31,18 @@ async def completions(
     """Go on with a text, or with each of several."""
     adapter = served.adapter_of(asked.model)
     origin = caller.origin(f"cmpl-{reply_id}", user=asked.user or "", priority=asked.priority, adapter=adapter)
-    config = asked.generation()
-    prompts = []
-    for given in asked.prompts:
-        prompts.append(await served.resolved(await served.ids_of(given), config, chat=False))
+    served.check_number(len(asked.prompts) * (asked.n or 1))
+    prompts = await while_connected(request, _resolved(served, asked))
     job = _Job(served, asked, prompts, origin)
     if asked.stream:
         served.check_room(prompts)
         return event_stream(job.chunks(), ping=job.silence())
     return await while_connected(request, job.whole())
+
+
+async def _resolved(served: Served, asked: CompletionRequest) -> list[Prompt]:
+    config = asked.generation()
+    return [await served.resolved(await served.ids_of(given), config, chat=False) for given in asked.prompts]
 
 
 class _Job:

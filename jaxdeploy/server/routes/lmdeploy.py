@@ -58,13 +58,17 @@ async def generate(
 ) -> GenerateReply | StreamingResponse:
     """Go on with a text or with token ids."""
     adapter = served.adapter_of(asked.named)
-    ids = tuple(asked.input_ids) if asked.input_ids else await served.text_ids(asked.prompt or "")
-    prompt = await served.resolved(ids, asked.generation(), chat=False)
+    prompt = await while_connected(request, _prompt(served, asked))
     origin = caller.origin(f"generate-{reply_id}", session_id=asked.session_id, adapter=adapter)
     if asked.stream:
         served.check_room([prompt])
         return event_stream(_pieces(served, asked, prompt, origin))
     return await while_connected(request, _whole(served, asked, prompt, origin))
+
+
+async def _prompt(served: Served, asked: GenerateRequest) -> Prompt:
+    ids = tuple(asked.input_ids) if asked.input_ids else await served.text_ids(asked.prompt or "")
+    return await served.resolved(ids, asked.generation(), chat=False)
 
 
 async def _turn(
@@ -76,13 +80,12 @@ async def _turn(
     """
     with served.sessions.turn(session, origin.request_id) as conversation:
         messages = [*conversation.messages, *asked.messages]
-        ids = await served.chat_ids(messages)
         before, whole = conversation.tokens, Collected()
-        read = max(len(ids) - before, 0)
         try:
+            ids = await served.chat_ids(messages)
             prompt = await served.resolved(ids, asked.generation(), chat=True)
         except ContextLengthError:
-            yield _silent("length", read, before)
+            yield _silent("length", before)
             return
         async with aclosing(served.replies([prompt], origin)) as pieces:
             async for _, output in pieces:
@@ -90,7 +93,7 @@ async def _turn(
                 yield InteractiveReply(
                     text=output.text,
                     tokens=len(whole.token_ids),
-                    input_tokens=read,
+                    input_tokens=max(len(ids) - before, 0),
                     history_tokens=before,
                     finish_reason=output.finish_reason and str(output.finish_reason),
                 )
@@ -100,10 +103,10 @@ async def _turn(
         served.sessions.forget(session)
 
 
-def _silent(finish_reason: str, input_tokens: int = 0, history_tokens: int = 0) -> InteractiveReply:
+def _silent(finish_reason: str, history_tokens: int = 0) -> InteractiveReply:
     """A reply without text."""
     return InteractiveReply(
-        text="", tokens=0, input_tokens=input_tokens, history_tokens=history_tokens, finish_reason=finish_reason
+        text="", tokens=0, input_tokens=0, history_tokens=history_tokens, finish_reason=finish_reason
     )
 
 
