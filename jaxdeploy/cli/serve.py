@@ -35,6 +35,18 @@ OF_A_MODEL = frozenset({"tool_call_parser", "reasoning_parser", "max_concurrent_
 """Settings of programs that load a model."""
 
 
+NEEDS = {
+    "proxy_api_key": "proxy_url",
+    "node_url": "proxy_url",
+    "ssl_certfile": "ssl",
+    "ssl_keyfile": "ssl",
+    "allow_credentials": "allow_origins",
+    "allow_methods": "allow_origins",
+    "allow_headers": "allow_origins",
+}
+"""Setting of a server → the one without which it has no effect."""
+
+
 @settings
 class ServeOptions:
     """Options of the program."""
@@ -83,6 +95,9 @@ def run(args: Namespace) -> int:
     if name not in PROGRAMS:
         raise ConfigError(f"program={args.program!r} is unknown; choose one of {', '.join(PROGRAMS)}")
     given = Given(*read_settings(args, ServeOptions, ServerConfig, ProxyConfig, EngineConfig, GenerationConfig))
+    for setting_, needed in NEEDS.items():
+        if setting_ in given.server and not given.server.get(needed):
+            raise ConfigError(f"{setting_} has no effect without {needed}; add {needed}, or leave {setting_} out")
     return {"api_server": _api_server, "proxy": _proxy, "api_client": _api_client, "gradio": _gradio}[name](
         args.what, given
     )
