@@ -30,7 +30,6 @@ from jaxdeploy.messages import FinishReason, Request, SamplingParams
 from jaxdeploy.models.decoder import decoder_from
 from jaxdeploy.models.lora import LowRank, bank_of
 from jaxdeploy.parallel.mesh import make_mesh
-from tests.selection import every_other
 from tests.test_merge import write_base
 from tests.tiny_adapters import ALL, LINEARS, QKV, TinyAdapter
 from tests.tiny_models import (
@@ -161,6 +160,7 @@ def test_eight_adapters_take_turns_in_four_slots() -> None:
     settled(engine)
 
 
+@pytest.mark.slow
 def test_a_hundred_adapters_leak_nothing() -> None:
     engine = engine_with(range(100))
     run(engine, [asked("first", 5, 0)])
@@ -209,7 +209,8 @@ def test_preempted_sequences_come_back_with_their_adapter() -> None:
     settled(engine)
 
 
-@pytest.mark.parametrize("tp", every_other([4, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [4, 2])
 def test_several_devices(tp: int) -> None:
     items = [asked(str(row), 20 + row, adapter) for row, adapter in enumerate((None, 0, 1, 2, 3))]
     assert run(engine_with(range(4), tp=tp), items) == run(engine_with(range(4)), items)
@@ -330,6 +331,7 @@ def _lowered(one: ModelRunner, inputs: Any) -> str:
     return str(one.lowered(inputs).as_text())
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up(caplog: pytest.LogCaptureFixture) -> None:
     bank = reader(1).bank
     fresh = runner_of(ModelRunner, adapters=(bank, bank.zeros()))
