@@ -72,6 +72,9 @@ def read_adapter(folder: str | Path, linears: Linears, *, max_rank: int | None =
     Raises ``CheckpointError`` that lists everything that is missing, damaged, not supported, or does not fit.
     """
     path = Path(folder).expanduser()
+    if not path.is_dir():
+        fault = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"adapter={folder} {fault}; give the folder that PEFT saved the adapter to")
     config = read_adapter_config(path)
     refs, faults = _open(path)
     pairs, misfits = _paired(refs, linears, config, max_rank)
