@@ -112,9 +112,9 @@ class AsyncEngine:
         """Outputs of all ``requests`` as they come, as ``generate`` does; where one fails the others are aborted."""
         stream = _Stream()
         running = {request.request.request_id for request in requests}
-        for request in requests:
-            self._send(partial(self._submit, request, stream))
         try:
+            for request in requests:
+                self._send(partial(self._submit, request, stream))
             while running:
                 output = await stream.outputs.get()
                 if isinstance(output, Exception):
@@ -241,6 +241,7 @@ class AsyncEngine:
             self._streams[request.request.request_id] = stream
 
     def _deliver(self, outputs: Iterable[TextOutput]) -> None:
+        """Hand ``outputs`` to their streams. Outputs of a request that has ended are dropped."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TextOutput | Exception]]] = {}
         for output in outputs:
             stream = self._streams.get(output.request_id)

@@ -22,8 +22,9 @@ from typing import Any
 from jaxdeploy.engine import process
 from jaxdeploy.engine.checks import RequestLimits, check_adapter, check_name
 from jaxdeploy.engine.engine_like import EngineLike
+from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import JaxdeployError, UnknownAdapterError
+from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import FinishReason, Request, StepOutput
 
 logger = logging.getLogger("jaxdeploy")
@@ -100,9 +101,10 @@ class RemoteEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """How it stands, as far as it has said."""
+        """How it stands, as far as it has said. Requests that it has not mentioned count as waiting."""
         self._drain(0)
-        return self._stats
+        unknown = len(self._numbers) - self._stats.running
+        return replace(self._stats, waiting=max(self._stats.waiting, unknown))
 
     @property
     def has_work(self) -> bool:
@@ -116,9 +118,10 @@ class RemoteEngine:
         if request.adapter is not None:
             check_adapter(request.adapter, self._stats.adapters)
         self._count += 1
-        number = str(self._count)
-        self._numbers[request.request_id], self._names[number] = number, request.request_id
+        number = f"{request.request_id}#{self._count}"
         self._send("add", replace(request, request_id=number))
+        self._numbers[request.request_id] = number
+        self._names[number] = request.request_id
 
     def abort(self, request_id: str) -> None:
         """Drop a request; one that has ended, or never was, is no error."""
@@ -264,8 +267,12 @@ class _Calls:
         return ANSWER_PAUSE if self._running else None
 
     def begin(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
-        """Call a method."""
-        self._running[number] = getattr(self._engine, method)(*arguments)
+        """Call a method. What it raises is its answer."""
+        try:
+            self._running[number] = getattr(self._engine, method)(*arguments)
+        except Exception as error:  # the caller receives it; the engine goes on
+            self._running[number] = Future()
+            self._running[number].set_exception(error)
 
     def answers(self) -> list[tuple[int, Exception | None]]:
         """Number and error of each that has since the last time."""
@@ -324,7 +331,7 @@ def _outbox(connection: Connection) -> Iterator[Callable[[Any], None]]:
 def _obey(connection: Connection, engine: EngineLike, calls: _Calls, refused: list[StepOutput]) -> bool:
     """Do what was asked for since the last step, waiting while there is nothing else to do; whether to go on.
 
-    A request for an adapter that has just been unloaded is ``refused``.
+    A request that the engine does not take is ``refused``: its adapter has just been unloaded, or it breaks a rule.
     """
     patience = 0 if engine.has_work else calls.patience
     while connection.poll(patience):
@@ -332,8 +339,9 @@ def _obey(connection: Connection, engine: EngineLike, calls: _Calls, refused: li
             case "add", request:
                 try:
                     engine.add(request)
-                except UnknownAdapterError:
-                    refused.append(StepOutput(request.request_id, (), FinishReason.ERROR))
+                except Exception as error:  # only this request ends
+                    reason = failure(request.request_id, error)
+                    refused.append(StepOutput(request.request_id, (), FinishReason.ERROR, error=reason))
             case "abort", name:
                 engine.abort(name)
             case "call", call:
