@@ -86,6 +86,7 @@ class EngineConfig:
         "longest prompt plus reply, in tokens; default: what the model was made for, at most 8192",
         None,
         "give a number of tokens",
+        least=2,
     )
     max_batch_size: int | None = _positive(
         "sequences that run at the same time; default: 128 on GPU, 8 on CPU", None, "give a number of sequences"

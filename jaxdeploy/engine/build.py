@@ -21,7 +21,7 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.adapter_reader import EngineAdapters, adapters_of
 from jaxdeploy.engine.adapters import Adapters
-from jaxdeploy.engine.batch import ROW_LENGTH, step_shapes
+from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.grammar import Grammars
@@ -156,7 +156,7 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
     prefill = _whole_rows(min(prefill, max_batch_size * session_len))
     mixed = _whole_rows(config.num_tokens_per_iter or (128 if on_cpu else 2048))
     dtype = _dtype(model, config, on_cpu)
-    return Limits(session_len, max_batch_size, prefill, mixed, config.decode_steps, dtype)
+    return Limits(session_len, max_batch_size, prefill, mixed, min(config.decode_steps, session_len), dtype)
 
 
 def _whole_rows(tokens: int) -> int:
@@ -207,18 +207,7 @@ def _assemble(
     held = Adapters() if adapters is None else Adapters(adapters.reader.bank.slots)
     for name, content in ({} if adapters is None else adapters.contents).items():
         held.load(name, content)
-    scheduler = Scheduler(
-        blocks,
-        PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
-        block_size=plan.block_size,
-        max_batch_size=limits.max_batch_size,
-        max_prefill_tokens=limits.max_prefill_tokens,
-        max_mixed_tokens=limits.max_mixed_tokens,
-        chunk_multiple=ROW_LENGTH,
-        session_len=limits.session_len,
-        decode_steps=limits.decode_steps,
-        adapters=held,
-    )
+    scheduler = make_scheduler(blocks, plan, limits, longest_shared, held)
     pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
     bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
     runner = ModelRunner(
@@ -231,18 +220,40 @@ def _assemble(
         features=guessing.features,
     )
     speculation = guessing.speculation
-    table_length = scheduler.blocks_for(limits.session_len)
-    shapes = step_shapes(
-        limits.max_batch_size,
-        limits.max_prefill_tokens,
-        limits.max_mixed_tokens,
-        table_length,
-        limits.decode_steps,
-        speculation.count if speculation else 0,
-    )
+    shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     reader = None if adapters is None else adapters.reader
     return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, speculation, reader)
+
+
+def make_scheduler(
+    blocks: BlockManager, plan: CachePlan, limits: Limits, longest_shared: int, adapters: Adapters | None = None
+) -> Scheduler:
+    """Return a scheduler whose every batch fits one of ``shapes_of(limits, plan)``."""
+    return Scheduler(
+        blocks,
+        PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
+        block_size=plan.block_size,
+        max_batch_size=limits.max_batch_size,
+        max_prefill_tokens=limits.max_prefill_tokens,
+        max_mixed_tokens=limits.max_mixed_tokens,
+        chunk_multiple=ROW_LENGTH,
+        session_len=limits.session_len,
+        decode_steps=limits.decode_steps,
+        adapters=adapters,
+    )
+
+
+def shapes_of(limits: Limits, plan: CachePlan, drafts: int = 0) -> list[StepShape]:
+    """Return every shape of a step, with up to ``drafts`` tokens that are verified."""
+    return step_shapes(
+        limits.max_batch_size,
+        limits.max_prefill_tokens,
+        limits.max_mixed_tokens,
+        plan.blocks_for(limits.session_len),
+        limits.decode_steps,
+        drafts,
+    )
 
 
 def _enable_compilation_cache(config: EngineConfig) -> None:

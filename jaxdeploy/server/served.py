@@ -65,18 +65,25 @@ class Prompt:
 
 
 class Pulse:
-    """Whether an engine that has something to do does it, as seen from the times at which somebody looks."""
+    """Measures how long an engine with work has run no step. It is asked at any times, rarely or often."""
 
     def __init__(self) -> None:
         self._steps = -1
-        self._changed = 0.0
+        self._busy = False
+        self._since = 0.0
 
     def still_for(self, stats: EngineStats) -> float:
-        """Seconds for which the engine has had work and run no step."""
+        """Seconds since the first call that found the engine with work and at its present step.
+
+        Work that came after the last call counts from now on: nobody knows when it came.
+        """
         now = time.monotonic()
-        if stats.steps != self._steps or stats.fault or not (stats.running or stats.waiting):
-            self._steps, self._changed = stats.steps, now
-        return now - self._changed
+        busy = bool(stats.running or stats.waiting) and not stats.fault
+        if stats.steps != self._steps or not (busy and self._busy):
+            self._since = now
+        self._steps = stats.steps
+        self._busy = busy
+        return now - self._since
 
 
 class Served:
