@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
+from jaxdeploy.progress import counted
 from jaxdeploy.tokenizer import Tokenizer
 from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError, preferred
 
@@ -134,7 +135,7 @@ def _build(
     shared = longest_shared(model, config)
     engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, guessing, adapters)
     if config.warmup:
-        engine.warm_up(_bar if progress else _silent)
+        engine.warm_up(partial(counted, doing="compiling", done="compiled", bar=progress))
     return engine
 
 
@@ -263,13 +264,3 @@ def _enable_compilation_cache(config: EngineConfig) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _bar(steps: list[Any]) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(steps, desc="compiling", unit="step", leave=False)
-
-
-def _silent(steps: list[Any]) -> Iterable[Any]:
-    return steps

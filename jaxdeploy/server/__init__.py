@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jaxdeploy.engine.process import exit_if_imported_again
 from jaxdeploy.errors import ConfigError
 
 __all__ = ["serve", "serve_proxy"]
 
 
 def serve(model: str, *args: Any, **kwargs: Any) -> None:
-    """``jaxdeploy.server.run.serve``. Raises ``ConfigError`` where a package is missing."""
+    """``jaxdeploy.server.run.serve``. Raises ``ConfigError`` where a package or the script's main guard is missing."""
+    exit_if_imported_again()
     with _packages("server"):
         from jaxdeploy.server.run import serve as run
     run(model, *args, **kwargs)
