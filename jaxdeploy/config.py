@@ -32,6 +32,10 @@ def _seconds(default: float, help: str) -> Any:
     return setting(default, help, holds=lambda value: value > 0, rule="must be more than 0", advice="give seconds")
 
 
+def _are_keys(keys: list[str]) -> bool:
+    return bool(keys) and all(key and key == key.strip() and key.isprintable() for key in keys)
+
+
 def _named_folders(given: Any) -> Any:
     """A mapping of texts like ``name=folder``; a folder alone is named by its last part. Others stay as they are."""
     if isinstance(given, Mapping):
@@ -394,6 +398,13 @@ class ProxyConfig:
 
     nodes: list[str] | None = setting(None, "addresses of servers to begin with; others are added while it runs")
     node_api_key: str | None = setting(None, "the key that the nodes ask for")
+    operator_keys: list[str] | None = setting(
+        None,
+        "keys for /nodes, /metrics and abort_all; default: these routes are closed if there are other keys, else open",
+        holds=_are_keys,
+        rule="must be keys that are neither empty nor blank at an end",
+        advice="give at least one, or leave it out",
+    )
     routing_strategy: str = setting(
         "least_loaded",
         "least_loaded: fewest requests that run; latency: the same, weighed by how fast replies begin; prefix: where a "
@@ -406,7 +417,7 @@ class ProxyConfig:
     heartbeat_timeout: float = _seconds(20.0, "seconds after which a node that gives no sign of life is given up")
     read_timeout: float = _seconds(600.0, "seconds that a node which is well may be silent in the middle of a reply")
     max_attempts: int = _positive(
-        "nodes that may fail with one request before it is answered with an error", 3, "3 is usual"
+        "nodes that may die or fail with one request before it is answered with an error", 2, "2 is one retry"
     )
 
 
