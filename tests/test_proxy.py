@@ -26,7 +26,7 @@ from jaxdeploy.server.proxy import framing, routing
 from jaxdeploy.server.proxy.app import create_proxy_app
 from jaxdeploy.server.proxy.asked import Asked
 from jaxdeploy.server.proxy.nodes import HALF_LIFE, Exchange, Node
-from jaxdeploy.server.proxy.recent import Recent
+from jaxdeploy.server.recent import Recent
 from jaxdeploy.server.registering import own_url, registered
 from tests.fake_node import WORDS, FakeNode, chunk, named
 from tests.proxied import ALL, ASK, CHAT, STREAM, Running

@@ -9,18 +9,19 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import pytest
 
+from jaxdeploy.config import ServerConfig
 from tests.integration.test_server_process import free_port, started
-from tests.served import until
+from tests.served import RunningApp, until
 
 pytestmark = pytest.mark.slow
 
@@ -191,6 +192,22 @@ def test_a_phone_shows_the_chat_first(driver: Any, url: str) -> None:
     driver.set_window_size(size["width"], size["height"])
 
 
+def test_a_phone_shows_every_button_in_full(driver: Any, url: str) -> None:
+    size = driver.get_window_size()
+    driver.set_window_size(420, 900)
+    page = Page(driver, url)
+    page.ask("Hi!")
+    script = (
+        "const chat = document.querySelector('#chat').getBoundingClientRect();"
+        "return [...document.querySelectorAll('#chat .message-buttons-left button')].map(button => {"
+        "const box = button.getBoundingClientRect(); return [box.left - chat.left, chat.right - box.right]})"
+    )
+    places = driver.execute_script(script)
+    driver.set_window_size(size["width"], size["height"])
+    assert len(places) == 3
+    assert min(min(place) for place in places) >= 0, "the chat cuts off what is outside"
+
+
 def test_nothing_comes_from_elsewhere(page: Page) -> None:
     origin = page.driver.execute_script("return location.origin")
     loaded = page.driver.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
@@ -297,6 +314,61 @@ def test_a_model_in_its_own_process_behind_keys(driver: Any, tmp_path: Path) -> 
         process.terminate()
         assert process.wait(30) == -15
     assert "ERROR" not in (tmp_path / "log").read_text()
+
+
+class Fixed:
+    """A model whose name is a path."""
+
+    name = "/srv/models/fixed"
+
+    async def events(self, messages: Any, gen_config: Any, user: str) -> AsyncGenerator[dict[str, Any]]:
+        yield {"choices": [{"delta": {"content": "4\ud83d2"}}]}
+
+
+def page_app(**config: Any) -> Any:
+    """The page in this process, without a browser."""
+    pytest.importorskip("gradio", reason="needs gradio: scripts/test --slow")
+    from jaxdeploy.web_chat.dialogue import Manner
+    from jaxdeploy.web_chat.run import create_app
+
+    return create_app(cast(Any, Fixed()), Manner(), ServerConfig(**config))
+
+
+OPEN = {"/", "/login", "/login/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
+
+
+def test_every_route_is_closed_without_a_login() -> None:
+    app = page_app(api_keys=["secret"])
+    (below,) = [route.app for route in app.routes if hasattr(getattr(route, "app", None), "tokens")]
+    routes = [(method, route.path) for route in below.routes for method in getattr(route, "methods", None) or ("GET",)]
+    assert ("GET", "/gradio_api/startup-events") in routes
+    with closing(RunningApp(app)) as running, httpx2.Client(base_url=running.url, timeout=20) as http:
+        for method, path in routes:
+            answer = http.request(method, re.sub(r"{[^}]*}", "x", path))
+            if path not in OPEN and not path.startswith(("/assets", "/static")):
+                assert answer.status_code in (401, 404), (method, path, answer.status_code)
+        assert http.get("/").status_code == 200
+        assert "Qwen" not in http.get("/").text
+        assert "fixed" not in http.get("/").text, "nor is the model named"
+        wrong = [http.post("/login", data={"username": "a", "password": "wrong\u00e9"}).status_code for _ in range(100)]
+        assert wrong.count(400) <= 10
+        assert set(wrong) == {400, 429}
+
+
+def test_half_an_emoji_does_not_break_the_stream_of_events() -> None:
+    with closing(RunningApp(page_app())) as running, httpx2.Client(base_url=running.url, timeout=20) as http:
+        config = http.get("/config").json()
+        (ask,) = [each["id"] for each in config["dependencies"] if "submit" in str(each["targets"])]
+        values = [0.7, 0.8, 0, 9, 1.0]
+        asked = {"data": [None, "Q\ud83d", "\ude00", *values], "fn_index": ask, "session_hash": "x", "event_data": None}
+        kind = {"Content-Type": "application/json"}
+        assert http.post("/gradio_api/queue/join", content=json.dumps(asked), headers=kind).status_code == 200
+        with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "x"}) as events:
+            lines = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")]
+        done = next(line for line in lines if line["msg"] == "process_completed")
+        assert done["success"], done
+        assert "Q\ufffd" in json.dumps(lines, ensure_ascii=False)
+        assert "4\ufffd2" in json.dumps(lines, ensure_ascii=False)
 
 
 class Thinker(BaseHTTPRequestHandler):

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxdeploy.server.proxy.asked import Asked
 from jaxdeploy.server.proxy.nodes import Node
-from jaxdeploy.server.proxy.recent import Recent
+from jaxdeploy.server.recent import Recent
 
 REMEMBERED = 32768
 """Beginnings of prompts, and sessions, whose nodes are known; what was not asked for longest goes first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from jaxdeploy.server.proxy.asked import Asked
-from jaxdeploy.server.proxy.recent import Recent
+from jaxdeploy.server.recent import Recent
 
 MEMORY_SECONDS = 60.0
 """Seconds for which a request is suspect after the last node that died with it."""
