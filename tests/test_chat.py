@@ -256,7 +256,10 @@ def run(shared: Path) -> Callable[..., subprocess.CompletedProcess[bytes]]:
     return call
 
 
-@pytest.mark.parametrize("fewer_shapes", [("--max-batch-size", "1"), pytest.param((), marks=pytest.mark.slow)])
+FEWER_SHAPES = ("--max-batch-size", "1", "--max-prefill-token-num", "32")
+
+
+@pytest.mark.parametrize("fewer_shapes", [FEWER_SHAPES, pytest.param((), marks=pytest.mark.slow)])
 def test_golden_story(
     run: Callable[..., subprocess.CompletedProcess[bytes]], shared: Path, fewer_shapes: tuple[str, ...]
 ) -> None:

@@ -30,7 +30,6 @@ from jaxdeploy.messages import FinishReason, Request, SamplingParams
 from jaxdeploy.models.decoder import decoder_from
 from jaxdeploy.models.lora import LowRank, bank_of
 from jaxdeploy.parallel.mesh import make_mesh
-from tests.selection import every_other
 from tests.test_merge import write_base
 from tests.tiny_adapters import ALL, LINEARS, QKV, TinyAdapter
 from tests.tiny_models import (
@@ -82,7 +81,7 @@ def content(index: int) -> tuple[Any, ...]:
 @functools.cache
 def reader(tp: int) -> AdapterReader:
     sizes: dict[str, Any] = {"slots": DEVICE_SLOTS, "max_rank": MAX_RANK, "dtype": jnp.dtype(jnp.float32)}
-    return AdapterReader(LINEARS, bank_of(CONFIG, LINEARS, make_mesh(tp), **sizes, head=True), MAX_RANK)
+    return AdapterReader(LINEARS, bank_of(CONFIG, LINEARS, make_mesh(tp), **sizes, head=True), MAX_RANK, {})
 
 
 @functools.cache
@@ -161,6 +160,7 @@ def test_eight_adapters_take_turns_in_four_slots() -> None:
     settled(engine)
 
 
+@pytest.mark.slow
 def test_a_hundred_adapters_leak_nothing() -> None:
     engine = engine_with(range(100))
     run(engine, [asked("first", 5, 0)])
@@ -209,7 +209,8 @@ def test_preempted_sequences_come_back_with_their_adapter() -> None:
     settled(engine)
 
 
-@pytest.mark.parametrize("tp", every_other([4, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [4, 2])
 def test_several_devices(tp: int) -> None:
     items = [asked(str(row), 20 + row, adapter) for row, adapter in enumerate((None, 0, 1, 2, 3))]
     assert run(engine_with(range(4), tp=tp), items) == run(engine_with(range(4)), items)
@@ -311,7 +312,9 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     assert engine.adapters == ("0",)
     with pytest.raises(ConfigError, match="adapter='a' cannot be loaded: there is no room"):
         tiny_engine().load_adapter("a", tmp_path / "a").result(60)
-    narrow = AdapterReader(LINEARS, bank_of(CONFIG, LINEARS, make_mesh(1), slots=1, max_rank=8, dtype=jnp.float32), 8)
+    narrow = AdapterReader(
+        LINEARS, bank_of(CONFIG, LINEARS, make_mesh(1), slots=1, max_rank=8, dtype=jnp.float32), 8, {}
+    )
     with pytest.raises(CheckpointError, match=r"adapts lm_head, as none did that was given at start"):
         narrow.read(TinyAdapter(targets=("lm_head",)).write(tmp_path / "head"))
 
@@ -328,6 +331,7 @@ def _lowered(one: ModelRunner, inputs: Any) -> str:
     return str(one.lowered(inputs).as_text())
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warm_up(caplog: pytest.LogCaptureFixture) -> None:
     bank = reader(1).bank
     fresh = runner_of(ModelRunner, adapters=(bank, bank.zeros()))
