@@ -16,7 +16,7 @@ from jaxdeploy.chat_session import Reply
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ContextLengthError, JaxdeployError
 from jaxdeploy.messages import FinishReason
-from jaxdeploy.web_chat.whole_text import well_formed
+from jaxdeploy.unicode_text import well_formed
 
 logger = logging.getLogger("jaxdeploy")
 

@@ -1,4 +1,4 @@
-"""Text that UTF-8 can hold: halves of surrogate pairs, which JSON can carry, become U+FFFD."""
+"""Replaces halves of surrogate pairs, which JSON can carry and UTF-8 cannot, in what browsers send."""
 
 from __future__ import annotations
 
@@ -8,16 +8,9 @@ import re
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxdeploy.unicode_text import well_formed_values
+
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-def well_formed(text: str) -> str:
-    """``text`` with U+FFFD for each half of a surrogate pair; two halves that follow each other are joined."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 class WholeText:
@@ -69,4 +62,4 @@ def _mended(body: bytes) -> bytes:
     if not _SURROGATE.search(body):
         body.decode()
         return body
-    return well_formed(json.dumps(json.loads(body), ensure_ascii=False)).encode()
+    return json.dumps(well_formed_values(json.loads(body)), ensure_ascii=False).encode()

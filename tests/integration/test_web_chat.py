@@ -363,16 +363,19 @@ def test_every_route_is_closed_without_a_login(driver: Any, tmp_path: Path) -> N
     printed = subprocess.run([sys.executable, "-c", ROUTES], capture_output=True, text=True, check=True).stdout
     routes = json.loads(printed)
     assert ["GET", "/gradio_api/startup-events"] in routes
-    with thinking(Thinker) as url, shown(tmp_path / "log", url, "--api-keys", "secret") as (_, page):
-        with httpx2.Client(base_url=page, timeout=20) as http:
-            for method, path in routes:
-                answer = http.request(method, re.sub(r"{[^}]*}", "x", path))
-                if path not in OPEN and not path.startswith(("/assets", "/static")):
-                    assert answer.status_code in (401, 404), (method, path, answer.status_code)
-            assert "thinker" not in http.get("/").text, "the login page does not name the model"
-            wrong = [http.post("/login", data={"username": "a", "password": "\u00e9"}).status_code for _ in range(100)]
-            assert set(wrong) == {400, 429}
-            assert wrong.count(400) <= 10
+    with (
+        thinking(Thinker) as url,
+        shown(tmp_path / "log", url, "--api-keys", "secret") as (_, page),
+        httpx2.Client(base_url=page, timeout=20) as http,
+    ):
+        for method, path in routes:
+            answer = http.request(method, re.sub(r"{[^}]*}", "x", path))
+            if path not in OPEN and not path.startswith(("/assets", "/static")):
+                assert answer.status_code in (401, 404), (method, path, answer.status_code)
+        assert "thinker" not in http.get("/").text, "the login page does not name the model"
+        wrong = [http.post("/login", data={"username": "a", "password": "\u00e9"}).status_code for _ in range(100)]
+        assert set(wrong) == {400, 429}
+        assert wrong.count(400) <= 10
 
 
 class HalfAnEmoji(Thinker):
@@ -382,21 +385,22 @@ class HalfAnEmoji(Thinker):
 
 
 def test_half_an_emoji_does_not_break_the_stream_of_events(driver: Any, tmp_path: Path) -> None:
-    with thinking(HalfAnEmoji) as url, shown(tmp_path / "log", url) as (_, page):
-        with httpx2.Client(base_url=page, timeout=20) as http:
-            (ask,) = [
-                each["id"] for each in http.get("/config").json()["dependencies"] if "submit" in str(each["targets"])
-            ]
-            data = [None, "Q\ud83d", "\ude00", 0.7, 0.8, 0, 9, 1.0]
-            asked = {"data": data, "fn_index": ask, "session_hash": "x", "event_data": None}
-            kind = {"Content-Type": "application/json"}
-            assert http.post("/gradio_api/queue/join", content=json.dumps(asked), headers=kind).status_code == 200
-            with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "x"}) as events:
-                lines = []
-                for line in (line for line in events.iter_lines() if line.startswith("data: ")):
-                    lines.append(json.loads(line[6:]))
-                    if lines[-1]["msg"] == "process_completed":
-                        break
+    with (
+        thinking(HalfAnEmoji) as url,
+        shown(tmp_path / "log", url) as (_, page),
+        httpx2.Client(base_url=page, timeout=20) as http,
+    ):
+        (ask,) = [each["id"] for each in http.get("/config").json()["dependencies"] if "submit" in str(each["targets"])]
+        data = [None, "Q\ud83d", "\ude00", 0.7, 0.8, 0, 9, 1.0]
+        asked = {"data": data, "fn_index": ask, "session_hash": "x", "event_data": None}
+        kind = {"Content-Type": "application/json"}
+        assert http.post("/gradio_api/queue/join", content=json.dumps(asked), headers=kind).status_code == 200
+        with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "x"}) as events:
+            lines = []
+            for line in (line for line in events.iter_lines() if line.startswith("data: ")):
+                lines.append(json.loads(line[6:]))
+                if lines[-1]["msg"] == "process_completed":
+                    break
         assert lines[-1]["success"], lines
         said = json.dumps(lines, ensure_ascii=False)
         assert "Q\ufffd" in said
