@@ -16,10 +16,15 @@ OPEN_PATHS = frozenset({"/health"})
 """Answered without a key."""
 
 
+KEY_NAME = "jaxdeploy.key"
+"""Where the scope of a request has a name of the key that it came with."""
+
+
 class Keys:
     """Keys, of which only digests are kept."""
 
     def __init__(self, keys: Sequence[str]) -> None:
+        assert all(keys), "an empty key would let everybody in"
         self._digests = [_digest(key.encode()) for key in keys]
 
     def include(self, key: bytes) -> bool:
@@ -37,13 +42,20 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        free = scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS
-        if free or self._keys.include(key_of(Headers(scope=scope))):
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
+            return
+        key = key_of(Headers(scope=scope))
+        if self._keys.include(key):
+            await self._app({**scope, KEY_NAME: _digest(key).hex()[:16]}, receive, send)
             return
         body = reply("the API key is missing or wrong; send Authorization: Bearer KEY", "authentication_error")
         body.error.code = "invalid_api_key"
         await answer(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+
+
+class TooLargeError(HTTPException):
+    """A body has more bytes than it said, or than it may have."""
 
 
 class BodyLimit:
@@ -70,10 +82,13 @@ class BodyLimit:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self._most:
-                raise HTTPException(413, self._complaint)
+                raise TooLargeError(413, self._complaint)
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        except TooLargeError:  # raised in a layer outside the routes, which have handlers for it
+            await answer(reply(self._complaint, "invalid_request_error"), 413)(scope, receive, send)
 
 
 def key_of(headers: Headers) -> bytes:

@@ -14,6 +14,7 @@ from starlette.requests import HTTPConnection
 
 from jaxdeploy.api_client import is_url
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
+from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.listening import address, bound, certificate, listen
 from jaxdeploy.server.local import LocalServer
 from jaxdeploy.server.logs import set_up_logging
@@ -52,6 +53,7 @@ def web_chat(
         JaxdeployError: a setting, the checkpoint or the memory does not fit, or there is no server.
     """
     set_up_logging(log_level, server_config.log_format)
+    server_config = with_keys(server_config)
     certificate(server_config)
     with bound(server_config) as sockets:
         local = None
@@ -100,6 +102,7 @@ def create_app(
 ) -> FastAPI:
     """The page as an ASGI application. With ``config.api_keys`` users have to bring one of them."""
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    config = with_keys(config)
     keys = Keys(config.api_keys or [])
     if config.api_keys:
         app.add_middleware(LoginGate, logged_in=partial(_logged_in, app))

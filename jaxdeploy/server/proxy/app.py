@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from jaxdeploy.config import ProxyConfig, ServerConfig
 from jaxdeploy.server import error_handlers
+from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.middleware import surround
 from jaxdeploy.server.proxy import operators, routes
 from jaxdeploy.server.proxy.operators import Operators
@@ -25,8 +26,10 @@ def create_proxy_app(config: ProxyConfig, server_config: ServerConfig) -> FastAP
 
     Raises:
         RequestError: one of ``nodes`` is no address.
+        ConfigError: keys are missing where they should be, or empty.
         TooManyNodesError: there are more ``nodes`` than a proxy takes.
     """
+    server_config = with_keys(server_config)
     proxy = Proxy(config)
     hidden = ("docs_url", "redoc_url", "openapi_url") if server_config.disable_fastapi_docs else ()
     app = FastAPI(
