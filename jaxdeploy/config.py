@@ -459,7 +459,8 @@ class ProxyConfig:
         "the key that --nodes ask for; servers that register bring their own; default: JAXDEPLOY_NODE_API_KEY"
     )
     operator_keys: list[str] | None = secret(
-        "keys for /nodes, /metrics and abort_all; default: these routes are closed if there are other keys, else open"
+        "keys for /nodes, /metrics and abort_all; default: JAXDEPLOY_OPERATOR_KEYS, else these routes are closed if "
+        "there are other keys, and open if there are none"
     )
     routing_strategy: str = setting(
         "least_loaded",

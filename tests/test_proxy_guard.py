@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import random
 import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from jaxdeploy.config import ProxyConfig, ServerConfig
 from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.server.dependencies import _tenant
 from jaxdeploy.server.errors import NodeFailedError
 from jaxdeploy.server.proxy import framing, nodes, suspects
 from jaxdeploy.server.proxy.asked import Asked
@@ -22,6 +26,7 @@ from jaxdeploy.server.proxy.routes import FORWARDED
 from jaxdeploy.server.proxy.suspects import Suspects
 from jaxdeploy.server.registering import registered
 from jaxdeploy.server.routes import routers
+from jaxdeploy.server.security import TENANT
 from tests.proxied import ASK, CHAT, STREAM, Running
 from tests.raw_node import RawNode, whole
 from tests.served import until
@@ -227,9 +232,36 @@ def test_who_is_an_operator(stack: ExitStack, server: dict[str, Any], config: di
         assert "/metrics is closed; start the proxy with --operator-keys KEY" in answer.text
 
 
+def test_a_node_can_tell_clients_apart(stack: ExitStack) -> None:
+    """By a name of their key that does not give the key away, and that a client cannot choose."""
+    proxy = Running(stack, "a", {"api_keys": ["one", "two"]}, operator_keys=["boss"])
+    for key in ("one", "two", "one"):
+        assert proxy.http.post(CHAT, json=ASK, headers={**bearer(key), TENANT: "0" * 16}).status_code == 200
+    asked = proxy.nodes[0].does.asked
+    first, second, third = [headers[TENANT] for _, _, headers in asked]
+    assert first == third != second
+    assert len(first) == 16
+    assert hashlib.sha256(b"one").hexdigest()[:16] != first
+    assert proxy.http.post("/abort_request", json={"request_id": "x"}, headers=bearer("two")).json() == {"aborted": 2}
+    assert asked[-1][2][TENANT] == second, "it ends no request of another client"
+    assert proxy.http.post("/abort_request", json={"abort_all": True}, headers=bearer("boss")).json() == {"aborted": 2}
+    assert TENANT not in asked[-1][2]
+
+
+def owner_of(separates: bool, named: str) -> str:
+    state = SimpleNamespace(separates_keys=False, separates_tenants=separates)
+    scope = {"type": "http", "headers": [(TENANT.encode(), named.encode())], "app": SimpleNamespace(state=state)}
+    return _tenant(Request(scope)).owner
+
+
+def test_a_server_separates_the_clients_of_a_proxy() -> None:
+    assert owner_of(True, "0123456789abcdef") == "/0123456789abcdef"
+    assert owner_of(True, "x" * 99) == owner_of(True, "") == owner_of(False, "0123456789abcdef") == ""
+
+
 def test_an_empty_operators_key_is_refused() -> None:
     for keys in ([""], [], ["a", " b"]):
-        with pytest.raises(ConfigError, match="operator_keys="):
+        with pytest.raises(ConfigError, match="operator_keys"):
             ProxyConfig(operator_keys=keys)
 
 

@@ -18,6 +18,8 @@ OPEN_PATHS = frozenset({"/health"})
 
 KEY_NAME = "jaxdeploy.key"
 """Where the scope of a request has a name of the key that it came with."""
+TENANT = "x-jaxdeploy-tenant"
+"""The header in which a proxy names the key of its client. It only divides what its sender may see anyway."""
 
 
 class Keys:

@@ -283,11 +283,16 @@ class Served:
             self._durations.append(time.monotonic() - begun)
 
     async def abort(self, request_id: str | None, owner: str = "") -> int:
-        """End the replies to one request of ``owner``, or to all; their clients get an error. How many they were."""
-        running = [
-            (owned_by, names) for known, (owned_by, names) in self._running.items() if request_id in (None, known)
+        """End the replies to one request of ``owner``, or to all; their clients get an error. How many they were.
+
+        The requests of ``owner`` include those that a proxy sent for its own clients with the key of ``owner``.
+        """
+        names = [
+            name
+            for known, (owned_by, names) in self._running.items()
+            if request_id in (None, known) and (owned_by == owner or owned_by.startswith(f"{owner}/"))
+            for name in names
         ]
-        names = [name for owned_by, names in running if owned_by == owner for name in names]
         for name in names:
             await self.engine.abort(name)
         return len(names)

@@ -24,7 +24,7 @@ RUNNING = 4
 SMALL = ("--max-batch-size", str(RUNNING), "--session-len", "512", "--no-warmup")
 PATIENCE = 10
 """Seconds that a node may be silent: the machine may be busy."""
-KEYS = ("--proxy-api-key", "of-proxy", "--api-keys", "of-node")
+KEYS = ("--proxy-api-key", "of-operator", "--api-keys", "of-node")
 
 
 @dataclass
@@ -44,10 +44,11 @@ class Cluster:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
-        flags = ("--api-keys", "of-proxy", "--node-api-key", "of-node", "--heartbeat-timeout", str(PATIENCE))
+        flags = ("--api-keys", "of-proxy", "--operator-keys", "of-operator", "--heartbeat-timeout", str(PATIENCE))
         self.proxy, self.url = stack.enter_context(launched(folder / "proxy", "proxy", *flags))
         self.headers = {"Authorization": "Bearer of-proxy"}
-        self._http = stack.enter_context(httpx2.Client(base_url=self.url, headers=self.headers, timeout=30))
+        operator = {"Authorization": "Bearer of-operator"}
+        self._http = stack.enter_context(httpx2.Client(base_url=self.url, headers=operator, timeout=30))
         self.servers: dict[str, subprocess.Popen[bytes]] = {}
 
     def complete(self) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
@@ -41,6 +42,7 @@ def create_proxy_app(config: ProxyConfig, server_config: ServerConfig) -> FastAP
         **dict.fromkeys(hidden),  # type: ignore[arg-type]
     )
     app.state.proxy = proxy
+    app.state.tenant_secret = secrets.token_bytes() if len(server_config.api_keys or ()) > 1 else None
     app.state.operators = Operators.of(config, server_config)
     error_handlers.install(app)
     for part in (operators.router, operators.abort, routes.router):

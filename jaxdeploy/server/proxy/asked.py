@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.errors import ClientGoneError
+from jaxdeploy.server.security import KEY_NAME, TENANT
 
 LARGE = 256 * 1024
 """Bytes from which a body is parsed in a thread, so that the event loop is not blocked."""
@@ -75,9 +76,7 @@ class Asked:
             method=request.method,
             path=path,
             query=query,
-            headers={
-                name.encode(): value.encode() for name, value in request.headers.items() if _forwarded(name, value)
-            },
+            headers=_headers(request),
             body=body,
             request_id=request.state.request_id,
             fields=fields,
@@ -103,8 +102,18 @@ class Asked:
         return hashlib.blake2b(f"{self.method} {self.target}\n".encode() + self.body, digest_size=16).digest()
 
 
-def _forwarded(name: str, value: str) -> bool:
-    return name in FORWARDED_HEADERS and value.isascii() and value.isprintable()
+def _headers(request: Request) -> dict[bytes, bytes]:
+    """What a node is told: some of the headers, and a name of the client's key where there are several."""
+    headers = {
+        name.encode(): value.encode()
+        for name, value in request.headers.items()
+        if name in FORWARDED_HEADERS and value.isascii() and value.isprintable()
+    }
+    secret: bytes | None = request.app.state.tenant_secret
+    if secret is not None:
+        key = str(request.scope[KEY_NAME]).encode()
+        headers[TENANT.encode()] = hashlib.blake2b(key, key=secret, digest_size=8).hexdigest().encode()
+    return headers
 
 
 def _fields(body: bytes) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxdeploy.server.metrics import CONTENT_TYPE
 from jaxdeploy.server.proxy.asked import Asked
 from jaxdeploy.server.proxy.nodes import LONGEST_URL, Node
 from jaxdeploy.server.proxy.routes import TheProxy
-from jaxdeploy.server.security import Keys, key_of
+from jaxdeploy.server.security import TENANT, Keys, key_of
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ async def abort_request(request: Request, proxy: TheProxy) -> dict[str, int]:
     asked = await Asked.read(request, "/abort_request")
     if asked.fields.get("abort_all"):
         _check(request)
+        asked = replace(
+            asked, headers={name: value for name, value in asked.headers.items() if name != TENANT.encode()}
+        )
     answers = await asyncio.gather(*(proxy.forwarder.aborted(node, asked) for node in proxy.nodes.up))
     return {"aborted": sum(answers)}
 
