@@ -22,7 +22,7 @@ MOST_OF_ERROR = 256 * 1024
 """Bytes of an error that are forwarded."""
 JSON = "application/json"
 FORMS = frozenset({JSON, "text/event-stream", "application/x-ndjson"})
-"""Media types of replies. A browser would run what is in others, as a page of the proxy's."""
+"""Media types of replies. A browser could run a reply of another type as a page of the proxy."""
 
 FORWARDED_HEADERS = frozenset({"cache-control", "openai-processing-ms", "openai-version", "x-accel-buffering"})
 """Response headers that a client receives beside Content-Type and Retry-After."""
@@ -32,7 +32,7 @@ _RETRY_AFTER = re.compile(r"\d{1,6}", re.ASCII)
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error status of a node, with what the client gets if no other node does better."""
+    """An error status of a node, with the headers and body that the client gets if no other node answers."""
 
     status: int
     headers: Headers
@@ -45,7 +45,7 @@ class Refusal:
 
     @property
     def rank(self) -> tuple[bool, float]:
-        """The lowest is forwarded: that of a full node, and of these the one that has room first."""
+        """The lowest is forwarded: first full nodes, by the time until they have room."""
         return self.status != FULL, self.retry_after
 
     @property

@@ -53,7 +53,7 @@ def create_proxy_app(config: ProxyConfig, server_config: ServerConfig) -> FastAP
 
 
 def _with_operators(config: ProxyConfig, server_config: ServerConfig) -> ServerConfig:
-    """``server_config`` that also lets operators in, where it lets in only clients with keys."""
+    """``server_config`` with operators' keys among the clients', if clients need any."""
     if not server_config.api_keys:
         return server_config
     return replace(server_config, api_keys=[*server_config.api_keys, *(config.operator_keys or ())])

@@ -98,12 +98,12 @@ class Asked:
 
     @property
     def digest(self) -> bytes:
-        """A digest of what a node runs: two requests with the same digest do the same."""
+        """A digest of method, path, query and body."""
         return hashlib.blake2b(f"{self.method} {self.target}\n".encode() + self.body, digest_size=16).digest()
 
 
 def _headers(request: Request) -> dict[bytes, bytes]:
-    """What a node is told: some of the headers, and a name of the client's key where there are several."""
+    """The headers for a node, with a name of the client's key if the proxy has several keys."""
     headers = {
         name.encode(): value.encode()
         for name, value in request.headers.items()
@@ -119,6 +119,6 @@ def _headers(request: Request) -> dict[bytes, bytes]:
 def _fields(body: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(body)
-    except (ValueError, RecursionError):  # the node reports what is wrong with it
+    except (ValueError, RecursionError):  # the node reports the error
         return {}
     return fields if isinstance(fields, dict) else {}

@@ -1,4 +1,4 @@
-"""Reading what a node sends, up to a limit and by the rules of HTTP."""
+"""Reads answers of nodes, up to a limit and by the rules of HTTP."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class Forwarder:
         return self._router.choose(asked, left) if left else None
 
     def _dangerous(self, asked: Asked, tries: Tries) -> bool:
-        """Whether so many nodes failed with the request that it may not go to another one."""
+        """Whether ``max_attempts`` nodes failed with the request."""
         failed = max(len(tries.failed), self._suspects.deaths(asked) if tries.failed else 0)
         return failed >= self._config.max_attempts
 
@@ -266,7 +266,7 @@ def _check_unbegun(client: Client, status: int) -> None:
 
 @dataclass
 class _Progress:
-    """Notes when a reply begins, and that it goes on: else the exchange fails after ``patience`` seconds."""
+    """Notes when a reply begins and continues. The exchange fails after ``patience`` seconds without progress."""
 
     node: Node
     exchange: Exchange

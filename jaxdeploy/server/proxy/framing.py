@@ -151,7 +151,7 @@ class Events:
         return (named_error_event if self._named else error_event)(error).encode()
 
     def _whole_events(self, chunk: bytes) -> list[bytes]:
-        """The events that ``chunk`` completes; as one piece where there is no more need to tell them apart."""
+        """The events that ``chunk`` completes, as one piece once the reply has begun."""
         seen = max(0, len(self._rest) - 2)  # an event's end may have begun in the chunk before
         self._rest += chunk
         ends = [found.end() for found in _EVENT_END.finditer(self._rest, seen)]

@@ -1,4 +1,4 @@
-"""Asks each node again and again whether it is well and what it serves; gives up requests of one that is silent."""
+"""Asks each node at intervals for its health and its models, and gives up the requests of a silent one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from jaxdeploy.server.proxy.metrics import ProxyMetrics
 from jaxdeploy.server.proxy.nodes import Node, Nodes
 
 HEALTHY = (200, 404)
-"""What ``/health`` answers where all is well; 404: a server of OpenAI's API that has no such route."""
+"""Statuses of ``/health`` of a healthy node; 404: a server of OpenAI's API without this route."""
 MOST_HEALTH = 64 * 1024
 MOST_MODELS = 1024**2
 """Bytes of an answer to ``/health`` and ``/v1/models``."""
 RECENT_SECONDS = 60.0
 RARER = 5
-"""A node that was not well for ``RECENT_SECONDS`` is looked at so many times less often."""
+"""Intervals between two looks at a node that was not well for ``RECENT_SECONDS``."""
 
 
 class UnwellError(Exception):

@@ -52,7 +52,7 @@ class ProxyMetrics:
         self._broken.labels(node).inc()
 
     def forget(self, node: str) -> None:
-        """A node was removed: drop what was counted of it."""
+        """A node was removed: drop its counters."""
         for counted in (self._sent, self._moved, self._broken, self._latency):
             counted.remove_by_labels({"node": node})
 

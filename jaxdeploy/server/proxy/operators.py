@@ -22,7 +22,7 @@ from jaxdeploy.server.security import TENANT, Keys, key_of
 
 @dataclass(frozen=True)
 class Operators:
-    """Who may use the operators' routes: whoever brings one of ``keys``; without keys everybody, or nobody."""
+    """Access to the operators' routes: with one of ``keys``. If there are none: for all if ``open``, else closed."""
 
     keys: Keys | None
     open: bool
@@ -111,9 +111,7 @@ async def abort_request(request: Request, proxy: TheProxy) -> dict[str, int]:
     asked = await Asked.read(request, "/abort_request")
     if asked.fields.get("abort_all"):
         _check(request)
-        asked = replace(
-            asked, headers={name: value for name, value in asked.headers.items() if name != TENANT.encode()}
-        )
+        asked.headers.pop(TENANT.encode(), None)  # those of all clients
     answers = await asyncio.gather(*(proxy.forwarder.aborted(node, asked) for node in proxy.nodes.up))
     return {"aborted": sum(answers)}
 
