@@ -22,7 +22,7 @@ HALF_LIFE = 60.0
 
 
 FAULTS = 3
-"""Consecutive requests that a node fails with, though its ``/health`` is well, before it is barred for ``BARRED_SECONDS``."""
+"""Consecutive requests that a node may fail with before it is barred for ``BARRED_SECONDS``."""
 BARRED_SECONDS = 30.0
 MOST_NODES = 256
 """Nodes that a proxy has at most."""

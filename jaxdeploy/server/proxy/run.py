@@ -29,8 +29,8 @@ def serve_proxy(
 
     def began() -> None:
         if app.state.operators.open:
-        logger.warning("anyone who reaches the proxy can add nodes and read requests; start it with --operator-keys KEY")
-    logger.info("a proxy listens at %s (%s)", address(server_config), config.routing_strategy)
+            logger.warning("anyone who reaches the proxy can add nodes to it; start it with --operator-keys KEY")
+        logger.info("a proxy listens at %s (%s)", address(server_config), config.routing_strategy)
 
     with bound(server_config) as sockets:
         listen(create_proxy_app(config, server_config), server_config, sockets, began=began)
