@@ -406,13 +406,14 @@ def raw_status(status: int, body: bytes) -> list[bytes]:
     return whole(body, status)
 
 
-def test_what_a_node_replies_is_checked(stack: ExitStack) -> None:
+def test_what_a_node_replies_is_checked(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(framing, "MOST_HELD", 256 * 1024)
     liars = {}
     for number, (lie, (answer, _, _)) in enumerate(LIES.items()):
         liars[lie] = RawNode(**{"": answer, "/v1/models": models({"id": f"liar-{number}"})})
         stack.callback(liars[lie].close)
     urls = [node.url for node in liars.values()]
-    proxy = Running(stack, "", heartbeat_interval=60, read_timeout=0.5, nodes=urls)
+    proxy = Running(stack, "", heartbeat_interval=60, read_timeout=0.4, nodes=urls)
     for number, (lie, (_, status, says)) in enumerate(LIES.items()):
         answer = proxy.http.post(CHAT, json={**ASK, "model": f"liar-{number}"})
         assert (answer.status_code, says in answer.text) == (status, True), (lie, answer.status_code, answer.text[:300])

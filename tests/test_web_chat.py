@@ -395,9 +395,9 @@ def test_the_server_of_this_process_wants_its_key() -> None:
     ("flags", "says"),
     [
         (["--allow-origins", "*"], "allow_origins is a flag of api_server"),
-        (["http://127.0.0.1:1", "--session-len", "64"], "session_len is a flag for a MODEL"),
-        (["http://127.0.0.1:1", "--reasoning-parser", "think"], "reasoning_parser is a flag for a MODEL"),
-        (["http://127.0.0.1:1", "--chat-template", "qwen"], "chat_template is a flag for a MODEL"),
+        (["http://127.0.0.1:1", "--session-len", "64"], "session_len is a flag of a MODEL"),
+        (["http://127.0.0.1:1", "--reasoning-parser", "think"], "reasoning_parser is a flag of a MODEL"),
+        (["http://127.0.0.1:1", "--chat-template", "qwen"], "chat_template is a flag of a MODEL"),
         (["--api-key", "k"], "api_key is for a server at URL"),
     ],
 )
