@@ -15,6 +15,8 @@ Message: TypeAlias = Mapping[str, Any]
 Prompt: TypeAlias = "str | Sequence[Message] | Mapping[str, Sequence[int]]"
 Prompts: TypeAlias = "Prompt | Sequence[Prompt]"
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
 _FORMS = "give a text, a list of messages, {'prompt_token_ids': [...]}, or a list of these"
 
 
@@ -48,6 +50,8 @@ def _encode(prompt: Prompt, tokenizer: Tokenizer, template: ChatTemplate, do_pre
         return _given_ids(prompt)
     if isinstance(prompt, str) and not do_preprocess:
         return tuple(template.encode_text(prompt, tokenizer))
+    if prompt == "" and template.capability == "chat":
+        raise RequestError("prompt='' says nothing; write some text, or give do_preprocess=False to begin from nothing")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt)
     return tuple(template.encode(messages, tokenizer))
 
@@ -68,10 +72,17 @@ def _is_conversation(prompts: Any) -> bool:
 
 
 def _is_message(item: Any) -> bool:
-    return isinstance(item, Mapping) and "role" in item
+    return isinstance(item, Mapping) and not item.keys().isdisjoint({"role", "content", "tool_calls"})
 
 
 def _messages(prompt: Any) -> Sequence[Message]:
+    """The messages, checked by the rules that requests over HTTP obey."""
     if not _is_conversation(prompt):
         raise RequestError(f"prompt={prompt!r:.60} is no list of messages with a 'role' each; {_FORMS}")
+    for index, message in enumerate(prompt):
+        role = message.get("role")
+        if role not in ROLES:
+            raise RequestError(f"messages[{index}].role={role!r:.60} is not one of {', '.join(ROLES)}; correct it")
+        if message.get("content") is None and not message.get("tool_calls"):
+            raise RequestError(f"messages[{index}].content is missing; give it a text")
     return prompt  # type: ignore[no-any-return]

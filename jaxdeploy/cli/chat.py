@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import stat
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -44,7 +47,7 @@ class ChatOptions:
 def add_arguments(parser: Parser) -> None:
     """MODEL, and every setting of chat, engine and generation."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, or an id on the hub; default: bundled")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this on stdout and exit")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this on stdout and exit; -: what stdin has")
     parser.add_argument("--config", metavar="FILE.yaml", help="flags from a file, e.g. `session_len: 4096`")
     add_settings(parser, ChatOptions, EngineConfig, GenerationConfig)
 
@@ -54,7 +57,7 @@ def run(args: Namespace) -> int:
     of_chat, of_engine, of_generation = read_settings(args, ChatOptions, EngineConfig, GenerationConfig)
     options = ChatOptions(**of_chat)
     gen_config = GenerationConfig(**of_generation)
-    prompt = _piped() if args.prompt is None and not sys.stdin.isatty() else args.prompt
+    prompt = _prompt(args.prompt)
     if prompt == "" and options.cap != "completion":
         raise RequestError("prompt='' says nothing; write some text, or add --cap completion to begin from nothing")
     config = EngineConfig(**{"max_batch_size": 1, **of_engine})
@@ -129,6 +132,26 @@ def template_config(
     config.capability = capability or config.capability
     config.meta_instruction = config.meta_instruction if meta_instruction is None else meta_instruction
     return config
+
+
+def _prompt(given: str | None) -> str | None:
+    """The text to answer: ``given``, or the one piped in; ``None`` for a conversation. Raises ``ConfigError``."""
+    if given == "-" or (given is None and not sys.stdin.isatty()):
+        return _piped()
+    if given is not None and _is_waiting():
+        raise ConfigError("prompt is given, and text is piped in; leave one out, or give --prompt -")
+    return given
+
+
+def _is_waiting() -> bool:
+    """Whether stdin is a pipe or file with text that can be read now."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+        if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)) or not select.select([sys.stdin], [], [], 0)[0]:
+            return False
+        return bool(sys.stdin.buffer.peek(1))  # type: ignore[attr-defined]
+    except (OSError, ValueError, AttributeError):  # closed, or replaced by an object without a descriptor
+        return False
 
 
 def _piped() -> str:
