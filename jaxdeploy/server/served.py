@@ -103,7 +103,7 @@ class Served:
         self.sessions = Sessions()
         self.responses = StoredResponses()
         self.pulse = Pulse()
-        template = self.tokenizer.chat_template if engine.generator.template.jinja else None
+        template = engine.generator.template.source
         self.tool_form = tool_form(tool_call_parser, template)
         self.reasoning_form = reasoning_form(reasoning_parser, template)
         self._running: dict[str, list[str]] = {}

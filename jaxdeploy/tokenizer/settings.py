@@ -10,6 +10,8 @@ from typing import Any
 
 from jaxdeploy.errors import CheckpointError
 
+DEFAULT = "default"
+"""Name of the chat template that is used without tools."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -34,6 +36,7 @@ class Settings:
     ``added`` overrides the vocabulary by id. ``named`` maps ``bos_token``, ``eos_token`` … to their texts.
     ``fallback_ids`` are the same names' ids out of ``generation_config.json`` and ``config.json``.
     ``legacy``: sentencepiece puts its leading space after every special token, not only where a text begins.
+    ``chat_templates``: name → Jinja source; the only one of a checkpoint is named ``default``.
     """
 
     added: tuple[AddedToken, ...] = ()
@@ -44,7 +47,7 @@ class Settings:
     add_eos: bool | None = None
     legacy: bool = True
     tokenizer_class: str | None = None
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -65,7 +68,7 @@ def read_settings(folder: Path) -> Settings:
         add_eos=_flag(config, "add_eos_token"),
         legacy=config.get("legacy") is not False,
         tokenizer_class=config.get("tokenizer_class"),
-        chat_template=_chat_template(folder, config),
+        chat_templates=_chat_templates(folder, config),
     )
 
 
@@ -138,18 +141,37 @@ def _fallback_ids(folder: Path) -> dict[str, int]:
     return found
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """``chat_template.jinja``, then ``tokenizer_config.json``'s, then the one that processors keep in a file."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates that transformers would find.
+
+    ``chat_template.jinja`` and ``additional_chat_templates/`` come first, then ``tokenizer_config.json``, then the file
+    in which processors keep theirs.
+    """
+    files = {DEFAULT: folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    found = {name: _read_template(path) for name, path in files.items() if path.is_file()}
+    if found:
+        return found
+    for file, content in (("tokenizer_config.json", config), ("chat_template.json", None)):
+        content = read_json(folder / file) if content is None else content
+        if content.get("chat_template"):
+            return _named_templates(folder / file, content["chat_template"])
+    return {}
+
+
+def _named_templates(path: Path, given: Any) -> dict[str, str]:
+    """One template as a text, or several as a list of ``name`` and ``template`` or as an object."""
+    named = {DEFAULT: given} if isinstance(given, str) else given
+    if isinstance(given, list):
+        named = {item.get("name"): item.get("template") for item in given if isinstance(item, Mapping)}
+    if not isinstance(named, Mapping) or not all(isinstance(text, str) for item in named.items() for text in item):
+        fault = f"chat_template={given!r:.60} must be a text, or a list of objects with name and template"
+        raise CheckpointError(f"{path}: {fault}; download or copy the file again")
+    return dict(named)
+
+
+def _read_template(path: Path) -> str:
+    try:
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = _default_of(template)
-    return template if isinstance(template, str) else None
-
-
-def _default_of(templates: list[Any]) -> Any:
-    """Of several named templates the one called "default", else the first."""
-    named = {t.get("name"): t.get("template") for t in templates if isinstance(t, Mapping)}
-    return named.get("default", next(iter(named.values()), None))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not readable as text ({error}); download or copy it again") from error
