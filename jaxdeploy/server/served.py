@@ -135,16 +135,13 @@ class Served:
         """Who replies to a request: the model, or an adapter of it."""
         return origin.adapter or self.name
 
-    async def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation; ``variables`` are the chat template's. Raises ``RequestError``."""
+    async def chat_ids(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[int, ...]:
+        """Token ids of a conversation. Raises ``RequestError``.
+
+        ``variables`` are ``ChatTemplate.render``'s: tools, how the prompt ends, and those of the template.
+        """
         made = self.engine.generator
-        encode = made.template.encode
-        ids = await apart(
-            lambda: encode(messages, made.tokenizer, add_generation_prompt=add_generation_prompt, **variables)
-        )
-        return tuple(ids)
+        return tuple(await apart(lambda: made.template.encode(messages, made.tokenizer, **variables)))
 
     async def text_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a raw text, with the token that texts begin with. Raises ``RequestError`` if there are none."""

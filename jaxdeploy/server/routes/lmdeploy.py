@@ -12,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.collected import Collected
+from jaxdeploy.server.conversation import with_reply
 from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.lmdeploy import (
     Ended,
@@ -78,7 +79,7 @@ async def _turn(served: Served, asked: InteractiveRequest, request_id: str) -> A
                     history_tokens=before,
                     finish_reason=output.finish_reason and str(output.finish_reason),
                 )
-        conversation.messages = [*messages, {"role": "assistant", "content": whole.text}]
+        conversation.messages = with_reply(messages, whole.text)
         conversation.tokens = len(ids) + len(whole.token_ids)
     if not asked.interactive_mode:
         served.sessions.forget(session_id)

@@ -25,9 +25,9 @@ async def tokenize(asked: TokenizeRequest, served: Model) -> TokenizeReply:
     served.check_model(asked.model)
     tokenizer = served.tokenizer
     if asked.messages is not None:
-        messages = [message.model_dump(exclude_none=True) for message in asked.messages]
-        variables = asked.chat_template_kwargs or {}
-        ids = list(await served.chat_ids(messages, add_generation_prompt=asked.add_generation_prompt, **variables))
+        messages = [message.model_dump() for message in asked.messages]
+        ending = {name: getattr(asked, name) for name in ("add_generation_prompt", "continue_final_message")}
+        ids = list(await served.chat_ids(messages, **(asked.chat_template_kwargs or {}), **ending))
     else:
         text = asked.prompt or ""
         ids = await apart(lambda: tokenizer.encode(text, add_bos=asked.add_special_tokens))
