@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdeploy.checkpoint.adapter import AdapterWeights, adaptable, read_adapter
+from jaxdeploy.checkpoint.adapter import AdapterWeights, adaptable, base_tensors, read_adapter
 from jaxdeploy.checkpoint.loader import check_tensors
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.checkpoint.tensor_ref import Array
@@ -62,7 +62,7 @@ def merge_lora(
     config, files = family.model_config(hf), open_checkpoint(folder)
     check_tensors(family.weights(config), files)
     linears = adaptable(family, config)
-    weights = read_adapter(adapter, linears)
+    weights = read_adapter(adapter, linears, base=base_tensors(family, config, files))
     shards = _shards(files)
     bases = {f"{module}.weight": (f"{module}.weight", module) for module in weights.modules}
     (head,) = linears[_HEAD].modules
@@ -72,7 +72,14 @@ def merge_lora(
         shards[-1].append(f"{head}.weight")
     run = {"model": str(folder), "config": hf, "adapter": _fingerprint(weights), "tensors": _stamps(files)}
     version = metadata.version("jaxdeploy")
-    work = WorkDir(work_dir, layers=len(shards) - 1, run={**run, "version": version}, overwrite=overwrite)
+    work = WorkDir(
+        work_dir,
+        source=folder,
+        layers=len(shards) - 1,
+        command="lite merge_lora",
+        run={**run, "version": version},
+        overwrite=overwrite,
+    )
     work.check_room(files.nbytes)
     size = 0
     for index, shard in _shown(shards, progress):
@@ -81,7 +88,7 @@ def merge_lora(
             continue
         tensors = {name: _merged(files, weights, *bases.get(name, (name, None))) for name in shard}
         if last:
-            size = work.write_rest(folder, hf, tensors)
+            size = work.write_rest(hf, tensors)
         else:
             work.write_layer(index, tensors, {})
     work.take_name()
