@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdeploy.chat_template.conversation import THOUGHTS, Ending, Message, function_of, text_of
 from jaxdeploy.chat_template.sandbox import CompiledTemplate, TemplateError
-from jaxdeploy.chat_template.shapes import Shape, is_shown, shapes
+from jaxdeploy.chat_template.shapes import Shape, called, is_shown, shapes
 from jaxdeploy.errors import RequestError
 from jaxdeploy.tokenizer.settings import DEFAULT
 
@@ -101,12 +101,9 @@ class JinjaTemplate:
                 raise RequestError(
                     f"messages of role={role!r} have no place in chat template {self.name!r}; leave them out"
                 )
-        called = [function_of(call)["name"] for message in chat for call in message.get("tool_calls", ())]
         silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in chat]
-        if (
-            not all(is_shown(name, text) for name in called)
-            and _renders(template, {**given, "messages": silent}) == text
-        ):
+        hides_calls = not all(is_shown(name, text) for name in called(chat))
+        if hides_calls and _renders(template, {**given, "messages": silent}) == text:
             raise RequestError(f"tool_calls have no place in chat template {self.name!r}; leave them out")
 
 

@@ -15,9 +15,9 @@ ABSENT = object()
 
 @dataclass(frozen=True)
 class Shape:
-    """One form: what null content becomes, and whether text is given in parts and arguments as objects.
+    """One form: what the content of a message without text is, and whether text is in parts and arguments are objects.
 
-    ``parts`` None leaves content as the client wrote it.
+    Without text is null, and beside calls also an empty text. ``parts`` None leaves content as the client wrote it.
     """
 
     null: Any = None
@@ -38,11 +38,13 @@ class Shape:
         objects += [arguments for message in shaped for arguments in _arguments(message) if arguments]
         if any(repr(item) in text for item in objects if not isinstance(item, str)):
             return False
+        if not all(is_shown(name, text) for name in called(messages)):
+            return False
         said = next((message for message in reversed(messages) if message["role"] == "user"), None)
         return said is None or is_shown(text_of(said), text)
 
     def _message(self, message: Message) -> Message:
-        shaped = {**message, "content": self._content(message.get("content"))}
+        shaped = {**message, "content": self.null if _is_null(message) else self._content(message["content"])}
         if shaped["content"] is ABSENT:
             del shaped["content"]
         if "tool_calls" in message:
@@ -50,8 +52,6 @@ class Shape:
         return shaped
 
     def _content(self, content: Any) -> Any:
-        if content is None:
-            return self.null
         if self.parts is None or self.parts == isinstance(content, list):
             return content
         return [{"type": "text", "text": content}] if self.parts else text_of({"content": content})
@@ -71,11 +71,18 @@ def shapes(messages: Sequence[Message]) -> Iterator[Shape]:
     First null stays null, content stays as it was written, and arguments are objects, as transformers documents them.
     """
     contents = [message.get("content") for message in messages]
-    nulls = (None, ABSENT, "") if None in contents else (None,)
+    nulls: tuple[Any, ...] = (None,)
+    if any(map(_is_null, messages)):
+        nulls = (None, ABSENT, "") if None in contents else ("", None, ABSENT)
     parts = (None, False) if any(isinstance(content, list) for content in contents) else (None, True)
     objects = (True, False) if any("tool_calls" in message for message in messages) else (True,)
     for part, null, object_ in product(parts, nulls, objects):
         yield Shape(null, part, object_)
+
+
+def called(messages: Sequence[Message]) -> list[str]:
+    """The names of all functions that were called."""
+    return [function_of(call)["name"] for message in messages for call in message.get("tool_calls", ())]
 
 
 def is_shown(said: str, text: str) -> bool:
@@ -87,6 +94,10 @@ def is_shown(said: str, text: str) -> bool:
 def as_text(arguments: Any) -> str:
     """Arguments of a call as JSON."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _is_null(message: Message) -> bool:
+    return message.get("content") is None or (message["content"] == "" and "tool_calls" in message)
 
 
 def _as_object(arguments: Any) -> Any:
