@@ -90,19 +90,22 @@ class JinjaTemplate:
         raise fault
 
     def _check_shown(self, template: CompiledTemplate, chat: list[Message], given: Variables, text: str) -> None:
-        """Raise ``RequestError`` for tools, roles and calls that change nothing in the text."""
+        """Raise ``RequestError`` for tools that the text does not show, and for roles and calls that no text shows.
+
+        A template may leave out a message of a role that it knows: Mistral's show the system prompt in some turns only.
+        """
         names = [str(function_of(tool).get("name")) for tool in given["tools"] or ()]
         if names and not any(is_shown(name, text) for name in names):
             raise RequestError(f"tools: chat template {self.name!r} shows none of them; leave tools out")
-        for role in ("system", "developer", "tool"):
-            hidden = [message for message in chat if message["role"] == role and not is_shown(text_of(message), text)]
+        for role in {"system", "developer", "tool"} - self.roles:
+            hidden = any(message["role"] == role and not is_shown(text_of(message), text) for message in chat)
             others = [message for message in chat if message["role"] != role]
             if hidden and _renders(template, {**given, "messages": others}) == text:
                 raise RequestError(
                     f"messages of role={role!r} have no place in chat template {self.name!r}; leave them out"
                 )
+        hides_calls = "tool_calls" not in self.source and not all(is_shown(name, text) for name in called(chat))
         silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in chat]
-        hides_calls = not all(is_shown(name, text) for name in called(chat))
         if hides_calls and _renders(template, {**given, "messages": silent}) == text:
             raise RequestError(f"tool_calls have no place in chat template {self.name!r}; leave them out")
 
