@@ -15,7 +15,7 @@ from jaxdeploy.errors import RequestError
 MOST_ALTERNATIVES = 128
 MOST_STOPS = 16
 LONGEST_STOP = 256
-RESERVED = frozenset({"messages", "tokenizer", "tools", "add_generation_prompt"})
+RESERVED = frozenset({"messages", "tokenizer", "tools", "add_generation_prompt", "continue_final_message"})
 """Variables of a chat template that come from elsewhere."""
 
 NOTHINGS: tuple[Any, ...] = (None, "", [], {})
