@@ -1,6 +1,6 @@
 """tiktoken's vocabulary files: Llama 3's ``tokenizer.model`` and Qwen's ``qwen.tiktoken``.
 
-Each line holds a token in base64 and its rank. Of two neighbours in a word, those are merged whose result has the lowest
+Each line holds a token in base64 and its rank. In a word, those neighbours are merged first whose result has the lowest
 rank. The ``tokenizers`` library orders merges by pairs instead: a token has a merge for each of its divisions into two
 tokens, and all merges of a token come before those of the next.
 
