@@ -17,6 +17,7 @@ from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.prompts import Prompt
 from jaxdeploy.response import Response, Session
+from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 if TYPE_CHECKING:
     from jaxdeploy.pipeline import Pipeline
@@ -83,8 +84,10 @@ class Conversation:
         """Write the conversation as a JSON list of messages. Raises ``RequestError``."""
         begin = [{"role": "system", "content": self.system}] if self.system else []
         text = json.dumps([*begin, *self.messages], ensure_ascii=False, indent=2) + "\n"
+        file = Path(path).expanduser()
         try:
-            Path(path).expanduser().write_text(text, encoding="utf-8")
+            check_replaceable(file, is_json(list))
+            put_text(file, text)
         except OSError as error:
             raise RequestError(f"path={path!r} cannot be written ({error.strerror}); name another file") from None
 
@@ -120,6 +123,7 @@ def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, wr
 
     Raises:
         RequestError: the prompt cannot be served, e.g. ``ContextLengthError``.
+        JaxdeployError: the reply ended with an error.
     """
     session = pipe.session()
     reply = Reply(started=time.perf_counter())
@@ -131,6 +135,8 @@ def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, wr
             reply.text += piece.text
             reply.tokens, reply.finish_reason = piece.generate_token_len, piece.finish_reason
             write(piece.text)
+            if piece.error is not None:
+                raise piece.error
     return reply
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.settings import alias, ignored, missing, setting, settings
 from jaxdeploy.stored_file import read_text, shown
+from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 _XLA = "XLA chooses how the work is laid out"
 _ONE_ENGINE = "there is one engine, for every device"
@@ -432,7 +433,9 @@ class QuantConfig:
         flag=False,
     )
     work_dir: str = setting("./work_dir", "folder that the result is written to")
-    overwrite: bool = setting(False, "replace what is in work_dir")
+    overwrite: bool = setting(
+        False, "replace an earlier result of jaxdeploy in work_dir; other files are never replaced"
+    )
     calib_dataset: str | None = setting(
         None,
         "text to calibrate with: a .txt, .jsonl or .parquet file, or ptb, wikitext2, c4, pileval (fetched); default: "
@@ -556,6 +559,7 @@ def _read_text(path: Path) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        check_replaceable(path, is_json(dict))
+        put_text(path, text)
     except OSError as error:
         raise ConfigError(f"file_path={str(path)!r} cannot be written ({error.strerror}); name another file") from None

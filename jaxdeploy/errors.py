@@ -54,6 +54,14 @@ class RequestError(JaxdeployError):
     http_status = 400
 
 
+class RequestFailedError(JaxdeployError):
+    """A fault inside the server ended one request; other requests continue."""
+
+
+class NonFiniteError(RequestFailedError):
+    """The model computed logits that are NaN or infinite."""
+
+
 class UnknownAdapterError(RequestError):
     """A request asks for an adapter that is not loaded."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from bench_generation import SHAPES, write_shape
-from bench_record import spread, write_result
+from bench_record import result_path, spread, write_result
 from tqdm import tqdm
 
 from jaxdeploy.chat import bundled_model
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="tokens of a reply")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each (default: 9)")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
     return parser.parse_args()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_record import write_result
+from bench_record import result_path, write_result
 from rich.console import Console
 from static_programs import SLOTS, STEP_BATCH, TABLE_LENGTH, llama_8b
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--launches", type=int, default=2000, help="timed launches (default: 2000)")
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
     args = parser.parse_args()
     _, weights = llama_8b(LAYERS, make_mesh(1), small=True)
     leaves = tuple(jnp.zeros((1,), leaf.dtype) for leaf in weights)

@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_record import spread, write_result
+from bench_record import result_path, spread, write_result
 from kernel_timing import ceilings
 from rich.console import Console
 from rich.table import Table
@@ -163,7 +163,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="dtype of ours; transformers runs float32 on CPU")
     parser.add_argument("--session-len", type=int, default=1024)
     parser.add_argument("--compare", choices=("transformers",), help="run this beside ours ([parity] extra)")
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
     args = parser.parse_args()
     if args.lmdeploy:
         args.decode = args.prefill = [Case(count, *lengths) for count in args.lmdeploy for lengths in LMDEPLOY]

@@ -27,7 +27,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import roofline
-from bench_record import write_result
+from bench_record import picture_path, result_path, write_result
 from kernel_goals import CUBLAS, LINEARS, goals, in_turn, torch_name
 from kernel_timing import Op, Program, calls, ceilings, on_gpu, prepare, take_turns
 from rich.console import Console
@@ -89,8 +89,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--tiny", action="store_true", help="a few small shapes of each op; Pallas interpreted without a GPU"
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write, after every shape")
-    parser.add_argument("--plot", type=Path, help="roofline plot to write")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, after every shape")
+    parser.add_argument("--plot", type=picture_path, help="roofline plot to write")
     parser.add_argument("--plot-from", type=Path, help="measure nothing, draw this result")
     return parser.parse_args()
 

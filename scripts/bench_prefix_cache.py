@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from bench_generation import SHAPES, write_shape
-from bench_record import spread, write_result
+from bench_record import picture_path, result_path, save_figure, spread, write_result
 from tqdm import tqdm
 
 from jaxdeploy.checkpoint.source import read_hf_config
@@ -56,7 +56,7 @@ def main() -> None:
         config = {key: value for key, value in vars(args).items() if key not in ("out", "plot")}
         write_result(args.out, "prefix_cache/1", config, metrics, ratios)
     if args.plot:
-        draw(metrics, args.turns, Path(args.plot))
+        draw(metrics, args.turns, args.plot)
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,8 +72,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--session-len", type=int, default=1024)
     parser.add_argument("--max-batch-size", type=int, default=8)
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
-    parser.add_argument("--plot", help="PNG file to write")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--plot", type=picture_path, help="PNG file to write")
     return parser.parse_args()
 
 
@@ -152,7 +152,7 @@ def draw(metrics: Mapping[str, Any], turns: int, path: Path) -> None:
     axes.set_title("Seconds to the first token of a reply", loc="left", fontsize=11, weight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    figure.savefig(path, format="png", dpi=150, facecolor="white")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

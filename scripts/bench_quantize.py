@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_record import ROOT, write_result
+from bench_record import ROOT, result_path, write_result
 
 from jaxdeploy.compress.quantize import quantize
 from jaxdeploy.compress.report import Report
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=2, help="layers to quantise (default: 2)")
     parser.add_argument("--samples", type=int, default=16, help="pieces of text (default: 16)")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in each (default: 512)")
-    parser.add_argument("--out", type=Path, default=RESULT, help="JSON to write")
+    parser.add_argument("--out", type=result_path, default=RESULT, help="JSON to write")
     args = parser.parse_args(argv)
     config = {"model": "InternLM2-7B shapes, random weights", "layers": args.layers, "samples": args.samples}
     config |= {"seqlen": args.seqlen, "full": FULL}

@@ -5,18 +5,20 @@ Every file has the same top-level keys: ``schema, git_sha, device, versions, con
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.whole_file import check_replaceable, put_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jaxdeploy", "jax", "jaxlib", "flax", "numpy", "transformers", "torch")
@@ -38,7 +40,7 @@ def write_result(
     ``tables`` top-level keys of this schema's own.
 
     Raises:
-        ConfigError: A ratio is no finite number.
+        ConfigError: A ratio is not a finite number, or the file cannot be written or holds no result.
     """
     _check_ratios(ratios)
     result = {
@@ -51,10 +53,58 @@ def write_result(
         "ratios": dict(ratios),
         **(tables or {}),
     }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    _put(Path(path), _is_result, lambda file: file.write(text.encode()))
     return result
+
+
+def save_figure(figure: Any, path: str | Path, *, dpi: int = 150) -> None:
+    """Write a figure of matplotlib as PNG, folders made.
+
+    Raises:
+        ConfigError: The file cannot be written, or holds something else than a PNG.
+    """
+    _put(Path(path), _is_png, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor="white"))
+
+
+def result_path(text: str) -> Path:
+    """Return the path of a result to write, for argparse: a file that holds something else is refused."""
+    return _free_path(text, _is_result, "JSON result of jaxdeploy")
+
+
+def picture_path(text: str) -> Path:
+    """Return the path of a PNG to write, for argparse: a file that holds something else is refused."""
+    return _free_path(text, _is_png, "PNG")
+
+
+def _free_path(text: str, is_ours: Callable[[bytes], bool], kind: str) -> Path:
+    path = Path(text)
+    try:
+        check_replaceable(path, is_ours)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no {kind} ({error.strerror}); name another file") from None
+    return path
+
+
+def _put(path: Path, is_ours: Callable[[bytes], bool], write: Callable[[IO[bytes]], object]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_replaceable(path, is_ours)
+        put_file(path, write)
+    except OSError as error:
+        raise ConfigError(f"file={path} cannot be written ({error.strerror}); name another file") from error
+
+
+def _is_result(content: bytes) -> bool:
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and {"schema", "metrics"} <= value.keys()
+
+
+def _is_png(content: bytes) -> bool:
+    return content.startswith(b"\x89PNG\r\n")
 
 
 def git_sha(root: Path = ROOT) -> str:

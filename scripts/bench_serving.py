@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx2
 import numpy as np
-from bench_record import write_result
+from bench_record import picture_path, result_path, save_figure, write_result
 from bench_throughput import Job, percentiles, read_jobs
 from tqdm import tqdm
 
@@ -56,7 +56,7 @@ def main() -> None:
         }
         write_result(args.out, "serving/1", {**kept, "file": Path(args.file).name, "model": folder.name}, metrics, {})
     if args.plot:
-        draw(served, Path(args.plot))
+        draw(served, args.plot)
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,8 +75,8 @@ def parse_args() -> argparse.Namespace:
     pace.add_argument("--concurrency", type=int, default=0, help="closed loop: requests at any time; 0: all at once")
     pace.add_argument("--request-rate", type=float, help="open loop: requests a second")
     pace.add_argument("--arrivals", action="store_true", help="open loop: when the trace says")
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
-    parser.add_argument("--plot", help="PNG file to write")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--plot", type=picture_path, help="PNG file to write")
     return parser.parse_args()
 
 
@@ -200,7 +200,7 @@ def draw(served: Sequence[Served], path: Path) -> None:
     axes.set_title("How long requests waited", loc="left", fontsize=11, weight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    figure.savefig(path, format="png", dpi=150, facecolor="white")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

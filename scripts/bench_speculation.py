@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_generation import SHAPES, write_shape
-from bench_record import spread, write_result
+from bench_record import result_path, spread, write_result
 from rich.console import Console
 from tqdm import tqdm
 
@@ -183,7 +183,7 @@ def parse_args() -> argparse.Namespace:
         help="compile what an engine may run before the first round, not only what it takes (default: yes)",
     )
     parser.add_argument("--num-blocks", type=int, help="KV blocks of each engine: two have to fit onto a GPU")
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
     return parser.parse_args()
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx2
 import numpy as np
 from bench_generation import SHAPES, write_shape
-from bench_record import spread, write_result
+from bench_record import result_path, spread, write_result
 from tqdm import tqdm
 
 from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, pipeline
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="tokens of each reply (default: 64)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: 5)")
     parser.add_argument("--session-len", type=int, default=256)
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
     return parser.parse_args()
 
 

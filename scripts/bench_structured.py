@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_generation import SHAPES, write_shape
-from bench_record import spread, write_result
+from bench_record import result_path, spread, write_result
 from jsonschema.validators import validator_for
 from rich.console import Console
 from tqdm import tqdm
@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6, help="timed rounds (default: 6)")
     parser.add_argument("--longest", type=int, default=400, help="tokens of a reply to be validated (default: 400)")
     parser.add_argument("--every", type=int, default=1, help="generate for every such schema alone (default: 1)")
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
     return parser.parse_args()
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from bench_generation import PAUSE, SHAPES, generate_at, transformers_model, write_shape
-from bench_record import spread, write_result
+from bench_record import picture_path, result_path, save_figure, spread, write_result
 from tqdm import tqdm
 
 from jaxdeploy.checkpoint.source import read_hf_config
@@ -96,7 +96,7 @@ def main() -> None:
         config = {key: value for key, value in vars(args).items() if key not in ("out", "plot", "file")}
         write_result(args.out, "throughput/1", {**config, "file": Path(args.file).name}, metrics, ratios)
     if args.plot:
-        draw(rides, Path(args.plot))
+        draw(rides, args.plot)
 
 
 def parse_args() -> argparse.Namespace:
@@ -123,8 +123,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--quant-policy", type=int, default=0, help="KV cache of ours: 0, 8 or 4")
     parser.add_argument("--compare", choices=("transformers",), help="run this beside ours ([parity] extra)")
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
-    parser.add_argument("--plot", help="PNG file to write")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--plot", type=picture_path, help="PNG file to write")
     return parser.parse_args()
 
 
@@ -343,7 +343,7 @@ def draw(rides: Mapping[str, Sequence[Ride]], path: Path) -> None:
     axes.set(ylim=(0, None), xlim=(0, 1.25 * max(axes.dataLim.x1, 1)))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    figure.savefig(path, format="png", dpi=150, facecolor="white")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_record import write_result
+from bench_record import result_path, write_result
 
 from jaxdeploy.checkpoint.source import resolve_model
 from jaxdeploy.compress.calibration import Calibration, calibration_ids
@@ -52,7 +52,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=1, help="sequences that run together (default: 1)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--tp", type=positive, default=1, help="devices that share each layer (default: 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="JSON file to write, e.g. under benchmarks/results/")
+    parser.add_argument("--json", type=result_path, metavar="FILE", help="JSON file to write")
 
 
 def positive(text: str) -> int:

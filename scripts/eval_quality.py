@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_record import write_result
+from bench_record import picture_path, save_figure, write_result
 from eval_ppl import KV_CACHES, add_shared_arguments, label, load, one_line_errors, read_text, settings
 from rich.console import Console
 from rich.table import Table
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         "--quant-policy", type=int, nargs="+", choices=KV_CACHES, default=[0], help="KV caches (default: 0, float)"
     )
     add_shared_arguments(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG to write: size against perplexity and KL")
+    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="PNG to write: perplexity and KL over size")
     return parser.parse_args()
 
 
@@ -180,8 +180,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(len(rows), 4), frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150, facecolor="white")
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from bench_generation import SHAPES, write_shape
-from bench_record import spread, write_result
+from bench_record import result_path, spread, write_result
 from tqdm import tqdm
 
 from jaxdeploy.checkpoint.source import read_hf_config
@@ -74,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--top", type=int, default=12, help="ops to list (default: 12)")
     parser.add_argument("--trace", help="trace file to write, .json.gz; open it at ui.perfetto.dev")
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
     return parser.parse_args()
 
 

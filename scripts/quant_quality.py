@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from bench_record import ROOT, write_result
+from bench_record import ROOT, picture_path, result_path, save_figure, write_result
 from demo.dialogues import make_dialogue
 from demo.tokenizer import encode_dialogue, load_tokenizer
 from rich.console import Console
@@ -189,8 +189,8 @@ MODELS: Mapping[str, tuple[Path, Callable[[int, int], Text], int, int]] = {
 def main() -> int:
     """Measure, print, write; 2 with one line where that cannot be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quantization_quality.json")
-    parser.add_argument("--plot", type=Path, default=ROOT / "docs/images/quantization_quality.png")
+    parser.add_argument("--out", type=result_path, default=ROOT / "benchmarks/results/quantization_quality.json")
+    parser.add_argument("--plot", type=picture_path, default=ROOT / "docs/images/quantization_quality.png")
     args = parser.parse_args()
     if not STORIES.is_dir():
         print(ConfigError(f"{STORIES} is not there; put the shared assets beside the checkout"), file=sys.stderr)
@@ -279,8 +279,7 @@ def draw(metrics: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     )
     for axes, (model, cases) in zip(figure.subplots(1, len(metrics), sharey=True), metrics.items(), strict=True):
         _panel(axes, model, {case: one for case, one in cases.items() if "symmetric" not in case})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=150, facecolor="white")
+    save_figure(figure, path)
 
 
 def _panel(axes: Any, model: str, cases: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_record import save_figure
 from kernel_goals import CUBLAS
 
 PHASES = {"decode": "o", "prefill": "s"}
@@ -58,7 +59,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     axes.grid(which="major", alpha=0.25)
     if points:
         axes.legend(fontsize=8, frameon=False, loc="lower right")
-    figure.savefig(path, dpi=160)
+    save_figure(figure, path, dpi=160)
     plt.close(figure)
 
 

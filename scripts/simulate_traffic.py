@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench_record import write_result
+from bench_record import result_path, write_result
 from tqdm import tqdm
 
 from jaxdeploy.engine.block_manager import BlockManager
@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=2.0, help="simulated hours, calm and busy together (default: 2)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="JSON file to write, usually under benchmarks/results/")
+    parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
     args = parser.parse_args()
     half = args.hours * HOUR / 2
     metrics = simulate(Device(new_scheduler()), half, half, args.seed)

@@ -15,15 +15,20 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "scripts")]
 
+from bench_record import picture_path, result_path  # noqa: E402
 from demo.dialogues import make_dialogues  # noqa: E402
 from demo.evaluation import evaluate, sample_conversation, write_results  # noqa: E402
 from demo.export import export, plot_losses  # noqa: E402
 from demo.tokenizer import IM_END, load_tokenizer, save_tokenizer, train_tokenizer  # noqa: E402
 from demo.training import TrainConfig, train  # noqa: E402
 
-from jaxdeploy.checkpoint.export import check_writable  # noqa: E402
+from jaxdeploy.checkpoint.export import claim  # noqa: E402
 from jaxdeploy.errors import JaxdeployError  # noqa: E402
 from jaxdeploy.models.registry import read_config  # noqa: E402
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors")
+RUN_FILES = (*TOKENIZER_FILES, "losses.json", "checkpoints")
 
 
 def main() -> int:
@@ -45,8 +50,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, default=Path("work_dir"), help="checkpoints and the loss log")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "jaxdeploy/demo", help="folder of the finished model")
     parser.add_argument("--steps", type=int, help="short for steps=N")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks/results/demo_model.json")
-    parser.add_argument("--plot", type=Path, default=REPOSITORY / "docs/images/demo_loss.png")
+    parser.add_argument("--results", type=result_path, default=REPOSITORY / "benchmarks/results/demo_model.json")
+    parser.add_argument("--plot", type=picture_path, default=REPOSITORY / "docs/images/demo_loss.png")
     return parser.parse_args()
 
 
@@ -54,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
     """Tokenizer, training, export, then measuring what was exported."""
     overrides = args.overrides + ([f"steps={args.steps}"] if args.steps else [])
     config = TrainConfig.read(args.config, overrides)
-    for folder in (args.out, args.work_dir):
-        check_writable(folder)
+    claim(args.out, "train_demo", MODEL_FILES)
+    claim(args.work_dir, "train_demo", RUN_FILES)
     tokenizer = _tokenizer(config, args.work_dir)
     hf = hf_config(config, tokenizer)
     decoder, losses = train(config, read_config(hf), tokenizer, args.work_dir)

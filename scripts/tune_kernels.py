@@ -35,6 +35,7 @@ from kernel_timing import Op, Program, on_gpu, prepare, take_turns
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxdeploy.whole_file import put_text
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import OPS, NoBackendError, RefusalError
 from pallas_kernels.numerics import unit_roundoff
@@ -225,9 +226,7 @@ def write_tiles(path: Path, key: str, fields: dict[str, Any]) -> None:
     tiles = dict(sorted({**read_table(path), key: fields}.items()))
     table = {"schema": SCHEMA, "device": device(), "versions": versions(), "tiles": tiles}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table, indent=2) + "\n", "utf-8")
-    partial.replace(path)
+    put_text(path, json.dumps(table, indent=2) + "\n")
 
 
 def dry_run(tasks: list[Task], console: Console) -> int:

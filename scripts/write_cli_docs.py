@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from jaxdeploy.cli import COMMANDS, command_parser
+from jaxdeploy.whole_file import put_text
 
 TARGET = Path(__file__).resolve().parents[1] / "docs/cli.md"
 INTRODUCTION = """\
@@ -49,4 +50,4 @@ def _row(action: argparse.Action) -> str:
 
 
 if __name__ == "__main__":
-    TARGET.write_text(render(), encoding="utf-8")
+    put_text(TARGET, render())

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from jaxdeploy.checkpoint.export import check_writable, save_checkpoint
 from jaxdeploy.checkpoint.loader import dummy_params, load_params
+from jaxdeploy.checkpoint.marker import NAME
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.decoder import abstract_params
@@ -51,7 +52,7 @@ def test_files_in_the_chosen_dtype(tmp_path: Path, dtype: Any) -> None:
     config = read_config(HF)
     params = dummy_params(abstract_params(config, jnp.dtype(jnp.float32)))
     save_checkpoint(tmp_path, params, family_of(HF).weights(config), HF, dtype=dtype)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", NAME, "model.safetensors"]
     written = json.loads((tmp_path / "config.json").read_text())
     assert written == {k: v for k, v in HF.items() if k != "torch_dtype"} | {"dtype": np.dtype(dtype).name}
     with safe_open(tmp_path / "model.safetensors", "numpy") as file:
@@ -81,7 +82,17 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="split into"):
         save_checkpoint(tmp_path, broken, table, HF)
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 2
+    assert {file.name for file in tmp_path.iterdir()} == {NAME, "config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_checkpoint_of_others_is_not_replaced(tmp_path: Path, name: str) -> None:
+    config = read_config(HF)
+    params = dummy_params(abstract_params(config, jnp.dtype(jnp.float32)))
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(CheckpointError, match=f"holds {name}, which jaxdeploy did not write; use another folder"):
+        save_checkpoint(tmp_path, params, family_of(HF).weights(config), HF)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [(name, "theirs")]
 
 
 def test_parameters_that_the_table_does_not_know(tmp_path: Path) -> None:

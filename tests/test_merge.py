@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxdeploy.checkpoint.marker import NAME
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
@@ -67,7 +68,8 @@ def test_weights_are_those_of_the_base_plus_the_products(files: int, tmp_path: P
         delta = made.delta(module) if module in made.modules() else 0
         np.testing.assert_allclose(after[name], value + delta, rtol=0, atol=2e-6)
     assert set(merged.modules) == set(made.modules())
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in base.iterdir()}
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {NAME, *(file.name for file in base.iterdir())}
     assert read_hf_config(tmp_path / "out") == read_hf_config(base)
     assert merged.nbytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
 

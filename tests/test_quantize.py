@@ -20,6 +20,7 @@ from jaxdeploy import QuantConfig, Response, TurbomindEngineConfig, pipeline
 from jaxdeploy.chat import bundled_model
 from jaxdeploy.checkpoint import writing
 from jaxdeploy.checkpoint.kv_parameters import read_kv_parameters
+from jaxdeploy.checkpoint.marker import NAME, read_marker
 from jaxdeploy.checkpoint.quantized import expand_quantized
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
@@ -30,7 +31,7 @@ from jaxdeploy.compress.forward import LINEARS
 from jaxdeploy.compress.passage import Passage
 from jaxdeploy.compress.quantize import quantize
 from jaxdeploy.compress.report import Report
-from jaxdeploy.errors import CheckpointError, ConfigError, JaxdeployError
+from jaxdeploy.errors import CheckpointError, JaxdeployError
 from jaxdeploy.models.quantized import Int4Weight, Int8Weight
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.weights import ParamPath
@@ -228,6 +229,28 @@ def test_calibrated_kv_parameters(model: Path, tmp_path: Path) -> None:
     assert read_kv_parameters(tmp_path / "four", 3, 2) is None, "there quant_policy 4 is to mean int4"
 
 
+def test_calibrate_beside_the_model(model: Path, tmp_path: Path) -> None:
+    """The command of LMDeploy's documents adds its files to the folder of the model and touches no other."""
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    (own / "README.md").write_text("a model")
+    before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in own.iterdir()}
+    flags = ["--calib-samples", "8", "--calib-seqlen", "32", "--eval-samples", "4"]
+    command = ["lite", "calibrate", str(own), "--work-dir", str(own), *flags]
+    assert main(command) == 0
+    parameters = read_kv_parameters(own, 3, 2)
+    assert parameters is not None
+    assert {
+        file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in own.iterdir() if file.name in before
+    } == before
+    added = {file.name for file in own.iterdir()} - before.keys()
+    assert added == {NAME, *read_marker(own).files}
+    assert main(command) == 2, "an earlier run is replaced only if that is asked for"
+    assert main([*command, "--overwrite", "--kv-bits", "4"]) == 0
+    assert read_kv_parameters(own, 3, 2) is None, "parameters of the earlier run would make quant_policy 4 mean 8 bits"
+    assert before.keys() <= {file.name for file in own.iterdir()}
+
+
 @pytest.mark.slow
 def test_three_bits(model: Path, tmp_path: Path) -> None:
     """GPTQ's layout has 3 bits; AWQ's has not: the result is only measured."""
@@ -384,18 +407,6 @@ def test_settings_that_do_not_fit(model: Path, tmp_path: Path, settings: dict[st
 
 def test_quantised_already(tmp_path: Path, written: dict[str, tuple[Path, Report]]) -> None:
     refused(tmp_path, written["awq"][0], "is quantised already .awq.; give the float model")
-
-
-def test_a_folder_that_is_not_empty(model: Path, tmp_path: Path) -> None:
-    kept = tmp_path / "out" / "thesis.txt"
-    kept.parent.mkdir()
-    kept.write_text("years of work")
-    with pytest.raises(ConfigError, match="exists and is not empty; name another, or add --overwrite"):
-        run(model, tmp_path / "out", method="rtn")
-    assert kept.read_text() == "years of work"
-    run(model, tmp_path / "out", method="rtn", overwrite=True, num_layers=None)
-    assert not kept.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 @pytest.mark.parametrize("fails", [3, 8, 10])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.whole_file import put_file
 
 FOLDERS = ("", "triton_models/weights")
 """Where the files lie, below a model's folder."""
@@ -39,9 +40,18 @@ def read_kv_parameters(folder: Path, num_layers: int, num_kv_heads: int) -> Arra
 
 
 def write_kv_parameters(folder: Path, parameters: Array) -> None:
-    """Write ``parameters`` float32 [L, 4], k_scale, k_zero_point, v_scale, v_zero_point, as one rank's files."""
-    for layer, row in enumerate(parameters):
-        (folder / _name(layer, 0)).write_bytes(np.asarray(row, "<f4").tobytes())
+    """Write ``parameters`` float32 [L, 4], k_scale, k_zero_point, v_scale, v_zero_point, as one rank's files.
+
+    Raises ``OSError``.
+    """
+    for name, row in zip(file_names(len(parameters)), parameters, strict=True):
+        content = np.asarray(row, "<f4").tobytes()
+        put_file(folder / name, lambda handle, content=content: handle.write(content))
+
+
+def file_names(num_layers: int) -> list[str]:
+    """Return the names of the files that ``write_kv_parameters`` writes for so many layers."""
+    return [_name(layer, 0) for layer in range(num_layers)]
 
 
 def _name(layer: int, rank: int) -> str:

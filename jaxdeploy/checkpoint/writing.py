@@ -1,11 +1,11 @@
-"""Files that are there whole or not at all, and safetensors files among them."""
+"""JSON and safetensors files, each written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,24 +13,20 @@ import numpy as np
 
 from jaxdeploy.checkpoint.safetensors_reader import DTYPES
 from jaxdeploy.checkpoint.tensor_ref import Array
+from jaxdeploy.whole_file import put_file
 
 Specs = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 """Tensors to come: name → dtype and shape."""
 
+_UNFINISHED = re.compile(r"\.(.+?)(\.\d+)?\.tmp")
+"""The names of the temporary files of ``put_file``."""
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def put_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write beside ``file`` and rename: whoever reads it sees the old one or the whole new one. Raises ``OSError``."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("wb") as handle:
-            write(handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def unfinished_files(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Return the temporary files that interrupted writes of ``names`` left in ``folder``. Raises ``OSError``."""
+    known = set(names)
+    return [file for file in folder.glob(".*.tmp") if (match := _UNFINISHED.fullmatch(file.name)) and match[1] in known]
 
 
 def put_json(file: Path, value: Any) -> None:

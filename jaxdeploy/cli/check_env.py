@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxdeploy.cli.flags import Namespace, Parser
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 PACKAGES = (
     "jaxdeploy", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy", "safetensors",
@@ -108,6 +109,7 @@ def _kernel_line(kernel: dict[str, Any]) -> str:
 
 def _write(path: Path, report: dict[str, Any]) -> None:
     try:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        check_replaceable(path, is_json(dict))
+        put_text(path, json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"dump_file={str(path)!r} cannot be written ({error.strerror}); name another file") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -47,8 +47,10 @@ def add_settings(parser: Parser, *classes: type[Any]) -> None:
                 _add_flag(group, name, described)
 
 
-def read_settings(args: Namespace, *classes: type[Any]) -> list[dict[str, Any]]:
+def read_settings(args: Namespace, *classes: type[Any], skipped: Collection[str] = ()) -> list[dict[str, Any]]:
     """The settings that were given, for each class: those of the file ``--config`` under those of the command line.
+
+    ``skipped`` are keys of the file that the command reads itself.
 
     Raises:
         ConfigError: the file cannot be read, or holds a key that is no flag of the command.
@@ -58,7 +60,7 @@ def read_settings(args: Namespace, *classes: type[Any]) -> list[dict[str, Any]]:
     from_file = {_field_name(key): value for key, value in read_yaml(path).items()} if path else {}
     known = [name for cls in classes for name in _flag_names(cls)]
     for name, value in from_file.items():
-        if name not in known:
+        if name not in known and name not in skipped:
             raise unknown_setting(name, value, known, str(path))
     return [_of_class(cls, given, from_file) for cls in classes]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.settings import read_yaml
 
 if TYPE_CHECKING:
     from jaxdeploy.compress.report import Report
@@ -30,14 +31,14 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("method", metavar="METHOD", help=", ".join((*METHODS, MERGE)))
     parser.add_argument("model", metavar="MODEL", help="a folder with a float checkpoint, or an id on the hub")
     parser.add_argument("adapter", metavar="ADAPTER", nargs="?", help=f"{MERGE}: the folder of a LoRA adapter")
-    parser.add_argument("--config", metavar="FILE.yaml", help="flags from a file, e.g. `w_group_size: 64`")
+    parser.add_argument("--config", metavar="FILE.yaml", help="flags from a file, e.g. configs/quant/awq-w4g128.yaml")
     add_settings(parser, QuantConfig)
 
 
 def run(args: Namespace) -> int:
     """Quantise, and show what it cost; or merge."""
     name = args.method.replace("-", "_")
-    (given,) = read_settings(args, QuantConfig)
+    (given,) = read_settings(args, QuantConfig, skipped=("method",))
     if name == MERGE:
         _merge(args.model, args.adapter, given)
         return 0
@@ -45,8 +46,16 @@ def run(args: Namespace) -> int:
         raise ConfigError(f"method={args.method!r} is unknown; choose one of {', '.join((*METHODS, MERGE))}")
     if args.adapter is not None:
         raise ConfigError(f"argument={args.adapter!r} is one too many: {args.method} takes no adapter; leave it out")
+    _check_file(args.config, args.method, METHODS[name])
     show(args.model, QuantConfig(**{**given, "method": METHODS[name]}))
     return 0
+
+
+def _check_file(path: str | None, argument: str, method: str) -> None:
+    """Raise ``ConfigError`` if the file at ``path`` is for another method than the command line names."""
+    named = read_yaml(path).get("method", method) if path else method
+    if METHODS.get(str(named).replace("-", "_"), named) != method:
+        raise ConfigError(f"method={named!r} of {path} is not {argument}; give the method that the file is for")
 
 
 def _merge(model: str, adapter: str | None, given: dict[str, Any]) -> None:

@@ -72,7 +72,14 @@ def merge_lora(
         shards[-1].append(f"{head}.weight")
     run = {"model": str(folder), "config": hf, "adapter": _fingerprint(weights), "tensors": _stamps(files)}
     version = metadata.version("jaxdeploy")
-    work = WorkDir(work_dir, layers=len(shards) - 1, run={**run, "version": version}, overwrite=overwrite)
+    work = WorkDir(
+        work_dir,
+        source=folder,
+        layers=len(shards) - 1,
+        command="lite merge_lora",
+        run={**run, "version": version},
+        overwrite=overwrite,
+    )
     work.check_room(files.nbytes)
     size = 0
     for index, shard in _shown(shards, progress):
@@ -81,7 +88,7 @@ def merge_lora(
             continue
         tensors = {name: _merged(files, weights, *bases.get(name, (name, None))) for name in shard}
         if last:
-            size = work.write_rest(folder, hf, tensors)
+            size = work.write_rest(hf, tensors)
         else:
             work.write_layer(index, tensors, {})
     work.take_name()

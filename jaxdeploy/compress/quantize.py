@@ -15,15 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdeploy.checkpoint.kv_parameters import write_kv_parameters
+from jaxdeploy.checkpoint.kv_parameters import file_names, write_kv_parameters
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.compress import report as reports
+from jaxdeploy.compress.beside_model import BesideModel
 from jaxdeploy.compress.calibration import Calibration, calibration_ids
 from jaxdeploy.compress.layout import Layout
 from jaxdeploy.compress.passage import Passage
 from jaxdeploy.compress.report import Report
 from jaxdeploy.compress.weights import FloatModel, Outer
-from jaxdeploy.compress.work_dir import WorkDir
+from jaxdeploy.compress.work_dir import WorkDir, is_folder_of, real_path
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.formats.registry import quantization_of
@@ -108,7 +109,8 @@ class _Run:
     def report(self) -> Report:
         """Quantise every layer, write the result, and say what it is worth."""
         start, mesh = time.perf_counter(), make_mesh(self.config.tp)
-        work, outer = self._work_dir(), self.model.outer()
+        beside, work = self._beside(), self._work_dir()
+        outer = self.model.outer()
         passage = Passage(self.model, self.config, self.layout, work, self.data, outer["embed", "embedding"], mesh)
         for index in self._layers():
             passage.layer(index)
@@ -128,22 +130,52 @@ class _Run:
             seconds=time.perf_counter() - start,
             seconds_per_layer=passage.seconds,
             peak_memory=_peak_memory(mesh.devices.flat[0]),
-            notes=tuple(self._notes(work)),
+            notes=tuple(self._notes()),
         )
         if work is not None:
-            reports.write(report, work.partial)
+            with work.disk():
+                reports.write(report, work.partial)
             work.take_name()
+        if beside is not None:
+            beside.write(report, self._kv_parameters(passage))
         return report
 
+    @property
+    def _writes(self) -> bool:
+        """Whether there is a result to write; without one the model is only measured."""
+        held = self.layout.quantization is not None or not self.layout.grids
+        return self.config.num_layers is None and held
+
+    @property
+    def _is_beside(self) -> bool:
+        """Whether the result goes into the folder of the model itself, as in LMDeploy's documents."""
+        target = real_path(self.config.work_dir)
+        return self._writes and self.config.method == "calibrate" and is_folder_of(target, self.model.folder)
+
+    def _beside(self) -> BesideModel | None:
+        """The model's own folder, if the result goes there."""
+        if not self._is_beside:
+            return None
+        layers = self.model.config.num_layers
+        return BesideModel(self.model.folder, num_layers=layers, overwrite=self.config.overwrite)
+
     def _work_dir(self) -> WorkDir | None:
-        """The folder to write to; ``None`` where the result is only measured."""
-        if self.config.num_layers is not None or (self.layout.quantization is None and self.layout.grids):
+        """The folder of a new checkpoint, if one is written."""
+        if not self._writes or self._is_beside:
             return None
         depends = {"model": self.name, "config": self.model.hf, "settings": dataclasses.asdict(self.config)}
         tokens = hashlib.sha256(self.data.calib.tobytes() + self.data.held_out.tobytes()).hexdigest()
         layers = self.model.config.num_layers
         run = {**depends, "tokens": tokens, "version": metadata.version("jaxdeploy")}
-        work = WorkDir(self.config.work_dir, layers=layers, run=run, overwrite=self.config.overwrite)
+        work = WorkDir(
+            self.config.work_dir,
+            source=self.model.folder,
+            layers=layers,
+            command=f"lite {self.config.method}",
+            run=run,
+            extra=(reports.JSON_NAME, reports.PNG_NAME, *file_names(layers)),
+            overwrite=self.config.overwrite,
+        )
         work.check_room(self.layout.expected_bytes(self.model))
         return work
 
@@ -161,10 +193,18 @@ class _Run:
         hf = {name: value for name, value in self.model.hf.items() if name != "quantization_config"}
         if self.layout.quantization is not None:
             hf["quantization_config"] = dict(self.layout.quantization)
-        size = work.write_rest(self.model.folder, hf, rest)
-        if self.config.kv_bits == 8 and all(passage.kv_ranges):  # beside such files quant_policy 4 means 8 bits
-            write_kv_parameters(work.partial, _kv_parameters(passage.kv_ranges))
+        size = work.write_rest(hf, rest)
+        parameters = self._kv_parameters(passage)
+        if parameters is not None:
+            with work.disk():
+                write_kv_parameters(work.partial, parameters)
         return size
+
+    def _kv_parameters(self, passage: Passage) -> Array | None:
+        """What ``calibrate`` found; ``None`` for 4 bits, since such files make quant_policy 4 mean 8 bits."""
+        if self.config.kv_bits != 8 or not all(passage.kv_ranges):
+            return None
+        return _kv_parameters(passage.kv_ranges)
 
     def _predicted(self, weights: int) -> dict[str, float]:
         """GiB of device memory: weights, and 1000 tokens of KV cache by ``quant_policy``."""
@@ -178,12 +218,12 @@ class _Run:
         }
         return {name: size / 2**30 for name, size in sizes.items()}
 
-    def _notes(self, work: WorkDir | None) -> Iterator[str]:
+    def _notes(self) -> Iterator[str]:
         if self.data.note:
             yield self.data.note
         if not self.data.calib.size:
             yield "calibrated without data: activations count by the scales of the norms before them"
-        if work is None:
+        if not self._writes:
             yield "measured only, nothing is written" + (
                 "" if self.config.num_layers else f": no layout holds {self.config.method} at {self.config.w_bits} bits"
             )

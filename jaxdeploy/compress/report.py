@@ -6,14 +6,15 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+from jaxdeploy.whole_file import put_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,9 +112,9 @@ def write(report: Report, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(as_dict(report)), indent=2, allow_nan=False, default=str) + "\n"
-    _put(folder / JSON_NAME, lambda file: file.write(text.encode()))
+    put_file(folder / JSON_NAME, lambda file: file.write(text.encode()))
     try:
-        _put(folder / PNG_NAME, lambda file: draw(report, file))
+        put_file(folder / PNG_NAME, lambda file: draw(report, file))
     except ImportError:
         logger.warning("no %s: matplotlib is not installed here; pip install matplotlib", PNG_NAME)
 
@@ -267,14 +268,3 @@ def _device() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
-
-
-def _put(path: Path, write_to: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file beside ``path``, then give it that name."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            write_to(file)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -1,44 +1,70 @@
-"""The folder that a quantised model is written to, layer by layer, so that a run goes on where it was killed.
+"""The folder that a result is written to, layer by layer, so that a killed run can be resumed.
 
-Everything goes to ``<folder>.partial`` first. A layer is done when its file is there, which appears whole or not at
-all; the folder gets its name when the last file is in it, and until then has no ``config.json`` that could be loaded.
+Everything goes to ``<folder>.partial`` first. A layer is done when its file and its record exist; both appear whole or
+not at all. The folder gets its name when its last file is written. Only files that a marker lists are replaced
+(``checkpoint/marker.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxdeploy.checkpoint.marker import NAME, Marker, foreign_files, read_marker, remove_ours
 from jaxdeploy.checkpoint.safetensors_reader import read_safetensors_file
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
+from jaxdeploy.compress.folder_swap import swap
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.whole_file import put_file
 
-_RUN = "run.json"
+INDEX = "model.safetensors.index.json"
 _COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
-_NOT_COPIED = ("config.json", "*.index.json", "quant_report.json")
+_NOT_COPIED = ("config.json", "*.index.json", "quant_report.json", NAME)
 
 
 class WorkDir:
-    """The folder ``target``, to be filled with the weights of ``layers`` layers and the rest of the model.
+    """The folder ``target``, to be filled with a checkpoint made from the one in ``source``.
 
-    ``run`` is what the result depends on: a partial folder of another run is thrown away, one of the same continued.
+    Args:
+        target: The folder. It may be missing, empty, or hold an earlier result if ``overwrite`` is true.
+        source: The folder of the model; ``target`` may not be this folder.
+        layers: The number of layers to write.
+        command: The command that writes, for the marker.
+        run: What the result depends on. A partial folder of the same run is continued, of another run replaced.
+        extra: Names of further files that the command writes into ``partial``.
+        overwrite: Replace an earlier result of jaxdeploy.
+
+    Raises ``ConfigError``: the folder may not be written.
     """
 
-    def __init__(self, target: str | Path, *, layers: int, run: Mapping[str, Any], overwrite: bool) -> None:
-        self.target = Path(target).expanduser()
-        self.partial = self.target.with_name(f"{self.target.name}.partial")
-        self._files, self._overwrite = layers + 1, overwrite
-        if self.target.exists() and not overwrite and (not self.target.is_dir() or any(self.target.iterdir())):
-            raise ConfigError(f"work_dir={target} exists and is not empty; name another, or add --overwrite")
-        with self._disk():
-            self._begin(hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest())
+    def __init__(
+        self,
+        target: str | Path,
+        *,
+        source: Path,
+        layers: int,
+        command: str,
+        run: Mapping[str, Any],
+        extra: Iterable[str] = (),
+        overwrite: bool,
+    ) -> None:
+        self.target = real_path(target)
+        self.partial = Path(f"{self.target}.partial")
+        self._source, self._files, self._command = source, layers + 1, command
+        with self.disk():
+            check_target(self.target, source, overwrite=overwrite)
+            planned = {*self._weight_names(), *self._record_names(), INDEX, "config.json", *extra}
+            planned |= {file.name for file in _companions(source)}
+            fingerprint = hashlib.sha256(json.dumps(run, sort_keys=True, default=str).encode()).hexdigest()
+            self._begin(Marker(command, frozenset(planned), fingerprint))
 
     def check_room(self, size: int) -> None:
         """Raise ``ConfigError`` where the disk has no room for ``size`` bytes, less what is there already."""
@@ -51,12 +77,12 @@ class WorkDir:
             )
 
     def is_done(self, layer: int) -> bool:
-        """Whether ``layer`` was written, now or by a run before."""
-        return self._weights(layer).is_file()
+        """Return whether ``layer`` was written, by this run or by the one that it continues."""
+        return self._weights(layer).is_file() and self._record(layer).is_file()
 
     def write_layer(self, layer: int, tensors: Mapping[str, Array], record: Mapping[str, Any]) -> None:
         """Write a layer's tensors, and what there is to say about it. Raises ``ConfigError`` where that fails."""
-        with self._disk():
+        with self.disk():
             put_json(self._record(layer), record)
             put_tensors(self._weights(layer), tensors)
 
@@ -65,43 +91,67 @@ class WorkDir:
         record: dict[str, Any] = json.loads(self._record(layer).read_bytes())
         return TensorFiles(read_safetensors_file(self._weights(layer))), record
 
-    def write_rest(self, source: Path, config: Mapping[str, Any], rest: Mapping[str, Array]) -> int:
-        """Write the ``rest`` of the tensors and ``config.json``, and copy what else ``source`` has.
+    def write_rest(self, config: Mapping[str, Any], rest: Mapping[str, Array]) -> int:
+        """Write the ``rest`` of the tensors and ``config.json``, and copy the small files of the source.
 
-        Returns the bytes of all weights. Raises ``ConfigError`` where writing fails.
+        Returns the bytes of all weights. Raises ``ConfigError`` if writing fails.
         """
-        with self._disk():
+        with self.disk():
             put_tensors(self._weights(self._files - 1), rest)
             files = [self._weights(number) for number in range(self._files)]
             places = {name: file.name for file in files for name in read_safetensors_file(file)}
             size = sum(file.stat().st_size for file in files)
-            index = {"metadata": {"total_size": size}, "weight_map": places}
-            put_json(self.partial / "model.safetensors.index.json", index)
-            for file in _companions(source):
-                shutil.copyfile(file, self.partial / file.name)
+            put_json(self.partial / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+            for file in _companions(self._source):
+                _copy(file, self.partial / file.name)
             put_json(self.partial / "config.json", config)
         return size
 
     def take_name(self) -> None:
-        """The work is done: give the folder its name, and take away what only a run needs."""
-        old = self.target.with_name(f"{self.target.name}.old")
-        with self._disk():
-            shutil.rmtree(old, ignore_errors=True)
-            if self.target.exists():
-                self.target.rename(old)
-            self.partial.rename(self.target)
-            shutil.rmtree(old, ignore_errors=True)
-            for file in (_RUN, *(self._record(layer).name for layer in range(self._files - 1))):
-                (self.target / file).unlink()
+        """Give the finished folder its name and delete the earlier result. Raises ``ConfigError``.
 
-    def _begin(self, fingerprint: str) -> None:
-        run = self.partial / _RUN
-        if not run.is_file() or json.loads(run.read_bytes()) != fingerprint:
-            shutil.rmtree(self.partial, ignore_errors=True)
+        The name changes hands in one step where the system can do that. A crash leaves both folders on the disk.
+        """
+        with self.disk():
+            check_target(self.target, self._source, overwrite=True)  # others may have written there meanwhile
+            old = swap(self.partial, self.target)
+            if old is not None:
+                remove_ours(old)
+            for name in self._record_names():
+                (self.target / name).unlink(missing_ok=True)
+            planned = read_marker(self.target).files
+            written = frozenset(name for name in planned if (self.target / name).exists())
+            Marker(self._command, written).write(self.target)
+
+    @contextmanager
+    def disk(self) -> Iterator[None]:
+        """Turn an ``OSError`` of the block into the ``ConfigError`` that names the folder."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"work_dir={self.target} cannot be written ({error.strerror}); make room or name another folder; "
+                f"finished layers are kept in {self.partial.name} and will be used"
+            ) from error
+
+    def _begin(self, marker: Marker) -> None:
+        if read_marker(self.partial).run != marker.run:
+            remove_ours(self.partial)
+        if others := foreign_files(self.partial):
+            raise ConfigError(
+                f"work_dir={self.target} is written to {self.partial.name} first, which holds files of others "
+                f"({others[0]}); move that folder away, or name another work_dir"
+            )
         self.partial.mkdir(parents=True, exist_ok=True)
         for unfinished in self.partial.glob(".*.tmp"):
             unfinished.unlink()
-        put_json(run, fingerprint)
+        marker.write(self.partial)
+
+    def _weight_names(self) -> list[str]:
+        return [self._weights(number).name for number in range(self._files)]
+
+    def _record_names(self) -> list[str]:
+        return [self._record(layer).name for layer in range(self._files - 1)]
 
     def _weights(self, number: int) -> Path:
         return self.partial / f"model-{number + 1:05d}-of-{self._files:05d}.safetensors"
@@ -109,18 +159,42 @@ class WorkDir:
     def _record(self, layer: int) -> Path:
         return self.partial / f"layer-{layer + 1:05d}.json"
 
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ConfigError(
-                f"work_dir={self.target} cannot be written ({error.strerror}); make room or name another folder: "
-                f"what is done so far is kept in {self.partial.name} and will be used"
-            ) from error
+
+def real_path(folder: str | Path) -> Path:
+    """Return the absolute path of ``folder``, with links followed."""
+    return Path(os.path.realpath(os.path.expanduser(folder)))
+
+
+def is_folder_of(target: Path, source: Path) -> bool:
+    """Return whether both paths are the same folder, also through links."""
+    return target.exists() and target.samefile(source)
+
+
+def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
+    """Check that the resolved path ``target`` may become a result made from the model in ``source``.
+
+    Raises ``ConfigError``, and ``OSError`` if it cannot be read.
+    """
+    if target == target.parent or target == Path.cwd():
+        raise ConfigError(f"work_dir={target} is the current folder or the root; name a folder below it")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"work_dir={target} is a file; name a folder")
+    if is_folder_of(target, source):
+        raise ConfigError(f"work_dir={target} is the folder of the model itself; name another folder")
+    if others := foreign_files(target):
+        raise ConfigError(
+            f"work_dir={target} exists and holds files that jaxdeploy did not write ({others[0]}); name another folder"
+        )
+    if not overwrite and read_marker(target).files:
+        raise ConfigError(f"work_dir={target} exists and is not empty; name another, or add --overwrite")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as file:
+        put_file(target, lambda handle: shutil.copyfileobj(file, handle))
 
 
 def _companions(source: Path) -> list[Path]:
-    """Tokenizer, chat template and the like: the small files beside the weights."""
+    """Return the small files beside the weights, such as the tokenizer and the chat template."""
     found = {file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}
     return sorted(file for file in found if not any(file.match(pattern) for pattern in _NOT_COPIED))

@@ -13,11 +13,14 @@ from typing import Any
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.stored_file import read_text
 from jaxdeploy.tokenizer.boundary import refusing
+from jaxdeploy.tokenizer.bounds import TokenBound, bound_of_description
 from jaxdeploy.tokenizer.growth import check_growth
 from jaxdeploy.tokenizer.settings import LARGEST_ID, AddedToken, Settings, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "<eos>", "<|im_end|>")
+QUICKLY_ENCODED = 4096
+"""Characters that are encoded in a few milliseconds."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -54,7 +57,10 @@ class HuggingFaceFile:
     def encode(self, text: str, parse_special: bool) -> list[int]:
         """Ids of ``text`` alone, with tokens kept whole where their text stands in it, or split apart like any text."""
         encoder = self._encoder if parse_special else self._literal_encoder
-        return list(encoder.encode(text, add_special_tokens=False).ids)
+        if len(text) <= QUICKLY_ENCODED:
+            return list(encoder.encode(text, add_special_tokens=False).ids)
+        (found,) = encoder.encode_batch_fast([text], add_special_tokens=False)  # this one releases the GIL
+        return list(found.ids)
 
     def id_to_token(self, token_id: int) -> str:
         """The token's text as the vocabulary writes it; empty for an id outside it."""
@@ -69,6 +75,13 @@ class HuggingFaceFile:
         """UTF-8 of the token's text; added tokens are written as they are."""
         token = self.id_to_token(token_id)
         return token.encode() if token_id in self._added else self._rules.bytes_of(token)
+
+    @cached_property
+    def bound(self) -> TokenBound:
+        """How many tokens a text has at least."""
+        ids = range(self.vocab_size)
+        texts = map(self.id_to_token, ids)
+        return bound_of_description(self._description, self._added.values(), map(self.bytes_of, ids), texts)
 
     @cached_property
     def _literal_encoder(self) -> Any:

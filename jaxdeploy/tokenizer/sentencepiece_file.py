@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.tokenizer.bounds import TokenBound, bound_of_sentencepiece
 from jaxdeploy.tokenizer.huggingface_file import BYTE_TOKEN
 from jaxdeploy.tokenizer.settings import AddedToken, Settings
 
@@ -73,6 +74,11 @@ class SentencePieceFile:
         if self._model.is_byte(token_id):
             return bytes.fromhex(token[3:5])
         return token.replace(WORD_SPACE, " ").encode()
+
+    @cached_property
+    def bound(self) -> TokenBound:
+        """How many tokens a text has at least."""
+        return bound_of_sentencepiece(self._model, self._overlay.values())
 
     @cached_property
     def _bare_model(self) -> Any:

@@ -9,11 +9,13 @@ from typing import Protocol
 from jaxdeploy.errors import CheckpointError, RequestError
 from jaxdeploy.stored_file import exists, is_folder, read_bytes
 from jaxdeploy.tokenizer.boundary import refusing
+from jaxdeploy.tokenizer.bounds import TokenBound
 from jaxdeploy.tokenizer.detokenizer import Detokenizer, TokenBytes, decode
 from jaxdeploy.tokenizer.huggingface_file import HuggingFaceFile, describe_byte_level, read_tokenizer_json
 from jaxdeploy.tokenizer.sentencepiece_file import SentencePieceFile
 from jaxdeploy.tokenizer.settings import Settings, read_settings
 from jaxdeploy.tokenizer.tiktoken_file import QWEN, describe_tiktoken, is_tiktoken
+from jaxdeploy.unicode_text import well_formed
 
 READABLE = "tokenizer.json, tokenizer.model, qwen.tiktoken, or vocab.json with merges.txt"
 FOREIGN_FILES = ("tekken.json", "tokenizer.tiktoken", "tiktoken.model")
@@ -27,6 +29,11 @@ class TokenizerFile(TokenBytes, Protocol):
     eos_id: int | None
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
+
+    @property
+    def bound(self) -> TokenBound:
+        """How many tokens a text has at least."""
+        ...
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         """Ids of ``text`` alone."""
@@ -82,10 +89,15 @@ class Tokenizer:
 
         ``add_bos``: put the tokenizer's own beginning and end around it (none for a tokenizer that has none).
         ``parse_special``: the text of a special token in ``text`` means that token; else it is text like any other.
+        Lone surrogates are read as U+FFFD.
         """
         with refusing(RequestError, "the tokenizer cannot encode the text", "change it"):
-            ids = self._file.encode(text, parse_special)
+            ids = self._file.encode(well_formed(text), parse_special)
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_bos else ids
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that ``text`` has at least, which takes little time to find; 0 where none is known."""
+        return self._file.bound.least(text)
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True

@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from bench_record import save_figure
 from flax import nnx
 
 from demo.training import TrainConfig
@@ -16,6 +17,7 @@ from jaxdeploy.checkpoint.loader import load_params
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
 from jaxdeploy.models.registry import family_of, read_config
+from jaxdeploy.whole_file import put_text
 
 
 def export(decoder: Decoder, hf: dict[str, Any], folder: Path) -> None:
@@ -29,7 +31,7 @@ def export(decoder: Decoder, hf: dict[str, Any], folder: Path) -> None:
         "do_sample": False,
         "max_new_tokens": 256,
     }
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    put_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
 def load(folder: Path) -> Decoder:
@@ -48,7 +50,6 @@ def plot_losses(losses: list[float], config: TrainConfig, file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     tokens = np.arange(1, len(losses) + 1) * config.tokens_per_step / 1e6
     width = min(50, len(losses))
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=110)
@@ -60,5 +61,5 @@ def plot_losses(losses: list[float], config: TrainConfig, file: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(file)
+    save_figure(figure, file, dpi=110)
     pyplot.close(figure)

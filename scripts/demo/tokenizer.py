@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo.dialogues import Dialogue
+from jaxdeploy.whole_file import put_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,7 +48,7 @@ def train_tokenizer(dialogues: Iterable[Dialogue], vocab_size: int) -> Tokenizer
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
     """``tokenizer.json`` and ``tokenizer_config.json`` as Hugging Face transformers reads them."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    put_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -59,7 +60,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> No
         "model_max_length": max_length,
         "chat_template": CHAT_TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    put_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
 
 
 def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[list[int], list[int]]:

@@ -25,6 +25,7 @@ from jaxdeploy.checkpoint.orbax import TrainingCheckpoints
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.whole_file import put_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -193,7 +194,7 @@ def train(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, work_di
             params, state, loss = step(params, state, tokens, targets)
             losses.append(float(loss))
             if (number + 1) % config.save_every == 0 or number + 1 == config.steps:
-                log.write_text(json.dumps(losses))
+                put_text(log, json.dumps(losses))
                 checkpoints.save(number + 1, (params, state))
     return merged(graph, params), losses
 
