@@ -341,11 +341,16 @@ def main(folder: Path) -> None:
     """Run the cases that are asked for on stdin."""
     bases = build(folder / "bases")
     load(bases[0].folder, adapter=True)
-    print("ready", flush=True)
+    _say("ready")
     for line in sys.stdin:
         before, start = peak_memory(), time.monotonic()
         found = run_case(bases, int(line), folder / "case")
-        print(json.dumps(found | {"seconds": time.monotonic() - start, "grown": peak_memory() - before}), flush=True)
+        _say(json.dumps(found | {"seconds": time.monotonic() - start, "grown": peak_memory() - before}))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             meter.allow(growth.operator_growth(meter, operator, left, right))
         return meter.made(self.binop_table[operator](left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """``obj(*args, **kwargs)``; the names leave all keywords to the template, as in jinja."""
         meter = __self.meter
         owner = getattr(__obj, "__self__", None)
