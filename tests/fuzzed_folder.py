@@ -179,13 +179,15 @@ def fill_meta(folder: Path) -> None:
     """Meta's layout."""
     sizes = {"dim": 16, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 8, "norm_eps": 1e-5}
     put_json(folder / "params.json", {**sizes, "vocab_size": -1, "rope_theta": 5e5, "use_scaled_rope": True})
-    names = {"wq": (16, 16), "wk": (8, 16), "wv": (8, 16), "wo": (16, 16)}
-    held = {f"layers.0.attention.{name}.weight": np.ones(shape, np.float32) for name, shape in names.items()}
-    widths = {"w1": (48, 16), "w2": (16, 48), "w3": (48, 16)}
-    held |= {f"layers.0.feed_forward.{name}.weight": np.ones(shape, np.float32) for name, shape in widths.items()}
-    held |= {f"layers.0.{name}.weight": np.ones(16, np.float32) for name in ("attention_norm", "ffn_norm")}
-    held |= {"norm.weight": np.ones(16, np.float32), "output.weight": np.ones((96, 16), np.float32)}
-    write_torch_file(folder / "consolidated.00.pth", {**held, "tok_embeddings.weight": np.ones((96, 16), np.float32)})
+    layer = {
+        **{"attention.wq": (16, 16), "attention.wk": (8, 16), "attention.wv": (8, 16), "attention.wo": (16, 16)},
+        **{"feed_forward.w1": (48, 16), "feed_forward.w2": (16, 48), "feed_forward.w3": (48, 16)},
+        **{"attention_norm": (16,), "ffn_norm": (16,)},
+    }
+    shapes: dict[str, tuple[int, ...]] = {f"layers.0.{name}": shape for name, shape in layer.items()}
+    shapes |= {"norm": (16,), "output": (96, 16), "tok_embeddings": (96, 16)}
+    held = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    write_torch_file(folder / "consolidated.00.pth", held)
     write_tiktoken(folder / "tokenizer.model")
 
 

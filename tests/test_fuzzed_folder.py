@@ -37,7 +37,7 @@ def test_changed_folders(bases: list[Base], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_changed_folders(tmp_path: Path) -> None:
-    """In a process of its own, so that a crash, a hang or memory that grows is the fault of one case."""
+    """A subprocess reads the folders, so that a crash or a hang is the fault of one case."""
     command = [sys.executable, "-m", "tests.fuzzed_folder", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     with subprocess.Popen(

@@ -46,7 +46,7 @@ def one_line(error: BaseException) -> str:
 
 
 def complaint(name: str, value: Any) -> str:
-    """What is said about a field with that value; nothing where it is taken."""
+    """The error for a field with that value; empty if it is accepted."""
     try:
         read_config({**HF, name: value})
     except JaxdeployError as error:
@@ -55,7 +55,7 @@ def complaint(name: str, value: Any) -> str:
 
 
 def test_every_field_of_a_config_may_be_wrong() -> None:
-    """One field at a time: another value is taken, or refused in a line."""
+    """Each change of one field is accepted, or refused in a line."""
     complaints = {(name, str(value)): complaint(name, value) for name in HF for value in VALUES}
     assert sum(not line for line in complaints.values()) > len(HF), "null is absent for most fields"
     for (name, _), line in complaints.items():
@@ -126,7 +126,7 @@ def test_what_is_no_regular_file(tmp_path: Path, kind: str, name: str) -> None:
 
 
 def read_all(folder: Path) -> None:
-    """Read what a folder holds. Raises ``CheckpointError`` for faults of weights too."""
+    """Read every file of a folder. Raises ``CheckpointError`` for faults of weights too."""
     read_hf_config(folder)
     Tokenizer.load(folder)
     raise CheckpointError(open_checkpoint(folder).faults[0])

@@ -142,7 +142,7 @@ def _fallback_ids(folder: Path) -> dict[str, int]:
         config = read_json(folder / file)
         for name in ("bos_token", "eos_token"):
             value = config.get(f"{name}_id")
-            first = value[0] if isinstance(value, list) and value else value
+            first: Any = value[0] if isinstance(value, list) and value else value
             if is_whole(first) and 0 <= first <= LARGEST_ID:
                 found[name] = int(first)
     return found
