@@ -119,6 +119,6 @@ def _object(text: str) -> Any:
     """What a call's arguments say; as they are where they are no JSON object."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, Mapping) else text

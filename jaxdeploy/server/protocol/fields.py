@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.errors import RequestError
+from jaxdeploy.server.protocol.bounded import Bounded
 
 MOST_ALTERNATIVES = 128
 MOST_STOPS = 16
@@ -48,7 +49,7 @@ TemplateVariables = Annotated[dict[str, Any], AfterValidator(_not_reserved)]
 """More variables for the chat template."""
 
 
-class Strict(BaseModel):
+class Strict(Bounded):
     """A part of a request: a field that is unknown, or whose feature is not there, is an error and never ignored."""
 
     model_config = ConfigDict(extra="forbid")
