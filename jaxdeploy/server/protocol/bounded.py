@@ -23,7 +23,8 @@ def _bounded(schema: Any) -> Any:
         return type(schema)(map(_bounded, schema))
     if not isinstance(schema, dict):
         return schema
-    inner = {name: value if name in _LEAVES else _bounded(value) for name, value in schema.items()}
+    leaves = _LEAVES if isinstance(schema.get("type"), str) else ()  # else the keys are names of fields
+    inner = {name: value if name in leaves else _bounded(value) for name, value in schema.items()}
     if inner.get("type") == "list":
         return {**inner, "fail_fast": True}
     if inner.get("type") == "dict" and inner.get("values_schema", _ANY)["type"] != "any":
