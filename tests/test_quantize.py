@@ -31,6 +31,7 @@ from jaxdeploy.compress.forward import LINEARS
 from jaxdeploy.compress.passage import Passage
 from jaxdeploy.compress.quantize import quantize
 from jaxdeploy.compress.report import Report
+from jaxdeploy.compress.texts import OWN_TEXT
 from jaxdeploy.errors import CheckpointError, JaxdeployError
 from jaxdeploy.models.quantized import Int4Weight, Int8Weight
 from jaxdeploy.models.registry import family_of
@@ -294,6 +295,17 @@ def test_chat_with_the_result(written: dict[str, tuple[Path, Report]], method: s
         reply = pipe("Hello", max_new_tokens=4, do_preprocess=False, ignore_eos=True)
     assert isinstance(reply, Response)
     assert reply.generate_token_len == 4
+
+
+@pytest.mark.slow
+def test_the_bundled_model_is_measured_on_its_own_text(tmp_path: Path) -> None:
+    """Without a data set, as a new user does it."""
+    report = quantize(bundled_model(), QuantConfig(method="rtn", calib_seqlen=512, work_dir=str(tmp_path / "out")))
+    assert report.calibration == "the model's own text"
+    assert report.quality is not None
+    assert report.quality.ppl_before < 2
+    assert report.quality.greedy_same > 0.9
+    assert (tmp_path / "out" / OWN_TEXT).exists(), "the result is measured on the same text"
 
 
 # Killed and resumed

@@ -58,7 +58,7 @@ class Passage:
             values = np.asarray(embedding)[ids].astype(dtype)
             return HiddenStates(values, config.batch_size or 1, mesh) if ids.size else None
 
-        self._held_out = data.held_out
+        self._held_out, self._scored = data.held_out, data.scored
         self._calib, self._before, self._after = states(data.calib), states(data.held_out), states(data.held_out)
         self.linears: list[LinearReport] = []
         self.kv_ranges: list[Any] = []
@@ -86,7 +86,7 @@ class Passage:
     def quality(self, around: Outer) -> Quality | None:
         """What the layers so far cost; ``None`` without held-out text."""
         measured = self.outputs(around)
-        return measured and compare_outputs(*measured, self._held_out).quality()
+        return measured and compare_outputs(*measured, self._held_out, self._scored).quality()
 
     def outputs(self, around: Outer) -> tuple[Outputs, Outputs] | None:
         """What the float model and the quantised one say about the held-out text. The last thing to ask for."""
