@@ -23,6 +23,7 @@ from jaxdeploy.compress.calibration import Calibration, calibration_ids
 from jaxdeploy.compress.evaluate import Perplexity, load_decoder, perplexity
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.tokenizer import Tokenizer
 
 SCHEMA = "perplexity/1"
@@ -97,7 +98,7 @@ def measure(args: argparse.Namespace) -> Perplexity:
 
 def read_text(args: argparse.Namespace, folder: Path) -> Calibration:
     """The sequences to measure on, cut by the tokenizer in ``folder``; one line where they are fewer than asked for."""
-    (architecture, *_) = read_hf_config(folder)["architectures"]
+    architecture = architecture_of(read_hf_config(folder))
     text = calibration_ids(
         args.text,
         Tokenizer.load(folder),

@@ -29,6 +29,7 @@ from jaxdeploy.compress.work_dir import WorkDir, is_folder_of, real_path
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.formats.registry import quantization_of
+from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ def _calibration(model: FloatModel, config: QuantConfig, token_ids: Sequence[Seq
         return Calibration(drawn[:samples], drawn[samples:], "random tokens", None)
     tokenizer = Tokenizer.load(model.folder)
     own = held_out if config.eval_dataset is None else 0
-    (architecture, *_) = model.hf["architectures"]
+    architecture = architecture_of(model.hf)
     cut = partial(
         calibration_ids,
         tokenizer=tokenizer,
