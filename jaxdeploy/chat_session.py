@@ -123,6 +123,7 @@ def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, wr
 
     Raises:
         RequestError: the prompt cannot be served, e.g. ``ContextLengthError``.
+        JaxdeployError: the reply ended with an error.
     """
     session = pipe.session()
     reply = Reply(started=time.perf_counter())
@@ -134,6 +135,8 @@ def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, wr
             reply.text += piece.text
             reply.tokens, reply.finish_reason = piece.generate_token_len, piece.finish_reason
             write(piece.text)
+            if piece.error is not None:
+                raise piece.error
     return reply
 
 

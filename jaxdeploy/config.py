@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxdeploy.errors import ConfigError
+from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.settings import alias, ignored, missing, setting, settings
+from jaxdeploy.stored_file import read_text, shown
 from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 _XLA = "XLA chooses how the work is laid out"
@@ -25,7 +26,12 @@ _REAL_NUMBERS = ("auto", "float32", "bfloat16", "float16")
 
 def _positive(help: str, default: int | None, advice: str, *, least: int = 1, flag: bool = True) -> Any:
     return setting(
-        default, help, holds=lambda value: value >= least, rule=f"must be at least {least}", advice=advice, flag=flag
+        default,
+        help,
+        holds=lambda value: least <= value < 2**31,
+        rule=f"must be at least {least} and below 2^31",
+        advice=advice,
+        flag=flag,
     )
 
 
@@ -278,15 +284,15 @@ class GenerationConfig:
     temperature: float | None = setting(
         None,
         "spread of the draw; 0: greedy",
-        holds=lambda value: value >= 0,
-        rule="must be at least 0",
+        holds=lambda value: 0 <= value <= 100,
+        rule="must lie between 0 and 100",
         advice="0 is greedy, 1 leaves the model's distribution as it is",
     )
     repetition_penalty: float | None = setting(
         None,
         "make tokens of prompt and reply less likely (above 1)",
-        holds=lambda value: value > 0,
-        rule="must be above 0",
+        holds=lambda value: 0 < value <= 100,
+        rule="must be above 0 and at most 100",
         advice="1 changes nothing",
     )
     presence_penalty: float | None = _penalty("subtract this from the logit of each token already in the reply")
@@ -530,10 +536,10 @@ class ChatTemplateConfig:
             text = _read_text(Path(text))
         try:
             pieces = json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"chat_template={str(file_or_string)!r} is not JSON ({error}); mend it") from None
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"chat_template={shown(str(file_or_string))} is not JSON ({error}); mend it") from None
         if not isinstance(pieces, dict):
-            raise ConfigError(f"chat_template={str(file_or_string)!r} must hold a JSON object; mend it")
+            raise ConfigError(f"chat_template={shown(str(file_or_string))} must hold a JSON object; mend it")
         return cls(**pieces)
 
     def to_json(self, file_path: str | Path | None = None) -> str:
@@ -547,8 +553,8 @@ class ChatTemplateConfig:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, CheckpointError) as error:
         raise ConfigError(f"chat_template={str(path)!r} cannot be read ({error}); name a JSON file") from None
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_LONGEST_LINE = 1000
+
 
 class JaxdeployError(Exception):
     """Anything that a user can mend. ``exit_code`` is for commands, ``http_status`` for the server."""
@@ -28,12 +30,18 @@ class ModelNotFoundError(JaxdeployError):
 
 
 class CheckpointError(JaxdeployError):
-    """The files of a checkpoint do not fit together; the message lists every fault that was found."""
+    """The files of a checkpoint do not fit together; the message lists every fault that was found.
+
+    Names and values from files are part of messages, so control characters are escaped and long lines are cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("\n".join(map(_shown, message.split("\n"))))
 
     @classmethod
     def collect(cls, title: str, faults: Sequence[str]) -> CheckpointError:
         """One error for many faults: ``title`` on the first line, then one fault a line."""
-        return cls("\n".join([title, *(f"  {fault}" for fault in faults)]))
+        return cls("\n".join([title, *("  " + _shown(fault.replace("\n", " ")) for fault in faults)]))
 
 
 class UnsupportedModelError(JaxdeployError):
@@ -44,6 +52,14 @@ class RequestError(JaxdeployError):
     """One request cannot be served as it was asked for; others are not touched."""
 
     http_status = 400
+
+
+class RequestFailedError(JaxdeployError):
+    """A fault inside the server ended one request; other requests continue."""
+
+
+class NonFiniteError(RequestFailedError):
+    """The model computed logits that are NaN or infinite."""
 
 
 class UnknownAdapterError(RequestError):
@@ -58,3 +74,10 @@ class ContextLengthError(RequestError):
 
 class CacheTooSmallError(ConfigError):
     """The KV cache cannot hold one sequence; the message shows the arithmetic."""
+
+
+def _shown(line: str) -> str:
+    """``line`` in printable characters, its middle left out where it is long."""
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[: _LONGEST_LINE // 2]} ... {line[-_LONGEST_LINE // 2 :]}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)

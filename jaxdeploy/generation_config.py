@@ -11,14 +11,16 @@ temperature 1.0, ``top_p`` 1.0, ``top_k`` 50 and ``min_p`` 0 (transformers' and 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.generation_defaults import token_ids
 from jaxdeploy.messages import SamplingParams
 from jaxdeploy.response_format import grammar_of
+from jaxdeploy.unicode_text import well_formed, well_formed_values
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
 MAX_NEW_TOKENS = 512
@@ -60,19 +62,24 @@ def resolve(
     *,
     eos_token_ids: Iterable[int] = (),
     template_stops: Sequence[str] = (),
+    to_grammar: Callable[[Mapping[str, Any]], str | None] = grammar_of,
 ) -> ResolvedGeneration:
     """Fill the gaps of ``config`` and translate its texts.
 
-    ``defaults`` is the content of ``generation_config.json``, ``eos_token_ids`` what ``eos_token_ids()`` found,
-    ``template_stops`` the words with which the chat template ends a reply. A request without ``random_seed`` gets a
+    ``defaults`` is what ``read_generation_defaults`` returned, ``eos_token_ids`` what ``eos_token_ids()`` found,
+    ``template_stops`` the words with which the chat template ends a reply, ``to_grammar`` checks and translates
+    ``response_format``. A request without ``random_seed`` gets a
     fresh one. Ends that the model sets, the template's among them, do not count under ``ignore_eos``; the user's do.
     """
     config = config or GenerationConfig()
     own_stops = frozenset() if config.ignore_eos else frozenset(eos_token_ids)
-    turn_stops = () if config.ignore_eos else template_stops
+    turn_stops = () if config.ignore_eos else (*template_stops, *defaults.get("stop_words", ()))
     stop_ids, stop_words = _split_stops(config.stop_words or (), turn_stops, tokenizer)
     return ResolvedGeneration(
-        sampling=_sampling(config, defaults, own_stops | stop_ids | frozenset(config.stop_token_ids or ()), tokenizer),
+        sampling=replace(
+            _sampling(config, defaults, own_stops | stop_ids | frozenset(config.stop_token_ids or ()), tokenizer),
+            grammar=_grammar(config, to_grammar),
+        ),
         stop_words=stop_words,
         n=config.n or 1,
         skip_special_tokens=config.skip_special_tokens is not False,
@@ -82,12 +89,12 @@ def resolve(
 
 
 def eos_token_ids(tokenizer: Vocabulary, *configs: Mapping[str, Any]) -> frozenset[int]:
-    """Every id that ends a reply: the tokenizer's and each ``eos_token_id`` (one or a list) of the JSON files."""
-    ids = {tokenizer.eos_token_id}
-    for config in configs:
-        named = config.get("eos_token_id")
-        ids.update(named if isinstance(named, list | tuple) else [named])
-    return frozenset(token_id for token_id in ids if isinstance(token_id, int))
+    """Every id that ends a reply: the tokenizer's and each ``eos_token_id`` (one or a list) of the JSON files.
+
+    Raises ``CheckpointError``: an ``eos_token_id`` that is no id and no list of ids.
+    """
+    named = [token for config in configs for token in token_ids(config, "config.json")]
+    return frozenset(named if tokenizer.eos_token_id is None else [tokenizer.eos_token_id, *named])
 
 
 def samples(config: GenerationConfig, defaults: Mapping[str, Any]) -> bool:
@@ -127,7 +134,6 @@ def _sampling(
         logprobs=config.logprobs,
         prompt_logprobs=config.prompt_logprobs,
         logit_bias=_biases(config.logit_bias or {}),
-        grammar=_grammar(config),
         num_speculative_tokens=config.num_speculative_tokens,
     )
 
@@ -140,13 +146,13 @@ def _biases(given: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
         raise ConfigError(f"logit_bias={given!r:.60} must map token ids to numbers; correct it") from None
 
 
-def _grammar(config: GenerationConfig) -> str | None:
+def _grammar(config: GenerationConfig, to_grammar: Callable[[Mapping[str, Any]], str | None]) -> str | None:
     """What the reply must follow. Raises ``RequestError`` for what cannot go with it, or is none."""
     if config.response_format is None:
         return None
     if config.ignore_eos or config.min_new_tokens:
         raise RequestError("response_format says when a reply ends; leave ignore_eos and min_new_tokens out")
-    return grammar_of(config.response_format)
+    return to_grammar(well_formed_values(config.response_format))
 
 
 def _draw(config: GenerationConfig, defaults: Mapping[str, Any], value: Any) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def _split_stops(
 ) -> tuple[frozenset[int], tuple[str, ...]]:
     """Ids and texts. A user's word is an id only where it is a special token: others may hide inside longer tokens."""
     ids, words = set(), {}
-    for word in filter(None, (*asked, *of_template)):
+    for word in map(well_formed, filter(None, (*asked, *of_template))):
         encoded = tokenizer.encode(word, add_bos=False)
         if len(encoded) == 1 and (word in of_template or encoded[0] in tokenizer.special_ids):
             ids.add(encoded[0])

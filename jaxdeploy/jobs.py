@@ -57,6 +57,7 @@ class Job:
             cached_tokens=output.cached_tokens,
             prompt_logprobs=self._prompt_logprobs(output),
             speculation=output.speculation,
+            error=output.error,
         )
 
     def _prompt_logprobs(self, output: TextOutput) -> list[dict[int, float]] | None:

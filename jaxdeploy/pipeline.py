@@ -79,6 +79,8 @@ class Pipeline:
         self._generator: Generator | None = generator
         self._streams = Streams(generator)
         self._session_ids = itertools.count()
+        self._names = map(str, itertools.count())
+        """Names of requests. None comes twice, so that a late ``stop_session`` cannot end a session's next reply."""
         self._running: dict[int, list[str]] = {}
 
     @property
@@ -316,15 +318,17 @@ class Pipeline:
 
     def _read(self, jobs: list[Job]) -> list[PromptReading]:
         """What is told of the prompts of ``jobs``; what they are answered is dropped."""
-        names = {f"{job.session_id}-{job.index}": job for job in jobs}
+        names = {next(self._names): job for job in jobs}
         readings: dict[int, PromptReading] = {}
         for output in self._streams.read([job.request(name, embed=True) for name, job in names.items()]):
+            if output.error is not None:
+                raise output.error
             if output.prompt is not None:
                 readings[names[output.request_id].index] = output.prompt
         return [readings[job.index] for job in jobs]
 
     def _stream(self, jobs: list[Job]) -> Iterator[Response]:
-        by_id = {f"{job.session_id}-{job.index}": job for job in jobs}
+        by_id = {next(self._names): job for job in jobs}
         lengths = dict.fromkeys(by_id, 0)
         for request_id, job in by_id.items():
             self._running.setdefault(job.session_id, []).append(request_id)
@@ -333,8 +337,14 @@ class Pipeline:
                 lengths[output.request_id] += len(output.token_ids)
                 yield by_id[output.request_id].piece(output, lengths[output.request_id])
         finally:
-            for job in jobs:
-                self._running.pop(job.session_id, None)
+            for request_id, job in by_id.items():
+                self._forget(job.session_id, request_id)
+
+    def _forget(self, session_id: int, request_id: str) -> None:
+        names = self._running[session_id]
+        names.remove(request_id)
+        if not names:
+            del self._running[session_id]
 
 
 def set_log_level(level: str) -> None:

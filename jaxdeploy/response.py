@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, SpeculationCounts
 
 
@@ -16,7 +17,8 @@ class Response:
     ``logprobs`` are the new piece and ``generate_token_len`` counts from the start. ``logprobs`` has one dict a token,
     token id → natural log-probability, the chosen token's among them; ``prompt_logprobs`` are the same for the prompt's
     tokens but the first, in a stream with the first piece. ``cached_tokens`` of the prompt were found in the KV cache
-    and not computed again. ``speculation`` tells how speculative decoding went.
+    and not computed again. ``speculation`` tells how speculative decoding went. ``error`` is the reason where
+    ``finish_reason`` is "error".
     """
 
     text: str
@@ -30,6 +32,7 @@ class Response:
     cached_tokens: int = 0
     prompt_logprobs: list[dict[int, float]] | None = None
     speculation: SpeculationCounts = NO_SPECULATION
+    error: JaxdeployError | None = None
 
     def extend(self, piece: Response) -> Response:
         """Append the next piece of the stream that this reply began with."""
@@ -38,6 +41,7 @@ class Response:
         self.finish_reason = piece.finish_reason
         self.cached_tokens = piece.cached_tokens
         self.speculation = piece.speculation
+        self.error = piece.error
         self.token_ids += piece.token_ids
         if piece.logprobs is not None:
             self.logprobs = (self.logprobs or []) + piece.logprobs

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from jaxdeploy.errors import RequestError
+from jaxdeploy.grammar_process import TOO_MUCH, ask, start
 
 LARGEST = 256 * 1024
 """Characters of a grammar or schema."""
+
+SMALL = 4096
+"""Characters of a grammar that is too short to overflow the stack of the library."""
 
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,20}"
 """Between the parts of a JSON text: enough to lay it out, not enough to go on for ever, as small models like to."""
@@ -30,17 +35,45 @@ def grammar_of(response_format: Mapping[str, Any] | None) -> str | None:
     Raises:
         RequestError: it has none of these forms, is too large, or uses what cannot be followed.
     """
+    grammar = grammar_text(response_format)
+    if grammar is None:
+        return None
+    if len(grammar) > SMALL:
+        return _checked_apart(json.dumps(response_format))
+    check(grammar)
+    return grammar
+
+
+def grammar_text(response_format: Mapping[str, Any] | None) -> str | None:
+    """The same, before the library has seen the grammar. Raises ``RequestError`` for its form and its size."""
     if response_format is None or response_format.get("type") == "text":
         return None
     made = _made(response_format)
     if len(made) > LARGEST:
         raise RequestError(f"response_format of {len(made)} characters is larger than {LARGEST}; simplify it")
+    return made
+
+
+def check(grammar: str) -> None:
+    """Have the library read ``grammar``, in this process. Raises ``RequestError`` for what it cannot follow."""
     from llguidance import LLMatcher
 
-    fault = LLMatcher.validate_grammar(made)
+    fault = LLMatcher.validate_grammar(grammar)
     if fault and not fault.startswith("WARNING"):
         raise RequestError(f"response_format cannot be followed: {_first_line(fault)}; leave that out")
-    return made
+
+
+@lru_cache(16)
+def _checked_apart(job: str) -> str | None:
+    """The grammar of a format, checked in a process of its own, since the library may crash."""
+    try:
+        with start() as worker:
+            answer = ask(worker, job.encode())
+    except (OSError, EOFError):
+        raise RequestError(TOO_MUCH) from None
+    if "fault" in answer:
+        raise RequestError(str(answer["fault"]))
+    return answer["grammar"]
 
 
 def _made(response_format: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import functools
 import logging
-import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -18,11 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxdeploy.errors import ConfigError
+from jaxdeploy.errors import CheckpointError, ConfigError
+from jaxdeploy.stored_file import read_text, shown
 
 T = TypeVar("T")
 logger = logging.getLogger("jaxdeploy")
 
+_LARGEST = 1e308
+"""Whole numbers beyond it have no float; infinity and NaN fail the comparison."""
+_LONGEST_YAML = 256 * 2**10
+"""Bytes; more would take minutes to parse."""
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
@@ -125,7 +129,7 @@ def describe(cls: type[Any]) -> dict[str, Described]:
 def unknown_setting(name: str, value: Any, names: Iterable[str], owner: str) -> ConfigError:
     """The error for a name that is not a setting of ``owner``."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
-    return ConfigError(f"{name}={value!r} is not a setting of {owner}; the nearest one is {near[0]}")
+    return ConfigError(f"{name}={shown(value)} is not a setting of {owner}; the nearest one is {near[0]}")
 
 
 def checked(cls: type[Any], name: str, value: Any) -> Any:
@@ -157,10 +161,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
+        content = yaml.safe_load(read_text(Path(path), _LONGEST_YAML)) or {}
+    except FileNotFoundError as error:
         raise ConfigError(f"config={path!r} cannot be read ({error.strerror}); name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except CheckpointError as error:
+        raise ConfigError(f"config={path!r} cannot be read: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"config={path!r} is not YAML ({' '.join(str(error).split())}); mend the file") from None
     if not isinstance(content, dict):
         raise ConfigError(f"config={path!r} must hold `name: value` lines; mend the file")
@@ -216,19 +222,21 @@ def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
     if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value) and (kind is float or value == int(value)):
+        if -_LARGEST < value < _LARGEST and (kind is float or value == int(value)):
             return value if kind is float else int(value)
     elif kind not in (bool, int, float) and isinstance(value, kind):
         return value
-    raise ConfigError(f"{name}={given!r} must be {_TYPE_WORDS.get(kind, kind.__name__)}; correct it or leave it out")
+    raise ConfigError(
+        f"{name}={shown(given)} must be {_TYPE_WORDS.get(kind, kind.__name__)}; correct it or leave it out"
+    )
 
 
 def _check_rule(name: str, about: Setting, value: Any) -> None:
     if about.choices and value not in about.choices:
         names = ", ".join(str(choice) for choice in about.choices)
-        raise ConfigError(f"{name}={value!r} is not one of {names}; {about.advice or 'take one of these'}")
+        raise ConfigError(f"{name}={shown(value)} is not one of {names}; {about.advice or 'take one of these'}")
     if about.holds is not None and not about.holds(value):
-        raise ConfigError(f"{name}={value!r} {about.rule}; {about.advice or 'correct it or leave it out'}")
+        raise ConfigError(f"{name}={shown(value)} {about.rule}; {about.advice or 'correct it or leave it out'}")
 
 
 def _number(text: str) -> int | float | str:

@@ -46,6 +46,7 @@ class Streams:
                 yield output
         finally:
             self._drop(running)
+            self._forget_stops({request.request.request_id for request in requests})
 
     def stop(self, request_ids: Sequence[str]) -> None:
         """End these requests before the next step. Takes no lock, so that signal handlers may call it."""
@@ -95,6 +96,13 @@ class Streams:
         if box is not None:
             self._generator.abort(request_id)
             box.append(TextOutput(request_id, "", (), (), FinishReason.ABORT))
+
+    def _forget_stops(self, request_ids: set[str]) -> None:
+        """Forget what ``stop`` said of requests that have ended: others may have their names later."""
+        with self._lock:
+            for request_id in request_ids.intersection(self._stopped):
+                while request_id in self._stopped:
+                    self._stopped.remove(request_id)
 
     def _drop(self, request_ids: set[str]) -> None:
         with self._lock:

@@ -78,6 +78,7 @@ def running(
     server = RunningServer(Served(engine, NAME, most, **(options or {})), ServerConfig(**config))
     yield server
     server.close()
+    server.served.close()
 
 
 def until(condition: Callable[[], bool], seconds: float = 20, pause: float = 0.01) -> bool:

@@ -9,7 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxdeploy import stored_patterns
 from jaxdeploy.checkpoint.adapter import read_adapter
+from jaxdeploy.checkpoint.safetensors_reader import read_safetensors_file
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.errors import CheckpointError
 from tests.tiny_adapters import ALL, LINEARS, QKV, TinyAdapter
@@ -76,14 +78,19 @@ def test_pickled_adapters_are_read(tmp_path: Path) -> None:
         ({"r": 0}, "r=0 must be a whole number above 0"),
         ({"r": "4"}, "r='4' must be a whole number"),
         ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a number"),
-        ({"rank_pattern": {"(": 3}}, "rank_pattern must give a number for each regular expression"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern holds what is not a regular expression"),
+        ({"rank_pattern": {"(?:.|..|...)*(?<=[!?])": 3}}, "rank_pattern takes more than 0.05 s to match"),
+        ({"alpha_pattern": {"(?:.|..|...)*(?<=[!?])": 3}}, "alpha_pattern takes more than 0.05 s to match"),
         ({"rank_pattern": [1]}, "rank_pattern must give"),
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern must give"),
         ({"r": 5}, "q_proj: lora_A has shape [4, 32], [5, 32] expected"),
         ({"rank_pattern": {"layers.1.mlp.up_proj": 2}}, "layers.1.mlp.up_proj: lora_B has shape [64, 4], [64, 2]"),
     ],
 )
-def test_configurations_that_cannot_be_served(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_configurations_that_cannot_be_served(
+    config: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_patterns, "SECONDS", 0.05)
     assert message in _refusal(TinyAdapter().write(tmp_path, config=config))
 
 
@@ -114,8 +121,11 @@ def test_a_long_list_is_whole(tmp_path: Path) -> None:
 
 
 def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
-    assert "adapter_config.json: missing" in _refusal(tmp_path / "nowhere")
-    assert "adapter_model.safetensors or adapter_model.bin: missing" in _refusal(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "adapter_config.json: missing" in _refusal(tmp_path / "empty")
+    assert "adapter_model.safetensors or adapter_model.bin: missing" in _refusal(tmp_path / "empty")
+    for path, rule in ((tmp_path / "nowhere", "does not exist"), (Path(__file__), "is a file")):
+        assert _refusal(path) == f"adapter={path} {rule}; give the folder that PEFT saved the adapter to"
     folder = TinyAdapter().write(tmp_path)
     (folder / "adapter_config.json").write_text("{")
     assert "adapter_config.json: is not JSON" in _refusal(folder)
@@ -146,3 +156,22 @@ def _refusal(folder: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         read_adapter(folder, LINEARS)
     return str(caught.value)
+
+
+def test_copies_of_the_base_are_ignored_where_they_are_equal(tmp_path: Path) -> None:
+    made = TinyAdapter(targets=("q_proj", "lm_head"))
+    head = np.random.default_rng(1).standard_normal((96, 32)).astype(np.float32)
+    put_tensors(tmp_path / "base.safetensors", {"lm_head.weight": head})
+    base = read_safetensors_file(tmp_path / "base.safetensors")
+    names = ("lm_head.base_layer.weight", "lm_head.modules_to_save.weight", "lm_head.weight")
+    for index, name in enumerate(names):
+        for dtype in (np.float32, ml_dtypes.bfloat16):
+            folder = made.write(tmp_path / f"{index} {np.dtype(dtype)}", config={"modules_to_save": ["lm_head"]})
+            saved = {**made.tensors(), f"base_model.model.{name}": head.astype(dtype)}
+            put_tensors(folder / "adapter_model.safetensors", saved)
+            assert read_adapter(folder, LINEARS, base=base).modules.keys() == made.modules().keys()
+    saved[f"base_model.model.{name}"][5, 7] += 1
+    put_tensors(folder / "adapter_model.safetensors", saved)
+    with pytest.raises(CheckpointError, match=r"model\.lm_head\.weight: differs from the model's; an adapter cannot"):
+        read_adapter(folder, LINEARS, base=base)
+    assert "lm_head.weight: unexpected; the model has no tensor lm_head.weight to compare it with" in _refusal(folder)

@@ -147,7 +147,7 @@ def test_a_caller_whose_loop_is_gone_harms_nobody(engine: AsyncEngine) -> None:
     [
         (text_request("bad", SESSION_LEN), ContextLengthError),
         (text_request("good", 5), RequestError),
-        (TextRequest(request("bad", cast(Any, ["text"]))), TypeError),
+        (TextRequest(request("bad", cast(Any, ["text"]))), RequestError),
     ],
 )
 def test_a_bad_request_fails_its_caller_only(engine: AsyncEngine, item: TextRequest, error: type[Exception]) -> None:

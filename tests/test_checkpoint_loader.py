@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from jaxdeploy.checkpoint import finite
 from jaxdeploy.checkpoint.loader import AbstractParams, dummy_params, load_params
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
@@ -102,6 +103,30 @@ def test_values_beyond_float16(tmp_path: Path, stored: Any) -> None:
     with pytest.raises(CheckpointError) as caught:
         load_params(params, table, open_checkpoint(tmp_path), dtype=jnp.float16)
     assert str(caught.value) == "dtype=float16 cannot hold the values of norm.scale; use dtype=bfloat16"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_values_that_are_not_finite(tmp_path: Path, dtype: Any) -> None:
+    params, table = model()
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for value in (np.nan, -np.nan, np.inf, -np.inf):
+        tensors = tensors_of(table, dtype)
+        tensors[name][-1, -1] = value
+        save_file(tensors, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError) as caught:
+            load_params(params, table, open_checkpoint(tmp_path), dtype=dtype)
+        assert str(caught.value) == f"{name}: holds values that are not finite; download the weights again"
+
+
+def test_large_arrays_are_searched_to_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "_PER_THREAD", 1000)
+    monkeypatch.setattr(finite, "_PIECE", 64)
+    array = np.full((7, 501), -np.finfo(np.float16).max, np.float16)
+    assert finite.is_finite(array)
+    for place in (0, 63, 64, 1000, array.size - 1):
+        array.reshape(-1)[place] = np.nan
+        assert not finite.is_finite(array)
+        array.reshape(-1)[place] = 0
 
 
 def test_parameters_outlive_their_files(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_tensor_that_not_all_ranks_have(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, r"^model=.* has no params.json; model_format=llama needs Meta's original folder$"),
-        ("[", r"^.*params.json: is not a JSON object; download it again$"),
+        ("[", r"^.*params.json: is not JSON \(.*\); download it again$"),
         ("[]", r"^.*params.json: is not a JSON object; download it again$"),
         ('{"dim": 3}', r"^.*params.json: n_layers, n_heads missing; download it again$"),
         (json.dumps(PARAMS), r"^model=.* has no consolidated.\*.pth; model_format=llama needs Meta's original folder$"),

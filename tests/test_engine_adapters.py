@@ -82,7 +82,7 @@ def content(index: int) -> tuple[Any, ...]:
 @functools.cache
 def reader(tp: int) -> AdapterReader:
     sizes: dict[str, Any] = {"slots": DEVICE_SLOTS, "max_rank": MAX_RANK, "dtype": jnp.dtype(jnp.float32)}
-    return AdapterReader(LINEARS, bank_of(CONFIG, LINEARS, make_mesh(tp), **sizes, head=True), MAX_RANK)
+    return AdapterReader(LINEARS, bank_of(CONFIG, LINEARS, make_mesh(tp), **sizes, head=True), MAX_RANK, {})
 
 
 @functools.cache
@@ -311,7 +311,9 @@ def test_folders_that_do_not_fit(tmp_path: Path) -> None:
     assert engine.adapters == ("0",)
     with pytest.raises(ConfigError, match="adapter='a' cannot be loaded: there is no room"):
         tiny_engine().load_adapter("a", tmp_path / "a").result(60)
-    narrow = AdapterReader(LINEARS, bank_of(CONFIG, LINEARS, make_mesh(1), slots=1, max_rank=8, dtype=jnp.float32), 8)
+    narrow = AdapterReader(
+        LINEARS, bank_of(CONFIG, LINEARS, make_mesh(1), slots=1, max_rank=8, dtype=jnp.float32), 8, {}
+    )
     with pytest.raises(CheckpointError, match=r"adapts lm_head, as none did that was given at start"):
         narrow.read(TinyAdapter(targets=("lm_head",)).write(tmp_path / "head"))
 

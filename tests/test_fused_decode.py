@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.config import ModelConfig, RopeConfig
-from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.decoder import Decoder, Layer, abstract_params, decoder_from
+from jaxdeploy.models.layers import RMSNorm
+from jaxdeploy.models.mlp import MLP
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
 from pallas_kernels.dispatch import ENVIRONMENT
@@ -108,3 +112,50 @@ def test_what_the_fused_kernels_refuse_runs_op_by_op(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, "jaxdeploy"):
         step("decode_layer=pallas_triton", dtype="float32")
     assert "run op by op: decode_layer: pallas_triton takes bfloat16 and float16, not float32" in caplog.text
+
+
+class OtherMLP(MLP):
+    """Computes something else with the same parameters."""
+
+
+def _query_norm(layer: Layer) -> None:
+    layer.attention.query_norm = RMSNorm(CONFIG.head_dim, CONFIG.norm_eps, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
+
+
+def _softcap(layer: Layer) -> None:
+    layer.attention.softcap = 30.0  # type: ignore[attr-defined]
+
+
+def _second_norm(layer: Layer) -> None:
+    layer.post_norm = RMSNorm(CONFIG.hidden_size, CONFIG.norm_eps, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
+
+
+def _other_mlp(layer: Layer) -> None:
+    layer.mlp = OtherMLP(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
+
+
+def _other_eps(layer: Layer) -> None:
+    layer.mlp_norm.eps = 1e-3
+
+
+def _offset_norm(layer: Layer) -> None:
+    layer.mlp_norm.offset = 1.0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_query_norm, "do not take attention.query_norm"),
+        (_softcap, "do not take attention.softcap"),
+        (_second_norm, "do not take post_norm"),
+        (_offset_norm, "do not take mlp_norm.offset"),
+        (_other_mlp, "mlp is OtherMLP"),
+        (_other_eps, "one eps"),
+    ],
+)
+def test_an_option_that_the_kernels_do_not_know_is_refused(change: Callable[[Layer], None], reason: str) -> None:
+    decoder = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    layer = decoder.layers[0]
+    assert fused_decode.refusal(layer, decoder.norm) is None
+    change(layer)
+    assert reason in str(fused_decode.refusal(layer, decoder.norm))

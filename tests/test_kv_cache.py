@@ -115,8 +115,11 @@ def test_quantised_pools_take_the_bytes_that_were_planned(tp: int, bits: int) ->
     pools = allocate_pools(CONFIG, made, make_mesh(tp), jnp.dtype(jnp.bfloat16))
     assert all(fits(pool, CONFIG.num_heads, CONFIG.head_dim) for pool in pools)
     assert {pool_bits(pool, CONFIG.head_dim) for pool in pools} == {bits}
+    for pool in pools:
+        assert isinstance(pool, QuantizedPool)
+        assert not pool.values.any()
+        np.testing.assert_array_equal(pool.scales, np.broadcast_to([[1], [0]], pool.scales.shape))
     arrays = jax.tree.leaves(pools)
-    assert not any(array.any() for array in arrays)
     on_one = sum(shard.data.nbytes for array in arrays for shard in array.addressable_shards if shard.device.id == 0)
     assert on_one == made.num_blocks * made.block_bytes
 

@@ -19,7 +19,7 @@ from pallas_kernels.lora_matmul import BACKENDS, lora_matmul
 from pallas_kernels.lora_matmul.shapes import SHAPES, TEST_SHAPES, Shape, candidates_for, make_args, tiles_for
 from pallas_kernels.lora_matmul.tiles import Call, Tiles, heuristic
 from pallas_kernels.numerics import ACCUMULATOR, Array, sum_bound, unit_roundoff
-from tests.selection import every_other
+from tests.selection import complete, every_other
 
 Arrays = tuple[jax.Array, ...]
 
@@ -135,7 +135,7 @@ def test_any_shape(
 ) -> None:
     shape = Shape("any", tokens, k, n, rank, slots, layers, mixed, dtype, segments)
     args, _ = make_args(shape, seed)
-    for backend in BACKENDS:
+    for backend in complete(BACKENDS):
         assert worst(shape, args, multiplied(shape, args, backend)) < 1
 
 

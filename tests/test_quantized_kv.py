@@ -6,7 +6,7 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,11 +15,16 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.batch import StepShape, padding_inputs
+from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, padding_inputs
+from jaxdeploy.engine.block_manager import BlockManager
+from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.kv_policy import Ranges, as_ranges
 from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.prefix_cache import PrefixCache
+from jaxdeploy.engine.scheduler import Scheduler
 from jaxdeploy.messages import Request
+from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models.attention import PagedContext, Rows, dense_attention
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
@@ -72,6 +77,52 @@ def new_runner(kind: type[ModelRunner], bits: int, tp: int = 1, ranges: Ranges |
 @functools.cache
 def runner_of(bits: int, tp: int) -> ModelRunner:
     return new_runner(LastingRunner, bits, tp)
+
+
+INTERPRETED = replace(CONFIG, num_layers=1, windows=(None,), num_heads=2, num_kv_heads=1, head_dim=64)
+"""The smallest model that the Triton kernels take."""
+
+
+def short_engine(bits: int | None) -> Any:
+    """An engine with blocks of the default size, so that most of a sequence's last block was never written."""
+    block_size, session_len = EngineConfig().block_size, 96
+    mesh, dtype = make_mesh(1), jnp.dtype(jnp.float32)
+    sizes = EngineConfig(block_size=block_size)
+    plan = plan_cache(INTERPRETED, sizes, mesh, session_len=session_len, max_batch_size=2, dtype=dtype, bits=bits)
+    pools = allocate_pools(INTERPRETED, plan, mesh, dtype)
+    decoder = decoder_from(INTERPRETED, params(INTERPRETED))
+    runner = ModelRunner(decoder, pools, mesh, slots=2, session_len=session_len)
+    blocks = BlockManager(plan.num_blocks)
+    scheduler = Scheduler(
+        blocks,
+        PrefixCache(blocks, block_size, 0, 0),
+        block_size=block_size,
+        max_batch_size=2,
+        max_prefill_tokens=32,
+        max_mixed_tokens=32,
+        chunk_multiple=ROW_LENGTH,
+        session_len=session_len,
+        decode_steps=1,
+    )
+    shapes = [StepShape(2, prefill, plan.blocks_for(session_len), 2) for prefill in (0, 32)]
+    return Engine(scheduler, runner, shapes, VOCAB)
+
+
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_engine_on_interpreted_kernels_generates_what_it_does_on_the_cpu(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels also read tokens of a block that were never written; those must not change anything."""
+    requests = [request(str(length), prompt(length), max_new_tokens=6) for length in (5, 40)]
+    run_layer: Any = decoder_module._run_layer
+    replies = []
+    for backend in ("", "paged_attention=pallas_triton,kv_cache_write=pallas_triton"):
+        run_layer.clear_cache()  # it was traced for another backend
+        monkeypatch.setenv(ENVIRONMENT, backend)
+        engine = short_engine(bits)
+        replies.append(run(engine, requests))
+        engine.close()
+    assert replies[0] == replies[1]
 
 
 def engine_of(bits: int, tp: int = 1, **options: Any) -> Any:

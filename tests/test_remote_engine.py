@@ -269,7 +269,7 @@ def test_the_end_of_the_process(how: str) -> None:
     else:
         if how == "killed":
             os.kill(engine._process.pid, signal.SIGKILL)
-        message = {"fails": "OddError: no luck", "killed": "ended with exit code -9; restart it"}[how]
+        message = {"fails": "OddError: no luck", "killed": "ended with exit code -9"}[how]
         with pytest.raises(EngineDiedError, match=message):
             step_until_it_ends(engine)
     engine.close()

@@ -17,7 +17,7 @@ from pallas_kernels.numerics import ACCUMULATOR, Array, sum_bound, unit_roundoff
 from pallas_kernels.w8a8_matmul import BACKENDS, w8a8_matmul
 from pallas_kernels.w8a8_matmul.shapes import SHAPES, TEST_SHAPES, Shape, candidates_for, make_args, tiles_for
 from pallas_kernels.w8a8_matmul.tiles import Tiles, heuristic
-from tests.selection import every_other
+from tests.selection import complete, every_other
 
 Arrays = tuple[jax.Array, ...]
 
@@ -94,7 +94,7 @@ def test_real_shapes_on_a_gpu(shape: Shape) -> None:
 )
 def test_any_shape(m: int, k: int, n: int, bias: bool, dtype: str, seed: int) -> None:
     args, _ = make_args(Shape("any", m, k, n, bias, dtype), seed)
-    for backend in BACKENDS:
+    for backend in complete(BACKENDS):
         assert worst(args, multiplied(args, backend)) < 1
 
 

@@ -2,124 +2,109 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
+from jaxdeploy.chat_template.limits import SECONDS, LimitError, Meter
 from jaxdeploy.errors import CheckpointError, RequestError
 
-if TYPE_CHECKING:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+LONGEST_SOURCE = 2**17
+"""Characters. The longest published templates have about a fifth of it."""
+LONGEST_REASON = 500
+PROBE = {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True}
+PROBE_SECONDS = 1.0
+MEND = "mend it or name a built-in one with --chat-template"
 
-Render = Callable[[Mapping[str, Any]], str]
+
+class TemplateRefusedError(RequestError):
+    """The template itself raised its ``raise_exception``; ``reason`` is its text."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"messages are refused by the chat template ({reason}); change the messages")
 
 
-def compile_template(source: str) -> Render:
-    """A function from a template's variables to its text, with the settings and additions that transformers gives.
+class TemplateFailedError(RequestError):
+    """The template met something that it cannot handle."""
 
-    It raises ``RequestError`` where the template refuses the messages, fails on them, or reaches for internals.
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"the chat template failed on the messages ({reason}); change them or the template")
+
+
+class CompiledTemplate:
+    """A Jinja template with the settings and additions that transformers gives. Renderings may run in parallel.
+
+    ``variables`` are the names that it mentions.
 
     Raises:
-        CheckpointError: the source is no valid Jinja.
+        CheckpointError: the source is no valid Jinja, or renders nothing within the limits of ``Meter``.
     """
-    import jinja2
 
-    try:
-        template = _environment().from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        fault = f"chat_template line {error.lineno} is not valid Jinja ({error.message})"
-        raise CheckpointError(f"{fault}; mend it or name a built-in one with --chat-template") from error
-
-    def render(variables: Mapping[str, Any]) -> str:
+    def __init__(self, source: str) -> None:
+        if len(source) > LONGEST_SOURCE:
+            raise CheckpointError(f"chat_template has {len(source)} characters, {LONGEST_SOURCE} at most; {MEND}")
+        self.source = source
         try:
-            return template.render(_plain(variables))
+            self._compile(source)
+        except RecursionError as error:
+            raise CheckpointError(f"chat_template is nested too deeply; {MEND}") from error
+        except Exception as error:  # whatever a stranger's source makes of the compiler
+            raise CheckpointError(f"chat_template{_place(error)} is not valid Jinja ({_line(error)}); {MEND}") from error
+        self._probe()
+
+    def render(self, variables: Mapping[str, Any], seconds: float = SECONDS) -> str:
+        """The text for ``variables``, of which the template sees copies.
+
+        Raises:
+            TemplateRefusedError: the template raised an exception of its own.
+            TemplateFailedError: it failed on the messages, reached for internals, or exceeded a limit.
+        """
+        from jinja2.exceptions import TemplateError
+
+        try:
+            plain = _plain(variables)
+            with self._environment.metered(Meter(plain, seconds)):
+                return self._template.render(plain)
+        except LimitError as error:
+            raise TemplateFailedError(f"{error}; the template is at fault") from error
+        except RecursionError as error:
+            raise TemplateFailedError("its macros or the messages are nested too deeply") from error
         except Exception as error:  # whatever a stranger's code may raise
-            raise RequestError(f"messages are refused by the chat template ({error}); change the messages") from error
+            kind = TemplateRefusedError if type(error) is TemplateError else TemplateFailedError
+            raise kind(_line(error)) from error
 
-    return render
+    def _compile(self, source: str) -> None:
+        from jinja2 import nodes
 
+        from jaxdeploy.chat_template.environment import ChatEnvironment
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    from jinja2 import ext
+        self._environment = ChatEnvironment()
+        with self._environment.metered(Meter(source)):
+            tree = self._environment.parse(source)
+            self.variables = frozenset(name.name for name in tree.find_all(nodes.Name))
+            self._template = self._environment.from_string(tree)
 
-    sandbox, generation, namespace = _classes()
-    environment = sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, generation])
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=namespace, dict=_dict
-    )
-    return environment
-
-
-def _classes() -> tuple[type[ImmutableSandboxedEnvironment], type[Any], type[Any]]:
-    """Built on first use: jinja2 is imported only where a template is."""
-    from jinja2 import Undefined, nodes
-    from jinja2.exceptions import SecurityError
-    from jinja2.ext import Extension
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from jinja2.utils import Namespace
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        """Refuses aloud: jinja's own sandbox lets ``{{ x.__class__ }}`` pass as an empty text."""
-
-        def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
-            raise SecurityError(f"{attribute} of {type(obj).__name__} is out of a template's reach")
-
-    class Generation(Extension):
-        """``{% generation %}`` marks what an assistant said, for training; the text is not changed by it."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    class SafeNamespace(Namespace):
-        """Stores no underscore names, behind which Python keeps its internals."""
-
-        def __init__(*args: Any, **kwargs: Any) -> None:
-            self, *rest = args
-            for name in (values := dict(*rest, **kwargs)):
-                _refuse_internal(name)
-            Namespace.__init__(self, values)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _refuse_internal(name)
-            super().__setitem__(name, value)
-
-    def _refuse_internal(name: str) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace cannot store {name!r}")
-
-    return Sandbox, Generation, SafeNamespace
+    def _probe(self) -> None:
+        """Render a short conversation: a template that exceeds the limits with it is of no use with any."""
+        try:
+            self.render(PROBE, PROBE_SECONDS)
+        except TemplateFailedError as error:
+            if isinstance(error.__cause__, LimitError):
+                raise CheckpointError(f"chat_template cannot be used: {error.__cause__}; {MEND}") from error
+        except RequestError:
+            pass  # it wants other messages
 
 
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2.exceptions import TemplateError
-
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _place(error: Exception) -> str:
+    line = getattr(error, "lineno", None)
+    return "" if line is None else f" line {line}"
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Unlike jinja's own filter it escapes nothing for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    return dict(*args, **kwargs)
+def _line(error: Exception) -> str:
+    """What ``error`` says, in one line."""
+    text = " ".join(str(getattr(error, "message", None) or error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxdeploy.chat_template.builtin import BASE, BY_ARCHITECTURE, CHAT_TEMPLATES, find_builtin
 from jaxdeploy.chat_template.pieces import BuiltinTemplate, plain_text
-from jaxdeploy.chat_template.sandbox import Render, compile_template
+from jaxdeploy.chat_template.sandbox import CompiledTemplate
 from jaxdeploy.config import ChatTemplateConfig
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ class ChatTemplate:
 
     name: str
     pieces: BuiltinTemplate | None
-    jinja: Render | None
+    jinja: CompiledTemplate | None
     meta_instruction: str | None
     stop_words: tuple[str, ...]
     capability: str
@@ -90,7 +90,7 @@ class ChatTemplate:
         assert self.jinja is not None
         variables = {"tools": tools, "documents": None, **self.special_tokens, **kwargs}
         chat = [_flattened(message) for message in self._with_system(messages)]
-        return self.jinja({**variables, "messages": chat, "add_generation_prompt": add_generation_prompt})
+        return self.jinja.render({**variables, "messages": chat, "add_generation_prompt": add_generation_prompt})
 
     def encode(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, **kwargs: Any) -> list[int]:
         """Token ids of ``render``'s text, begun as the tokenizer begins texts unless the template did that itself."""
@@ -117,7 +117,7 @@ class ChatTemplate:
 
     @classmethod
     def _from_jinja(cls, name: str, source: str, tokenizer: Tokenizer) -> ChatTemplate:
-        render = compile_template(source)
+        render = CompiledTemplate(source)
         return cls(name, None, render, None, _stop_words(source, tokenizer), "chat", tokenizer.special_tokens)
 
     @classmethod

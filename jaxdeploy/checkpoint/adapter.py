@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdeploy.checkpoint.adapter_config import AGAIN, AdapterConfig, read_adapter_config
+from jaxdeploy.checkpoint.base_copies import without_copies
 from jaxdeploy.checkpoint.pickle_reader import read_torch_file
 from jaxdeploy.checkpoint.safetensors_reader import read_safetensors_file
 from jaxdeploy.checkpoint.tensor_ref import Array, TensorRef, read_file
@@ -24,10 +25,12 @@ from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.lora import LowRank
 from jaxdeploy.models.registry import Family
 from jaxdeploy.models.weights import Linear, ParamPath
+from jaxdeploy.stored_file import exists, is_folder, user_path
 
 _FILES = {"adapter_model.safetensors": read_safetensors_file, "adapter_model.bin": read_torch_file}
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
+Tensors = Mapping[str, TensorRef]
 Linears = Mapping[ParamPath, Linear]
 
 
@@ -64,19 +67,40 @@ def adaptable(family: Family, model: ModelConfig) -> dict[ParamPath, Linear]:
     return {path: source.linear for path, source in table.items() if source.linear is not None}
 
 
-def read_adapter(folder: str | Path, linears: Linears, *, max_rank: int | None = None) -> AdapterWeights:
+def base_tensors(family: Family, model: ModelConfig, files: Tensors) -> dict[str, TensorRef]:
+    """The tensors of a model by name, a tied head among them under its own name."""
+    table = family.weights(replace(model, tie_embeddings=False))
+    (head,), (embedding,) = table["head", "weight"].names, table["embed", "embedding"].names
+    tied = {head: files[embedding]} if model.tie_embeddings and embedding in files else {}
+    return {**files, **tied}
+
+
+def read_adapter(
+    folder: str | Path, linears: Linears, *, max_rank: int | None = None, base: Tensors | None = None
+) -> AdapterWeights:
     """The adapter in ``folder`` (``adapter_config.json``, ``adapter_model.safetensors`` or ``.bin``) for ``linears``.
 
-    Ranks of modules must not exceed ``max_rank``.
+    Ranks of modules must not exceed ``max_rank``. ``base`` are the model's own tensors: PEFT may save copies of some
+    beside the adapter, which are ignored where they are equal.
 
     Raises ``CheckpointError`` that lists everything that is missing, damaged, not supported, or does not fit.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
+    if not is_folder(path):
+        what = "is a file" if exists(path) else "does not exist"
+        raise CheckpointError(f"adapter={path} {what}; give the folder that PEFT saved the adapter to")
     config = read_adapter_config(path)
     refs, faults = _open(path)
-    pairs, misfits = _paired(refs, linears, config, max_rank)
-    _refuse(path, [*config.faults, *faults, *(misfits if not config.faults else ())])
-    modules = {name: _scaled(a, b, config.scaling_of(name)) for name, (a, b) in pairs.items()}
+    if config.faults:
+        _refuse(path, [*config.faults, *faults])
+    try:
+        refs, misfits = without_copies(refs, base or {}, config.whole_modules)
+        pairs, more = _paired(refs, linears, config, max_rank)
+        scalings = {name: config.scaling_of(name) for name in pairs}
+    except CheckpointError as error:
+        raise CheckpointError(f"adapter={path}: {error}") from error
+    _refuse(path, [*faults, *misfits, *more])
+    modules = {name: _scaled(a, b, scalings[name]) for name, (a, b) in pairs.items()}
     _refuse(path, [f"{name}: holds values that are not finite" for name, pair in modules.items() if not _finite(pair)])
     return AdapterWeights(path, modules)
 
@@ -89,7 +113,7 @@ def _refuse(folder: Path, faults: list[str]) -> None:
 def _open(folder: Path) -> tuple[Mapping[str, TensorRef], list[str]]:
     """The tensors of an adapter, and what is wrong with their file."""
     for name, read in _FILES.items():
-        if (folder / name).is_file():
+        if exists(folder / name):
             try:
                 refs = read_file(read, folder / name)
                 return refs, [] if refs else [f"{name}: holds no tensors; {AGAIN}"]
@@ -99,7 +123,7 @@ def _open(folder: Path) -> tuple[Mapping[str, TensorRef], list[str]]:
 
 
 def _paired(
-    refs: Mapping[str, TensorRef], linears: Linears, config: AdapterConfig, max_rank: int | None
+    refs: Tensors, linears: Linears, config: AdapterConfig, max_rank: int | None
 ) -> tuple[dict[str, tuple[TensorRef, TensorRef]], list[str]]:
     """The two tensors of each module, and everything in which they do not fit."""
     sizes = {module: size for linear in linears.values() for module, size in _sizes(linear)}
@@ -140,7 +164,8 @@ def _misfits(
 
 
 def _scaled(a: TensorRef, b: TensorRef, scaling: float) -> LowRank:
-    return LowRank(_matrix(a), _matrix(b) * np.float32(scaling))
+    with np.errstate(over="ignore"):
+        return LowRank(_matrix(a), _matrix(b) * np.float32(scaling))
 
 
 def _matrix(ref: TensorRef) -> Array:

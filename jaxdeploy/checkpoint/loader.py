@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxdeploy.checkpoint.finite import is_finite
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.errors import CheckpointError
@@ -50,7 +51,7 @@ def load_params(
     device), ``progress`` shows a bar in bytes on stderr.
 
     Raises ``CheckpointError`` that lists every missing or damaged file and every missing, unexpected or mis-shaped
-    tensor, before anything is read.
+    tensor, before anything is read; or that names a tensor with NaN or infinity, when its turn comes.
     """
     check_tensors(table, files)
     loaded = {}
@@ -63,7 +64,7 @@ def load_params(
 
 def check_tensors(table: WeightTable, files: TensorFiles) -> None:
     """Raise ``CheckpointError`` that lists everything in which ``files`` and ``table`` differ."""
-    if faults := [*files.faults, *_tensor_faults(table, files)]:
+    if faults := [*_shortened(list(files.faults)), *_tensor_faults(table, files)]:
         raise CheckpointError.collect(_TITLE, faults)
 
 
@@ -146,14 +147,25 @@ def _host_array(path: ParamPath, source: Source, files: TensorFiles, dtype: Any)
     Always a copy of its own and never a view of a mapped file: a CPU device keeps the very array that it is given
     where that is aligned, which spares a second copy, and must not depend on the file.
     """
-    value = source.assemble([files[name].read() for name in source.names])
+    stored = [files[name].read() for name in source.names]
+    value = source.assemble(stored)
     cast = _aligned(value.shape, np.dtype(dtype))
     with np.errstate(over="ignore"):
         np.copyto(cast, value, casting="unsafe")
-    if dtype == np.float16 and value.dtype != np.float16 and not np.isfinite(cast).all():
-        name = ".".join(map(str, path))
-        raise CheckpointError(f"dtype=float16 cannot hold the values of {name}; use dtype=bfloat16")
+    if not is_finite(cast):
+        raise _not_finite(path, source.names, stored, cast.dtype)
     return cast
+
+
+def _not_finite(
+    path: ParamPath, names: Sequence[str], stored: Sequence[Array], dtype: np.dtype[Any]
+) -> CheckpointError:
+    """The error for a parameter with NaN or infinity: stored so, or beyond the range of ``dtype``."""
+    bad = [name for name, array in zip(names, stored, strict=True) if not is_finite(np.ascontiguousarray(array))]
+    if bad:
+        return CheckpointError(f"{', '.join(bad)}: holds values that are not finite; download the weights again")
+    name = ".".join(map(str, path))
+    return CheckpointError(f"dtype={dtype} cannot hold the values of {name}; use dtype=bfloat16")
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

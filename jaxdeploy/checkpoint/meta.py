@@ -7,7 +7,6 @@ Hugging Face pairs i with i + H/2.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import numpy as np
 from jaxdeploy.checkpoint.pickle_reader import read_torch_file
 from jaxdeploy.checkpoint.tensor_ref import Array, TensorRef, read_file
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.stored_fields import StoredFields
+from jaxdeploy.stored_file import exists, read_json
 
 _NAMES: Mapping[str, str] = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -36,65 +37,66 @@ _NAMES: Mapping[str, str] = {
 }
 _ROWS = ("output.weight", "wq.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight")
 _COLUMNS = ("wo.weight", "w2.weight")
+_EMBEDDING = "tok_embeddings.weight"
+PARAMS = "params.json"
+
+_MOST_RANKS = 1024
+_RANK = re.compile(r"consolidated\.(\d{2,4})\.pth", re.ASCII)
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 
 def is_meta_folder(folder: Path) -> bool:
     """Whether ``folder`` holds Meta's files and no Hugging Face configuration."""
-    return (folder / "params.json").is_file() and not (folder / "config.json").is_file()
+    return exists(folder / PARAMS) and not exists(folder / "config.json")
 
 
 def meta_config(folder: Path) -> dict[str, Any]:
     """What Hugging Face's ``config.json`` would say about the model that ``params.json`` describes.
 
     ``params.json`` states neither context length nor token ids; they follow from what tells the releases apart.
-    Raises ``CheckpointError``: ``params.json`` is missing or lacks a size.
+    Raises ``CheckpointError``: ``params.json`` is missing, lacks a size, or has a value of another type.
     """
     params = _params(folder)
-    hidden, heads = params["dim"], params["n_heads"]
+    hidden, heads = params.whole("dim", 0), params.whole("n_heads", 0)
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": hidden,
-        "num_hidden_layers": params["n_layers"],
+        "num_hidden_layers": params.whole("n_layers", 0),
         "num_attention_heads": heads,
-        "num_key_value_heads": params.get("n_kv_heads") or heads,
+        "num_key_value_heads": params.whole("n_kv_heads", heads),
         "head_dim": hidden // heads,
         "intermediate_size": _mlp_width(params),
-        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "rms_norm_eps": params.number("norm_eps", 1e-5, least=1e-12, most=0.1),
         "hidden_act": "silu",
         **_from_weights(folder, params),
         **_positions(params),
     }
 
 
-def _params(folder: Path) -> dict[str, Any]:
-    file = folder / "params.json"
-    if not file.is_file():
+def _params(folder: Path) -> StoredFields:
+    file = folder / PARAMS
+    if not exists(file):
         raise CheckpointError(f"model={folder} has no params.json; model_format=llama needs Meta's original folder")
-    try:
-        params = json.loads(file.read_bytes())
-        missing = [name for name in ("dim", "n_layers", "n_heads") if type(params.get(name)) is not int]
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: is not a JSON object; download it again") from error
+    params = StoredFields(read_json(file), PARAMS)
+    missing = [name for name in ("dim", "n_layers", "n_heads") if params.whole(name, None) is None]
     if missing:
         raise CheckpointError(f"{file}: {', '.join(missing)} missing; download it again")
-    return dict(params)
+    return params
 
 
-def _mlp_width(params: Mapping[str, Any]) -> int:
+def _mlp_width(params: StoredFields) -> int:
     """Two thirds of 4 · dim, times the model's multiplier, rounded up to ``multiple_of``."""
-    width = int(2 * 4 * params["dim"] / 3)
-    if params.get("ffn_dim_multiplier"):
-        width = int(params["ffn_dim_multiplier"] * width)
-    multiple = int(params.get("multiple_of", 256))
+    multiplier = params.number("ffn_dim_multiplier", 1.0, least=1e-3, most=1e3)
+    width = int(multiplier * int(2 * 4 * params.whole("dim", 0) / 3))
+    multiple = params.whole("multiple_of", 256)
     return -(-width // multiple) * multiple
 
 
-def _from_weights(folder: Path, params: Mapping[str, Any]) -> dict[str, Any]:
+def _from_weights(folder: Path, params: StoredFields) -> dict[str, Any]:
     """What only the weights tell: dtype, a tied head, and the vocabulary that Llama 2's files leave at -1."""
     tensors, faults, _ = open_meta(folder) if _ranks_in(folder) else ({}, (), frozenset())
-    embedding, size = tensors.get("model.embed_tokens.weight"), params.get("vocab_size", -1)
+    embedding, size = tensors.get("model.embed_tokens.weight"), params.whole("vocab_size", -1, least=-1)
     if embedding is None and size < 0:
         reasons = faults or (f"params.json: vocab_size={size}, and no tok_embeddings to count; download them",)
         raise CheckpointError.collect(f"model={folder} cannot be read:", reasons)
@@ -109,19 +111,19 @@ def _from_weights(folder: Path, params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _positions(params: Mapping[str, Any]) -> dict[str, Any]:
+def _positions(params: StoredFields) -> dict[str, Any]:
     """Rotary base, scaling and trained context length: 2048 Llama 1, 4096 2, 16384 Code, 8192 3, 131072 3.1 and up."""
-    theta = float(params.get("rope_theta", 10000.0))
-    if params.get("use_scaled_rope"):
+    theta = params.number("rope_theta", 10000.0, least=2.0, most=1e12)
+    if params.flag("use_scaled_rope", False):
         scaling = {
             "rope_type": "llama3",
-            "factor": float(params.get("rope_scaling_factor", 8.0)),
+            "factor": params.number("rope_scaling_factor", 8.0, least=1e-3, most=1e6),
             "low_freq_factor": 1.0,
-            "high_freq_factor": float(params.get("high_freq_factor", 4.0)),
+            "high_freq_factor": params.number("high_freq_factor", 4.0, least=1e-3, most=1e3),
             "original_max_position_embeddings": 8192,
         }
         return {"rope_theta": theta, "rope_scaling": scaling, "max_position_embeddings": 131072}
-    first_release = 2048 if params.get("norm_eps") == 1e-6 else 4096
+    first_release = 2048 if params.values.get("norm_eps") == 1e-6 else 4096
     return {"rope_theta": theta, "max_position_embeddings": {5e5: 8192, 1e6: 16384}.get(theta, first_release)}
 
 
@@ -179,14 +181,14 @@ def open_meta(folder: Path) -> tuple[dict[str, TensorRef], tuple[str, ...], froz
 
 
 def _ranks_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("consolidated.*.pth"))
+    return sorted(file for file in folder.glob("consolidated.*.pth") if _RANK.fullmatch(file.name))
 
 
 def _absent_ranks(files: Sequence[Path]) -> list[Path]:
     """Ranks count from 00: gaps below the highest number."""
-    highest = max((int(file.name.split(".")[1]) for file in files if file.name.split(".")[1].isdigit()), default=-1)
-    expected = [files[0].with_name(f"consolidated.{rank:02d}.pth") for rank in range(highest + 1)]
-    return [file for file in expected if file not in files]
+    numbers = {int(match[1]) for file in files if (match := _RANK.fullmatch(file.name))}
+    expected = range(min(max(numbers) + 1, _MOST_RANKS))
+    return [files[0].with_name(f"consolidated.{rank:02d}.pth") for rank in expected if rank not in numbers]
 
 
 def _read_ranks(files: Sequence[Path]) -> tuple[list[dict[str, TensorRef]], list[str]]:
@@ -205,29 +207,31 @@ def _misfit(name: str, parts: Sequence[TensorRef], ranks: int) -> str | None:
         return f"{name}: in {len(parts)} of {ranks} consolidated.*.pth; download them again"
     if any(part.shape != parts[0].shape or part.dtype != parts[0].dtype for part in parts):
         return f"{name}: differs in shape or dtype between consolidated.*.pth; download them again"
+    if name.endswith((*_ROWS, *_COLUMNS, _EMBEDDING)) and len(parts[0].shape) != 2:
+        return f"{name}: shape {list(parts[0].shape)}, a matrix expected; download it again"
     return None
 
 
-def _merge(name: str, parts: Sequence[TensorRef], params: Mapping[str, Any]) -> TensorRef:
+def _merge(name: str, parts: Sequence[TensorRef], params: StoredFields) -> TensorRef:
     first, merged = parts[0], _Merged(parts, _axis(name, parts[0], params), _heads(name, params))
     return TensorRef(_hugging_face_name(name), merged.shape, first.dtype, first.file, first.offset, merged)
 
 
-def _heads(name: str, params: Mapping[str, Any]) -> int | None:
+def _heads(name: str, params: StoredFields) -> int | None:
     """How many heads the rows of q or k make; None for every other tensor."""
     if name.endswith(".wk.weight"):
-        return int(params.get("n_kv_heads") or params["n_heads"])
-    return int(params["n_heads"]) if name.endswith(".wq.weight") else None
+        return params.whole("n_kv_heads", params.whole("n_heads", 0))
+    return params.whole("n_heads", 0) if name.endswith(".wq.weight") else None
 
 
-def _axis(name: str, part: TensorRef, params: Mapping[str, Any]) -> int | None:
+def _axis(name: str, part: TensorRef, params: StoredFields) -> int | None:
     """The axis that ranks divide; None where each holds all. Llama 3 divides the embedding's rows, 1 and 2 columns."""
     if name.endswith(_ROWS):
         return 0
     if name.endswith(_COLUMNS):
         return 1
-    if name == "tok_embeddings.weight":
-        return 0 if part.shape[1] == params["dim"] else 1
+    if name == _EMBEDDING:
+        return 0 if part.shape[1] == params.whole("dim", 0) else 1
     return None
 
 

@@ -4,13 +4,11 @@ Layout, from torch's ``serialization.py``: a zip archive whose members are store
 a pickle of a dict, tensors in it are calls of ``torch._utils._rebuild_tensor_v2`` on storages that are persistent
 ids ``("storage", <type>, <key>, <device>, <elements>)``, and ``<root>/data/<key>`` holds a storage's bytes.
 
-The unpickler below knows ten names, each of which makes a description of a tensor and nothing else.
+The pickle is run by ``PickleMachine``, with ten names, each of which makes a description of a tensor.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,8 +18,10 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxdeploy.checkpoint.tensor_ref import DAMAGED, Array, TensorRef, lfs_hint, map_array
+from jaxdeploy.checkpoint.pickle_machine import PickleMachine
+from jaxdeploy.checkpoint.tensor_ref import DAMAGED, Array, TensorRef, is_allocatable, lfs_hint, map_array
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.stored_file import check_regular, shown
 
 _STORAGES: Mapping[str, type] = {
     "DoubleStorage": np.float64,
@@ -54,6 +54,8 @@ _DTYPES: Mapping[str, type] = {
     "bool": np.bool_,
 }
 _LEGACY_START = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02}", b"\x80\x02c")
+_MOST_MEMBERS = 1_000_000
+_LONGEST_PICKLE = 64 * 2**20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 
@@ -62,6 +64,7 @@ def read_torch_file(file: Path) -> dict[str, TensorRef]:
 
     Raises ``CheckpointError``: not a torch zip file, cut short, or its pickle asks for anything but tensors.
     """
+    check_regular(file)
     with file.open("rb") as handle:
         records = _records(file, handle)
         prefix, pickled = _pickle_bytes(file, handle, records)
@@ -78,9 +81,13 @@ def _records(file: Path, handle: Any) -> dict[str, tuple[int, int]]:
     try:
         with zipfile.ZipFile(handle) as archive:
             members = archive.infolist()
+            if len(members) > _MOST_MEMBERS:
+                raise CheckpointError(f"{file.name}: has {len(members)} members, {_MOST_MEMBERS} at most; {DAMAGED}")
             return {member.filename: _span(file, handle, member) for member in members}
     except zipfile.BadZipFile as error:
         raise CheckpointError(_not_a_zip(file, handle)) from error
+    except (NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
+        raise CheckpointError(f"{file.name}: its zip directory is damaged ({error}); {DAMAGED}") from error
 
 
 def _not_a_zip(file: Path, handle: Any) -> str:
@@ -117,8 +124,10 @@ def _pickle_bytes(file: Path, handle: Any, records: Mapping[str, tuple[int, int]
         raise CheckpointError(f"{file.name}: a zip file without data.pkl is not a torch checkpoint; {DAMAGED}")
     prefix = names[0].removesuffix("data.pkl")
     order = records.get(f"{prefix}byteorder")
-    if order is not None and _read(handle, order) != b"little":
+    if order is not None and _read(handle, (order[0], min(order[1], 16))) != b"little":
         raise CheckpointError(f"{file.name}: written on a big-endian machine; convert it to safetensors first")
+    if records[names[0]][1] > _LONGEST_PICKLE:
+        raise CheckpointError(f"{file.name}: data.pkl has more than {_LONGEST_PICKLE} bytes; use a safetensors copy")
     return prefix, _read(handle, records[names[0]])
 
 
@@ -156,11 +165,11 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-class _Dict(dict[Any, Any]):
-    """What ``OrderedDict`` becomes. Its attributes (``_metadata`` of a state dict) are not kept."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignore the attributes that a pickle wants to set."""
+def _ordered_dict(pairs: Any = ()) -> dict[Any, Any]:
+    """``collections.OrderedDict``. Python 2 gave its pairs as an argument; entries without a name are left out."""
+    if not isinstance(pairs, list | tuple):
+        raise CheckpointError("an OrderedDict that is not made of pairs")
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and isinstance(pair[0], str)}
 
 
 def _rebuild_tensor(
@@ -190,7 +199,7 @@ def _rebuild_parameter(data: Any, *_: Any) -> _Tensor:
 
 def _integers(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or not all(type(value) is int and value >= 0 for value in values):
-        raise CheckpointError(f"sizes {values!r:.60} are not whole numbers")
+        raise CheckpointError(f"sizes {shown(values)} are not whole numbers")
     return tuple(values)
 
 
@@ -200,57 +209,59 @@ def _checked(tensor: _Tensor) -> _Tensor:
     Raises ``CheckpointError``: it does.
     """
     _integers((tensor.offset,))
+    if not is_allocatable(tensor.shape):
+        raise CheckpointError(f"shape {shown(tensor.shape)} is too large")
     if len(tensor.shape) != len(tensor.strides):
-        raise CheckpointError(f"shape {tensor.shape} with strides {tensor.strides}")
+        raise CheckpointError(f"shape {shown(tensor.shape)} with strides {shown(tensor.strides)}")
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     available = tensor.storage.size * tensor.storage.element.dtype.itemsize // tensor.dtype.itemsize
     if 0 not in tensor.shape and last >= available:
-        raise CheckpointError(f"a tensor of shape {tensor.shape} reaches beyond its storage of {available} elements")
+        raise CheckpointError(
+            f"a tensor of shape {shown(tensor.shape)} reaches beyond its storage of {available} elements"
+        )
     return tensor
 
 
 _CALLS: Mapping[tuple[str, str], Callable[..., Any]] = {
-    ("collections", "OrderedDict"): _Dict,
+    ("collections", "OrderedDict"): _ordered_dict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
 }
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """An unpickler whose world is the tables above: every other global ends the load before anything is called."""
+def _find_global(module: str, name: str) -> Any:
+    """The stand-in for a global.
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a global.
+    Raises ``CheckpointError``: it is none of those that a tensor needs.
+    """
+    if (module, name) in _CALLS:
+        return _CALLS[module, name]
+    if module in ("torch", "torch.storage") and name in _STORAGES:
+        return _ElementType(np.dtype(_STORAGES[name]), untyped=name == "UntypedStorage")
+    if module == "torch" and name in _DTYPES:
+        return _ElementType(np.dtype(_DTYPES[name]))
+    raise CheckpointError(
+        f"asks for {module:.60}.{name:.60}, which is no part of a tensor, and was refused; use a safetensors copy"
+    )
 
-        Raises ``CheckpointError``: it is none of those that a tensor needs.
-        """
-        if (module, name) in _CALLS:
-            return _CALLS[module, name]
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _ElementType(np.dtype(_STORAGES[name]), untyped=name == "UntypedStorage")
-        if module == "torch" and name in _DTYPES:
-            return _ElementType(np.dtype(_DTYPES[name]))
-        raise CheckpointError(
-            f"asks for {module}.{name}, which is no part of a tensor, and was refused; use a safetensors copy"
-        )
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        """The storage that a persistent id describes.
+def _load_storage(pid: Any) -> _Storage:
+    """The storage that a persistent id describes.
 
-        Raises ``CheckpointError``: the id is no storage.
-        """
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
-            raise CheckpointError(f"persistent id {pid!r:.60} is no storage")
-        _, element, key, _, size = pid[:5]
-        if not isinstance(element, _ElementType) or not isinstance(key, str) or type(size) is not int:
-            raise CheckpointError(f"persistent id {pid!r:.60} is no storage")
-        return _Storage(element, key, size)
+    Raises ``CheckpointError``: the id is no storage.
+    """
+    if not isinstance(pid, tuple) or len(pid) < 5 or not isinstance(pid[0], str) or pid[0] != "storage":
+        raise CheckpointError(f"persistent id {shown(pid)} is no storage")
+    _, element, key, _, size = pid[:5]
+    if not isinstance(element, _ElementType) or not isinstance(key, str) or type(size) is not int:
+        raise CheckpointError(f"persistent id {shown(pid)} is no storage")
+    return _Storage(element, key, size)
 
 
 def _unpickle(file: Path, pickled: bytes) -> Any:
     try:
-        return _TensorUnpickler(io.BytesIO(pickled), encoding="utf-8").load()
+        return PickleMachine(_find_global, _load_storage).run(pickled)
     except CheckpointError as error:
         raise CheckpointError(f"{file.name}: {error}") from error
     except Exception as error:  # a pickle can fail in any way: it calls our stand-ins with arguments of its choice

@@ -19,7 +19,7 @@ from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.formats.quantized import ChannelQuantized, GroupQuantized
-from jaxdeploy.formats.registry import Format, format_of, is_skipped
+from jaxdeploy.formats.registry import Format, SkippedModules, format_of
 from jaxdeploy.models.quantized import CHUNK, int4_leaves, int8_leaves
 from jaxdeploy.models.weights import Linear, ParamPath, Source, WeightTable
 from jaxdeploy.parallel.sharding import RULES
@@ -110,13 +110,14 @@ def _quantized(
     """The linear maps of which at least one module is stored quantised, with all their modules."""
     chosen = format_of(config)
     chosen.check(config)
+    skipped = SkippedModules(config)
     for path, source in table.items():
         if source.linear is None:
             continue
         linear = source.linear
         sizes = zip(linear.modules, linear.outputs.rows, strict=True)
         expected = path[0] == "layers"
-        modules = [_module(chosen, config, files, *size, linear.width, expected=expected) for size in sizes]
+        modules = [_module(chosen, config, skipped, files, *size, linear.width, expected=expected) for size in sizes]
         if any(module.decode is not None for module in modules):
             yield path, source, modules
 
@@ -124,6 +125,7 @@ def _quantized(
 def _module(
     chosen: Format,
     config: Mapping[str, Any],
+    skipped: SkippedModules,
     files: TensorFiles,
     module: str,
     outputs: int,
@@ -135,7 +137,7 @@ def _module(
     weight = f"{module}.weight"
     is_float = weight in files and np.issubdtype(files[weight].dtype, np.inexact)
     absent = not expected and not any(name.startswith(f"{module}.") for name in files)
-    if is_float or absent or is_skipped(module, config):
+    if is_float or absent or module in skipped:
         return _Module({"weight": weight}, {"weight": (outputs, inputs)})
     wanted = chosen.tensors(outputs, inputs, config).items()
     specs = {suffix: spec for suffix, spec in wanted if not spec.optional or f"{module}.{suffix}" in files}

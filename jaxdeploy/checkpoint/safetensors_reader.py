@@ -6,7 +6,6 @@ a file is whole.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxdeploy.checkpoint.tensor_ref import DAMAGED, TensorRef, lfs_hint, map_array
+from jaxdeploy.checkpoint.tensor_ref import DAMAGED, TensorRef, is_allocatable, lfs_hint, map_array
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.stored_file import check_regular, parse_json, shown
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     name: np.dtype(kind)
@@ -47,7 +47,7 @@ def read_safetensors_file(file: Path) -> dict[str, TensorRef]:
 
     Raises ``CheckpointError``: the file is cut short, or its header does not describe it.
     """
-    size = file.stat().st_size
+    size = check_regular(file)
     header, start = _header(file, size)
     header.pop("__metadata__", None)
     tensors = {name: _tensor(file, name, entry, start) for name, entry in header.items()}
@@ -69,17 +69,7 @@ def _header(file: Path, size: int) -> tuple[dict[str, Any], int]:
             raise CheckpointError(f"{file.name}: not a safetensors file; {DAMAGED}{hint}")
         if size < _LENGTH + length:
             raise _truncated(file, size, _LENGTH + length)
-        return _parsed(file, handle.read(length)), _LENGTH + length
-
-
-def _parsed(file: Path, text: bytes) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{file.name}: its header is not JSON; {DAMAGED}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file.name}: its header is not a JSON object; {DAMAGED}")
-    return header
+        return parse_json(handle.read(length), f"{file.name}: its header"), _LENGTH + length
 
 
 def _truncated(file: Path, size: int, expected: int) -> CheckpointError:
@@ -89,14 +79,22 @@ def _truncated(file: Path, size: int, expected: int) -> CheckpointError:
 def _tensor(file: Path, name: str, entry: Any, start: int) -> TensorRef:
     """The reference that one header entry describes; ``start`` is where the data begins."""
     try:
-        kind, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
+        kind, shape, (begin, end) = _text(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(value) is int and value >= 0 for value in (*shape, begin, end))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file.name}: header entry of {name} is damaged; {DAMAGED}") from error
+    if not whole or not is_allocatable(shape):
+        raise CheckpointError(f"{file.name}: header entry of {name} is damaged; {DAMAGED}")
     if kind not in DTYPES:
-        raise CheckpointError(f"{file.name}: {name} has dtype {kind}, which is not read; known are {', '.join(DTYPES)}")
+        raise CheckpointError(
+            f"{file.name}: {name} has dtype {kind:.60}, which is not read; known are {', '.join(DTYPES)}"
+        )
     offset, dtype = start + begin, DTYPES[kind]
     ref = TensorRef(name, shape, dtype, file, offset, partial(map_array, file, offset, shape, dtype))
-    if not whole or end - begin != ref.nbytes:
+    if end - begin != ref.nbytes:
         raise CheckpointError(f"{file.name}: header entry of {name} is damaged; {DAMAGED}")
     return ref
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)

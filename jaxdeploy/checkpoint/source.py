@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from jaxdeploy.checkpoint.meta import is_meta_folder, meta_config
+from jaxdeploy.checkpoint.quantization_file import quantization_beside
 from jaxdeploy.errors import CheckpointError, ModelNotFoundError
+from jaxdeploy.stored_file import exists, is_folder, read_json, user_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
-_WEIGHT_FILES = (("model*.safetensors",), ("pytorch_model*.bin",), ("consolidated.*.pth",))
+_WEIGHT_FILES = (
+    ("model*.safetensors",),
+    ("pytorch_model*.bin",),
+    ("consolidated.*.pth",),
+    ("*.safetensors",),
+    ("*.bin",),
+    ("*.pt",),
+)
 
 
 def resolve_model(
@@ -27,10 +35,10 @@ def resolve_model(
     Raises ``ModelNotFoundError``: no such folder, or the hub refuses or cannot be reached. ``CheckpointError``: the
     folder has no ``config.json`` (nor Meta's ``params.json``).
     """
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
+    folder = user_path(model)
+    if not is_folder(folder):
         folder = _download(_hub_id(str(model), folder), revision, download_dir, weights)
-    if not any((folder / name).is_file() for name in ("config.json", "params.json")):
+    if not any(exists(folder / name) for name in ("config.json", "params.json")):
         raise CheckpointError(f"model={model} has no config.json; give a folder in Hugging Face layout")
     return folder
 
@@ -42,30 +50,13 @@ def read_hf_config(folder: Path, model_format: str | None = None) -> dict[str, A
     """
     if model_format == "llama" or (model_format is None and is_meta_folder(folder)):
         return meta_config(folder)
-    file = folder / "config.json"
     try:
-        config = json.loads(file.read_bytes())
+        config = read_json(folder / "config.json")
     except FileNotFoundError as error:
         raise CheckpointError(f"model={folder} has no config.json; give a folder in Hugging Face layout") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: is not a JSON object; download it again")
-    if "quantization_config" not in config and (found := _quantization_beside(folder)):
+    if "quantization_config" not in config and (found := quantization_beside(folder)):
         config["quantization_config"] = found
     return config
-
-
-def _quantization_beside(folder: Path) -> dict[str, Any] | None:
-    """What early AutoGPTQ and AutoAWQ wrote into a file of its own."""
-    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
-        try:
-            found = json.loads((folder / name).read_bytes())
-        except (OSError, ValueError):
-            continue
-        if isinstance(found, dict) and {"bits", "w_bit"} & found.keys():
-            return {"quant_method": method, **found}
-    return None
 
 
 def _hub_id(model: str, folder: Path) -> str:
@@ -73,7 +64,7 @@ def _hub_id(model: str, folder: Path) -> str:
 
     Raises ``ModelNotFoundError``: it can only be meant as a folder, and there is none.
     """
-    if folder.exists():
+    if exists(folder):
         raise ModelNotFoundError(f"model={model} is a file; give the folder that it lies in")
     if not _HUB_ID.fullmatch(model):
         raise ModelNotFoundError(f"model={model} does not exist; give a model's folder or a hub id (owner/name)")

@@ -13,6 +13,8 @@ import numpy as np
 from jaxdeploy.errors import CheckpointError
 
 DAMAGED = "download it again"
+_MOST_AXES = 32
+_MOST_ELEMENTS = 2**60
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -35,6 +37,11 @@ class TensorRef:
     def nbytes(self) -> int:
         """Size of the data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def is_allocatable(shape: tuple[int, ...]) -> bool:
+    """Whether numpy takes such a shape: not too many axes, none of them too long, even beside axes of length 0."""
+    return len(shape) <= _MOST_AXES and math.prod(max(length, 1) for length in shape) < _MOST_ELEMENTS
 
 
 def map_array(file: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdeploy.checkpoint.adapter import AdapterWeights, adaptable, read_adapter
+from jaxdeploy.checkpoint.adapter import AdapterWeights, adaptable, base_tensors, read_adapter
 from jaxdeploy.checkpoint.loader import check_tensors
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.checkpoint.tensor_ref import Array
@@ -62,7 +62,7 @@ def merge_lora(
     config, files = family.model_config(hf), open_checkpoint(folder)
     check_tensors(family.weights(config), files)
     linears = adaptable(family, config)
-    weights = read_adapter(adapter, linears)
+    weights = read_adapter(adapter, linears, base=base_tensors(family, config, files))
     shards = _shards(files)
     bases = {f"{module}.weight": (f"{module}.weight", module) for module in weights.modules}
     (head,) = linears[_HEAD].modules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdeploy.checkpoint.adapter import AdapterWeights, adaptable, read_adapter
+from jaxdeploy.checkpoint.adapter import AdapterWeights, Tensors, adaptable, base_tensors, read_adapter
+from jaxdeploy.checkpoint.tensor_ref import TensorRef
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.models.config import ModelConfig
@@ -29,15 +30,16 @@ ROUNDED = 16
 
 @dataclass(frozen=True)
 class AdapterReader:
-    """Reads adapters for a ``bank``; ``linears`` are the linear maps of the model."""
+    """Reads adapters for a ``bank``; ``linears`` are the linear maps of the model, ``base`` its tensors."""
 
     linears: Mapping[ParamPath, Linear]
     bank: AdapterBank
     max_rank: int
+    base: Mapping[str, TensorRef]
 
     def read(self, folder: str | Path) -> tuple[Any, ...]:
         """The content of a slot. Raises ``CheckpointError``: the adapter is damaged, or does not fit."""
-        return self.content(read_adapter(folder, self.linears, max_rank=self.max_rank))
+        return self.content(read_adapter(folder, self.linears, max_rank=self.max_rank, base=self.base))
 
     def content(self, weights: AdapterWeights) -> tuple[Any, ...]:
         """The content of a slot. Raises ``CheckpointError``: the bank has no place for a module."""
@@ -61,9 +63,9 @@ class EngineAdapters:
 
 
 def adapters_of(
-    family: Family, model: ModelConfig, config: EngineConfig, mesh: Mesh, dtype: jnp.dtype
+    family: Family, model: ModelConfig, config: EngineConfig, mesh: Mesh, dtype: jnp.dtype, files: Callable[[], Tensors]
 ) -> EngineAdapters | None:
-    """What ``config`` says of adapters; ``None`` where there are to be none.
+    """What ``config`` says of adapters; ``None`` where there are to be none. ``files`` opens the model's tensors.
 
     Raises ``CheckpointError``: one of them is damaged, or does not fit; ``ConfigError``: a rank without adapters.
     """
@@ -73,14 +75,15 @@ def adapters_of(
             raise ConfigError(f"max_lora_rank={most} needs room for adapters; give adapters, or max_loras=8")
         return None
     linears = adaptable(family, model)
-    read = {name: read_adapter(folder, linears, max_rank=most) for name, folder in folders.items()}
+    base = base_tensors(family, model, files())
+    read = {name: read_adapter(folder, linears, max_rank=most, base=base) for name, folder in folders.items()}
     rank = most or max((weights.rank for weights in read.values()), default=1)
     rank = -(-rank // ROUNDED) * ROUNDED
     head = any(HEAD in _pairs(weights, linears) for weights in read.values())
     bank = bank_of(model, linears, mesh, slots=slots or DEFAULT_SLOTS, max_rank=rank, dtype=dtype, head=head)
     size = bank.nbytes / mesh.size / 2**20
     logger.info("adapters: %d slots of rank up to %d, %.2f MiB on each device", bank.slots, rank, size)
-    reader = AdapterReader(linears, bank, most or rank)
+    reader = AdapterReader(linears, bank, most or rank, base)
     contents = {name: reader.content(weights) for name, weights in read.items()}
     return EngineAdapters(reader, contents, bank.zeros())
 

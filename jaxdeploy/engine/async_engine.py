@@ -15,10 +15,14 @@ from queue import Empty, SimpleQueue
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
 from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.remote import EngineDiedError
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 
 logger = logging.getLogger("jaxdeploy")
+
+IDLE = 1.0
+"""Seconds without a command after which an idle engine is stepped, so that the death of its process is noticed."""
 
 
 class _Stream:
@@ -47,6 +51,7 @@ def _put_all(loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, TextOut
 class EngineStoppedError(JaxdeployError):
     """The engine was closed, or its thread died, while a request ran."""
 
+    exit_code = 1
     http_status = 503
 
 
@@ -61,6 +66,8 @@ class AsyncEngine:
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._stopped = False
+        self.failure: Exception | None = None
+        """What ended the engine's thread, unless ``close`` did."""
         self._sending = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="jaxdeploy-engine", daemon=True)
         self._thread.start()
@@ -84,6 +91,13 @@ class AsyncEngine:
         """Whether the engine's thread is alive."""
         return self._thread.is_alive()
 
+    def check(self) -> None:
+        """Raise ``EngineDiedError`` or ``EngineStoppedError`` if a failure ended the engine's thread."""
+        if isinstance(self.failure, EngineDiedError):
+            raise self.failure
+        if self.failure is not None:
+            raise EngineStoppedError(f"the engine stopped: {type(self.failure).__name__}: {self.failure}")
+
     async def generate(self, request: TextRequest) -> AsyncIterator[TextOutput]:
         """Outputs of ``request`` until it ends. Leaving the iteration early aborts it and frees what it holds.
 
@@ -98,9 +112,9 @@ class AsyncEngine:
         """Outputs of all ``requests`` as they come, as ``generate`` does; where one fails the others are aborted."""
         stream = _Stream()
         running = {request.request.request_id for request in requests}
-        for request in requests:
-            self._send(partial(self._submit, request, stream))
         try:
+            for request in requests:
+                self._send(partial(self._submit, request, stream))
             while running:
                 output = await stream.outputs.get()
                 if isinstance(output, Exception):
@@ -187,7 +201,11 @@ class AsyncEngine:
         try:
             while self._obey_commands():
                 self._deliver(self.generator.step())
-        except Exception:
+        except EngineDiedError as error:
+            self.failure = error
+            logger.error("%s", error)
+        except Exception as error:
+            self.failure = error
             logger.exception("the engine stopped")
         self._stop()
 
@@ -203,10 +221,10 @@ class AsyncEngine:
                 command()
 
     def _obey_commands(self) -> bool:
-        """Run what was asked for since the last step, waiting while there is nothing to do; False ends the thread."""
+        """Run what was asked for since the last step; False ends the thread. An idle engine waits ``IDLE`` seconds."""
         while True:
             try:
-                command = self._commands.get(block=not self.generator.has_work)
+                command = self._commands.get(block=not self.generator.has_work, timeout=IDLE)
             except Empty:
                 return True
             if command is None:
@@ -223,6 +241,7 @@ class AsyncEngine:
             self._streams[request.request.request_id] = stream
 
     def _deliver(self, outputs: Iterable[TextOutput]) -> None:
+        """Hand ``outputs`` to their streams. Outputs of a request that has ended are dropped."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TextOutput | Exception]]] = {}
         for output in outputs:
             stream = self._streams.get(output.request_id)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.model import load_model
+from jaxdeploy.checkpoint.tensor_ref import TensorRef
+from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.adapter_reader import EngineAdapters, adapters_of
 from jaxdeploy.engine.adapters import Adapters
@@ -90,7 +92,7 @@ def _build(
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
     policy = kv_policy(folder, model, config)
-    adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype)
+    adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype, partial(_stored_tensors, folder, config))
     draft = find_draft_model(folder, model, config)
     decoder = load_model(
         folder,
@@ -134,6 +136,11 @@ def _build(
     if config.warmup:
         engine.warm_up(_bar if progress else _silent)
     return engine
+
+
+def _stored_tensors(folder: Path, config: EngineConfig) -> Mapping[str, TensorRef]:
+    """The tensors in the model's files; none where random weights take their place."""
+    return {} if config.load_format == "dummy" else open_checkpoint(folder, config.model_format)
 
 
 def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limits:

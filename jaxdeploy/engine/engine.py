@@ -45,6 +45,9 @@ from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, StepOutput
 
 logger = logging.getLogger("jaxdeploy")
 
+GRAMMAR_THREADS = 4
+"""Grammars that are compiled at the same time, without the GIL: a large one does not delay a small one."""
+
 PATIENCE = 0.005
 """Seconds that a step waits for a grammar where there is nothing else to do."""
 
@@ -109,6 +112,7 @@ class Engine:
         self._speculation = speculation
         self._readers: dict[Sequence, PromptReader] = {}
         self._compiler = ThreadPoolExecutor(1, "jaxdeploy-compiler")
+        self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, "jaxdeploy-grammar")
         self._compiling: dict[Sequence, Future[Matcher | None]] = {}
         self._loader = ThreadPoolExecutor(1, "jaxdeploy-loader")
 
@@ -173,15 +177,19 @@ class Engine:
         if request.sampling.grammar is None and not sequence.reading:
             self.scheduler.add(sequence)
         else:
-            self._compiling[sequence] = self._compiler.submit(self._compile, sequence)
+            threads = self._compiler if sequence.reading else self._grammar_threads
+            self._compiling[sequence] = threads.submit(self._compile, sequence)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free what it holds; one that has ended, or never was, is no error."""
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
             self._readers.pop(sequence, None)
-            if self._compiling.pop(sequence, None) is None:
+            compiling = self._compiling.pop(sequence, None)
+            if compiling is None:
                 self.scheduler.abort(sequence)
+            else:
+                compiling.cancel()
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -235,7 +243,7 @@ class Engine:
     def close(self) -> None:
         """Give the device memory back."""
         self._flight = None
-        for pool in (self._compiler, self._loader):
+        for pool in (self._compiler, self._grammar_threads, self._loader):
             pool.shutdown(wait=False, cancel_futures=True)
         self._runner.close()
         if self._speculation is not None:

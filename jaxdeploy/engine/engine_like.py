@@ -34,7 +34,10 @@ class EngineLike(Protocol):
         ...
 
     def abort(self, request_id: str) -> None:
-        """Drop a request; one that has ended, or never was, is no error."""
+        """Drop a request; one that has ended, or never was, is no error.
+
+        No later ``step`` returns an output of it. Its name may be used again at once.
+        """
         ...
 
     def load_adapter(self, name: str, folder: str | Path) -> Future[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,12 +12,13 @@ from typing import Any
 from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
-from jaxdeploy.engine.build import build_engine
 from jaxdeploy.engine.engine_like import EngineLike
-from jaxdeploy.engine.remote import RemoteEngine
+from jaxdeploy.engine.failure import failure
+from jaxdeploy.engine.supervisor import Supervisor
 from jaxdeploy.engine.text_stream import TextStream
-from jaxdeploy.errors import CheckpointError, JaxdeployError
+from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
+from jaxdeploy.generation_defaults import read_generation_defaults
 from jaxdeploy.messages import (
     NO_SPECULATION,
     FinishReason,
@@ -78,8 +78,8 @@ class TextOutput:
 class Generator:
     """Turns text requests into text outputs, one engine step at a time. One thread calls it.
 
-    ``generation_defaults`` is the checkpoint's ``generation_config.json``; ``eos_token_ids`` are all ids that end a
-    reply; ``session_len`` is in tokens.
+    ``generation_defaults`` come from the checkpoint's ``generation_config.json``; ``eos_token_ids`` are all ids that
+    end a reply; ``session_len`` is in tokens.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Generator:
     ) -> Generator:
         """Load ``model``, a local folder or a hub id; ``progress`` shows bars on stderr.
 
-        ``own_process`` runs the engine in one (``RemoteEngine``).
+        ``own_process`` runs the engine in one, and restarts it when it dies (``Supervisor``).
 
         Raises ``ModelNotFoundError``, ``CheckpointError``, ``UnsupportedModelError``, ``ConfigError``.
         """
@@ -124,10 +124,10 @@ class Generator:
         architecture = architecture_of(hf)
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate.resolve(chat_template, tokenizer, architecture)
-        defaults = _generation_defaults(folder)
+        defaults = read_generation_defaults(folder)
         ends = eos_token_ids(tokenizer, hf, defaults)
-        build = partial(build_engine, folder, hf, config, ends=ends, progress=progress)
-        engine: EngineLike = RemoteEngine(build) if own_process else build()
+        build = partial(_build, folder, hf, config, ends, progress)
+        engine: EngineLike = Supervisor(build) if own_process else build()
         return cls(engine, tokenizer, template, defaults, ends)
 
     @property
@@ -137,23 +137,27 @@ class Generator:
 
     def submit(self, request: TextRequest) -> None:
         """Queue a request. Raises ``ContextLengthError`` and other ``RequestError``s; nothing is queued then."""
+        stream = self._stream_of(request)
         self.engine.add(request.request)
-        decoder = self.tokenizer.detokenizer(
-            skip_special_tokens=request.skip_special_tokens,
-            spaces_between_special_tokens=request.spaces_between_special_tokens,
-            prompt_ids=request.request.prompt_token_ids,
-        )
-        stream = TextStream(
-            decoder,
-            request.stop_words,
-            include_stop=request.include_stop,
-            min_new_tokens=request.request.sampling.min_new_tokens,
-        )
         self._streams[request.request.request_id] = (request, stream)
 
     def step(self) -> list[TextOutput]:
-        """Run one engine step."""
-        return [self._text_output(output) for output in self.engine.step()]
+        """Run one engine step.
+
+        An engine in another process may be ahead: outputs of a request that has ended here are dropped. A fault in the
+        text of one request ends that request with ``FinishReason.ERROR``.
+        """
+        outputs = []
+        for output in self.engine.step():
+            if output.request_id not in self._streams:
+                continue
+            made = self._text_or_failure(output)
+            if made.finish_reason is not None:
+                del self._streams[output.request_id]
+                if output.finish_reason is None:
+                    self.engine.abort(output.request_id)
+            outputs.append(made)
+        return outputs
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free what it holds."""
@@ -177,6 +181,26 @@ class Generator:
     ) -> None:
         self.close()
 
+    def _stream_of(self, request: TextRequest) -> TextStream:
+        decoder = self.tokenizer.detokenizer(
+            skip_special_tokens=request.skip_special_tokens,
+            spaces_between_special_tokens=request.spaces_between_special_tokens,
+            prompt_ids=request.request.prompt_token_ids,
+        )
+        return TextStream(
+            decoder,
+            request.stop_words,
+            include_stop=request.include_stop,
+            min_new_tokens=request.request.sampling.min_new_tokens,
+        )
+
+    def _text_or_failure(self, output: StepOutput) -> TextOutput:
+        try:
+            return self._text_output(output)
+        except Exception as error:  # a tokenizer may raise anything
+            reason = failure(output.request_id, error)
+            return TextOutput(output.request_id, "", (), finish_reason=FinishReason.ERROR, error=reason)
+
     def _text_output(self, output: StepOutput) -> TextOutput:
         request, stream = self._streams[output.request_id]
         reason = output.finish_reason
@@ -189,35 +213,27 @@ class Generator:
             if stream.stopped:
                 tokens = tokens[:count]
                 break
-        if stream.stopped and reason is None:
-            self.engine.abort(output.request_id)
         if stream.stopped or reason is not None:
             text += stream.finish()
             reason = FinishReason.STOP if stream.stopped else reason
-            del self._streams[output.request_id]
-        logprobs = output.logprobs[: len(tokens)]
-        cached, word = output.cached_tokens, stream.stop_word
         return TextOutput(
             output.request_id,
             text,
             tokens,
-            logprobs,
+            output.logprobs[: len(tokens)],
             reason,
-            cached,
-            word,
+            output.cached_tokens,
+            stream.stop_word,
             output.prompt,
             output.speculation,
-            output.error,
+            error=output.error if reason is FinishReason.ERROR else None,
         )
 
 
-def _generation_defaults(folder: Path) -> dict[str, Any]:
-    """The checkpoint's ``generation_config.json``; empty where there is none."""
-    file = folder / "generation_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        defaults = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}); download it again") from error
-    return defaults if isinstance(defaults, dict) else {}
+def _build(
+    folder: Path, hf: Mapping[str, Any], config: EngineConfig, ends: frozenset[int], progress: bool
+) -> EngineLike:
+    """``build_engine``. Its import of JAX takes seconds: errors before it are reported at once."""
+    from jaxdeploy.engine.build import build_engine
+
+    return build_engine(folder, hf, config, ends=ends, progress=progress)

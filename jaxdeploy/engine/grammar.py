@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,12 @@ Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 KEPT = 64
 """Grammars that are kept compiled."""
+
+KEPT_SIZE = 2**20
+"""Characters of all of them; a character takes up to 500 bytes of memory."""
+
+FORCED = 512
+"""Characters of a text that must come next which are turned into tokens at a time."""
 
 
 class Matcher:
@@ -68,29 +75,36 @@ class Grammars:
     def __init__(self, load: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: frozenset[int]) -> None:
         self._load = load
         self._vocab_size = vocab_size
-        self._eos_token_ids = eos_token_ids
+        self._eos_token_ids = frozenset(token for token in eos_token_ids if token < vocab_size)
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def matcher(self, grammar: str) -> Matcher:
         """At the beginning of ``grammar``. Raises ``RequestError`` where it is none, or too large."""
-        from llguidance import LLMatcher
-
         if not self._eos_token_ids:
             raise RequestError("the model has no token that ends a reply, so none can follow a grammar; leave it out")
 
         with self._lock:
             self._vocabulary = self._vocabulary or self._read_vocabulary()
             compiled = self._compiled.pop(grammar, None)
-        compiled = compiled or LLMatcher(self._vocabulary, grammar)
-        if compiled.is_error():
-            raise RequestError(f"the grammar cannot be followed ({compiled.get_error()}); simplify it")
+        compiled = compiled or self._compile(grammar)
         with self._lock:
             self._compiled[grammar] = compiled
-            while len(self._compiled) > KEPT:
+            while len(self._compiled) > KEPT or sum(map(len, self._compiled)) > KEPT_SIZE:
                 self._compiled.popitem(last=False)
         return Matcher(compiled.deep_copy())
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher
+
+        compiled = LLMatcher(self._vocabulary, grammar, log_level=0)
+        if not compiled.is_error():
+            compiled.compute_bitmask()  # the first one takes longest; copies inherit what it has found out
+        if compiled.is_error():
+            fault = next(iter(compiled.get_error().splitlines()), "no reason given")
+            raise RequestError(f"the grammar cannot be followed ({fault}); simplify it")
+        return compiled
 
     def _read_vocabulary(self) -> LLTokenizer:
         from llguidance import LLTokenizer, TokenizerWrapper
@@ -119,14 +133,35 @@ class _Vocabulary:
         self.tokens = [self._bytes(token_id) for token_id in known] + [b""] * (size - len(known))
 
     def __call__(self, text: str) -> list[int]:
-        """The tokens that ``text`` has when it goes on from another; some tokenizers begin every text with a space."""
+        """The first tokens of ``text`` where it continues another; some tokenizers begin every text with a space.
+
+        The caller needs the next token and asks again after it, so a long text is cut.
+        """
+        text = text[:FORCED]
         wanted = text.encode()
         for before in ("", _MARK):
             ids = self._tokenizer.encode(before + text, add_bos=False, parse_special=False)
-            for start in range(len(ids)):
-                if b"".join(self.tokens[token_id] for token_id in ids[start:]) == wanted:
-                    return ids[start:]
-        return []  # nothing is certain, then: the model chooses among all tokens that go on so
+            start, size = len(ids), 0
+            while start and size < len(wanted):
+                start -= 1
+                size += len(self.tokens[ids[start]])
+            if b"".join(self.tokens[token_id] for token_id in ids[start:]) == wanted:
+                return ids[start:]
+        return self._longest(wanted)
+
+    def _longest(self, wanted: bytes) -> list[int]:
+        """The longest token that begins ``wanted``, if any."""
+        ends = range(min(len(wanted), self._most_bytes), 0, -1)
+        return next(([self._ids[wanted[:end]]] for end in ends if wanted[:end] in self._ids), [])
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        special = set(self.special_token_ids)
+        return {token: token_id for token_id, token in enumerate(self.tokens) if token and token_id not in special}
+
+    @cached_property
+    def _most_bytes(self) -> int:
+        return max(map(len, self._ids), default=0)
 
     def _bytes(self, token_id: int) -> bytes:
         if token_id in self._tokenizer.special_ids:

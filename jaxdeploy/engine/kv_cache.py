@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxdeploy.config import EngineConfig
@@ -26,6 +27,9 @@ HOST_SHARE = 0.25
 """Share of the host memory free at start that evicted blocks may take, unless a count is given."""
 MOST_ON_HOST = 4
 """Most blocks there for each on the device: what is found in more is rarely asked for again."""
+
+UNIT_RANGE = np.array([[1], [0]], np.float16)
+"""Scale and zero of a token that was never written, [2, 1]."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,10 @@ def plan_cache(
 def allocate_pools(
     model: ModelConfig, plan: CachePlan, mesh: Mesh, dtype: jnp.dtype, ranges: Ranges | None = None
 ) -> tuple[Pool, ...]:
-    """One pool [P, 2, K, S, H] a layer, zeroed and cut along K: of ``dtype``, or quantised to ``plan.bits``.
+    """Return one pool [P, 2, K, S, H] per layer, cut along K: of ``dtype``, or quantised to ``plan.bits``.
 
-    ``ranges`` make it a calibrated one.
+    Elements and zeros are 0. Scales are 1: kernels divide by the scale of every token of a block, also of tokens
+    that were never written. With ``ranges`` the pools are calibrated and hold these scales and zeros.
     """
     shape = (plan.num_blocks, 2, model.num_kv_heads, plan.block_size, model.head_dim)
     if plan.bits is None:
@@ -109,7 +114,9 @@ def allocate_pools(
         return tuple(zeros(0) for _ in range(model.num_layers))
     values = _filled((*shape[:-1], _stored_width(model, plan.bits)), jnp.dtype(jnp.uint8), mesh)
     scales = _filled((*shape[:3], 2, plan.block_size), jnp.dtype(jnp.float16), mesh)
-    filling = [0] * model.num_layers if ranges is None else [layer[None, ..., None] for layer in ranges]
+    filling = [UNIT_RANGE] * model.num_layers
+    if ranges is not None:
+        filling = [layer[None, ..., None] for layer in ranges]
     return tuple(QuantizedPool(values(0), scales(fill), calibrated=ranges is not None) for fill in filling)
 
 

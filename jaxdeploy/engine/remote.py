@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import pickle
 import select
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -19,11 +19,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from jaxdeploy.engine import process
 from jaxdeploy.engine.checks import RequestLimits, check_adapter, check_name
 from jaxdeploy.engine.engine_like import EngineLike
+from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import JaxdeployError, UnknownAdapterError
+from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import FinishReason, Request, StepOutput
+
+logger = logging.getLogger("jaxdeploy")
 
 PATIENCE = 0.5
 """Seconds that ``step`` waits for outputs, unless it is woken."""
@@ -36,27 +40,31 @@ LAST_WORDS = 10.0
 
 
 class EngineDiedError(JaxdeployError):
-    """The engine's process has ended, with what it said last."""
+    """The engine's process has ended; the message has the reason."""
 
+    exit_code = 1
     http_status = 503
 
 
 class RemoteEngine:
     """Stands for an engine that ``build`` makes in a process of its own. One thread calls it.
 
-    ``build`` must pickle. Only that process touches the devices: on a GPU the caller's must not use JAX.
+    ``build`` must pickle. Only that process touches the devices: on a GPU the caller's must not use JAX. With ``wait``
+    false the constructor returns at once; ``ready`` then reports when the engine is built.
 
     Raises whatever ``build`` raises.
     """
 
-    def __init__(self, build: Callable[[], EngineLike]) -> None:
+    def __init__(self, build: Callable[[], EngineLike], *, wait: bool = True) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, build), name="jaxdeploy-engine", daemon=True)
-        self._process.start()
+        # ``build`` travels as bytes: what it imports (JAX) is imported when the process already watches its owner.
+        self._process = process.start(_serve, theirs, pickle.dumps(build), logger.getEffectiveLevel())
         theirs.close()
         self._woken, self._waker = spawn.Pipe(duplex=False)
         os.set_blocking(self._waker.fileno(), False)
+        self._waking = threading.Lock()
+        """Held while the waker is written to or closed: its descriptor may soon belong to another file."""
         self._waiting = select.poll()
         for readable in (self._connection, self._woken):
             self._waiting.register(readable, select.POLLIN)
@@ -67,20 +75,36 @@ class RemoteEngine:
         self._asked: dict[int, Future[None]] = {}
         """Calls that are not answered yet, by their numbers."""
         self._arrived: list[StepOutput] = []
-        self._limits: RequestLimits
-        self._stats: EngineStats
-        self._limits, self._stats = self._receive()
+        self._limits: RequestLimits | None = None
+        self._stats = EngineStats()
+        self._end: Exception | None = None
+        """Why nothing more will arrive."""
+        if wait:
+            self._wait_until_ready()
+
+    def ready(self, patience: float = 0.0) -> bool:
+        """Whether the engine is built. Waits ``patience`` seconds for it, or until another thread calls ``wake``.
+
+        Raises whatever ``build`` raises, or ``EngineDiedError``.
+        """
+        self._wait(patience)
+        while self._limits is None and self._connection.poll():
+            if (message := self._receive()) is not None:
+                self._limits, self._stats = message
+        return self._limits is not None
 
     @property
     def limits(self) -> RequestLimits:
         """What it takes."""
+        assert self._limits is not None, "asked before ``ready``"
         return self._limits
 
     @property
     def stats(self) -> EngineStats:
-        """How it stands, as far as it has said."""
+        """How it stands, as far as it has said. Requests that it has not mentioned count as waiting."""
         self._drain(0)
-        return self._stats
+        unknown = len(self._numbers) - self._stats.running
+        return replace(self._stats, waiting=max(self._stats.waiting, unknown))
 
     @property
     def has_work(self) -> bool:
@@ -90,13 +114,14 @@ class RemoteEngine:
     def add(self, request: Request) -> None:
         """Queue a request. Raises like ``Engine.add``."""
         check_name(request, request.request_id in self._numbers)
-        self._limits.check(request)
+        self.limits.check(request)
         if request.adapter is not None:
             check_adapter(request.adapter, self._stats.adapters)
         self._count += 1
-        number = str(self._count)
-        self._numbers[request.request_id], self._names[number] = number, request.request_id
+        number = f"{request.request_id}#{self._count}"
         self._send("add", replace(request, request_id=number))
+        self._numbers[request.request_id] = number
+        self._names[number] = request.request_id
 
     def abort(self, request_id: str) -> None:
         """Drop a request; one that has ended, or never was, is no error."""
@@ -115,35 +140,60 @@ class RemoteEngine:
 
     def wake(self) -> None:
         """Have a ``step`` that waits return. Any thread may call it."""
-        with suppress(OSError):  # it has been told often enough, or is closed
+        with self._waking, suppress(OSError):  # it has been told often enough, or is closed
             os.write(self._waker.fileno(), b"!")
 
     def step(self) -> list[StepOutput]:
-        """What has come since the last call; if nothing has, what comes until somebody calls ``wake``."""
+        """What has come since the last call; if nothing has, what comes until somebody calls ``wake``.
+
+        Outputs that arrived before the process ended are returned first; the next call raises ``EngineDiedError``.
+        """
         self._drain(0 if self._arrived else PATIENCE)
         outputs, self._arrived = self._arrived, []
         return [self._named(output) for output in outputs if output.request_id in self._names]
 
     def close(self) -> None:
         """End the process, and with it give the device memory back."""
-        if self._process.is_alive():
-            self._send("close", None)
-            self._process.join(LAST_WORDS)
-            self._process.kill()
-        self._process.join()
+        if self._limits is not None and self._end is None and self._process.is_alive():
+            with suppress(EngineDiedError):
+                self._send("close", None)
+                self._process.join(LAST_WORDS)
+        process.kill(self._process)
         self._fail_calls(EngineDiedError("the engine was closed before it had answered"))
-        for end in (self._connection, self._woken, self._waker):
-            end.close()
+        with self._waking:
+            for end in (self._connection, self._woken, self._waker):
+                end.close()
+
+    def _wait_until_ready(self) -> None:
+        try:
+            while not self.ready(PATIENCE):
+                pass
+        except BaseException:  # Ctrl-C too: no process is left
+            self.close()
+            raise
+
+    def _wait(self, patience: float) -> None:
+        """Wait until something arrives or ``wake`` is called, at most ``patience`` seconds."""
+        if patience and any(ready == self._woken.fileno() for ready, _ in self._waiting.poll(1000 * patience)):
+            os.read(self._woken.fileno(), 4096)
 
     def _drain(self, patience: float) -> None:
         """Take what has been sent, waiting for it, or to be woken, at most so many seconds."""
-        if patience and any(ready == self._woken.fileno() for ready, _ in self._waiting.poll(1000 * patience)):
-            os.read(self._woken.fileno(), 4096)
-        while self._connection.poll():
-            outputs, self._stats, answers = self._receive()
-            self._arrived += outputs
-            for number, error in answers:
-                _settle(self._asked.pop(number), error)
+        self._wait(patience)
+        try:
+            while self._end is None and self._connection.poll():
+                if (message := self._receive()) is not None:
+                    self._take(*message)
+        except Exception as error:  # the end of the process, or what it failed with
+            self._end = error
+        if self._end is not None and not self._arrived:
+            raise self._end
+
+    def _take(self, outputs: list[StepOutput], stats: EngineStats, answers: list[tuple[int, Exception | None]]) -> None:
+        self._arrived += outputs
+        self._stats = stats
+        for number, error in answers:
+            _settle(self._asked.pop(number), error)
 
     def _named(self, output: StepOutput) -> StepOutput:
         name = self._names[output.request_id]
@@ -169,20 +219,27 @@ class RemoteEngine:
             raise self._death() from error
 
     def _receive(self) -> Any:
-        """The next message. Raises what the process reports, or ``EngineDiedError`` when it reports nothing more."""
+        """The next message, or ``None`` for a log record, which goes to the handlers here.
+
+        Raises what the process reports, or ``EngineDiedError`` when it reports nothing more.
+        """
         try:
             message = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._death() from error
         if isinstance(message, Exception):
-            self._process.join(LAST_WORDS)
             self._fail_calls(EngineDiedError(f"the engine failed: {message}"))
             raise message
+        if isinstance(message, logging.LogRecord):
+            logging.getLogger(message.name).handle(message)
+            return None
         return message
 
-    def _death(self) -> EngineDiedError:
+    def _death(self) -> JaxdeployError:
         self._process.join(LAST_WORDS)
-        error = EngineDiedError(f"the engine's process ended with exit code {self._process.exitcode}; restart it")
+        if self._process.exitcode == process.UNGUARDED:
+            return process.UnguardedScriptError()
+        error = EngineDiedError(f"the engine's process ended with exit code {self._process.exitcode}")
         self._fail_calls(error)
         return error
 
@@ -210,8 +267,12 @@ class _Calls:
         return ANSWER_PAUSE if self._running else None
 
     def begin(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
-        """Call a method."""
-        self._running[number] = getattr(self._engine, method)(*arguments)
+        """Call a method. What it raises is its answer."""
+        try:
+            self._running[number] = getattr(self._engine, method)(*arguments)
+        except Exception as error:  # the caller receives it; the engine goes on
+            self._running[number] = Future()
+            self._running[number].set_exception(error)
 
     def answers(self) -> list[tuple[int, Exception | None]]:
         """Number and error of each that has since the last time."""
@@ -226,13 +287,13 @@ def _fault_of(future: Future[None]) -> Exception | None:
     return None if error is None else _sendable(error)
 
 
-def _serve(connection: Connection, build: Callable[[], EngineLike]) -> None:
+def _serve(connection: Connection, build: bytes, log_level: int) -> None:
     """The life of the process: build an engine, obey, step, report."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it decides when it ends
     sys.setswitchinterval(SWITCH_INTERVAL)
     with _outbox(connection) as send:
+        process.log_through(send, log_level)
         try:
-            engine = build()
+            engine: EngineLike = pickle.loads(build)()
             said = engine.stats
             send((engine.limits, said))
             gc.collect()
@@ -246,8 +307,6 @@ def _serve(connection: Connection, build: Callable[[], EngineLike]) -> None:
                     send((outputs, stats, answers))
                     said = stats
             engine.close()
-        except EOFError:
-            return  # whoever started it is gone
         except Exception as error:
             send(_sendable(error))
 
@@ -272,7 +331,7 @@ def _outbox(connection: Connection) -> Iterator[Callable[[Any], None]]:
 def _obey(connection: Connection, engine: EngineLike, calls: _Calls, refused: list[StepOutput]) -> bool:
     """Do what was asked for since the last step, waiting while there is nothing else to do; whether to go on.
 
-    A request for an adapter that has just been unloaded is ``refused``.
+    A request that the engine does not take is ``refused``: its adapter has just been unloaded, or it breaks a rule.
     """
     patience = 0 if engine.has_work else calls.patience
     while connection.poll(patience):
@@ -280,8 +339,9 @@ def _obey(connection: Connection, engine: EngineLike, calls: _Calls, refused: li
             case "add", request:
                 try:
                     engine.add(request)
-                except UnknownAdapterError:
-                    refused.append(StepOutput(request.request_id, (), FinishReason.ERROR))
+                except Exception as error:  # only this request ends
+                    reason = failure(request.request_id, error)
+                    refused.append(StepOutput(request.request_id, (), FinishReason.ERROR, error=reason))
             case "abort", name:
                 engine.abort(name)
             case "call", call:

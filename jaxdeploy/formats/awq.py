@@ -15,6 +15,7 @@ from jaxdeploy.errors import UnsupportedModelError
 from jaxdeploy.formats.groups import count_groups
 from jaxdeploy.formats.quantized import Array, ChannelQuantized, GroupQuantized, TensorSpec
 from jaxdeploy.formats.words import pack, unpack, words_for
+from jaxdeploy.stored_fields import StoredFields
 
 GROUPS = None
 
@@ -23,21 +24,27 @@ _BITS, _ORDER = 4, (0, 2, 4, 6, 1, 3, 5, 7)
 
 def check(config: Mapping[str, Any]) -> None:
     """Raises ``UnsupportedModelError``: other bits or another version than there is code for."""
-    bits = config.get("bits", config.get("w_bit", _BITS))
+    stored = _stored(config)
+    bits = stored.whole("bits", stored.whole("w_bit", _BITS, most=64), most=64)
     if bits != _BITS:
         raise UnsupportedModelError(f"bits={bits} is not supported in an AWQ checkpoint; quantise the model to 4 bits")
-    version = config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm"
-    if config.get("backend") == "llm-awq":
-        version = "llm-awq"
-    if str(version).lower() != "gemm":
+    named = (stored.text(name, None) for name in ("version", "checkpoint_format", "format"))
+    version = "llm-awq" if config.get("backend") == "llm-awq" else next(filter(None, named), "gemm")
+    if version.lower() != "gemm":
         raise UnsupportedModelError(
-            f"version={version} of AWQ is not supported, only gemm; quantise the model with version gemm"
+            f"version={version:.60} of AWQ is not supported, only gemm; quantise the model with version gemm"
         )
 
 
 def group_count(inputs: int, config: Mapping[str, Any]) -> int:
     """G of a module. Raises ``UnsupportedModelError``: the group size does not divide its inputs."""
-    return count_groups(inputs, int(config.get("group_size", config.get("q_group_size", 128))))
+    stored = _stored(config)
+    default = stored.whole("q_group_size", 128, least=-1)
+    return count_groups(inputs, stored.whole("group_size", default, least=-1))
+
+
+def _stored(config: Mapping[str, Any]) -> StoredFields:
+    return StoredFields(config, "quantization_config")
 
 
 def tensors(outputs: int, inputs: int, config: Mapping[str, Any]) -> dict[str, TensorSpec]:

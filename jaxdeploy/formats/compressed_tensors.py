@@ -20,6 +20,8 @@ from jaxdeploy.formats.groups import count_groups, read_groups
 from jaxdeploy.formats.quantized import Array, ChannelQuantized, GroupQuantized, TensorSpec
 from jaxdeploy.formats.skipped import skipping_pattern
 from jaxdeploy.formats.words import pack, unpack, words_for
+from jaxdeploy.stored_fields import StoredFields
+from jaxdeploy.stored_file import shown
 
 GROUPS = "weight_g_idx"
 
@@ -33,6 +35,7 @@ _SUPPORTED = (
 
 def check(config: Mapping[str, Any]) -> None:
     """Raises ``UnsupportedModelError``: what is not supported, and what is."""
+    _check_types(config)
     if found := next(_unsupported(config), None):
         raise UnsupportedModelError(f"{found} is not supported in a compressed-tensors checkpoint; {_SUPPORTED}")
 
@@ -42,7 +45,7 @@ def group_count(inputs: int, config: Mapping[str, Any]) -> int | None:
     if _format(config) == _INT8:
         return None
     weights = _weights(config)
-    return count_groups(inputs, weights["group_size"] if _strategy(weights) == "group" else -1)
+    return count_groups(inputs, int(weights["group_size"]) if _strategy(weights) == "group" else -1)
 
 
 def tensors(outputs: int, inputs: int, config: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -132,14 +135,33 @@ def describe(*, bits: int, group_size: int, symmetric: bool, act_order: bool, sk
     }
 
 
+def _check_types(config: Mapping[str, Any]) -> None:
+    """Raises ``CheckpointError``: a field of another type than the format has there."""
+    stored = StoredFields(config, "quantization_config")
+    stored.text("format", None)
+    stored.nested("sparsity_config")
+    stored.nested("transform_config")
+    groups = stored.nested("config_groups")
+    for name in groups.values:
+        group = groups.nested(name)
+        group.text("format", None)
+        for args in (group.nested("weights"), group.nested("input_activations")):
+            args.whole("num_bits", None)
+            args.whole("group_size", None, least=-1)
+            for text in ("type", "strategy"):
+                args.text(text, None)
+            for flag in ("symmetric", "dynamic"):
+                args.flag(flag, False)
+
+
 def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
     """What of ``config`` there is no code for, as ``field=value``."""
     groups = list((config.get("config_groups") or {}).values())
     if len(groups) != 1:
-        yield f"config_groups={sorted(config.get('config_groups') or {})}"
+        yield f"config_groups={shown(sorted(config.get('config_groups') or {}))}"
         return
     if groups[0].get("targets") != ["Linear"]:
-        yield f"targets={groups[0].get('targets')}"
+        yield f"targets={shown(groups[0].get('targets'))}"
     form, weights, activations = _format(config), _weights(config), groups[0].get("input_activations")
     if form not in (_PACKED, _INT8):
         yield f"format={form}"
@@ -167,7 +189,7 @@ def _unsupported(config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _misfits(name: str, args: Mapping[str, Any], wanted: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
-    yield from (f"{name}.{key}={args[key]}" for key, known in wanted.items() if args[key] not in known)
+    yield from (f"{name}.{key}={args[key]!s:.60}" for key, known in wanted.items() if args[key] not in known)
 
 
 def _filled_in(args: Mapping[str, Any]) -> dict[str, Any]:

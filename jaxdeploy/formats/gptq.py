@@ -22,6 +22,8 @@ from jaxdeploy.formats.groups import count_groups, in_order, read_groups
 from jaxdeploy.formats.quantized import Array, ChannelQuantized, GroupQuantized, TensorSpec
 from jaxdeploy.formats.skipped import skipping_pattern
 from jaxdeploy.formats.words import pack, unpack, words_for
+from jaxdeploy.stored_fields import StoredFields
+from jaxdeploy.stored_file import shown
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -33,7 +35,7 @@ _ONE_IN_EACH = np.uint32(0x1111_1111)
 
 def check(config: Mapping[str, Any]) -> None:
     """Raises ``UnsupportedModelError``: bits, a layout or overrides for single modules that there is no code for."""
-    bits = config.get("bits", 4)
+    bits = _bits(config)
     if bits not in _BITS:
         raise UnsupportedModelError(
             f"bits={bits} is not supported in a GPTQ checkpoint, only 3 and 4; quantise the model to one of these"
@@ -42,18 +44,21 @@ def check(config: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(
             f"checkpoint_format={_version(config)} is not supported, only gptq and gptq_v2; quantise the model to these"
         )
-    for pattern, override in (config.get("dynamic") or {}).items():
+    _stored(config).flag("sym", True)
+    dynamic = _stored(config).nested("dynamic")
+    for pattern in dynamic.values:
+        override = dynamic.nested(pattern).values
         for name in () if pattern.startswith("-:") else ("bits", "group_size"):
-            if (override or {}).get(name, config.get(name)) != config.get(name):
+            if override.get(name, config.get(name)) != config.get(name):
                 raise UnsupportedModelError(
-                    f"dynamic={pattern!r} gives modules a {name} of their own, which is not supported; "
+                    f"dynamic={shown(pattern)} gives modules a {name} of their own, which is not supported; "
                     f"quantise the model with {name}={config.get(name)} everywhere"
                 )
 
 
 def group_count(inputs: int, config: Mapping[str, Any]) -> int:
     """G of a module. Raises ``UnsupportedModelError``: the group size does not divide its inputs."""
-    return count_groups(inputs, int(config.get("group_size", 128)))
+    return count_groups(inputs, _stored(config).whole("group_size", 128, least=-1))
 
 
 def tensors(outputs: int, inputs: int, config: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -119,12 +124,17 @@ def describe(*, bits: int, group_size: int, symmetric: bool, act_order: bool, sk
     return described | ({"dynamic": {f"-:{skipping_pattern(name)}": {} for name in skipped}} if skipped else {})
 
 
+def _stored(config: Mapping[str, Any]) -> StoredFields:
+    return StoredFields(config, "quantization_config")
+
+
 def _bits(config: Mapping[str, Any]) -> int:
-    return int(config.get("bits", 4))
+    return _stored(config).whole("bits", 4, most=64)
 
 
 def _version(config: Mapping[str, Any]) -> str:
-    return str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+    stored = _stored(config)
+    return (stored.text("checkpoint_format", None) or stored.text("format", None) or "gptq").lower()
 
 
 def _read_zeros(qzeros: Array, bits: int, config: Mapping[str, Any]) -> Array:

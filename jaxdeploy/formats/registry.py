@@ -8,9 +8,10 @@ from typing import Any, Protocol, cast
 
 from jaxdeploy.errors import UnsupportedModelError
 from jaxdeploy.formats.quantized import Array, ChannelQuantized, GroupQuantized, TensorSpec
-from jaxdeploy.formats.skipped import is_skipped
+from jaxdeploy.formats.skipped import SkippedModules, is_skipped
+from jaxdeploy.stored_fields import StoredFields
 
-__all__ = ["FORMATS", "Format", "format_named", "format_of", "is_skipped", "quantization_of"]
+__all__ = ["FORMATS", "Format", "SkippedModules", "format_named", "format_of", "is_skipped", "quantization_of"]
 
 FORMATS = {
     "awq": "jaxdeploy.formats.awq",
@@ -67,23 +68,26 @@ def quantization_of(hf: Mapping[str, Any], model_format: str | None = None) -> d
     """What ``config.json`` says about quantised weights; ``None`` where they are floats.
 
     A ``model_format`` that is a name in ``FORMATS`` takes the place of the method it names, or of saying nothing.
+
+    Raises ``CheckpointError``: it is not a JSON object.
     """
-    stored = hf.get("quantization_config") or hf.get("compression_config")
+    fields = StoredFields(hf)
+    stored = dict(fields.nested("quantization_config").values or fields.nested("compression_config").values)
     if model_format not in FORMATS:
-        return None if stored is None else dict(stored)
+        return stored or None
     version = {"checkpoint_format": "gptq_v2"} if model_format == "gptq_v2" else {}
-    return {**(stored or {}), "quant_method": model_format.removesuffix("_v2"), **version}
+    return {**stored, "quant_method": model_format.removesuffix("_v2"), **version}
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
-    """The format of a ``quantization_config``. Raises ``UnsupportedModelError``."""
-    return format_named(str(config.get("quant_method")))
+    """The format of a ``quantization_config``. Raises ``UnsupportedModelError`` and ``CheckpointError``."""
+    return format_named(str(StoredFields(config, "quantization_config").text("quant_method", None)))
 
 
 def format_named(name: str) -> Format:
     """The format module called ``name``. Raises ``UnsupportedModelError``."""
     if name not in FORMATS:
         raise UnsupportedModelError(
-            f"quant_method={name} is not supported; give the float model, or one stored as {', '.join(FORMATS)}"
+            f"quant_method={name:.60} is not supported; give the float model, or one stored as {', '.join(FORMATS)}"
         )
     return cast(Format, importlib.import_module(FORMATS[name]))

@@ -9,16 +9,17 @@ import numpy as np
 
 from jaxdeploy.errors import UnsupportedModelError
 from jaxdeploy.formats.quantized import Array, ChannelQuantized, GroupQuantized, TensorSpec
+from jaxdeploy.stored_fields import StoredFields
 
 GROUPS = None
 
 
 def check(config: Mapping[str, Any]) -> None:
     """Raises ``UnsupportedModelError``: the weights are not int8."""
-    dtype = config.get("quant_dtype", "int8")
+    dtype = StoredFields(config, "quantization_config").text("quant_dtype", "int8")
     if dtype != "int8":
         raise UnsupportedModelError(
-            f"quant_dtype={dtype} is not supported in a SmoothQuant checkpoint, only int8; quantise the model to int8"
+            f"quant_dtype={dtype:.60} is not supported in a SmoothQuant checkpoint; quantise the model to int8"
         )
 
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from jaxdeploy.errors import CheckpointError, UnsupportedModelError
+from jaxdeploy.stored_fields import StoredFields
+from jaxdeploy.stored_file import shown
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+DEFAULT_MAX_POSITION = 2048
+
+_WIDEST = 2**24
+"""More than any size of a layer, or any vocabulary."""
+_DEEPEST = 1000
+"""More layers than any model has."""
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -72,63 +81,117 @@ class ModelConfig:
 def read_decoder(hf: Mapping[str, Any], **options: Any) -> ModelConfig:
     """The fields that Llama-like ``config.json`` files share; ``options`` are a family's own and win.
 
-    Raises ``CheckpointError`` that lists every missing field, ``UnsupportedModelError`` for an unknown option value.
+    Raises ``CheckpointError`` that lists every missing field, or names one of another type or out of range;
+    ``UnsupportedModelError`` for an unknown option value.
     """
     required = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     missing = [f"config.json: {name} is missing; add it" for name in required if hf.get(name) is None]
     if missing:
         raise CheckpointError.collect("config.json does not describe a decoder:", missing)
-    _check_activation(str(hf.get("hidden_act") or "silu"))
-    layers, heads, hidden = int(hf["num_hidden_layers"]), int(hf["num_attention_heads"]), int(hf["hidden_size"])
-    kv_heads = int(hf.get("num_key_value_heads") or heads)
+    stored = StoredFields(hf)
+    _check_activation(stored)
+    layers, hidden = read_layer_count(hf), stored.whole("hidden_size", 0, most=_WIDEST)
+    heads = stored.whole("num_attention_heads", 0, most=_WIDEST)
+    kv_heads = stored.whole("num_key_value_heads", heads, most=_WIDEST)
     if heads % kv_heads:
         raise CheckpointError(
             f"num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; mend config.json"
         )
+    rope = read_rope(hf)
     fields: dict[str, Any] = {
-        "vocab_size": int(hf["vocab_size"]),
+        "vocab_size": stored.whole("vocab_size", 0, most=_WIDEST),
         "hidden_size": hidden,
         "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": int(hf.get("head_dim") or hidden // heads),
-        "intermediate_size": int(hf["intermediate_size"]),
-        "norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
-        "max_position": int(hf.get("max_position_embeddings", 2048)),
-        "rope": read_rope(hf),
+        "head_dim": _head_dim(stored, hidden // heads, rope),
+        "intermediate_size": stored.whole("intermediate_size", 0, most=_WIDEST),
+        "norm_eps": stored.number("rms_norm_eps", 1e-6, least=1e-12, most=0.1),
+        "max_position": stored.whole("max_position_embeddings", DEFAULT_MAX_POSITION),
+        "rope": rope,
         "windows": (None,) * layers,
-        "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
-        "dtype": str(hf.get("dtype") or hf.get("torch_dtype") or "float32"),
+        "tie_embeddings": stored.flag("tie_word_embeddings", False),
+        "dtype": _dtype(stored),
     }
     return ModelConfig(**{**fields, **options})
 
 
+def read_layer_count(hf: Mapping[str, Any]) -> int:
+    """``num_hidden_layers``. Raises ``CheckpointError``: it is missing or no plausible count."""
+    layers = StoredFields(hf).whole("num_hidden_layers", None, most=_DEEPEST)
+    if layers is None:
+        raise CheckpointError("config.json: num_hidden_layers is missing; add it")
+    return layers
+
+
 def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
-    """Either spelling: ``rope_parameters`` (transformers 5), or ``rope_theta`` beside ``rope_scaling``."""
-    scaling: dict[str, Any] = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
+    """Either spelling: ``rope_parameters`` (transformers 5), or ``rope_theta`` beside ``rope_scaling``.
+
+    Raises ``CheckpointError``: a field of another type or out of range; ``UnsupportedModelError``: another kind.
+    """
+    stored = StoredFields(hf)
+    scaling = {**stored.nested("rope_scaling").values, **stored.nested("rope_parameters").values}
+    rope = StoredFields(scaling, "config.json: rope_scaling")
+    kind = rope.text("rope_type", None) or rope.text("type", None) or "default"
     if kind not in ROPE_KINDS:
-        raise UnsupportedModelError(f"rope_type={kind} is not supported; supported are {', '.join(ROPE_KINDS)}")
+        raise UnsupportedModelError(f"rope_type={_word(kind)} is not supported; supported are {', '.join(ROPE_KINDS)}")
+    max_position = stored.whole("max_position_embeddings", DEFAULT_MAX_POSITION)
     name = "original_max_position_embeddings"
-    original = (hf.get(name) or scaling.get(name)) if kind in ("llama3", "yarn") else None
-    max_position = int(hf.get("max_position_embeddings", 2048))
-    factor = scaling.get("factor")
-    if factor is None:
-        factor = max_position / int(original) if original else 1.0
-    names = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    known = {name: float(scaling[name]) for name in names if scaling.get(name) is not None}
-    attention_factor = scaling.get("attention_factor")
-    return RopeConfig(
-        theta=float(scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-        kind=kind,
-        factor=float(factor),
-        original_length=int(original or max_position),
-        attention_factor=None if attention_factor is None else float(attention_factor),
-        truncate=bool(scaling.get("truncate", True)),
-        **known,
+    own = kind in ("llama3", "yarn")
+    original = (stored.whole(name, None) or rope.whole(name, None)) if own else None
+    ranges = {
+        "low_freq_factor": (1e-3, 1e3),
+        "high_freq_factor": (1e-3, 1e3),
+        "beta_fast": (1e-3, 1e6),
+        "beta_slow": (1e-3, 1e6),
+        "mscale": (0.0, 1e3),
+        "mscale_all_dim": (0.0, 1e3),
+    }
+    known = {name: rope.number(name, None, least=least, most=most) for name, (least, most) in ranges.items()}
+    found = RopeConfig(
+        theta=_theta(stored, rope),
+        kind=cast(RopeKind, kind),
+        factor=rope.number("factor", max_position / (original or max_position), least=1e-3, most=1e6),
+        original_length=original or max_position,
+        attention_factor=rope.number("attention_factor", None, least=1e-3, most=1e3),
+        truncate=rope.flag("truncate", True),
+        **{name: value for name, value in known.items() if value is not None},
     )
+    if not found.low_freq_factor < found.high_freq_factor:
+        raise rope.fault("high_freq_factor", f"must be more than low_freq_factor={found.low_freq_factor:g}")
+    return found
 
 
-def _check_activation(name: str) -> None:
+def _theta(stored: StoredFields, rope: StoredFields) -> float:
+    """The base; longest known contexts have 5e10."""
+    beside = stored.number("rope_theta", 10000.0, least=2.0, most=1e12)
+    return rope.number("rope_theta", beside, least=2.0, most=1e12)
+
+
+def _head_dim(stored: StoredFields, default: int, rope: RopeConfig) -> int:
+    """Rotary embeddings turn pairs, so it is even; dynamic NTK divides by ``head_dim - 2``."""
+    size = stored.whole("head_dim", default, most=_WIDEST)
+    least = 4 if rope.kind == "dynamic" else 2
+    if size < least or size % 2:
+        raise CheckpointError(f"config.json: head_dim={size} must be even and at least {least}; correct it")
+    return size
+
+
+def _dtype(stored: StoredFields) -> str:
+    """The type to hold the weights in; float64 is held as float32."""
+    for name in ("dtype", "torch_dtype"):
+        named = stored.text(name, None)
+        if named is not None:
+            fields = StoredFields({name: named.removeprefix("torch.")}, stored.file)
+            return fields.text(name, "", choices=(*_DTYPES, "float64")).replace("64", "32")
+    return "float32"
+
+
+def _check_activation(stored: StoredFields) -> None:
+    name = stored.text("hidden_act", None) or "silu"
     if name not in ("silu", "swish"):
-        raise UnsupportedModelError(f"hidden_act={name} is not supported; supported is silu")
+        raise UnsupportedModelError(f"hidden_act={_word(name)} is not supported; supported is silu")
+
+
+def _word(name: str) -> str:
+    return name if name.isidentifier() else shown(name)

@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
         """
         x = self.embed(tokens)
         angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
-        if wanted is None and fused_decode.serves(context, self.layers):
+        if wanted is None and fused_decode.serves(context, self.layers, self.norm):
             try:
                 return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools, noted)
             except NoBackendError as refusal:

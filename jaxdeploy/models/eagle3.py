@@ -30,6 +30,7 @@ from jaxdeploy.models.weights import (
     separate_qkv,
     whole,
 )
+from jaxdeploy.stored_fields import StoredFields, is_whole
 from pallas_kernels.kv_pool import Pool, block_size
 
 
@@ -55,16 +56,25 @@ def eagle3_config(hf: Mapping[str, Any], model: ModelConfig) -> Eagle3Config:
         raise CheckpointError(
             f"vocab_size={layer.vocab_size} of the head is not the model's, {model.vocab_size}; take one made for it"
         )
-    named = {**(hf.get("eagle_config") or {}), **hf}.get("eagle_aux_hidden_state_layer_ids")
-    count = model.num_layers
-    taps = tuple(int(index) for index in named or (2, count // 2, count - 3))
-    if any(not 0 <= index < count for index in taps):
-        raise CheckpointError(f"the head reads layers {list(taps)} of a model that has {count}; take one made for it")
-    size = int(hf.get("target_hidden_size") or model.hidden_size)
+    stored = StoredFields(hf)
+    taps = _taps(stored, model.num_layers)
+    size = stored.whole("target_hidden_size", model.hidden_size)
     if size != model.hidden_size:
         raise CheckpointError(f"target_hidden_size={size} is not {model.hidden_size}, the model's; take one for it")
-    vocabulary = int(hf.get("draft_vocab_size") or layer.vocab_size)
-    return Eagle3Config(layer, size, taps, vocabulary, bool(hf.get("norm_before_residual", False)))
+    vocabulary = stored.whole("draft_vocab_size", layer.vocab_size, most=layer.vocab_size)
+    return Eagle3Config(layer, size, taps, vocabulary, stored.flag("norm_before_residual", False))
+
+
+def _taps(stored: StoredFields, count: int) -> tuple[int, ...]:
+    """The layers of a model of ``count`` that a head reads. Raises ``CheckpointError``: not three of them."""
+    name = "eagle_aux_hidden_state_layer_ids"
+    fields = StoredFields({**stored.nested("eagle_config").values, **stored.values})
+    taps = fields.items(name) or [2, count // 2, count - 3]
+    if not all(map(is_whole, taps)):
+        raise fields.fault(name, "must be whole numbers")
+    if any(not 0 <= index < count for index in taps):
+        raise CheckpointError(f"the head reads layers {taps} of a model that has {count}; take one made for it")
+    return tuple(map(int, taps))
 
 
 class Eagle3(nnx.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.models.attention import AttentionContext, PagedContext
+from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext
 from jaxdeploy.models.layers import RMSNorm, Weight, value_of
+from jaxdeploy.models.mlp import MLP
 from jaxdeploy.models.quantized import Int4Weight
 from jaxdeploy.models.rope import Rotary
 from jaxdeploy.parallel.mesh import TP_AXIS
@@ -26,6 +28,8 @@ from pallas_kernels.kv_pool import Pool
 
 if TYPE_CHECKING:
     from jaxdeploy.models.decoder import Layer
+
+logger = logging.getLogger("jaxdeploy")
 
 KERNELS = "pallas_triton"
 """The backend to go this way for; the op's reference is no faster than layer by layer."""
@@ -47,17 +51,54 @@ _INPUT_AXES = {"wo": 2}
 """Axes of a weight that are inputs, where that is not the first alone."""
 
 
-def serves(context: AttentionContext, layers: Sequence[Layer]) -> TypeGuard[PagedContext]:
-    """Whether the fused kernels are for such a step on this device: nothing but single tokens over a paged cache."""
+_PARTS: dict[str, tuple[type[nnx.Module], frozenset[str]]] = {
+    "attention_norm": (RMSNorm, frozenset({"scale", "eps"})),
+    "attention": (Attention, frozenset({"num_heads", "head_dim", "window", "wqkv", "bqkv", "wo", "bo"})),
+    "mlp_norm": (RMSNorm, frozenset({"scale", "eps"})),
+    "mlp": (MLP, frozenset({"gate_up", "gate_up_bias", "down", "down_bias"})),
+}
+"""Modules of a layer that the kernels compute: the exact class of each, and all attributes that they honour."""
+
+
+def serves(context: AttentionContext, layers: Sequence[Layer], norm: RMSNorm) -> TypeGuard[PagedContext]:
+    """Return whether the fused kernels run this step: single tokens over a paged cache, on a device that has them."""
     if not isinstance(context, PagedContext) or [rows.query_length for rows in context.regions] != [1]:
         return False
-    return preferred("decode_layer") == KERNELS and all(map(_takes, layers))
+    if preferred("decode_layer") != KERNELS:
+        return False
+    for index, layer in enumerate(layers):
+        if reason := refusal(layer, norm):
+            logger.info("decode steps run op by op: layer %d: %s", index, reason)
+            return False
+    return True
 
 
-def _takes(layer: Layer) -> bool:
-    """Whether the kernels know such weights: floats, and 4 bits as long as no input must be moved or added first."""
+def refusal(layer: Layer, final_norm: RMSNorm) -> str | None:
+    """Return why the fused kernels cannot compute ``layer`` and ``final_norm``, or ``None`` if they can.
+
+    The kernels compute one fixed block. A module, class or attribute that is not in ``_PARTS`` is refused, so that an
+    option added to a model is never ignored.
+    """
+    unknown = _attributes(layer) - _PARTS.keys()
+    parts = {**vars(layer), "final_norm": final_norm}
+    for name, (kind, known) in {**_PARTS, "final_norm": _PARTS["mlp_norm"]}.items():
+        part = parts[name]
+        if type(part) is not kind:
+            return f"{name} is {type(part).__name__}, the fused kernels take {kind.__name__}"
+        unknown |= {f"{name}.{attribute}" for attribute in _attributes(part) - known}
+    if unknown:
+        return f"the fused kernels do not take {', '.join(sorted(unknown))}"
+    if not layer.attention_norm.eps == layer.mlp_norm.eps == final_norm.eps:
+        return "the fused kernels take one eps for all norms"
     weights = (layer.attention.wqkv, layer.attention.wo, layer.mlp.gate_up, layer.mlp.down)
-    return all(isinstance(w, nnx.Param) or (isinstance(w, Int4Weight) and w.takes_as_is) for w in weights)
+    if not all(isinstance(w, nnx.Param) or (isinstance(w, Int4Weight) and w.takes_as_is) for w in weights):
+        return "the fused kernels take float weights, and 4-bit weights whose inputs need no reordering or sum"
+    return None
+
+
+def _attributes(module: nnx.Module) -> set[str]:
+    """Return the names of a module's attributes. Flax keeps its own under names that begin with an underscore."""
+    return {name for name in vars(module) if not name.startswith("_")}
 
 
 def decode_hidden(

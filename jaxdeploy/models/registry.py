@@ -9,6 +9,8 @@ from typing import Any, Protocol, cast
 from jaxdeploy.errors import UnsupportedModelError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.weights import WeightTable
+from jaxdeploy.stored_fields import StoredFields
+from jaxdeploy.stored_file import shown
 
 FAMILIES = {
     "LlamaForCausalLM": "jaxdeploy.models.families.llama",
@@ -33,12 +35,21 @@ class Family(Protocol):
 
 
 def architecture_of(hf: Mapping[str, Any]) -> str:
-    """The architecture that ``config.json`` names. Raises ``UnsupportedModelError`` if it names none that is known."""
-    names = [str(name) for name in hf.get("architectures") or ()]
-    known = next((name for name in names if name in FAMILIES), None)
+    """The architecture that ``config.json`` names, in the spelling of ``FAMILIES``.
+
+    Files from before transformers 4.28 differ in case ("LLaMAForCausalLM"). Where there is no name, ``model_type``
+    decides. Raises ``UnsupportedModelError`` if it names none that is known.
+    """
+    stored = StoredFields(hf)
+    named = hf.get("architectures")
+    names = [named] if isinstance(named, str) else stored.items("architectures")
+    spelled = {name.casefold(): name for name in FAMILIES}
+    if not names and (kind := stored.text("model_type", None)):
+        names = [f"{kind}ForCausalLM"]
+    known = next((spelled[name.casefold()] for name in names if str(name).casefold() in spelled), None)
     if known is None:
         raise UnsupportedModelError(
-            f"architectures={names} is not supported; config.json must name one of {', '.join(FAMILIES)}"
+            f"architectures={shown(names)} is not supported; config.json must name one of {', '.join(FAMILIES)}"
         )
     return known
 

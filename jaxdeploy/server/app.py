@@ -42,6 +42,7 @@ def _lifespan(served: Served, config: ServerConfig) -> Callable[[FastAPI], Abstr
             async with registered(config):
                 yield
         finally:
+            served.close()
             served.engine.close()
 
     return lifespan

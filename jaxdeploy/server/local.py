@@ -19,6 +19,7 @@ class LocalServer:
 
     def __init__(self, served: Served, config: ServerConfig) -> None:
         self.api_key = secrets.token_urlsafe()
+        self._served = served
         app = create_app(served, replace(config, api_keys=[self.api_key], disable_fastapi_docs=True))
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -31,6 +32,15 @@ class LocalServer:
             time.sleep(0.01)
         port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine can still answer."""
+        return self._served.engine.failure is None
+
+    def check(self) -> None:
+        """Raise what ended the engine, if anything did."""
+        self._served.engine.check()
 
     def close(self) -> None:
         """End it, and the engine with it."""

@@ -57,6 +57,8 @@ class Metrics:
         self._accepted = counter("spec_decode_num_accepted_tokens", "Of these, tokens that were right")
         self._rate = gauge("spec_decode_acceptance_rate", "Share of the guessed tokens that were right, 0 to 1")
         self._length = gauge("spec_decode_mean_accepted_length", "Tokens that a verification gave")
+        self._up = gauge("engine_up", "1 while the engine's process serves, 0 while it is being restarted")
+        self._restarts = counter("engine_restarts", "Restarts of the engine's process after it died")
         self._first = histogram("time_to_first_token_seconds", "From a request to its first token", SECONDS)
         self._each = histogram("time_per_output_token_seconds", "Per token after the first", SECONDS_PER_TOKEN)
         self._whole = histogram("e2e_request_latency_seconds", "From a request to the end of its reply", SECONDS)
@@ -87,6 +89,8 @@ class Metrics:
         self._accepted.inc(guesses.accepted - before.accepted)
         self._rate.set(guesses.acceptance_rate)
         self._length.set(guesses.mean_length)
+        self._up.set(not stats.fault)
+        self._restarts.inc(stats.restarts - self._last.restarts)
         self._last = stats
 
     def watch(self) -> ReplyTimes:

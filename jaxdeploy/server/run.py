@@ -8,7 +8,7 @@ from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.server.app import create_app
-from jaxdeploy.server.listening import address, certificate, listen
+from jaxdeploy.server.listening import address, bound, certificate, listen
 from jaxdeploy.server.logs import set_up_logging
 from jaxdeploy.server.served import Served
 
@@ -26,16 +26,27 @@ def serve(
 ) -> None:
     """Serve ``model``, a folder or a hub id, until SIGINT or SIGTERM; replies that run then are finished first.
 
+    An engine whose process dies is restarted (``Supervisor``).
+
     Raises:
         JaxdeployError: a setting, the checkpoint or the memory does not fit; the message says what to do.
+        EngineDiedError: the engine died again and again.
     """
     engine_config, config = engine_config or EngineConfig(), server_config or ServerConfig()
     set_up_logging(log_level, config.log_format)
     certificate(config)
-    served = load(model, engine_config, config, chat_template=chat_template, progress=progress)
-    app = create_app(served, config)
-    logger.info("%s is served at %s", served.name, address(config))
-    listen(app, config)
+    with bound(config) as sockets:
+        served = load(model, engine_config, config, chat_template=chat_template, progress=progress)
+        engine = served.engine
+
+        def began() -> None:
+            logger.info("%s is served at %s", served.name, address(config))
+
+        try:
+            listen(create_app(served, config), config, sockets, began=began, ended=lambda: engine.failure is not None)
+        finally:
+            engine.close()
+        engine.check()
 
 
 def load(

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.engine.generator import TextOutput, TextRequest
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import JaxdeployError, RequestError
+from jaxdeploy.errors import ContextLengthError, JaxdeployError, RequestError
 from jaxdeploy.generation_config import ResolvedGeneration, resolve
 from jaxdeploy.messages import FinishReason, Request
 from jaxdeploy.server.adapters import ServedAdapters
 from jaxdeploy.server.errors import OverloadedError, UnknownModelError
+from jaxdeploy.server.grammars import WorkedGrammars
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.parsers import reasoning_form, tool_form
 from jaxdeploy.server.sessions import Sessions
 from jaxdeploy.server.stored_responses import StoredResponses
+from jaxdeploy.server.text_threads import TextThreads
 from jaxdeploy.tokenizer import Tokenizer
-
-T = TypeVar("T")
 
 TAIL = 16
 """Tokens of a prompt's end that a mark is looked for in."""
+
+MOST_COUNTED = 2**20
+"""Characters of a text that is only tokenised. One that may be a prompt can be longer."""
+
+MOST_BYTES = 4
+"""Bytes of a character in UTF-8."""
 
 REMEMBERED = 64
 """Requests whose durations say how long one that is turned away should wait."""
@@ -69,7 +74,7 @@ class Pulse:
     def still_for(self, stats: EngineStats) -> float:
         """Seconds for which the engine has had work and run no step."""
         now = time.monotonic()
-        if stats.steps != self._steps or not (stats.running or stats.waiting):
+        if stats.steps != self._steps or stats.fault or not (stats.running or stats.waiting):
             self._steps, self._changed = stats.steps, now
         return now - self._changed
 
@@ -103,6 +108,8 @@ class Served:
         self.sessions = Sessions()
         self.responses = StoredResponses()
         self.pulse = Pulse()
+        self.grammars = WorkedGrammars()
+        self.threads = TextThreads()
         template = self.tokenizer.chat_template if engine.generator.template.jinja else None
         self.tool_form = tool_form(tool_call_parser, template)
         self.reasoning_form = reasoning_form(reasoning_parser, template)
@@ -139,22 +146,66 @@ class Served:
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> tuple[int, ...]:
         """Token ids of a conversation; ``variables`` are the chat template's. Raises ``RequestError``."""
-        made = self.engine.generator
-        encode = made.template.encode
-        ids = await apart(
-            lambda: encode(messages, made.tokenizer, add_generation_prompt=add_generation_prompt, **variables)
-        )
-        return tuple(ids)
+        text = await self._rendered(messages, add_generation_prompt, variables)
+        return tuple(await self._fitting_ids(text))
 
     async def text_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a raw text, with the token that texts begin with. Raises ``RequestError`` if there are none."""
-        made = self.engine.generator
-        ids = await apart(lambda: made.template.encode_text(text, made.tokenizer))
-        if not ids and made.tokenizer.bos_token_id is not None:
-            ids = [made.tokenizer.bos_token_id]
+        """Token ids of a raw text, with the token that texts begin with.
+
+        Raises ``ContextLengthError`` where they are too many, ``RequestError`` if there are none.
+        """
+        ids = await self._fitting_ids(text)
+        bos = self.tokenizer.bos_token_id
+        if not ids and bos is not None:
+            ids = [bos]
         if not ids:
             raise RequestError("prompt='' has no tokens, and this model has no token to begin with; write some text")
         return tuple(ids)
+
+    async def count_chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Token ids of a conversation, which may be longer than a prompt. Raises ``RequestError``."""
+        text = await self._rendered(messages, add_generation_prompt, variables)
+        made = self.engine.generator
+        return await self._counted(text, lambda: made.template.encode_text(text, made.tokenizer))
+
+    async def count_text_ids(self, text: str, *, add_bos: bool) -> list[int]:
+        """Token ids of a raw text, which may be longer than a prompt. Raises ``RequestError``."""
+        return await self._counted(text, lambda: self.tokenizer.encode(text, add_bos=add_bos))
+
+    async def _rendered(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> str:
+        render = self.engine.generator.template.render
+        return await self.threads.run(
+            lambda: render(messages, add_generation_prompt=add_generation_prompt, **variables)
+        )
+
+    async def _fitting_ids(self, text: str) -> list[int]:
+        """Token ids of a text. Raises ``ContextLengthError`` before the work where they cannot fit."""
+        least = await self._least(text)
+        if least >= self.session_len:
+            raise ContextLengthError(
+                f"prompt of at least {least} tokens must be shorter than session_len={self.session_len}; "
+                "shorten it, or start with a larger session_len"
+            )
+        made = self.engine.generator
+        return await self.threads.run(lambda: made.template.encode_text(text, made.tokenizer), len(text))
+
+    async def _counted(self, text: str, encode: Callable[[], list[int]]) -> list[int]:
+        if len(text) > MOST_COUNTED and await self._least(text) >= self.session_len:
+            raise RequestError(
+                f"a text of {len(text)} characters is longer than a prompt and than {MOST_COUNTED} characters; "
+                "send it in parts"
+            )
+        return await self.threads.run(encode, len(text))
+
+    async def _least(self, text: str) -> int:
+        """Tokens that ``text`` has at least; 0 where it is short."""
+        if MOST_BYTES * len(text) < self.session_len:
+            return 0
+        return await self.threads.run(lambda: self.tokenizer.least_tokens(text))
 
     async def ids_of(self, given: str | Sequence[int]) -> tuple[int, ...]:
         """Token ids of a raw text, or those that are given."""
@@ -167,17 +218,16 @@ class Served:
     async def resolved(self, ids: tuple[int, ...], config: GenerationConfig, *, chat: bool) -> Prompt:
         """``config`` without gaps, for ``ids``. Raises ``RequestError`` for what the engine would refuse."""
         made = self.engine.generator
-
-        def fill() -> ResolvedGeneration:
-            return resolve(
-                config,
-                made.generation_defaults,
-                made.tokenizer,
-                eos_token_ids=made.eos_token_ids,
-                template_stops=made.template.stop_words if chat else (),
-            )
-
-        how = fill() if config.response_format is None else await apart(fill)  # a grammar may take its time
+        form = config.response_format
+        grammar = None if form is None else await self.grammars.of(form)
+        how = resolve(
+            config,
+            made.generation_defaults,
+            made.tokenizer,
+            eos_token_ids=made.eos_token_ids,
+            template_stops=made.template.stop_words if chat else (),
+            to_grammar=lambda _: grammar,
+        )
         made.engine.limits.check(Request("", ids, how.sampling))
         return Prompt(ids, how)
 
@@ -189,12 +239,21 @@ class Served:
     def check_room(self, prompts: Sequence[Prompt]) -> None:
         """Raise ``OverloadedError`` if replies to all ``prompts`` are too many now, ``RequestError`` if always."""
         wanted = _count(prompts)
-        if wanted > self.most:
-            raise RequestError(f"n={wanted} replies in one request are more than {self.most}; ask for fewer")
+        self.check_number(wanted)
         if self.held + wanted > self.most:
             raise OverloadedError(
                 f"{self.held} replies are generated or wait, {self.most} at most; try again later", self._retry_after()
             )
+
+    def check_number(self, wanted: int) -> None:
+        """Raise ``RequestError`` where a request asks for more replies than there are places."""
+        if wanted > self.most:
+            raise RequestError(f"n={wanted} replies in one request are more than {self.most}; ask for fewer")
+
+    def close(self) -> None:
+        """End what works for requests beside the engine."""
+        self.grammars.close()
+        self.threads.close()
 
     async def replies(self, prompts: Sequence[Prompt], origin: Origin) -> AsyncGenerator[tuple[int, TextOutput]]:
         """The replies to all ``prompts`` as they come, each piece with its index: ``n`` alternatives side by side.
@@ -244,11 +303,6 @@ def _failure(prompts: Sequence[Prompt]) -> JaxdeployError:
 
 def _count(prompts: Sequence[Prompt]) -> int:
     return sum(prompt.how.n for prompt in prompts)
-
-
-async def apart(work: Callable[[], T]) -> T:
-    """Run ``work`` in a thread, so that others are not kept waiting by a long text."""
-    return await asyncio.to_thread(work)
 
 
 def _requests(prompts: Sequence[Prompt], origin: Origin) -> Iterator[TextRequest]:

@@ -11,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.tokenizer.settings import AddedToken, Settings, read_json
+from jaxdeploy.stored_file import read_text
+from jaxdeploy.tokenizer.boundary import refusing
+from jaxdeploy.tokenizer.bounds import TokenBound, bound_of_description
+from jaxdeploy.tokenizer.growth import check_growth
+from jaxdeploy.tokenizer.settings import LARGEST_ID, AddedToken, Settings, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "<eos>", "<|im_end|>")
+QUICKLY_ENCODED = 4096
+"""Characters that are encoded in a few milliseconds."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,6 +47,8 @@ class HuggingFaceFile:
         self._rules = DecoderRules.read(self._description.get("decoder"), path)
         self.strips_first_space = self._rules.strips_first_space
         self.vocab_size = 1 + max(self._encoder.get_vocab(with_added_tokens=True).values())
+        if self.vocab_size > LARGEST_ID:
+            raise CheckpointError(f"{path}: has a token with id {self.vocab_size - 1}, {LARGEST_ID} at most; mend it")
         self.special_ids = self._special_ids(settings)
         self.prefix_ids, self.suffix_ids = self._affixes()
         self.bos_id = self.prefix_ids[0] if len(self.prefix_ids) == 1 else None
@@ -49,7 +57,10 @@ class HuggingFaceFile:
     def encode(self, text: str, parse_special: bool) -> list[int]:
         """Ids of ``text`` alone, with tokens kept whole where their text stands in it, or split apart like any text."""
         encoder = self._encoder if parse_special else self._literal_encoder
-        return list(encoder.encode(text, add_special_tokens=False).ids)
+        if len(text) <= QUICKLY_ENCODED:
+            return list(encoder.encode(text, add_special_tokens=False).ids)
+        (found,) = encoder.encode_batch_fast([text], add_special_tokens=False)  # this one releases the GIL
+        return list(found.ids)
 
     def id_to_token(self, token_id: int) -> str:
         """The token's text as the vocabulary writes it; empty for an id outside it."""
@@ -66,6 +77,13 @@ class HuggingFaceFile:
         return token.encode() if token_id in self._added else self._rules.bytes_of(token)
 
     @cached_property
+    def bound(self) -> TokenBound:
+        """How many tokens a text has at least."""
+        ids = range(self.vocab_size)
+        texts = map(self.id_to_token, ids)
+        return bound_of_description(self._description, self._added.values(), map(self.bytes_of, ids), texts)
+
+    @cached_property
     def _literal_encoder(self) -> Any:
         """Another instance, since the switch is part of the instance's state and requests run side by side."""
         encoder = self._build()
@@ -75,11 +93,9 @@ class HuggingFaceFile:
     def _build(self) -> Any:
         import tokenizers
 
-        try:
+        fault = f"{self._path} is not a tokenizer that the tokenizers library can read"
+        with refusing(CheckpointError, fault, "download or copy it again"):
             encoder = tokenizers.Tokenizer.from_str(json.dumps(self._description))
-        except Exception as error:  # the library raises plain Exception
-            fault = f"{self._path} is not a tokenizer that the tokenizers library can read ({error})"
-            raise CheckpointError(f"{fault}; download or copy it again") from error
         encoder.no_truncation()
         encoder.no_padding()
         return encoder
@@ -108,7 +124,7 @@ class DecoderRules:
 
     def __init__(self, steps: list[Mapping[str, Any]]) -> None:
         kinds = {str(step["type"]) for step in steps}
-        self._byte_of = _byte_level_table() if "ByteLevel" in kinds else None
+        self._byte_of = byte_level_table() if "ByteLevel" in kinds else None
         self._byte_tokens = "ByteFallback" in kinds
         self._replacements = [_replacement(s) for s in steps if s["type"] in ("Replace", "Metaspace")]
         self.strips_first_space = any(_strips(step) for step in steps)
@@ -143,6 +159,7 @@ def read_tokenizer_json(path: Path) -> dict[str, Any]:
     description = read_json(path)
     if not isinstance(description.get("model"), dict):
         raise CheckpointError(f"{path} describes no tokenizer model; download or copy it again")
+    check_growth(description, path)
     return description
 
 
@@ -156,7 +173,7 @@ def describe_byte_level(vocab: Path, merges: Path, settings: Settings) -> dict[s
     if name not in BYTE_LEVEL_CLASSES:
         fault = f"tokenizer_class={name} cannot be built from {vocab.name} and {merges.name} alone"
         raise CheckpointError(f"{vocab.parent}: {fault}; add the checkpoint's tokenizer.json")
-    lines = merges.read_text(encoding="utf-8").splitlines()
+    lines = read_text(merges).splitlines()
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     ids = read_json(vocab)
     split = BYTE_LEVEL_CLASSES[name]
@@ -164,7 +181,7 @@ def describe_byte_level(vocab: Path, merges: Path, settings: Settings) -> dict[s
         "version": "1.0",
         "added_tokens": [_added_json(AddedToken(END_OF_TEXT, ids[END_OF_TEXT]))] if END_OF_TEXT in ids else [],
         "normalizer": None if split is None else {"type": "NFC"},
-        "pre_tokenizer": _byte_level_cut(split),
+        "pre_tokenizer": byte_level_cut(split),
         "post_processor": None,
         "decoder": _byte_level_step(use_regex=True),
         "model": {"type": "BPE", "vocab": ids, "merges": pairs, "byte_fallback": False},
@@ -175,7 +192,8 @@ def _byte_level_step(use_regex: bool) -> dict[str, Any]:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": use_regex}
 
 
-def _byte_level_cut(split: str | None) -> dict[str, Any]:
+def byte_level_cut(split: str | None) -> dict[str, Any]:
+    """A pre-tokenizer that cuts words by the expression ``split`` (None: GPT-2's) and maps bytes to letters."""
     if split is None:
         return _byte_level_step(use_regex=True)
     cut = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
@@ -238,7 +256,7 @@ def _byte_level(token: str, byte_of: Mapping[str, int]) -> bytes:
         return token.encode()
 
 
-def _byte_level_table() -> dict[str, int]:
+def byte_level_table() -> dict[str, int]:
     """GPT-2's printable character → byte: printable bytes stand for themselves, the others for 256, 257, …"""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(shown)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.tokenizer.bounds import TokenBound, bound_of_sentencepiece
 from jaxdeploy.tokenizer.settings import AddedToken, Settings
 
 WORD_SPACE = "▁"
@@ -28,10 +29,11 @@ class SentencePieceFile:
 
     spaces_specials = True
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, content: bytes, settings: Settings) -> None:
         self._path = path
+        self._content = content
         self._legacy = settings.legacy
-        self._model = _processor(path, path.read_bytes())
+        self._model = _processor(path, content)
         self._overlay = {t.id: t for t in settings.added}
         self._ids = {t.content: i for i, t in self._overlay.items()}
         self._controls = [i for i in range(len(self._model)) if self._model.is_control(i) or self._model.is_unknown(i)]
@@ -72,9 +74,14 @@ class SentencePieceFile:
         return token.replace(WORD_SPACE, " ").encode()
 
     @cached_property
+    def bound(self) -> TokenBound:
+        """How many tokens a text has at least."""
+        return bound_of_sentencepiece(self._model, self._overlay.values())
+
+    @cached_property
     def _bare_model(self) -> Any:
         """The same model, without the space that it puts in front of a text."""
-        return _processor(self._path, self._path.read_bytes() + NO_DUMMY_PREFIX)
+        return _processor(self._path, self._content + NO_DUMMY_PREFIX)
 
     @cached_property
     def _whole(self) -> re.Pattern[str]:

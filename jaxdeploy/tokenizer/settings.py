@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jaxdeploy import stored_file
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.stored_fields import StoredFields, is_whole
+from jaxdeploy.stored_file import shown
 
+CONFIG = "tokenizer_config.json"
+LARGEST_ID = 2**24
+"""More than any vocabulary has tokens."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ID = re.compile("[0-9]{1,9}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -51,20 +58,21 @@ def read_settings(folder: Path) -> Settings:
     """Gather ``tokenizer_config.json`` and its older companions; all of them are optional.
 
     Raises:
-        CheckpointError: a file is there and is not a JSON object.
+        CheckpointError: a file is there and is not a JSON object, or a field has another type than it should.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / CONFIG)
+    stored = StoredFields(config, CONFIG)
     specials = {**read_json(folder / "special_tokens_map.json"), **config}
-    named = {name: text for name in NAMED_TOKENS if (text := _text(specials.get(name))) is not None}
+    named = {name: text for name in NAMED_TOKENS if (text := _named_text(specials, name)) is not None}
     return Settings(
-        added=tuple({token.id: token for token in _added_tokens(folder, config)}.values()),
+        added=tuple({token.id: token for token in _added_tokens(folder, stored)}.values()),
         named=named,
         special_texts=frozenset([*named.values(), *_extra_specials(specials)]),
         fallback_ids=_fallback_ids(folder),
-        add_bos=_flag(config, "add_bos_token"),
-        add_eos=_flag(config, "add_eos_token"),
-        legacy=config.get("legacy") is not False,
-        tokenizer_class=config.get("tokenizer_class"),
+        add_bos=stored.flag("add_bos_token", None),
+        add_eos=stored.flag("add_eos_token", None),
+        legacy=stored.flag("legacy", True),
+        tokenizer_class=stored.text("tokenizer_class", None),
         chat_template=_chat_template(folder, config),
     )
 
@@ -75,15 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read as a JSON object.
     """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error}); download or copy it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object; download or copy it again")
-    return content
+    return stored_file.read_json(path) if stored_file.exists(path) else {}
 
 
 def _text(token: Any) -> str | None:
@@ -93,25 +93,31 @@ def _text(token: Any) -> str | None:
     return token if isinstance(token, str) and token else None
 
 
-def _flag(config: Mapping[str, Any], name: str) -> bool | None:
-    value = config.get(name)
-    return value if isinstance(value, bool) else None
+def _named_text(specials: Mapping[str, Any], name: str) -> str | None:
+    """The text of the token that a field names. Raises ``CheckpointError``: the field holds something else."""
+    token = specials.get(name)
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str | None):
+        raise StoredFields(specials, CONFIG).fault(name, "must be a text, or an object with a text as content")
+    return text or None
 
 
-def _added_tokens(folder: Path, config: Mapping[str, Any]) -> Iterator[AddedToken]:
+def _added_tokens(folder: Path, stored: StoredFields) -> Iterator[AddedToken]:
     """``added_tokens.json`` first, so that the newer ``added_tokens_decoder`` wins where both name an id."""
-    for content, token_id in read_json(folder / "added_tokens.json").items():
-        if isinstance(token_id, int):
+    older = StoredFields(read_json(folder / "added_tokens.json"), "added_tokens.json")
+    for content in older.values:
+        token_id = older.whole(content, None, least=0, most=LARGEST_ID)
+        if token_id is not None:
             yield AddedToken(content, token_id, special=False)
-    for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+    for token_id, token in stored.nested("added_tokens_decoder").values.items():
         yield _added_token(folder, token_id, token)
 
 
 def _added_token(folder: Path, token_id: str, token: Any) -> AddedToken:
     content = _text(token)
-    if content is None or not str(token_id).isdecimal():
-        fault = f"added_tokens_decoder[{token_id!r}]={token!r} must map an id to an object with its content"
-        raise CheckpointError(f"{folder / 'tokenizer_config.json'}: {fault}; download or copy the file again")
+    if content is None or not _ID.fullmatch(token_id) or int(token_id) > LARGEST_ID:
+        fault = f"added_tokens_decoder[{shown(token_id)}]={shown(token)} must map an id to an object with its content"
+        raise CheckpointError(f"{folder / CONFIG}: {fault}; download or copy the file again")
     flags = token if isinstance(token, Mapping) else {}
     special, lstrip, rstrip = (bool(flags.get(name)) for name in ("special", "lstrip", "rstrip"))
     return AddedToken(content, int(token_id), special=special, lstrip=lstrip, rstrip=rstrip)
@@ -120,6 +126,8 @@ def _added_token(folder: Path, token_id: str, token: Any) -> AddedToken:
 def _extra_specials(specials: Mapping[str, Any]) -> Iterator[str]:
     for name in ("additional_special_tokens", "extra_special_tokens"):
         tokens = specials.get(name) or ()
+        if not isinstance(tokens, list | Mapping | tuple):
+            raise StoredFields(specials, CONFIG).fault(name, "must be a list or an object of tokens")
         for token in tokens.values() if isinstance(tokens, Mapping) else tokens:
             if (text := _text(token)) is not None:
                 yield text
@@ -133,8 +141,8 @@ def _fallback_ids(folder: Path) -> dict[str, int]:
         for name in ("bos_token", "eos_token"):
             value = config.get(f"{name}_id")
             first = value[0] if isinstance(value, list) and value else value
-            if isinstance(first, int):
-                found[name] = first
+            if is_whole(first) and 0 <= first <= LARGEST_ID:
+                found[name] = int(first)
     return found
 
 

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from jaxdeploy.errors import CheckpointError
+from jaxdeploy.errors import CheckpointError, RequestError
+from jaxdeploy.stored_file import exists, is_folder, read_bytes
+from jaxdeploy.tokenizer.boundary import refusing
+from jaxdeploy.tokenizer.bounds import TokenBound
 from jaxdeploy.tokenizer.detokenizer import Detokenizer, TokenBytes, decode
 from jaxdeploy.tokenizer.huggingface_file import HuggingFaceFile, describe_byte_level, read_tokenizer_json
 from jaxdeploy.tokenizer.sentencepiece_file import SentencePieceFile
 from jaxdeploy.tokenizer.settings import Settings, read_settings
+from jaxdeploy.tokenizer.tiktoken_file import QWEN, describe_tiktoken, is_tiktoken
+from jaxdeploy.unicode_text import well_formed
 
-READABLE = "tokenizer.json, tokenizer.model, or vocab.json with merges.txt"
-FOREIGN_FILES = ("qwen.tiktoken", "tekken.json", "tokenizer.tiktoken", "tiktoken.model")
+READABLE = "tokenizer.json, tokenizer.model, qwen.tiktoken, or vocab.json with merges.txt"
+FOREIGN_FILES = ("tekken.json", "tokenizer.tiktoken", "tiktoken.model")
 
 
 class TokenizerFile(TokenBytes, Protocol):
@@ -24,6 +29,11 @@ class TokenizerFile(TokenBytes, Protocol):
     eos_id: int | None
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
+
+    @property
+    def bound(self) -> TokenBound:
+        """How many tokens a text has at least."""
+        ...
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         """Ids of ``text`` alone."""
@@ -62,24 +72,32 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a checkpoint's folder, or one tokenizer file with what lies beside it. Runs no code of the checkpoint.
 
-        ``tokenizer.json`` is preferred, then a sentencepiece model, then GPT-2's ``vocab.json`` and ``merges.txt``.
+        ``tokenizer.json`` is preferred, then a model of sentencepiece or tiktoken, then GPT-2's ``vocab.json`` and
+        ``merges.txt``.
 
         Raises:
             CheckpointError: no such file is there, or it is damaged.
         """
         path = Path(path)
-        folder = path if path.is_dir() else path.parent
-        settings = read_settings(folder)
-        return cls(_open(path, folder, settings), settings)
+        folder = path if is_folder(path) else path.parent
+        with refusing(CheckpointError, f"{path} holds a tokenizer that cannot be used", "download it again"):
+            settings = read_settings(folder)
+            return cls(_open(path, folder, settings), settings)
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of ``text``.
 
         ``add_bos``: put the tokenizer's own beginning and end around it (none for a tokenizer that has none).
         ``parse_special``: the text of a special token in ``text`` means that token; else it is text like any other.
+        Lone surrogates are read as U+FFFD.
         """
-        ids = self._file.encode(text, parse_special)
+        with refusing(RequestError, "the tokenizer cannot encode the text", "change it"):
+            ids = self._file.encode(well_formed(text), parse_special)
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_bos else ids
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that ``text`` has at least, which takes little time to find; 0 where none is known."""
+        return self._file.bound.least(text)
 
     def decode(
         self, ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
@@ -123,7 +141,8 @@ class Tokenizer:
         """By the name that the settings give, else by the file itself, else by the model's configuration."""
         if name in settings.named and (token_id := self._file.token_to_id(settings.named[name])) is not None:
             return token_id
-        return settings.fallback_ids.get(name) if own is None else own
+        fallback = settings.fallback_ids.get(name, self.vocab_size)
+        return own if own is not None or fallback >= self.vocab_size else fallback
 
     def _ends(self) -> dict[str, str]:
         ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
@@ -141,34 +160,43 @@ def _affix(own: tuple[int, ...], token_id: int | None, wanted: bool | None) -> t
 
 
 def _open(path: Path, folder: Path, settings: Settings) -> TokenizerFile:
-    description = path if path.suffix == ".json" and path.is_file() else folder / "tokenizer.json"
-    model = _sentencepiece_path(path, folder)
+    description = path if path.suffix == ".json" and exists(path) else folder / "tokenizer.json"
+    model = _model_path(path, folder)
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
-    if description.is_file() and (model is None or model != path):
+    if exists(description) and (model is None or model != path):
         return HuggingFaceFile(read_tokenizer_json(description), settings, description)
     if model is not None:
-        return SentencePieceFile(model, settings)
-    if vocab.is_file() and merges.is_file():
+        return _open_model(model, settings)
+    if exists(vocab) and exists(merges):
         return HuggingFaceFile(describe_byte_level(vocab, merges, settings), settings, vocab)
     raise CheckpointError(_missing(path, folder))
 
 
-def _sentencepiece_path(path: Path, folder: Path) -> Path | None:
-    """``tokenizer.model``, or the one file whose name has ``.model`` in it (``….model.v3``)."""
-    if path.is_file():
-        return path if ".model" in path.name else None
-    found = sorted(file for file in folder.glob("*.model*") if file.name not in FOREIGN_FILES and file.is_file())
+def _open_model(path: Path, settings: Settings) -> TokenizerFile:
+    """A file of sentencepiece's or of tiktoken's; Llama 2 and 3 have them under the same name."""
+    content = read_bytes(path)
+    if path.name == QWEN or is_tiktoken(content):
+        return HuggingFaceFile(describe_tiktoken(path), settings, path)
+    return SentencePieceFile(path, content, settings)
+
+
+def _model_path(path: Path, folder: Path) -> Path | None:
+    """``tokenizer.model``, the one file whose name has ``.model`` in it (``….model.v3``), or ``qwen.tiktoken``."""
+    if not is_folder(path):
+        return path if exists(path) and (".model" in path.name or path.name == QWEN) else None
+    found = sorted(file for file in folder.glob("*.model*") if file.name not in FOREIGN_FILES)
     exact = [file for file in found if file.name == "tokenizer.model"]
-    if len(exact or found) > 1 and not (folder / "tokenizer.json").is_file():
+    if len(exact or found) > 1 and not exists(folder / "tokenizer.json"):
         names = ", ".join(file.name for file in found)
         raise CheckpointError(f"{folder} holds several tokenizer models ({names}); name the one to use by its path")
-    return next(iter(exact or found), None)
+    qwen = [folder / QWEN] if exists(folder / QWEN) else []
+    return next(iter([*exact, *found, *qwen]), None)
 
 
 def _missing(path: Path, folder: Path) -> str:
-    foreign = [name for name in FOREIGN_FILES if (folder / name).is_file()]
+    foreign = [name for name in FOREIGN_FILES if exists(folder / name)]
     if foreign:
         return f"{folder / foreign[0]} is a format that is not read here; add the checkpoint's tokenizer.json beside it"
-    if not path.exists():
+    if not exists(path):
         return f"{path} does not exist; give the folder that holds {READABLE}"
     return f"{path} holds no tokenizer; copy {READABLE} into it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -11,7 +12,7 @@ from fastapi import FastAPI
 
 from jaxdeploy.api_client import is_url
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
-from jaxdeploy.server.listening import address, certificate, listen
+from jaxdeploy.server.listening import address, bound, certificate, listen
 from jaxdeploy.server.local import LocalServer
 from jaxdeploy.server.logs import set_up_logging
 from jaxdeploy.server.run import load
@@ -48,19 +49,43 @@ def web_chat(
     """
     set_up_logging(log_level, server_config.log_format)
     certificate(server_config)
-    local = None
-    if is_url(model_or_url):
-        model = RemoteModel(model_or_url, api_key)
-    else:
-        served = load(
-            model_or_url, engine_config or EngineConfig(), server_config, chat_template=chat_template, progress=progress
-        )
-        local = LocalServer(served, server_config)
-        model = RemoteModel(local.url, local.api_key)
+    with bound(server_config) as sockets:
+        local = None
+        if is_url(model_or_url):
+            model = RemoteModel(model_or_url, api_key)
+        else:
+            served = load(
+                model_or_url,
+                engine_config or EngineConfig(),
+                server_config,
+                chat_template=chat_template,
+                progress=progress,
+            )
+            local = LocalServer(served, server_config)
+            model = RemoteModel(local.url, local.api_key)
+        _show(model, local, manner, server_config, sockets)
+
+
+def _show(
+    model: RemoteModel,
+    local: LocalServer | None,
+    manner: Manner,
+    server_config: ServerConfig,
+    sockets: list[socket.socket],
+) -> None:
+    """Answer browsers until the end. Raises ``EngineDiedError`` where the engine of ``local`` cannot go on."""
     app = create_app(model, manner, server_config, _closing(model, local))
-    logger.info("a chat with %s is at %s", model.name, address(server_config))
     logging.getLogger("uvicorn.error").addFilter(_is_news)
-    listen(app, server_config, DRAIN_SECONDS)
+
+    def began() -> None:
+        logger.info("a chat with %s is at %s", model.name, address(server_config))
+
+    def ended() -> bool:
+        return local is not None and not local.healthy
+
+    listen(app, server_config, sockets, began=began, ended=ended, drain_seconds=DRAIN_SECONDS)
+    if local is not None:
+        local.check()
 
 
 def create_app(

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxdeploy.models.config import ModelConfig, read_decoder
 from jaxdeploy.models.weights import DecoderNames, WeightTable, decoder_weights
+from jaxdeploy.stored_fields import StoredFields
 
 ARCHITECTURES = ("InternLM2ForCausalLM",)
 
@@ -27,7 +28,7 @@ NAMES = DecoderNames(
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     """``bias`` covers ``wqkv`` and ``wo``."""
-    bias = bool(hf.get("bias", False))
+    bias = StoredFields(hf).flag("bias", False)
     return read_decoder(hf, qkv_bias=bias, o_bias=bias)
 
 

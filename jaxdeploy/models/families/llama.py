@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxdeploy.models.config import ModelConfig, read_decoder
 from jaxdeploy.models.weights import DecoderNames, WeightTable, decoder_weights
+from jaxdeploy.stored_fields import StoredFields
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 
@@ -27,8 +28,9 @@ NAMES = DecoderNames(
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:
     """``attention_bias`` covers query, key, value and output; ``mlp_bias`` all three maps of the feed-forward."""
-    bias = bool(hf.get("attention_bias", False))
-    return read_decoder(hf, qkv_bias=bias, o_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
+    stored = StoredFields(hf)
+    bias = stored.flag("attention_bias", False)
+    return read_decoder(hf, qkv_bias=bias, o_bias=bias, mlp_bias=stored.flag("mlp_bias", False))
 
 
 def weights(config: ModelConfig) -> WeightTable:

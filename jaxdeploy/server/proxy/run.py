@@ -7,7 +7,7 @@ import resource
 from contextlib import suppress
 
 from jaxdeploy.config import PROXY_PORT, ProxyConfig, ServerConfig
-from jaxdeploy.server.listening import address, certificate, listen
+from jaxdeploy.server.listening import address, bound, certificate, listen
 from jaxdeploy.server.logs import set_up_logging
 from jaxdeploy.server.proxy.app import create_proxy_app
 
@@ -26,9 +26,12 @@ def serve_proxy(
     set_up_logging(log_level, server_config.log_format)
     certificate(server_config)
     _allow_connections()
-    app = create_proxy_app(config, server_config)
-    logger.info("a proxy listens at %s (%s)", address(server_config), config.routing_strategy)
-    listen(app, server_config)
+
+    def began() -> None:
+        logger.info("a proxy listens at %s (%s)", address(server_config), config.routing_strategy)
+
+    with bound(server_config) as sockets:
+        listen(create_proxy_app(config, server_config), server_config, sockets, began=began)
 
 
 def _allow_connections() -> None:

@@ -39,7 +39,8 @@ async def messages(
     adapter = served.adapter_of(asked.model)
     chat = asked.chat_request()
     origin = Origin(f"msg_{reply_id}", chat.tenant, adapter=adapter)
-    replies = Replies(served, chat, await chat_prompt(served, chat), origin)
+    prompt = await while_connected(request, chat_prompt(served, chat))
+    replies = Replies(served, chat, prompt, origin)
     if asked.stream:
         replies.check_room()
         return named_event_stream(_Stream(replies).events(), ping=NAMED_PING)
@@ -47,10 +48,11 @@ async def messages(
 
 
 @router.post("/v1/messages/count_tokens")
-async def count_tokens(asked: CountRequest, served: Model) -> TokenCount:
+async def count_tokens(asked: CountRequest, request: Request, served: Model) -> TokenCount:
     """How many tokens a conversation has as the model reads it."""
     served.check_model(asked.model)
-    prompt = await chat_prompt(served, ChatRequest(**asked.chat_fields()))
+    chat = ChatRequest(**asked.chat_fields())
+    prompt = await while_connected(request, chat_prompt(served, chat))
     return TokenCount(input_tokens=len(prompt.ids))
 
 

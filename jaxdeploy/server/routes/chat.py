@@ -40,7 +40,8 @@ async def chat_completions(
 ) -> ChatReply | StreamingResponse:
     """Go on with a conversation."""
     adapter = served.adapter_of(asked.model)
-    prompt = await chat_prompt(served, asked)
+    served.check_number(asked.n or 1)
+    prompt = await while_connected(request, chat_prompt(served, asked))
     origin = Origin(f"chatcmpl-{reply_id}", asked.tenant, asked.priority, asked.session, adapter)
     job = _Job(Replies(served, asked, prompt, origin))
     if asked.stream:

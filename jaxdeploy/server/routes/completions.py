@@ -30,16 +30,19 @@ async def completions(
 ) -> CompletionReply | StreamingResponse:
     """Go on with a text, or with each of several."""
     adapter = served.adapter_of(asked.model)
-    config = asked.generation()
-    prompts = []
-    for given in asked.prompts:
-        prompts.append(await served.resolved(await served.ids_of(given), config, chat=False))
+    served.check_number(len(asked.prompts) * (asked.n or 1))
+    prompts = await while_connected(request, _resolved(served, asked))
     origin = Origin(f"cmpl-{reply_id}", asked.user or "", asked.priority, adapter=adapter)
     job = _Job(served, asked, prompts, origin)
     if asked.stream:
         served.check_room(prompts)
         return event_stream(job.chunks())
     return await while_connected(request, job.whole())
+
+
+async def _resolved(served: Served, asked: CompletionRequest) -> list[Prompt]:
+    config = asked.generation()
+    return [await served.resolved(await served.ids_of(given), config, chat=False) for given in asked.prompts]
 
 
 class _Job:

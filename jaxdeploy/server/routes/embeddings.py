@@ -22,7 +22,8 @@ router = APIRouter(tags=["OpenAI"])
 async def embeddings(asked: EmbeddingsRequest, request: Request, served: Model, reply_id: ReplyId) -> EmbeddingsReply:
     """The vectors of one text or several."""
     adapter = served.adapter_of(asked.model)
-    prompts = [await served.to_read(await served.ids_of(given)) for given in asked.prompts]
+    served.check_number(len(asked.prompts))
+    prompts = await while_connected(request, _prompts(served, asked))
     origin = Origin(f"embd-{reply_id}", asked.user or "", asked.priority, adapter=adapter)
     readings = await while_connected(request, _read(served, prompts, origin))
     tokens = sum(len(prompt.ids) for prompt in prompts)
@@ -31,6 +32,10 @@ async def embeddings(asked: EmbeddingsRequest, request: Request, served: Model, 
         model=served.model_of(origin),
         usage=EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens),
     )
+
+
+async def _prompts(served: Served, asked: EmbeddingsRequest) -> list[Prompt]:
+    return [await served.to_read(await served.ids_of(given)) for given in asked.prompts]
 
 
 async def _read(served: Served, prompts: Sequence[Prompt], origin: Origin) -> list[PromptReading]:

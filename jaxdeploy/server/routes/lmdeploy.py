@@ -47,14 +47,18 @@ async def generate(
 ) -> GenerateReply | StreamingResponse:
     """Go on with a text or with token ids."""
     adapter = served.adapter_of(asked.named)
-    ids = tuple(asked.input_ids) if asked.input_ids else await served.text_ids(asked.prompt or "")
-    prompt = await served.resolved(ids, asked.generation(), chat=False)
+    prompt = await while_connected(request, _prompt(served, asked))
     session = None if asked.session_id in (None, -1) else str(asked.session_id)
     origin = Origin(f"generate-{reply_id}", session_id=session, adapter=adapter)
     if asked.stream:
         served.check_room([prompt])
         return event_stream(_pieces(served, asked, prompt, origin))
     return await while_connected(request, _whole(served, asked, prompt, origin))
+
+
+async def _prompt(served: Served, asked: GenerateRequest) -> Prompt:
+    ids = tuple(asked.input_ids) if asked.input_ids else await served.text_ids(asked.prompt or "")
+    return await served.resolved(ids, asked.generation(), chat=False)
 
 
 async def _turn(served: Served, asked: InteractiveRequest, request_id: str) -> AsyncGenerator[InteractiveReply]:

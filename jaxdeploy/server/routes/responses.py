@@ -52,7 +52,7 @@ async def create_response(
     previous = asked.previous_response_id
     before = () if previous is None else served.responses.find(previous).items
     chat = asked.chat_request(before)
-    prompt = await chat_prompt(served, chat)
+    prompt = await while_connected(request, chat_prompt(served, chat))
     origin = Origin(f"resp_{reply_id}", chat.tenant, chat.priority, adapter=adapter)
     replies = Replies(served, chat, prompt, origin)
     job = _Job(replies, _begun(asked, replies, prompt), (*before, *asked.input))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
-from jaxdeploy.server.dependencies import Model
+from jaxdeploy.server.dependencies import Model, while_connected
 from jaxdeploy.server.protocol.tokens import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -14,24 +14,19 @@ from jaxdeploy.server.protocol.tokens import (
     TokenizeRequest,
     TokenizerInfo,
 )
-from jaxdeploy.server.served import Served, apart
+from jaxdeploy.server.served import Served
 
 router = APIRouter(tags=["tokens"])
 
 
 @router.post("/tokenize", response_model_exclude_none=True)
-async def tokenize(asked: TokenizeRequest, served: Model) -> TokenizeReply:
+async def tokenize(asked: TokenizeRequest, request: Request, served: Model) -> TokenizeReply:
     """Token ids of a text, or of a conversation as the model would read it."""
     served.check_model(asked.model)
-    tokenizer = served.tokenizer
-    if asked.messages is not None:
-        messages = [message.model_dump(exclude_none=True) for message in asked.messages]
-        variables = asked.chat_template_kwargs or {}
-        ids = list(await served.chat_ids(messages, add_generation_prompt=asked.add_generation_prompt, **variables))
-    else:
-        text = asked.prompt or ""
-        ids = await apart(lambda: tokenizer.encode(text, add_bos=asked.add_special_tokens))
-    texts = [tokenizer.id_to_token(token_id) for token_id in ids] if asked.return_token_strs else None
+    ids = await while_connected(request, _tokens(served, asked))
+    texts = None
+    if asked.return_token_strs:
+        texts = await served.threads.run(lambda: list(map(served.tokenizer.id_to_token, ids)), len(ids))
     return TokenizeReply(count=len(ids), max_model_len=served.session_len, tokens=ids, token_strs=texts)
 
 
@@ -39,15 +34,15 @@ async def tokenize(asked: TokenizeRequest, served: Model) -> TokenizeReply:
 async def detokenize(asked: DetokenizeRequest, served: Model) -> DetokenizeReply:
     """The text of token ids."""
     served.check_model(asked.model)
-    text = await apart(lambda: served.tokenizer.decode(asked.tokens, skip_special_tokens=False))
+    decode, ids = served.tokenizer.decode, asked.tokens
+    text = await served.threads.run(lambda: decode(ids, skip_special_tokens=False), len(ids))
     return DetokenizeReply(prompt=text)
 
 
 @router.post("/v1/encode")
-async def encode(asked: EncodeRequest, served: Model) -> EncodeReply:
+async def encode(asked: EncodeRequest, request: Request, served: Model) -> EncodeReply:
     """Token ids of a text or of several, as LMDeploy gives them."""
-    texts = [asked.input] if isinstance(asked.input, str) else asked.input
-    found = [await _encoded(served, asked, text) for text in texts]
+    found = await while_connected(request, _encoded(served, asked))
     lengths = [len(ids) for ids in found]
     if isinstance(asked.input, str):
         return EncodeReply(input_ids=found[0], length=lengths[0])
@@ -68,7 +63,19 @@ async def tokenizer_info(served: Model) -> TokenizerInfo:
     )
 
 
-async def _encoded(served: Served, asked: EncodeRequest, text: str) -> list[int]:
-    if asked.do_preprocess:
-        return list(await served.chat_ids([{"role": "user", "content": text}]))
-    return await apart(lambda: served.tokenizer.encode(text, add_bos=asked.add_bos))
+async def _tokens(served: Served, asked: TokenizeRequest) -> list[int]:
+    if asked.messages is None:
+        return await served.count_text_ids(asked.prompt or "", add_bos=asked.add_special_tokens)
+    messages = [message.model_dump(exclude_none=True) for message in asked.messages]
+    variables = asked.chat_template_kwargs or {}
+    return await served.count_chat_ids(messages, add_generation_prompt=asked.add_generation_prompt, **variables)
+
+
+async def _encoded(served: Served, asked: EncodeRequest) -> list[list[int]]:
+    found = []
+    for text in [asked.input] if isinstance(asked.input, str) else asked.input:
+        if asked.do_preprocess:
+            found.append(await served.count_chat_ids([{"role": "user", "content": text}]))
+        else:
+            found.append(await served.count_text_ids(text, add_bos=asked.add_bos))
+    return found

@@ -1,0 +1,28 @@
+"""Where errors of the native tokenizer libraries become ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxdeploy.errors import JaxdeployError
+
+_PANIC = "PanicException"
+"""What a panic in Rust becomes in Python; it is no ``Exception``, and its class cannot be imported."""
+
+
+@contextmanager
+def refusing(kind: type[JaxdeployError], fault: str, advice: str) -> Iterator[None]:
+    """Raise ``kind`` with one line for any error in the body, a panic of a Rust library included.
+
+    Errors of this project pass unchanged, and so do interrupts.
+    """
+    try:
+        yield
+    except JaxdeployError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise kind(f"{fault} ({reason:.300}); {advice}") from error
