@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from jaxdeploy.chat_template import ChatTemplate
-from jaxdeploy.compress.rows import Message, Piece, well_formed
+from jaxdeploy.compress.rows import Message, Piece
 from jaxdeploy.tokenizer import Tokenizer
+from jaxdeploy.unicode_text import well_formed
 
 
 class ConversationWriter:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxdeploy.unicode_text import well_formed
+
 FIELDS = ("text", "messages", "content", "prompt")
 """The fields of a row that may hold its text; the first of them counts."""
 DOCUMENT_END = "\n\n"
@@ -41,11 +43,6 @@ def pieces_of(value: Any, render: Render) -> list[Piece] | None:
     if text is None:
         return None
     return [Piece(well_formed(text).strip() + DOCUMENT_END)] if text.strip() else []
-
-
-def well_formed(text: str) -> str:
-    """Return ``text`` with U+FFFD for each lone surrogate, which UTF-8 cannot hold."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _messages(value: Any) -> list[Message]:
