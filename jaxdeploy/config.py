@@ -500,8 +500,9 @@ class QuantConfig:
     )
     calib_dataset: str | None = setting(
         None,
-        "text to calibrate with: a .txt, .jsonl or .parquet file, or ptb, wikitext2, c4, pileval (fetched); default: "
-        "a text that comes with jaxdeploy",
+        "text to calibrate with: a .txt, .jsonl or .parquet file, or a data set of the hub: ptb, wikitext2, c4, "
+        "pileval, gsm8k, neuralmagic_calibration, open-platypus, openwebtext; default: calibration.jsonl of the "
+        "model's folder, or else a text that comes with jaxdeploy",
     )
     calib_samples: int | None = _positive(
         "pieces of that text; 0: calibrate without data", 128, "0 works without data", least=0

@@ -162,8 +162,8 @@ class Pipeline:
             adapter_name: the LoRA adapter to answer with, for all prompts or a list with one for each (None: the model
                 itself).
             use_tqdm: a progress bar on stderr; default: on a terminal, for more than one prompt.
-            **options: single fields of ``GenerationConfig`` by their names; ``request_output_len``, LMDeploy's older name
-                of ``max_new_tokens``; ``add_generation_prompt`` and ``continue_final_message``: begin a reply, or
+            **options: single fields of ``GenerationConfig`` by their names; ``request_output_len``, LMDeploy's older
+                name of ``max_new_tokens``; ``add_generation_prompt`` and ``continue_final_message``: begin a reply, or
                 continue the last message. By default a reply that comes last is continued.
 
         Returns:
