@@ -90,6 +90,7 @@ class EngineConfig:
         "longest prompt plus reply, in tokens; default: what the model was made for, at most 8192",
         None,
         "give a number of tokens",
+        least=2,
     )
     max_batch_size: int | None = _positive(
         "sequences that run at the same time; default: 128 on GPU, 8 on CPU", None, "give a number of sequences"
@@ -434,7 +435,9 @@ class ServerConfig:
     disable_fastapi_docs: bool = setting(False, "have no /docs and /openapi.json")
     log_format: str = setting("text", "how a line of the log reads", choices=("text", "json"))
     proxy_url: str | None = setting(None, "proxy to register this server with, as long as it runs")
-    proxy_api_key: str | None = secret("the key that this proxy asks for; default: JAXDEPLOY_PROXY_API_KEY")
+    proxy_api_key: str | None = secret(
+        "one of this proxy's --operator-keys; it is told the first of --api-keys; default: JAXDEPLOY_PROXY_API_KEY"
+    )
     node_url: str | None = setting(
         None, "address at which the proxy reaches this server; default: that of the network towards it"
     )
@@ -453,7 +456,13 @@ class ProxyConfig:
     """
 
     nodes: list[str] | None = setting(None, "addresses of servers to begin with; others are added while it runs")
-    node_api_key: str | None = secret("the key that the nodes ask for; default: JAXDEPLOY_NODE_API_KEY")
+    node_api_key: str | None = secret(
+        "the key that --nodes ask for; servers that register bring their own; default: JAXDEPLOY_NODE_API_KEY"
+    )
+    operator_keys: list[str] | None = secret(
+        "keys for /nodes, /metrics and abort_all; default: JAXDEPLOY_OPERATOR_KEYS, else these routes are closed if "
+        "there are other keys, and open if there are none"
+    )
     routing_strategy: str = setting(
         "least_loaded",
         "least_loaded: fewest requests that run; latency: the same, weighed by how fast replies begin; prefix: where a "
@@ -466,7 +475,7 @@ class ProxyConfig:
     heartbeat_timeout: float = _seconds(20.0, "seconds after which a node that gives no sign of life is given up")
     read_timeout: float = _seconds(600.0, "seconds that a node which is well may be silent in the middle of a reply")
     max_attempts: int = _positive(
-        "nodes that may fail with one request before it is answered with an error", 3, "3 is usual"
+        "nodes that may die or fail with one request before it is answered with an error", 2, "2 is one retry"
     )
 
 
@@ -491,8 +500,9 @@ class QuantConfig:
     )
     calib_dataset: str | None = setting(
         None,
-        "text to calibrate with: a .txt, .jsonl or .parquet file, or ptb, wikitext2, c4, pileval (fetched); default: "
-        "a text that comes with jaxdeploy",
+        "text to calibrate with: a .txt, .jsonl or .parquet file, or a data set of the hub: ptb, wikitext2, c4, "
+        "pileval, gsm8k, neuralmagic_calibration, open-platypus, openwebtext; default: calibration.jsonl of the "
+        "model's folder, or else a text that comes with jaxdeploy",
     )
     calib_samples: int | None = _positive(
         "pieces of that text; 0: calibrate without data", 128, "0 works without data", least=0

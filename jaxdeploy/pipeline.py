@@ -162,8 +162,9 @@ class Pipeline:
             adapter_name: the LoRA adapter to answer with, for all prompts or a list with one for each (None: the model
                 itself).
             use_tqdm: a progress bar on stderr; default: on a terminal, for more than one prompt.
-            options: single fields of ``GenerationConfig`` by their names, and ``request_output_len``, LMDeploy's older
-                name of ``max_new_tokens``.
+            **options: single fields of ``GenerationConfig`` by their names; ``request_output_len``, LMDeploy's older
+                name of ``max_new_tokens``; ``add_generation_prompt`` and ``continue_final_message``: begin a reply, or
+                continue the last message. By default a reply that comes last is continued.
 
         Returns:
             One ``Response`` for one prompt; a list for a list of prompts, or where ``n`` is above 1.
@@ -307,14 +308,17 @@ class Pipeline:
         do_preprocess: bool = True,
         adapter_name: AdapterNames = None,
         session_id: int | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
         **fields: Any,
     ) -> tuple[list[Job], bool]:
         several, single = as_list(prompts)
+        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         configs, adapters = _configs(gen_config, len(several), fields), _adapters(adapter_name, len(several))
         jobs: list[Job] = []
         for prompt, config, adapter in zip(several, configs, adapters, strict=True):
             session = next(self._session_ids) if session_id is None else session_id
-            jobs += self._alternatives(prompt, config, adapter, do_preprocess, session, len(jobs))
+            jobs += self._alternatives(prompt, config, adapter, do_preprocess, ending, session, len(jobs))
         return jobs, single
 
     def _alternatives(
@@ -323,11 +327,12 @@ class Pipeline:
         config: GenerationConfig,
         adapter: str | None,
         do_preprocess: bool,
+        ending: dict[str, bool | None],
         session_id: int,
         first: int,
     ) -> list[Job]:
         made = self.generator
-        ids = encode(prompt, made.tokenizer, made.template, do_preprocess=do_preprocess)
+        ids = encode(prompt, made.tokenizer, made.template, do_preprocess=do_preprocess, **ending)
         how = resolve(
             config,
             made.generation_defaults,

@@ -145,7 +145,8 @@ def _proxy(what: str | None, given: Given) -> int:
     given.without("chats", "api_key", "adapter_name", "meta_instruction")
     given.only("api_server", of="engine", names=())
     given.only(CHATS, of="generation", names=())
-    config = ProxyConfig(**{**from_environment("node_api_key"), **given.proxy})
+    operators = {name: keys.split() for name, keys in from_environment("operator_keys").items()}
+    config = ProxyConfig(**{**from_environment("node_api_key"), **operators, **given.proxy})
     server_config = with_keys(ServerConfig(**{"server_port": PROXY_PORT, **given.server}))
     _stand_in_front(what, ServeOptions(**given.options), server_config, config)
     return 0

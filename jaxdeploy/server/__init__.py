@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ProxyConfig, ServerConfig
+from jaxdeploy.engine.process import exit_if_imported_again
 from jaxdeploy.errors import ConfigError
 
 __all__ = ["serve", "serve_proxy"]
@@ -23,7 +24,11 @@ def serve(
     log_level: str = "INFO",
     progress: bool = False,
 ) -> None:
-    """Call ``jaxdeploy.server.run.serve``. Raises ``ConfigError`` if a package is missing."""
+    """Call ``jaxdeploy.server.run.serve``.
+
+    Raises ``ConfigError`` if a package or the script's main guard is missing.
+    """
+    exit_if_imported_again()
     with _packages("server"):
         from jaxdeploy.server.run import serve as run
     run(model, engine_config, server_config, chat_template=chat_template, log_level=log_level, progress=progress)

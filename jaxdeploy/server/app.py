@@ -30,6 +30,7 @@ def create_app(served: Served, config: ServerConfig) -> FastAPI:
     )
     app.state.served = served
     app.state.needs_keys = bool(config.api_keys)
+    app.state.separates_tenants = config.separate_keys
     app.state.separates_keys = config.separate_keys and len(config.api_keys or ()) > 1
     error_handlers.install(app)
     for router in routers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,7 +11,7 @@ from fastapi import Depends, Request
 
 from jaxdeploy.server.connection import while_connected
 from jaxdeploy.server.errors import ForbiddenError
-from jaxdeploy.server.security import KEY_NAME
+from jaxdeploy.server.security import KEY_NAME, TENANT
 from jaxdeploy.server.served import Origin, Served
 from jaxdeploy.server.sessions import SessionKey
 
@@ -55,7 +56,12 @@ def _served(request: Request) -> Served:
 
 
 def _tenant(request: Request) -> Tenant:
-    return Tenant(request.scope.get(KEY_NAME, "") if request.app.state.separates_keys else "")
+    key = request.scope.get(KEY_NAME, "") if request.app.state.separates_keys else ""
+    named = request.headers.get(TENANT, "") if request.app.state.separates_tenants else ""
+    return Tenant(f"{key}/{named}" if _TENANT_NAME.fullmatch(named) else key)
+
+
+_TENANT_NAME = re.compile(r"[0-9a-f]{16}")
 
 
 def need_keys(request: Request) -> None:
