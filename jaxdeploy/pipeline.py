@@ -42,7 +42,7 @@ AdapterNames: TypeAlias = str | Sequence[str | None] | None
 @any_order
 def pipeline(
     model_path: str | Path,
-    backend_config: EngineConfig | Mapping[str, Any] | None = None,
+    backend_config: EngineConfig | Mapping[str, Any] | str | None = None,
     chat_template_config: ChatTemplateConfig | Mapping[str, Any] | str | None = None,
     log_level: str = "WARNING",
     max_log_len: int | None = None,
@@ -414,8 +414,8 @@ def _configs(given: GenConfigs, count: int, fields: dict[str, Any]) -> list[Gene
     if "request_output_len" in fields:
         fields["max_new_tokens"] = fields.pop("request_output_len")
     over = {name: value for name, value in fields.items() if value is not None}
-    listed = isinstance(given, Sequence) and not isinstance(given, str)
-    several = [config_of(GenerationConfig, one, "gen_config") for one in (given if listed else [given] * count)]
+    listed: Sequence[Any] = given if isinstance(given, list | tuple) else [given] * count
+    several = [config_of(GenerationConfig, one, "gen_config") for one in listed]
     if len(several) != count:
         raise ConfigError(
             f"gen_config has {len(several)} entries for {count} prompts; give one for each, or one for all"

@@ -112,8 +112,8 @@ def test_every_flag_is_used_or_refused(reached: None, program: str, what: str | 
 def test_every_flag_of_a_chat_reaches_the_server(name: str) -> None:
     described = describe(GenerationConfig)[name]
     if described.about.live:
-        value = {bool: False, int: 5, float: 0.75, str: ["x"]}[described.kind]
-        assert sampling_fields(GenerationConfig(**{name: value}))
+        fields: dict[str, Any] = {name: {bool: False, int: 5, float: 0.75, str: ["x"]}[described.kind]}
+        assert sampling_fields(GenerationConfig(**fields))
 
 
 def serve_parser() -> Any:
