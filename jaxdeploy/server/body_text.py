@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ESCAPES = re.compile(
@@ -26,22 +25,23 @@ class Utf8Bodies:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. The body is read as a whole; messages after it pass unchanged."""
+        """ASGI. The body arrives as a whole; messages after it pass unchanged."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        first = await _whole(receive)
-        if first["type"] == "http.request":
-            body = first["body"]
-            first["body"] = well_formed_body(body)
-            if len(first["body"]) != len(body) and "content-length" in (headers := MutableHeaders(scope=scope)):
-                headers["content-length"] = str(len(first["body"]))
-        waiting = [first]
+        complete = False
 
-        async def replayed() -> Message:
-            return waiting.pop() if waiting else await receive()
+        async def well_formed() -> Message:
+            nonlocal complete
+            if complete:
+                return await receive()
+            message = await _whole(receive)
+            complete = True
+            if message["type"] == "http.request":
+                message["body"] = well_formed_body(message["body"])
+            return message
 
-        await self._app(scope, replayed, send)
+        await self._app(scope, well_formed, send)
 
 
 def well_formed_body(body: bytes) -> bytes:
