@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxdeploy.checkpoint import pickle_machine, pickle_reader, safetensors_reader
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
@@ -21,7 +22,7 @@ from jaxdeploy.errors import CheckpointError, ConfigError, JaxdeployError
 from jaxdeploy.models.registry import architecture_of, read_config
 from jaxdeploy.settings import read_yaml
 from jaxdeploy.stored_file import MAX_BYTES, parse_json, shown
-from jaxdeploy.tokenizer import Tokenizer
+from jaxdeploy.tokenizer import Tokenizer, huggingface_file
 from tests.fuzzed_folder import HF, VALUES, fill_byte_level
 from tests.torch_zip import mapping, number, text, write_torch_file, write_zip
 
@@ -297,3 +298,18 @@ def test_odd_yaml(tmp_path: Path, content: str) -> None:
     os.mkfifo(tmp_path / "b.yaml")
     with pytest.raises(ConfigError, match="is not a regular file"):
         read_yaml(str(tmp_path / "b.yaml"))
+
+
+def test_numbers_of_members_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickle_machine, "MOST", 1000)
+    write_zip(tmp_path / "pytorch_model.bin", b"}" * 1001, {})
+    assert "more than 1000 instructions" in open_checkpoint(tmp_path).faults[0]
+    monkeypatch.setattr(pickle_reader, "_LARGEST_DIRECTORY", 100)
+    assert "its zip directory has more than 100 bytes" in open_checkpoint(tmp_path).faults[0]
+    monkeypatch.setattr(safetensors_reader, "_MOST_TENSORS", 2)
+    put_tensors(tmp_path / "model.safetensors", {name: np.zeros(1, np.float32) for name in "abc"})
+    assert "has 3 tensors, 2 at most" in open_checkpoint(tmp_path).faults[0]
+    fill_byte_level(tmp_path, 1)
+    monkeypatch.setattr(huggingface_file, "MOST_TOKENS", 100)
+    with pytest.raises(CheckpointError, match=r"tokens, 100 at most"):
+        Tokenizer.load(tmp_path)
