@@ -179,17 +179,10 @@ def fill_meta(folder: Path) -> None:
     """Meta's layout."""
     sizes = {"dim": 16, "n_layers": 1, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 8, "norm_eps": 1e-5}
     put_json(folder / "params.json", {**sizes, "vocab_size": -1, "rope_theta": 5e5, "use_scaled_rope": True})
-    layer = {
-        "attention.wq": (16, 16),
-        "attention.wk": (8, 16),
-        "attention.wv": (8, 16),
-        "attention.wo": (16, 16),
-        "feed_forward.w1": (48, 16),
-        "feed_forward.w2": (16, 48),
-        "feed_forward.w3": (48, 16),
-        "attention_norm": (16,),
-        "ffn_norm": (16,),
-    }
+    queries = dict.fromkeys(("attention.wq", "attention.wo"), (16, 16))
+    keys = dict.fromkeys(("attention.wk", "attention.wv"), (8, 16))
+    widths = {"feed_forward.w1": (48, 16), "feed_forward.w2": (16, 48), "feed_forward.w3": (48, 16)}
+    layer: dict[str, tuple[int, ...]] = {**queries, **keys, **widths, "attention_norm": (16,), "ffn_norm": (16,)}
     shapes: dict[str, tuple[int, ...]] = {f"layers.0.{name}": shape for name, shape in layer.items()}
     shapes |= {"norm": (16,), "output": (96, 16), "tok_embeddings": (96, 16)}
     held = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}

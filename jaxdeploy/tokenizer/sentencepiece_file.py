@@ -38,7 +38,9 @@ class SentencePieceFile:
         self._pieces = _pieces(path, self._model)
         self._overlay = {t.id: t for t in settings.added}
         self._ids = {t.content: i for i, t in self._overlay.items()}
-        self._controls = [i for i in range(len(self._model)) if self._model.is_control(i) or self._model.is_unknown(i)]
+        every = list(range(len(self._model)))
+        kinds = zip(self._model.is_control(every), self._model.is_unknown(every), strict=True)
+        self._controls = [i for i, kind in enumerate(kinds) if any(kind)]
         self.vocab_size = max(len(self._model), *(i + 1 for i in self._overlay)) if self._overlay else len(self._model)
         self.special_ids = self._special_ids(settings)
         self.strips_first_space = self._strips_first_space()
@@ -150,11 +152,13 @@ def _processor(path: Path, content: bytes) -> Any:
 
 def _pieces(path: Path, model: Any) -> list[str]:
     """The text of every piece. Raises ``CheckpointError``: one is not UTF-8, or a byte piece names no byte."""
+    every = list(range(len(model)))
     try:
-        pieces = [str(piece) for piece in model.id_to_piece(list(range(len(model))))]
+        pieces: list[str] = model.id_to_piece(every)
     except UnicodeDecodeError as error:
         raise _unreadable(path) from error
-    if any(model.is_byte(index) and not BYTE_TOKEN.fullmatch(piece) for index, piece in enumerate(pieces)):
+    bytes_alone = (piece for piece, is_byte in zip(pieces, model.is_byte(every), strict=True) if is_byte)
+    if not all(map(BYTE_TOKEN.fullmatch, bytes_alone)):
         raise _unreadable(path)
     return pieces
 

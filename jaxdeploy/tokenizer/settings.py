@@ -116,8 +116,8 @@ def _added_tokens(folder: Path, stored: StoredFields) -> Iterator[AddedToken]:
         token_id = older.whole(content, None, least=0, most=LARGEST_ID)
         if token_id is not None:
             yield AddedToken(content, token_id, special=False)
-    for token_id, token in stored.nested("added_tokens_decoder").values.items():
-        yield _added_token(folder, token_id, token)
+    for name, token in stored.nested("added_tokens_decoder").values.items():
+        yield _added_token(folder, name, token)
 
 
 def _added_token(folder: Path, token_id: str, token: Any) -> AddedToken:
