@@ -61,6 +61,10 @@ class ApiClient:
             self._http.close()
             raise
 
+    @property
+    def session_len(self) -> None:
+        """Not reported by OpenAI's API."""
+
     def session(self) -> Session:
         """A new conversation; the server is told all of it each time."""
         return Session(next(self._names))

@@ -124,7 +124,7 @@ def bundled_model() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m jaxdeploy.chat`` is ``jaxdeploy chat``."""
+    """``jaxdeploy chat`` with ``argv``; its exit code."""
     from jaxdeploy.cli import main as command
 
     return command(["chat", *(sys.argv[1:] if argv is None else argv)])
@@ -140,4 +140,6 @@ def _unknown_command(word: str, known: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from jaxdeploy.cli import program
+
+    program(["chat", *sys.argv[1:]])

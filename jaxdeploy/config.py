@@ -90,6 +90,7 @@ class EngineConfig:
         "longest prompt plus reply, in tokens; default: what the model was made for, at most 8192",
         None,
         "give a number of tokens",
+        least=2,
     )
     max_batch_size: int | None = _positive(
         "sequences that run at the same time; default: 128 on GPU, 8 on CPU", None, "give a number of sequences"
@@ -499,8 +500,9 @@ class QuantConfig:
     )
     calib_dataset: str | None = setting(
         None,
-        "text to calibrate with: a .txt, .jsonl or .parquet file, or ptb, wikitext2, c4, pileval (fetched); default: "
-        "a text that comes with jaxdeploy",
+        "text to calibrate with: a .txt, .jsonl or .parquet file, or a data set of the hub: ptb, wikitext2, c4, "
+        "pileval, gsm8k, neuralmagic_calibration, open-platypus, openwebtext; default: calibration.jsonl of the "
+        "model's folder, or else a text that comes with jaxdeploy",
     )
     calib_samples: int | None = _positive(
         "pieces of that text; 0: calibrate without data", 128, "0 works without data", least=0

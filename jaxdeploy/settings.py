@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import logging
 import os
 import types
@@ -32,6 +33,7 @@ _LARGEST = 1e308
 """Whole numbers beyond it have no float; infinity and NaN fail the comparison."""
 _LONGEST_YAML = 256 * 2**10
 """Bytes; more would take minutes to parse."""
+_DEEPEST_YAML = 50
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
@@ -202,7 +204,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(read_text(Path(path), _LONGEST_YAML)) or {}
+        text = read_text(Path(path), _LONGEST_YAML)
+        if _flow_depth(text) > _DEEPEST_YAML:
+            raise ConfigError(f"config={path!r} nests more than {_DEEPEST_YAML} lists and mappings; mend the file")
+        content = yaml.safe_load(text) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"config={path!r} cannot be read ({error.strerror}); name a YAML file") from None
     except CheckpointError as error:
@@ -212,6 +217,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"config={path!r} must hold `name: value` lines; mend the file")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _flow_depth(text: str) -> int:
+    """How deeply brackets are nested, at most; the parser's time grows with the square of it."""
+    steps = [1 if letter in "[{" else -1 for letter in text if letter in "[]{}"]
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _naming_the_unknown(init: Callable[..., None], cls: type[Any]) -> Callable[..., None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import write_cli_docs
 
+from jaxdeploy.chat_input import given_prompt
 from jaxdeploy.cli import COMMANDS, command_parser, main
 from jaxdeploy.cli.chat import ChatOptions, template_config
 from jaxdeploy.cli.flags import read_settings
@@ -79,8 +82,26 @@ def test_bad_flag_values(capsys: pytest.CaptureFixture[str], argv: tuple[str, ..
     assert "; " in line
 
 
-def test_empty_prompt_is_only_for_completion(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--cap completion" in fails(capsys, "chat", "nowhere", "--prompt", "")
+def test_a_prompt_comes_from_one_place(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "stdin is empty" in fails(capsys, "chat", "nowhere")
+    assert "stdin is empty" in fails(capsys, "chat", "nowhere", "--prompt", "-")
+    (tmp_path / "text").write_text("from stdin", encoding="utf-8")
+    with (tmp_path / "text").open(encoding="utf-8") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert "two prompts" in fails(capsys, "chat", "nowhere", "--prompt", "hi")
+        assert given_prompt("-") == "from stdin"
+        assert given_prompt("") == "", "nothing is left on stdin"
+    ends = os.pipe()
+    os.write(ends[1], b"piped\n")
+    with os.fdopen(ends[0], encoding="utf-8") as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        assert "two prompts" in fails(capsys, "chat", "nowhere", "--prompt", "hi")
+        os.close(ends[1])
+        assert given_prompt(None) == "piped"
+    assert given_prompt("a\ud83d") == "a\ufffd"
 
 
 def test_flags_become_settings() -> None:

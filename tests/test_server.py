@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from jaxdeploy.api_client import ApiClient, ServerError
 from jaxdeploy.chat import Chat
 from jaxdeploy.chat_session import Conversation
-from jaxdeploy.chat_template.sandbox import CompiledTemplate
+from jaxdeploy.chat_template.jinja import JinjaTemplate
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.generator import TextOutput
@@ -423,7 +423,10 @@ def tool_server(engine: AsyncEngine) -> Iterator[RunningServer]:
         "{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
         "{{ call.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     )
-    usual, made.template = made.template, replace(made.template, jinja=CompiledTemplate(template), name="tools")
+    usual, made.template = (
+        made.template,
+        replace(made.template, jinja=JinjaTemplate("tools", {"default": template}), name="tools"),
+    )
     with running(engine, options={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as server:
         yield server
     made.template = usual

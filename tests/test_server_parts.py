@@ -118,6 +118,11 @@ def test_an_engine_that_has_work_and_does_nothing(monkeypatch: pytest.MonkeyPatc
     assert pulse.still_for(EngineStats(waiting=1, steps=6)) == 0
     now = 100.0
     assert pulse.still_for(EngineStats(waiting=1, steps=6)) == 10
+    assert pulse.still_for(EngineStats(steps=7)) == 0
+    now = 500.0
+    assert pulse.still_for(EngineStats(waiting=1, steps=7)) == 0, "it was idle, and its work may have come just now"
+    now = 570.0
+    assert pulse.still_for(EngineStats(waiting=1, steps=7)) == 70
 
 
 def test_the_conversations_of_longest_ago_are_forgotten() -> None:

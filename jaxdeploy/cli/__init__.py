@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from contextlib import suppress
+from typing import NamedTuple, NoReturn, Protocol, cast
 
 from jaxdeploy.cli.flags import Namespace, Parser
 from jaxdeploy.errors import ConfigError, JaxdeployError
@@ -58,6 +60,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has left. Python would complain once more when it flushes at its own end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run ``main`` as this process, and end it.
+
+    After Ctrl-C the interpreter is not shut down: that can crash while XLA compiles or computes in other threads. The
+    command has closed its model by then.
+    """
+    try:
+        code = main(argv)
+    except KeyboardInterrupt:  # once more, while the first one was handled
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def command_parser(name: str) -> Parser:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxdeploy.chat_input import given_prompt, line_reader
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
 from jaxdeploy.config import LOG_LEVELS, ChatTemplateConfig, EngineConfig, GenerationConfig
-from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.errors import ConfigError
 from jaxdeploy.settings import ignored, setting, settings
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class ChatOptions:
 def add_arguments(parser: Parser) -> None:
     """MODEL, and every setting of chat, engine and generation."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, or an id on the hub; default: bundled")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this on stdout and exit")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this on stdout and exit; -: what is on stdin")
     parser.add_argument("--config", metavar="FILE.yaml", help="flags from a file, e.g. `session_len: 4096`")
     add_settings(parser, ChatOptions, EngineConfig, GenerationConfig)
 
@@ -54,9 +53,7 @@ def run(args: Namespace) -> int:
     of_chat, of_engine, of_generation = read_settings(args, ChatOptions, EngineConfig, GenerationConfig)
     options = ChatOptions(**of_chat)
     gen_config = GenerationConfig(**of_generation)
-    prompt = _piped() if args.prompt is None and not sys.stdin.isatty() else args.prompt
-    if prompt == "" and options.cap != "completion":
-        raise RequestError("prompt='' says nothing; write some text, or add --cap completion to begin from nothing")
+    prompt = given_prompt(args.prompt)
     config = EngineConfig(**{"max_batch_size": 1, **of_engine})
     adapter = _adapter(options.adapter_name, config)
     options.log_level = options.log_level or ("INFO" if prompt is None else "WARNING")
@@ -95,7 +92,6 @@ def _chat(
     model: str | None,
 ) -> int:
     from jaxdeploy.chat import Chat
-    from jaxdeploy.chat_input import line_reader
     from jaxdeploy.chat_session import Conversation, WithAdapter
     from jaxdeploy.cli import INTERRUPTED
 
@@ -129,10 +125,3 @@ def template_config(
     config.capability = capability or config.capability
     config.meta_instruction = config.meta_instruction if meta_instruction is None else meta_instruction
     return config
-
-
-def _piped() -> str:
-    """All of stdin, less the newline that ends its last line."""
-    if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    return sys.stdin.read().removesuffix("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.host_tier import HostTier, Transfer
@@ -77,6 +78,16 @@ class PrefixCache:
                 self._settle(node, sequence.blocks[index])
             sequence.noted.append(node)
 
+    def forget(self, indices: Iterable[int], nodes: Iterable[Node] = ()) -> None:
+        """Forget what is known to be in these blocks and under ``nodes``, with its copies in host memory."""
+        known = [self._on_device.get(index) for index in indices]
+        for node in (*filter(None, known), *nodes):
+            if node.block is not None:
+                del self._on_device[node.block.index]
+                node.block = None
+            self.host.discard(node)
+            self._forget(node)
+
     def transfers(self) -> list[Transfer]:
         """Copies between device and host that must run before the next step, in this order."""
         return self.host.transfers()
@@ -110,8 +121,9 @@ class PrefixCache:
 
     def _forget(self, node: Node) -> None:
         """Once it lies nowhere."""
-        if node.block is None and node.host_block is None:
-            del self._known[node.before, node.tokens]
+        key = node.before, node.tokens
+        if node.block is None and node.host_block is None and self._known.get(key) is node:
+            del self._known[key]
 
     def _key(self, sequence: Sequence, index: int, before: list[Node]) -> _Key:
         tokens = sequence.token_ids[index * self._size : (index + 1) * self._size]

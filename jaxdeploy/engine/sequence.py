@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 from jaxdeploy.engine.adapters import Adapter, Root
+from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, SamplingParams, SpeculationCounts
 
 
@@ -70,8 +71,9 @@ class Sequence:
     int32 indices of its blocks. ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` is how
     others find its tokens, in its own blocks or in such as had the same before (``PrefixCache``). ``settings`` is what
     a step takes of it that never changes, once that is laid out. ``matcher`` follows the reply through its grammar, if
-    it has one. ``reading`` is what its prompt is still read for. A draft model has keys and values of ``drafted``
-    tokens in the same blocks; ``speculation`` counts drafts. It runs with ``adapter``, ``None``: the model itself.
+    it has one. ``fault`` is why it ended with ``FinishReason.ERROR``. ``reading`` is what its prompt is still read for.
+    A draft model has keys and values of ``drafted`` tokens in the same blocks; ``speculation`` counts drafts. It runs
+    with ``adapter``, ``None``: the model itself.
     """
 
     request: Request
@@ -94,6 +96,7 @@ class Sequence:
     drafted: int = 0
     speculation: SpeculationCounts = NO_SPECULATION
     finish_reason: FinishReason | None = None
+    fault: Exception | None = None
     adapter: Adapter | None = None
     reading: Reading = field(init=False)
 
@@ -170,6 +173,7 @@ class Sequence:
         sampling = self.sampling
         if self.matcher is not None and not self.matcher.take(token_id):
             self.finish_reason = FinishReason.ERROR
+            self.fault = RequestError("response_format cannot be followed with this vocabulary; simplify it")
         elif self.generated >= sampling.min_new_tokens and token_id in sampling.stop_token_ids:
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) >= self.longest:

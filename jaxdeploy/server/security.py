@@ -1,4 +1,4 @@
-"""What every request has to pass before a route sees it: its key, and the size of its body."""
+"""What every request has to pass before a route sees it: its key."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import hmac
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxdeploy.server.error_handlers import answer, reply
 
@@ -54,43 +53,6 @@ class KeyCheck:
         body = reply("the API key is missing or wrong; send Authorization: Bearer KEY", "authentication_error")
         body.error.code = "invalid_api_key"
         await answer(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-
-
-class TooLargeError(HTTPException):
-    """A body has more bytes than it said, or than it may have."""
-
-
-class BodyLimit:
-    """Refuses bodies of more than ``most`` bytes, told or not."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app = app
-        self._most = most
-        self._complaint = f"the body is larger than {most} bytes; send less"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        told = Headers(scope=scope).get("content-length", "0")
-        if not told.isdecimal() or int(told) > self._most:
-            await answer(reply(self._complaint, "invalid_request_error"), 413)(scope, receive, send)
-            return
-        taken = 0
-
-        async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._most:
-                raise TooLargeError(413, self._complaint)
-            return message
-
-        try:
-            await self._app(scope, counted, send)
-        except TooLargeError:  # raised in a layer outside the routes, which have handlers for it
-            await answer(reply(self._complaint, "invalid_request_error"), 413)(scope, receive, send)
 
 
 def key_of(headers: Headers) -> bytes:

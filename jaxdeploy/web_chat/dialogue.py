@@ -80,7 +80,8 @@ class Dialogue:
         self.error = self.unsent = ""
         self.user = self.user or secrets.token_hex(8)
         said = well_formed(said)
-        turn = Turn(said, Reply(started=time.perf_counter()))
+        most = manner.gen_config.max_new_tokens
+        turn = Turn(said, Reply(started=time.perf_counter(), max_new_tokens=most))
         events = model.events(self._messages(said, manner), manner.gen_config, self.user)
         self.turns.append(turn)
         writing = self._writing = asyncio.create_task(self._write(turn, events))

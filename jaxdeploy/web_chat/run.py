@@ -14,12 +14,13 @@ from starlette.requests import HTTPConnection
 
 from jaxdeploy.api_client import is_url
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
+from jaxdeploy.server.body_limit import BodyLimit
 from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.listening import address, bound, certificate, listen
 from jaxdeploy.server.local import LocalServer
 from jaxdeploy.server.logs import set_up_logging
 from jaxdeploy.server.run import load
-from jaxdeploy.server.security import BodyLimit, Keys
+from jaxdeploy.server.security import Keys
 from jaxdeploy.web_chat.dialogue import Manner
 from jaxdeploy.web_chat.login import LoginGate
 from jaxdeploy.web_chat.page import CSS, ON_LOAD, page, theme

@@ -281,7 +281,7 @@ def test_settings_count(page: Page, server: str) -> None:
     assert prompt_tokens() > plain + 10, "the system prompt is sent"
     page.fill("#settings input[aria-label*='Longest reply']", "3")
     page.ask("What does --tp do?")
-    assert re.fullmatch(r"3 tokens .* · cut off at max_new_tokens or session_len", page.figures())
+    assert re.fullmatch(r"3 tokens .* · cut off at max_new_tokens", page.figures())
 
 
 def test_too_long_a_conversation(page: Page) -> None:

@@ -155,6 +155,8 @@ class ChatRequest(Sampling):
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
     chat_template_kwargs: TemplateVariables | None = None
+    add_generation_prompt: bool | None = Field(None, description="begin a new reply; default: unless one comes last")
+    continue_final_message: bool | None = Field(None, description="go on with the last message; default: if a reply")
     session_id: int | None = Field(None, ge=-1, lt=2**63, description="a conversation whose cache is kept; -1: none")
 
     safety_identifier: str | None = Field(None, max_length=512, description="newer name of user")
@@ -192,6 +194,11 @@ class ChatRequest(Sampling):
         if self.must_call and self.response_format not in (None, {}, {"type": "text"}):
             raise RequestError("tool_choice has a call made, response_format another text; leave one of them out")
         return self
+
+    @property
+    def ending(self) -> dict[str, bool | None]:
+        """How the prompt ends."""
+        return {name: getattr(self, name) for name in ("add_generation_prompt", "continue_final_message")}
 
     @property
     def may_call(self) -> bool:

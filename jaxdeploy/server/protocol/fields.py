@@ -6,16 +6,17 @@ import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.errors import RequestError
+from jaxdeploy.server.protocol.bounded import Bounded
 
 MOST_ALTERNATIVES = 128
 MOST_STOPS = 16
 LONGEST_STOP = 256
-RESERVED = frozenset({"messages", "tokenizer", "tools", "add_generation_prompt"})
+RESERVED = frozenset({"messages", "tokenizer", "tools", "add_generation_prompt", "continue_final_message"})
 """Variables of a chat template that come from elsewhere."""
 
 NOTHINGS: tuple[Any, ...] = (None, "", [], {})
@@ -67,7 +68,7 @@ Arguments = Annotated[str, BeforeValidator(as_json, json_schema_input_type=str |
 """Arguments of a call, as JSON."""
 
 
-class Strict(BaseModel):
+class Strict(Bounded):
     """A part of a request: a field that is unknown, or whose feature is not there, is an error and never ignored.
 
     Clients send their objects back with null and empty fields. An unknown field with such a value is dropped, and null

@@ -63,7 +63,7 @@ class InteractiveRequest(Named):
         """What is said."""
         if isinstance(self.prompt, str):
             return [{"role": "user", "content": self.prompt}]
-        return [message.model_dump(exclude_none=True) for message in self.prompt]
+        return [message.model_dump() for message in self.prompt]
 
     def generation(self) -> GenerationConfig:
         """How the reply is generated."""

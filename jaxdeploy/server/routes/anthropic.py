@@ -174,7 +174,7 @@ def _usage(replies: Replies) -> AnthropicUsage:
 def _input(arguments: str) -> Any:
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

@@ -13,6 +13,7 @@ from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.errors import ContextLengthError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.collected import Collected
+from jaxdeploy.server.conversation import with_reply
 from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.lmdeploy import (
     Ended,
@@ -97,7 +98,7 @@ async def _turn(
                     history_tokens=before,
                     finish_reason=output.finish_reason and str(output.finish_reason),
                 )
-        conversation.messages = [*messages, {"role": "assistant", "content": whole.text}]
+        conversation.messages = with_reply(messages, whole.text)
         conversation.tokens = len(ids) + len(whole.token_ids)
     if not asked.interactive_mode:
         served.sessions.forget(session)

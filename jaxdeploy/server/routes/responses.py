@@ -22,6 +22,7 @@ from jaxdeploy.server.protocol.responses import (
     InputTokensDetails,
     Item,
     ItemStatus,
+    MessageItem,
     OutputCall,
     OutputItem,
     OutputMessage,
@@ -135,7 +136,7 @@ class _Job:
         response.incomplete_details = IncompleteDetails(reason="max_output_tokens") if cut else None
         response.usage = _usage(self._replies, self._thought_tokens)
         if response.store:
-            items = (*self._before, *response.items)
+            items = _joined(self._before, response.items)
             self._replies.served.responses.keep(StoredResponse(response, items, self._replies.origin.owner))
         return [*events, self._tell(response.status)]
 
@@ -250,6 +251,15 @@ def _begun(asked: ResponsesRequest, replies: Replies, prompt: Prompt) -> Respons
         top_p=sampling.top_p if asked.top_p is None else asked.top_p,
         user=asked.user,
     )
+
+
+def _joined(before: Sequence[Item], output: Sequence[Item]) -> tuple[Item, ...]:
+    """The items of a conversation. A reply that went on from a message is one message with it."""
+    last, first = before[-1], output[0]
+    if isinstance(last, MessageItem) and last.role == "assistant" and isinstance(first, MessageItem):
+        whole = last.model_copy(update={"content": [*last.content, *first.content]})
+        return (*before[:-1], whole, *output[1:])
+    return (*before, *output)
 
 
 def _usage(replies: Replies, thought_tokens: int) -> ResponsesUsage:
