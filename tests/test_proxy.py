@@ -22,7 +22,7 @@ from jaxdeploy.cli import main
 from jaxdeploy.config import ProxyConfig, ServerConfig
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.server.errors import NodeFailedError
-from jaxdeploy.server.proxy import framing, routing
+from jaxdeploy.server.proxy import framing, nodes, routing
 from jaxdeploy.server.proxy.app import create_proxy_app
 from jaxdeploy.server.proxy.asked import Asked
 from jaxdeploy.server.proxy.nodes import HALF_LIFE, Exchange, Node
@@ -403,7 +403,8 @@ def test_a_silent_node_is_a_504(stack: ExitStack) -> None:
 
 
 @pytest.mark.slow
-def test_nodes_that_die_again_and_again(stack: ExitStack) -> None:
+def test_nodes_that_die_again_and_again(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "BARRED_SECONDS", 1.0)  # these nodes come back at once, and may die three times in a row
     proxy = Running(stack, "abc", max_attempts=10)
     for node in proxy.nodes:
         node.does.words, node.does.pause = WORDS * 5, 0.02

@@ -326,8 +326,17 @@ class Model:
 
 app = create_app(Model(), Manner(), ServerConfig(api_keys=["k"]))
 (below,) = [route.app for route in app.routes if hasattr(getattr(route, "app", None), "tokens")]
-routes = [(route.path, getattr(route, "methods", None) or ["GET"]) for route in below.routes]
-print(json.dumps([(method, path) for path, methods in routes for method in methods]))
+
+
+def flat(routes):
+    for route in routes:
+        if hasattr(route, "path"):
+            yield from ((method, route.path) for method in getattr(route, "methods", None) or ["GET"])
+        else:
+            yield from flat(route.original_router.routes)
+
+
+print(json.dumps(list(flat(below.routes))))
 """
 """Prints every route of the page's library."""
 

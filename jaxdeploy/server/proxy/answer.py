@@ -89,7 +89,7 @@ async def whole_answer(body: bytes) -> bytes:
 
 
 def _kept(response: httpx2.Response) -> Headers:
-    headers = []
+    headers: Headers = []
     for raw_name, raw_value in response.headers.raw:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
         usable = len(value) <= LONGEST_HEADER and value.isascii() and value.isprintable()
