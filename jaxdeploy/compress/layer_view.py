@@ -17,7 +17,8 @@ class Inputs:
 
     ``tokens`` is how many there were, ``mean_abs`` [K] the mean of |x|, ``peak`` [K] the largest |x|, ``sample`` [T, K]
     the inputs of T of them, evenly taken, ``gram`` [K, K] the mean of x xᵀ, ``None`` where the method needs none.
-    Data-free runs have 0 tokens and stand-ins for the rest.
+    ``unseen`` [U, K] are inputs from sequences that no other field counts, to test what a search found; ``None`` if
+    there are too few sequences. Data-free runs have 0 tokens and stand-ins for the rest.
     """
 
     tokens: int
@@ -25,6 +26,7 @@ class Inputs:
     peak: jax.Array
     sample: jax.Array
     gram: jax.Array | None = None
+    unseen: jax.Array | None = None
 
 
 class Fold(Protocol):
@@ -72,8 +74,8 @@ class LayerView(Protocol):
         """A linear's inputs, computed with the weights as they are now."""
         ...
 
-    def store(self, name: str, rounded: Rounded | ChannelRounded) -> None:
-        """Put ``rounded`` in place of a linear's weight."""
+    def store(self, name: str, rounded: Rounded | ChannelRounded, note: str = "") -> None:
+        """Put ``rounded`` in place of a linear's weight; the report shows ``note``."""
         ...
 
 
