@@ -209,7 +209,7 @@ class _Run:
         return size
 
     def _kv_parameters(self, passage: Passage) -> Array | None:
-        """What ``calibrate`` found; ``None`` for 4 bits, since such files make quant_policy 4 mean 8 bits."""
+        """What ``calibrate`` found; ``None`` for 4 bits, as the files make quant_policy 4 mean 8 bits."""
         if self.config.kv_bits != 8 or not all(passage.kv_ranges):
             return None
         return _kv_parameters(passage.kv_ranges)

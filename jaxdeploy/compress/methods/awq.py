@@ -1,8 +1,8 @@
 """AWQ (arXiv:2306.00978): finer steps for inputs that carry large activations, then spans clipped where that pays.
 
 Inputs are multiplied by s = (mean |x|)^α and what produces them is divided by s, so that the weights of busy inputs get
-finer steps. α is searched, and so is the share of its span that each group keeps; both by the error of the linear's
-outputs on a sample of its inputs. What loses on other inputs than those of the sample is not used.
+finer steps. α is searched by the error of the linear's outputs on a sample of its inputs. So is the share of its span
+that each group keeps. A result that loses on inputs outside the sample is not used.
 """
 
 from __future__ import annotations
