@@ -15,6 +15,7 @@ import pytest
 from jaxdeploy.compress import texts
 from jaxdeploy.compress.calibration import SPREAD, Calibration, calibration_ids
 from jaxdeploy.compress.hub_texts import HUB
+from jaxdeploy.compress.rows import DOCUMENT_END
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.tokenizer import Tokenizer
 
@@ -498,6 +499,6 @@ class TestBundledText:
         _, pieces = texts.open_texts(None, folder=None, setting="calib_dataset", evaluate=False, render=lambda _: None)
         joined = "".join(piece.text for piece in pieces)
         assert "<<<" not in joined
-        assert joined.replace(texts.DOCUMENT_END, "") == self.text.replace("<<<>>>\n", "\n").rstrip().replace(
+        assert joined.replace(DOCUMENT_END, "") == self.text.replace("<<<>>>\n", "\n").rstrip().replace(
             "\n\n", ""
         )

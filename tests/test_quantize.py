@@ -39,6 +39,7 @@ from jaxdeploy.models.families import llama
 from jaxdeploy.models.quantized import Int4Weight, Int8Weight
 from jaxdeploy.models.registry import FAMILIES, family_of
 from jaxdeploy.models.weights import ParamPath, decoder_weights, less
+from jaxdeploy.whole_file import put_file
 from pallas_kernels.w4a16_matmul.packing import unpack
 from tests.selection import every_other
 from tests.tiny_models import Array
@@ -163,7 +164,7 @@ def test_norms_that_are_stored_with_an_offset(tmp_path: Path, monkeypatch: pytes
     tensors = {name: np.array(ref.read()) for name, ref in open_checkpoint(model).items()}
     put_tensors(model / "model.safetensors", {**tensors, norm: tensors[norm] - tensors[norm].dtype.type(1)})
     used = parameters_of_a_run(monkeypatch)
-    run(model, tmp_path / "out", method="awq", eval_samples=0)
+    run(model, tmp_path / "out", method="awq", search_scale=False, eval_samples=0)
     path = ("layers", 0, "attention_norm", "scale")
     stored = open_checkpoint(tmp_path / "out")[norm].read()
     assert stored.dtype == jnp.bfloat16
@@ -237,7 +238,8 @@ def test_other_layouts(model: Path, tmp_path: Path, layout: str) -> None:
 
 def test_act_order_on_disk(model: Path, tmp_path: Path) -> None:
     """Groups of scattered inputs: ``g_idx`` is written, and read back as an order of inputs."""
-    run(model, tmp_path / "out", method="gptq", static_groups=False, w_group_size=32, eval_samples=0)
+    settings = {"method": "gptq", "static_groups": False, "w_group_size": 32, "eval_samples": 0}
+    run(model, tmp_path / "out", **settings, calib_samples=32)  # with less, rounding to nearest wins
     assert read_hf_config(tmp_path / "out")["quantization_config"]["desc_act"] is True
     weight = load_decoder(tmp_path / "out").layers[1].mlp.down
     assert isinstance(weight, Int4Weight)
@@ -375,7 +377,7 @@ def test_killed_and_resumed(
 ) -> None:
     """Killed after so many files, a run goes on and ends as an uninterrupted one."""
     count = 0
-    put = writing.put_file
+    put = put_file
 
     def dying(file: Path, write: Any) -> None:
         nonlocal count
@@ -472,7 +474,7 @@ def test_quantised_already(tmp_path: Path, written: dict[str, tuple[Path, Report
 @pytest.mark.parametrize("fails", [3, 8, 10])
 def test_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
     """One line, nothing that looks finished; with room again, the run goes on."""
-    put, count = writing.put_file, 0
+    put, count = put_file, 0
 
     def full(file: Path, write: Any) -> None:
         nonlocal count

@@ -78,10 +78,11 @@ def hub_pieces(label: str, hub: HubText, split: str, render: Render) -> Iterator
     Raises ``ConfigError`` with ``label`` if ``datasets`` is not installed or cannot load the data set.
     """
     datasets = imported("datasets", f"{label} is read from the hub", "datasets", "a local .txt or .jsonl file")
-    path, options = hub.path, {"name": hub.config}
+    path = hub.path
+    options: dict[str, Any] = {"name": hub.config}
     if hub.converted is not None:
-        files = _CONVERTED.format(hub.path, hub.converted.format(split=split))
-        path, options = "parquet", {"data_files": {split: files}}
+        path = "parquet"
+        options = {"data_files": {split: _CONVERTED.format(hub.path, hub.converted.format(split=split))}}
     try:
         for row in datasets.load_dataset(path, split=split, streaming=True, **options):
             yield from pieces_of(hub.content(row), render) or ()

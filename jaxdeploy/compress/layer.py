@@ -41,6 +41,7 @@ class LayerInWork:
         self.params = dict(params)
         self.rounded: dict[str, Rounded | ChannelRounded] = {}
         self.errors: dict[str, tuple[float, float]] = {}
+        self.notes: dict[str, str] = {}
         self._grids, self._listen, self._one_by_one = grids, listen, one_by_one
         self._inputs: dict[str, Inputs] = {}
         known = folds(config, self.params, rounded, self._multiply_rows)
@@ -72,7 +73,7 @@ class LayerInWork:
             self._inputs |= self._listen(self.params, wanted)
         return self._inputs[name]
 
-    def store(self, name: str, rounded: Rounded | ChannelRounded) -> None:
+    def store(self, name: str, rounded: Rounded | ChannelRounded, note: str = "") -> None:
         """See ``LayerView``. Raises ``CheckpointError`` where the result is not finite."""
         before, after = self.weight(name), rounded.value()
         sample = self.inputs(name).sample
@@ -81,6 +82,7 @@ class LayerInWork:
         if not (math.isfinite(output) and math.isfinite(weight)):
             raise CheckpointError(f"{name}: the quantised weight or its output is not finite")
         self.errors[name], self.rounded[name] = (output, weight), rounded
+        self.notes[name] = note
         path = LINEARS[name]
         self.params[path] = after.reshape(self.params[path].shape)
         if self._one_by_one:
@@ -97,6 +99,7 @@ class LayerInWork:
                 known.peak / factors,
                 known.sample / factors,
                 None if known.gram is None else known.gram / (factors[:, None] * factors),
+                None if known.unseen is None else known.unseen / factors,
             )
 
 

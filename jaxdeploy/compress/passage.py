@@ -137,7 +137,16 @@ class Passage:
             linear, grid = sources[LINEARS[name]].linear, view.grid(name)
             assert linear is not None
             made.append(
-                LinearReport(index, name, linear.modules, grid.bits, grid.group_size, output_error, weight_error)
+                LinearReport(
+                    index,
+                    name,
+                    linear.modules,
+                    grid.bits,
+                    grid.group_size,
+                    output_error,
+                    weight_error,
+                    view.notes[name],
+                )
             )
         return made
 

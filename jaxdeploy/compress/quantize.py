@@ -23,7 +23,7 @@ from jaxdeploy.compress.beside_model import BesideModel
 from jaxdeploy.compress.calibration import Calibration, calibration_ids
 from jaxdeploy.compress.layout import Layout
 from jaxdeploy.compress.passage import Passage
-from jaxdeploy.compress.report import Report
+from jaxdeploy.compress.report import LinearReport, Report
 from jaxdeploy.compress.weights import FloatModel, Outer
 from jaxdeploy.compress.work_dir import WorkDir, is_folder_of, real_path
 from jaxdeploy.config import QuantConfig
@@ -138,7 +138,7 @@ class _Run:
             seconds=time.perf_counter() - start,
             seconds_per_layer=passage.seconds,
             peak_memory=_peak_memory(mesh.devices.flat[0]),
-            notes=tuple(self._notes()),
+            notes=tuple(self._notes(passage.linears)),
         )
         if work is not None:
             with work.disk():
@@ -209,7 +209,7 @@ class _Run:
         return size
 
     def _kv_parameters(self, passage: Passage) -> Array | None:
-        """What ``calibrate`` found; ``None`` for 4 bits, since such files make quant_policy 4 mean 8 bits."""
+        """What ``calibrate`` found; ``None`` for 4 bits, as the files make quant_policy 4 mean 8 bits."""
         if self.config.kv_bits != 8 or not all(passage.kv_ranges):
             return None
         return _kv_parameters(passage.kv_ranges)
@@ -226,9 +226,14 @@ class _Run:
         }
         return {name: size / 2**30 for name, size in sizes.items()}
 
-    def _notes(self) -> Iterator[str]:
+    def _notes(self, linears: Sequence[LinearReport]) -> Iterator[str]:
         if self.data.note:
             yield self.data.note
+        if lost := sum(bool(linear.note) for linear in linears):
+            yield (
+                f"{lost} of {len(linears)} matrices do without what a search found, because it lost to rounding to "
+                "nearest on calibration text that the search had not seen"
+            )
         if not self.data.calib.size:
             yield "calibrated without data: activations count by the scales of the norms before them"
         if not self._writes:

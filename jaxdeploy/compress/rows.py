@@ -49,7 +49,7 @@ def _messages(value: Any) -> list[Message]:
     """The messages of a conversation with their contents as text; none if ``value`` is anything else."""
     if not isinstance(value, list) or not all(isinstance(item, dict) and "role" in item for item in value):
         return []
-    messages = [{**item, "content": _text_of(item.get("content"))} for item in value]
+    messages: list[Message] = [{**item, "content": _text_of(item.get("content"))} for item in value]
     return messages if any(message["content"] for message in messages) else []
 
 
