@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from jaxdeploy.api_client import ApiClient, ServerError
 from jaxdeploy.chat import Chat
 from jaxdeploy.chat_session import Conversation
-from jaxdeploy.chat_template.sandbox import CompiledTemplate
+from jaxdeploy.chat_template.jinja import JinjaTemplate
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.generator import TextOutput
@@ -423,7 +423,10 @@ def tool_server(engine: AsyncEngine) -> Iterator[RunningServer]:
         "{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
         "{{ call.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     )
-    usual, made.template = made.template, replace(made.template, jinja=CompiledTemplate(template), name="tools")
+    usual, made.template = (
+        made.template,
+        replace(made.template, jinja=JinjaTemplate("tools", {"default": template}), name="tools"),
+    )
     with running(engine, options={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as server:
         yield server
     made.template = usual
@@ -486,6 +489,15 @@ def test_thoughts_are_told_apart(tool_server: RunningServer) -> None:
         ]
     assert "".join(delta.content or "" for delta in deltas) == "42"
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == message.reasoning_content
+
+
+def test_what_a_tool_has_wrong_is_named(tool_server: RunningServer) -> None:
+    word = {"type": "object", "properties": {"word": {"type": "string", "pattern": "^(?!x)y$"}}}
+    tool = {"type": "function", "function": {"name": "spell", "parameters": word}}
+    reply = post(tool_server, "/v1/chat/completions", messages=ASK, tools=[tool], tool_choice="required")
+    assert reply.status_code == 400
+    says = "tools cannot be followed: spell.properties.word.pattern='^(?!x)y$': look-around, including look-ahead"
+    assert reply.json()["error"]["message"].startswith(says)
 
 
 def test_tools_need_a_known_form_of_calls(server: RunningServer) -> None:

@@ -96,7 +96,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             meter.allow(growth.operator_growth(meter, operator, left, right))
         return meter.made(self.binop_table[operator](left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """``obj(*args, **kwargs)``; the names leave all keywords to the template, as in jinja."""
         meter = __self.meter
         owner = getattr(__obj, "__self__", None)
@@ -181,14 +181,14 @@ class CountingGenerator(CodeGenerator):
             self.writeline(f"environment.tick({sum(map(_written, statements))})")
         super().blockvisit(statements, frame)
 
-    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:  # noqa: N802
         """A loop, whose condition runs for items that its body never sees."""
         if node.test is not None:
             tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
             node.test = nodes.And(tick, node.test)
         super().visit_For(node, frame)
 
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         """``a ~ b``."""
         self.write("environment.joined((")
         for part in node.nodes:
@@ -196,24 +196,24 @@ class CountingGenerator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
-    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
         """``a == b``, ``a in b``."""
         self.write("(environment.tick() and ")
         super().visit_Compare(node, frame)
         self.write(")")
 
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
         """``(a, b)``, unless it is assigned to."""
         if node.ctx == "load":
             self._made(super().visit_Tuple, node, frame)
         else:
             super().visit_Tuple(node, frame)
 
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
         """``[a, b]``."""
         self._made(super().visit_List, node, frame)
 
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
         """``{a: b}``."""
         self._made(super().visit_Dict, node, frame)
 
@@ -259,6 +259,7 @@ class TemplateDict:
     """``dict`` for templates, without the attributes of the type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """``dict``."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
