@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from jaxdeploy.chat import bundled_model
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.engine.grammar import Grammars
+from jaxdeploy.engine.grammar import FORCED, Grammars, _Vocabulary
 from jaxdeploy.errors import RequestError
 from jaxdeploy.generation_config import resolve
 from jaxdeploy.response_format import LARGEST, grammar_of
@@ -264,3 +264,27 @@ def test_a_model_with_more_logits_than_its_tokenizer_has_tokens(tokenizer: Token
     assert not bits[:2, VOCAB:size].any()
     assert bits[2].all(), "behind a draft that does not follow nothing is said"
     assert matcher.take(first[0])
+
+
+def test_a_long_text_that_must_come_is_turned_into_tokens_in_parts(
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step does not take longer for it, and tokens are those of the tokenizer."""
+    text = "How do I start a chat? " * 100
+    given: list[int] = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **how: given.append(len(text)) or encode(text, **how))
+    matcher = grammars.matcher(form("choice", choice=[text]))
+    for token_id in encode(text, add_bos=False)[:20]:
+        words = np.full(VOCAB // 32, 0xFFFFFFFF, np.uint32)
+        matcher.allow(words)
+        assert np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist() == [token_id]
+        assert matcher.take(token_id)
+    assert max(given) <= FORCED + 1
+
+
+def test_a_tokenizer_that_cannot_spell_a_text_gives_its_longest_beginning(tokenizer: Tokenizer) -> None:
+    vocabulary = _Vocabulary(tokenizer, VOCAB, [EOS])
+    vocabulary.tokens = [token if len(token) == 1 else b"" for token in vocabulary.tokens]
+    (token_id,) = vocabulary("chat")
+    assert vocabulary.tokens[token_id] == b"c"

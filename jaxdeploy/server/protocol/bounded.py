@@ -28,7 +28,7 @@ def _bounded(schema: Any) -> Any:
     if inner.get("type") == "list":
         return {**inner, "fail_fast": True}
     if inner.get("type") == "dict" and inner.get("values_schema", _ANY)["type"] != "any":
-        return core_schema.no_info_before_validator_function(_few, inner)  # type: ignore[arg-type]
+        return core_schema.no_info_before_validator_function(_few, inner)
     return inner
 
 
