@@ -307,7 +307,11 @@ def _written(statement: nodes.Node) -> int:
 def _bounded(
     meter: Meter, owner: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """The arguments of a method of a text, after a look at how much it would build."""
+    """The arguments of a method of a text, after a look at how much it would build.
+
+    Jinja adds keywords of its own, such as ``_loop_vars``, which are none of the method's.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}
     if method == "join" and len(args) == 1:
         if isinstance(args[0], str):
             meter.allow(growth.ITEM * len(args[0]))
