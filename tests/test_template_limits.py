@@ -178,6 +178,16 @@ def test_a_conversation_may_be_as_long_as_it_likes() -> None:
     assert len(CompiledTemplate("{{ messages[0].content | trim + '!' }}").render({"messages": large})) == 20_000_001
 
 
+def test_what_is_usual_is_within_limits() -> None:
+    source = (
+        "{{ '{} {a:>4}'.format(1, a=2) }}{{ ('<{}>' | safe).format('&') }}{{ '%3s %(x)s' | replace('%', '') }}"
+        "{{ '%-4s|' % 'x' }}{{ '-' * 3 }}{{ [1, 2] | sum }}{{ [3, 4] | join(', ') }}{{ 'a\nb' | indent(2) }}"
+        "{{ {'a': 1} | tojson(indent=2) }}{{ 2 ** 10 }}{{ 'x'.center(3) }}{{ [1, 2, 3] | batch(2) | list }}"
+    )
+    text = CompiledTemplate(source).render(CONVERSATION)
+    assert text == '1    2<&amp;>3s (x)sx   |---33, 4a\n  b{\n  "a": 1\n}1024 x [[1, 2], [3]]'
+
+
 def test_renderings_in_threads_are_counted_apart() -> None:
     template = CompiledTemplate("{% for i in range(40000) %}{{ i }}{% endfor %}")
     texts: list[str] = []
