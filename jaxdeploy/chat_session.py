@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,14 @@ from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 if TYPE_CHECKING:
     from jaxdeploy.pipeline import Pipeline
 
-_ENDINGS = {FinishReason.ABORT: " · stopped", FinishReason.LENGTH: " · cut off at max_new_tokens or session_len"}
-
 
 class Speaker(Protocol):
     """A model to talk with: a ``Pipeline``, or one behind a server."""
+
+    @property
+    def session_len(self) -> int | None:
+        """Longest prompt plus reply, in tokens; ``None`` where that is not known."""
+        ...
 
     def session(self) -> Session:
         """A new conversation."""
@@ -47,6 +51,11 @@ class WithAdapter:
 
     pipe: Pipeline
     name: str
+
+    @property
+    def session_len(self) -> int:
+        """Longest prompt plus reply, in tokens."""
+        return self.pipe.session_len
 
     def session(self) -> Session:
         """A new conversation."""
@@ -94,7 +103,10 @@ class Conversation:
 
 @dataclass
 class Reply:
-    """A reply with its counts; times in seconds of ``time.perf_counter``."""
+    """A reply with its counts; times in seconds of ``time.perf_counter``.
+
+    ``max_new_tokens`` is what was asked for. ``full`` is whether the session reached ``session_len``, where known.
+    """
 
     text: str = ""
     tokens: int = 0
@@ -103,6 +115,17 @@ class Reply:
     first: float | None = None
     ended: float = 0.0
     thought: str = ""
+    max_new_tokens: int | None = None
+    full: bool | None = None
+
+    @property
+    def limit(self) -> str:
+        """The setting that cut the reply off."""
+        if self.full:
+            return "session_len"
+        if self.full is False or self.tokens >= (self.max_new_tokens or sys.maxsize):
+            return "max_new_tokens"
+        return "max_new_tokens or session_len"
 
     def summary(self) -> str:
         """The figures as a note beside the reply."""
@@ -115,7 +138,11 @@ class Reply:
             parts.append(f"TTFT {self.first - self.started:.2f} s")
             if self.tokens > 1 and self.ended > self.first:
                 parts.append(f"{(self.tokens - 1) / (self.ended - self.first):.1f} tok/s")
-        return " · ".join(parts) + (_ENDINGS.get(self.finish_reason, "") if self.finish_reason else "")
+        if self.finish_reason is FinishReason.ABORT:
+            parts.append("stopped")
+        if self.finish_reason is FinishReason.LENGTH:
+            parts.append(f"cut off at {self.limit}")
+        return " · ".join(parts)
 
 
 def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, write: Callable[[str], Any]) -> Reply:
@@ -126,7 +153,7 @@ def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, wr
         JaxdeployError: the reply ended with an error.
     """
     session = pipe.session()
-    reply = Reply(started=time.perf_counter())
+    reply = Reply(started=time.perf_counter(), max_new_tokens=gen_config.max_new_tokens)
     with _stopping_on_interrupt(pipe, session):
         for piece in pipe.stream_infer(prompt, gen_config, session_id=session.session_id):
             reply.ended = time.perf_counter()
@@ -135,6 +162,8 @@ def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, wr
             reply.text += piece.text
             reply.tokens, reply.finish_reason = piece.generate_token_len, piece.finish_reason
             write(piece.text)
+            if pipe.session_len is not None:
+                reply.full = piece.input_token_len + piece.generate_token_len >= pipe.session_len
             if piece.error is not None:
                 raise piece.error
     return reply

@@ -18,11 +18,16 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it logits divided by the temperature may overflow, and a draw is the most likely token anyway."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen, in token ids only: texts were translated before a request reaches the engine.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 and ``top_p`` 1.0 keep every token. ``logprobs`` is the number of
+    A ``temperature`` below ``LEAST_TEMPERATURE`` is greedy. ``top_k`` 0 and ``top_p`` 1.0 keep every token.
+    ``logprobs`` is the number of
     alternatives reported with each token; ``None`` reports nothing, 0 only the chosen token's own; ``prompt_logprobs``
     is the same for the tokens of the prompt. ``grammar`` is what the reply must follow, in llguidance's form.
     ``logit_bias`` is added to the logits of these tokens. ``num_speculative_tokens`` are drafted at a time, at most;
@@ -50,7 +55,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature == 0.0 or self.top_k == 1
+        return self.temperature < LEAST_TEMPERATURE or self.top_k == 1
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Request:
     server takes for one. A request that is not complete ``timeout`` seconds after it came is aborted, ``None`` never.
     A prompt that goes on from the last request of its ``session_id`` has only new tokens computed, as long as the old
     ones are in the cache. ``embed`` asks for the hidden states of the prompt. ``adapter`` is the name of a LoRA adapter
-    that is loaded, ``None`` the model itself.
+    that is loaded, ``None`` the model itself. Only prompts with the same ``cache_salt`` share cached blocks.
     """
 
     request_id: str
@@ -73,6 +78,7 @@ class Request:
     session_id: str | None = None
     embed: bool = False
     adapter: str | None = None
+    cache_salt: str = ""
 
     @property
     def reads_prompt(self) -> bool:

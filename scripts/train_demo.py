@@ -2,7 +2,11 @@
 
     python scripts/train_demo.py --config configs/train/demo.yaml [key=value ...] --work-dir ./work_dir
 
-A run that was stopped goes on from its newest checkpoint when the same command is given again. Needs the [train] extra.
+To teach a finished model new facts, train it for a few more steps:
+
+    python scripts/train_demo.py --config configs/train/demo_update.yaml --start jaxdeploy/demo --work-dir ./work_dir
+
+A run that was stopped resumes from its newest checkpoint when the same command is given again. Needs the [train] extra.
 """
 
 from __future__ import annotations
@@ -12,10 +16,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "scripts")]
 
 from bench_record import picture_path, result_path  # noqa: E402
+from demo.calibration_text import write_calibration_text  # noqa: E402
 from demo.dialogues import make_dialogues  # noqa: E402
 from demo.evaluation import evaluate, sample_conversation, write_results  # noqa: E402
 from demo.export import export, plot_losses  # noqa: E402
@@ -23,11 +30,14 @@ from demo.tokenizer import IM_END, load_tokenizer, save_tokenizer, train_tokeniz
 from demo.training import TrainConfig, train  # noqa: E402
 
 from jaxdeploy.checkpoint.export import claim  # noqa: E402
+from jaxdeploy.checkpoint.model import load_model  # noqa: E402
+from jaxdeploy.compress.texts import OWN_TEXT  # noqa: E402
 from jaxdeploy.errors import JaxdeployError  # noqa: E402
 from jaxdeploy.models.registry import read_config  # noqa: E402
+from jaxdeploy.parallel.mesh import make_mesh  # noqa: E402
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-MODEL_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors")
+MODEL_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors", OWN_TEXT)
 RUN_FILES = (*TOKENIZER_FILES, "losses.json", "checkpoints")
 
 
@@ -47,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config file")
     parser.add_argument("--config", type=Path, default=REPOSITORY / "configs/train/demo.yaml", help="settings (YAML)")
+    parser.add_argument("--start", type=Path, metavar="FOLDER", help="model to start from, with its tokenizer")
     parser.add_argument("--work-dir", type=Path, default=Path("work_dir"), help="checkpoints and the loss log")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "jaxdeploy/demo", help="folder of the finished model")
     parser.add_argument("--steps", type=int, help="short for steps=N")
@@ -61,11 +72,16 @@ def run(args: argparse.Namespace) -> None:
     config = TrainConfig.read(args.config, overrides)
     claim(args.out, "train_demo", MODEL_FILES)
     claim(args.work_dir, "train_demo", RUN_FILES)
-    tokenizer = _tokenizer(config, args.work_dir)
+    tokenizer = _tokenizer(config, args.work_dir) if args.start is None else load_tokenizer(args.start)
     hf = hf_config(config, tokenizer)
-    decoder, losses = train(config, read_config(hf), tokenizer, args.work_dir)
+    model = read_config(hf)
+    start = None
+    if args.start is not None:
+        start = load_model(args.start, hf, mesh=make_mesh(1), dtype=jnp.dtype(jnp.float32), model=model)
+    decoder, losses = train(config, model, tokenizer, args.work_dir, start)
     save_tokenizer(tokenizer, args.out, max_length=config.max_position)
     export(decoder, hf, args.out)
+    write_calibration_text(args.out)
     plot_losses(losses, config, args.plot)
     write_results(args.results, config, losses, evaluate(args.out, config), args.out)
     print(sample_conversation(args.out))

@@ -51,7 +51,7 @@ def test_help_is_quick() -> None:
 
 
 def test_unknown_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "did you mean 'chat'" in fails(capsys, "chatt")
+    assert "the nearest one is chat;" in fails(capsys, "chatt")
     assert "the nearest one is --session-len" in fails(capsys, "chat", "--sesion-len", "5")
     assert "is one too many" in fails(capsys, "chat", "model", "other")
     assert "expected one argument" in fails(capsys, "chat", "--tp")
@@ -136,15 +136,15 @@ def test_flags_come_before_the_file(tmp_path: Path) -> None:
 
 
 def test_template_of_the_flags(tmp_path: Path) -> None:
-    assert template_config(ChatOptions(chat_template="vicuna")) == "vicuna"
-    assert template_config(ChatOptions()) is None
-    both = template_config(ChatOptions(chat_template="vicuna", cap="completion"))
+    assert template_config("vicuna", None) == "vicuna"
+    assert template_config(None, None) is None
+    both = template_config("vicuna", "completion")
     assert both == ChatTemplateConfig(model_name="vicuna", capability="completion")
     path = tmp_path / "mine.json"
     ChatTemplateConfig(user="U:").to_json(path)
-    from_file = template_config(ChatOptions(chat_template=str(path), cap="python"))
+    from_file = template_config(str(path), "python")
     assert from_file == ChatTemplateConfig(user="U:", capability="python")
-    assert template_config(ChatOptions(chat_template="x.jinja", cap="chat")) == "x.jinja"
+    assert template_config("x.jinja", "chat") == "x.jinja"
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,3 +154,57 @@ def test_an_unknown_setting_is_named(demo: Any) -> None:
     module = importlib.import_module("demo.training")
     with pytest.raises(ConfigError, match="stesp"):
         module.TrainConfig.read(Path(SCRIPTS).parent / "configs/train/demo.yaml", ["stesp=3"])
+
+
+FLAGS_WITHOUT_A_SETTING = {"--config", "--prompt"}
+
+
+def test_flag_facts_are_those_of_the_settings(demo: Any) -> None:
+    """The bundled model is trained on these facts; when one changes, ``configs/train/demo_update.yaml`` is run."""
+    from jaxdeploy.cli import command_parser
+    from jaxdeploy.cli.chat import ChatOptions
+    from jaxdeploy.cli.flags import read_settings
+    from jaxdeploy.config import EngineConfig, GenerationConfig
+    from jaxdeploy.settings import describe
+
+    classes = (ChatOptions, EngineConfig, GenerationConfig)
+    known = {name: described for cls in classes for name, described in describe(cls).items()}
+    for flag in importlib.import_module("demo.flags").FLAGS:
+        if flag.name in FLAGS_WITHOUT_A_SETTING:
+            continue
+        for value in flag.values:
+            given = read_settings(command_parser("chat").read([flag.name, value.strip('"')]), *classes)
+            for cls, fields in zip(classes, given, strict=True):
+                cls(**fields)
+        described = known[flag.name[2:].replace("-", "_")]
+        assert described.about.live
+        if described.default is None:
+            assert all(number in described.about.help for number in re.findall(r"\d+", flag.default))
+        else:
+            assert flag.default == str(described.default)
+        if len(described.about.choices) <= 4:
+            assert all(
+                re.search(rf"\b{choice}\b", f"{flag.meaning} {flag.values}") for choice in described.about.choices
+            )
+
+
+def test_no_fact_says_that_a_feature_is_missing(demo: Any) -> None:
+    facts = importlib.import_module("demo.commands").COMMANDS
+    texts = [fact.answer for fact in facts]
+    texts += [flag.meaning for flag in importlib.import_module("demo.flags").FLAGS]
+    assert not [text for text in texts if re.search(r"not yet|for now|later|coming", text, re.IGNORECASE)]
+
+
+def test_commands_in_the_answers_exist(demo: Any) -> None:
+    from jaxdeploy.chat import HELP
+    from jaxdeploy.cli import COMMANDS
+    from jaxdeploy.cli.lite import METHODS
+    from jaxdeploy.cli.serve import PROGRAMS
+
+    programs = {"lite": METHODS, "serve": PROGRAMS}
+    for fact in importlib.import_module("demo.commands").COMMANDS:
+        for command, program in re.findall(r"jaxdeploy (chat|list|check_env|lite|serve) ([a-z_0-9]*)", fact.answer):
+            assert command in COMMANDS
+            assert program in programs.get(command, {program})
+        for command in re.findall(r"(?<!\w)/[a-z]+", fact.answer):
+            assert command in HELP

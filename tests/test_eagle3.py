@@ -197,7 +197,10 @@ def plain_layer(named: dict[str, Array], embedded: Array, features: Array) -> Ar
     return out
 
 
-@pytest.mark.parametrize(("length", "max_prefill"), [(2, 64), (16, 64), (70, 32)])
+@pytest.mark.parametrize(
+    ("length", "max_prefill"),
+    [(2, 64), pytest.param(16, 64, marks=pytest.mark.slow), pytest.param(70, 32, marks=pytest.mark.slow)],
+)
 def test_guesses_are_those_of_the_plain_computation(folder: Path, length: int, max_prefill: int) -> None:
     engine = guessing_engine(folder, max_prefill=max_prefill)
     named = tensors(HF, CONFIG.hidden_size)

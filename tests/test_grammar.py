@@ -141,7 +141,7 @@ def test_a_grammar_that_is_none_ends_its_sequence_alone(caplog: pytest.LogCaptur
         "worse": FinishReason.ERROR,
         "good": FinishReason.STOP,
     }
-    assert "request bad: the grammar cannot be followed" in caplog.text
+    assert "request bad failed: the grammar cannot be followed" in caplog.text
     engine.add(counting("bad", 5))  # the name is free again
     until_idle(engine)
 

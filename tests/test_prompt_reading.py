@@ -75,7 +75,7 @@ def check(reading: PromptReading, ids: tuple[int, ...], alternatives: int | None
         np.testing.assert_allclose([row[index] for index, _ in token.top], [value for _, value in token.top], atol=2e-5)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_prompts_are_read_beside_others(tp: int) -> None:
     """Shorter and longer than a chunk, one token, a whole context; two that share their blocks."""
     engine = tiny_engine(tp=tp)

@@ -298,7 +298,7 @@ def test_ranges_reach_from_the_lowest_to_the_highest() -> None:
     assert (np.abs(zero + 255.5 * scale - true[..., 1:]) < scale / 8).all()
 
 
-@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("tp", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_calibrated_ranges(tp: int) -> None:
     """As the decoder with keys and values rounded to those ranges; and near floats, unless the ranges are wrong."""
     _, parameters = own_ranges()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import time
@@ -23,9 +24,16 @@ from jaxdeploy.engine.checks import RequestLimits
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.generator import TextRequest
-from jaxdeploy.engine.remote import PATIENCE, EngineDiedError, RemoteEngine
+from jaxdeploy.engine.remote import PATIENCE, EngineDiedError, RemoteEngine, _Calls, _obey
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import CheckpointError, ConfigError, ContextLengthError, RequestError, UnknownAdapterError
+from jaxdeploy.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    RequestError,
+    RequestFailedError,
+    UnknownAdapterError,
+)
 from jaxdeploy.messages import FinishReason, Request, StepOutput
 from tests.tiny_models import SESSION_LEN, VOCAB, outputs_of, prompt, request, tiny_engine
 from tests.tiny_text import generate, joined, tiny_generator
@@ -111,6 +119,15 @@ class Thinking(Echo):
     def step(self) -> list[StepOutput]:
         time.sleep(0.001)
         return []
+
+
+class Refusing(Echo):
+    """One that fails to add a request that begins with token 1."""
+
+    def add(self, item: Request) -> None:
+        if item.prompt_token_ids[0] == 1:
+            raise OddError("no luck", 3)
+        super().add(item)
 
 
 class OddError(Exception):
@@ -224,8 +241,26 @@ def test_how_it_stands() -> None:
     engine.abort("b")
     assert not engine.has_work
     assert until(engine, lambda: engine.stats.running == 0)
+    assert engine._process.pid is not None
+    os.kill(engine._process.pid, signal.SIGSTOP)
+    engine.add(Request("a", (1,)))
+    assert engine.stats == EngineStats(waiting=1), "a process that hangs does not mention it"
+    os.kill(engine._process.pid, signal.SIGCONT)
+    engine.abort("a")
     assert engine.step() == []
     engine.close()
+
+
+def test_a_request_that_the_process_refuses_ends_with_the_reason() -> None:
+    """A fault of any kind in its ``add``; the others and the process go on."""
+    here, there = multiprocessing.Pipe()
+    engine, refused = Refusing(), list[StepOutput]()
+    for name, tokens in (("bad", (1, 2)), ("good", (2, 3))):
+        here.send(("add", Request(name, tokens)))
+    assert _obey(there, engine, _Calls(engine), refused)
+    assert refused == [StepOutput("bad", (), FinishReason.ERROR)]
+    assert isinstance(refused[0].error, RequestFailedError)
+    assert [output.request_id for output in engine.step()] == ["good"]
 
 
 def test_looking_loses_no_output() -> None:

@@ -525,6 +525,15 @@ def test_thoughts_are_told_apart(tool_server: RunningServer) -> None:
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == message.reasoning_content
 
 
+def test_what_a_tool_has_wrong_is_named(tool_server: RunningServer) -> None:
+    word = {"type": "object", "properties": {"word": {"type": "string", "pattern": "^(?!x)y$"}}}
+    tool = {"type": "function", "function": {"name": "spell", "parameters": word}}
+    reply = post(tool_server, "/v1/chat/completions", messages=ASK, tools=[tool], tool_choice="required")
+    assert reply.status_code == 400
+    says = "tools cannot be followed: spell.properties.word.pattern='^(?!x)y$': look-around, including look-ahead"
+    assert reply.json()["error"]["message"].startswith(says)
+
+
 def test_tools_need_a_known_form_of_calls(server: RunningServer) -> None:
     response = post(server, "/v1/chat/completions", messages=ASK, tools=TOOLS)
     assert response.status_code == 400

@@ -289,7 +289,7 @@ def test_what_does_not_fit_is_listed(http: httpx2.Client, tmp_path: Path, folder
         assert "bad" in message
         return message
 
-    assert "adapter_config.json" in fault(tmp_path / "nowhere")
+    assert "does not exist" in fault(tmp_path / "nowhere")
     assert "adapter_config.json" in fault("a\0b")
     other_base = fault(TinyAdapter(targets=("q_proj",), layers=(0, 1)).write(tmp_path / "base"))
     for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"):

@@ -118,19 +118,25 @@ def test_an_engine_that_has_work_and_does_nothing(monkeypatch: pytest.MonkeyPatc
     assert pulse.still_for(EngineStats(waiting=1, steps=6)) == 0
     now = 100.0
     assert pulse.still_for(EngineStats(waiting=1, steps=6)) == 10
+    assert pulse.still_for(EngineStats(steps=7)) == 0
+    now = 500.0
+    assert pulse.still_for(EngineStats(waiting=1, steps=7)) == 0, "it was idle, and its work may have come just now"
+    now = 570.0
+    assert pulse.still_for(EngineStats(waiting=1, steps=7)) == 70
 
 
 def test_the_conversations_of_longest_ago_are_forgotten() -> None:
     sessions = Sessions()
     for session_id in range(KEPT + 1):
-        with sessions.turn(session_id, "r") as conversation:
+        with sessions.turn(("", session_id), "r") as conversation:
             conversation.tokens = session_id + 1
-    with sessions.turn(0, "r") as conversation:
+    with sessions.turn(("", 0), "r") as conversation:
         assert conversation.tokens == 0
-        assert sessions.running(0) == "r"
-        with pytest.raises(SessionBusyError, match="session_id=0 has a reply that runs"), sessions.turn(0, "s"):
+        assert sessions.running(("", 0)) == "r"
+        assert sessions.running(("another key", 0)) is None
+        with pytest.raises(SessionBusyError, match="session_id=0 has a reply that runs"), sessions.turn(("", 0), "s"):
             pass
-    with sessions.turn(KEPT, "r") as conversation:
+    with sessions.turn(("", KEPT), "r") as conversation:
         assert conversation.tokens == KEPT + 1
 
 

@@ -320,7 +320,7 @@ def test_thoughts_are_items_of_their_own(tool_client: openai.OpenAI) -> None:
         ({"max_tokens": 2}, "max_tokens is no field"),
         ({"temperature": 3}, "temperature=3 is wrong"),
         ({"metadata": {"x": "y" * 513}}, "metadata"),
-        ({"stream_options": {"include_obfuscation": False}}, "stream_options are for streams only"),
+        ({"stream_options": {"include_obfuscation": True}}, "include_obfuscation=True is not there"),
         ({"tools": [{"type": "web_search"}]}, r"tools\[0\].type='web_search' is wrong"),
         ({"tools": TOOLS}, "--tool-call-parser"),
         ({"input": []}, r"input=\[\] is wrong"),

@@ -10,7 +10,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.quantized import RANDOM_LEAVES
 from jaxdeploy.models.weights import IGNORED, ParamPath, Source, WeightTable
+from jaxdeploy.progress import progress as report
 
 Axes = tuple[str | None, ...]
 ShardingOf = Callable[[Axes, tuple[int, ...]], jax.sharding.Sharding | None]
@@ -48,17 +49,18 @@ def load_params(
 
     ``params`` are the decoder's parameters as shapes (``abstract_params``), ``dtype`` what float ones are cast to
     (default: their own), ``sharding_of`` the sharding for a parameter's logical axes and shape (None: the default
-    device), ``progress`` shows a bar in bytes on stderr.
+    device), ``progress`` shows a bar in bytes on stderr; without it the log reports them.
 
     Raises ``CheckpointError`` that lists every missing or damaged file and every missing, unexpected or mis-shaped
     tensor, before anything is read; or that names a tensor with NaN or infinity, when its turn comes.
     """
     check_tensors(table, files)
     loaded = {}
-    with _progress_bar(sum(_bytes_of(source, files) for source in table.values()), progress) as bar:
+    total = sum(_bytes_of(source, files) for source in table.values())
+    with report("loading weights", "loaded weights", total, "B", bar=progress) as read:
         for path in _in_file_order(table, files):
             loaded[path] = load_param(path, params[path], table[path], files, dtype=dtype, sharding_of=sharding_of)
-            bar.update(_bytes_of(table[path], files))
+            read(_bytes_of(table[path], files))
     return loaded
 
 
@@ -79,7 +81,8 @@ def load_param(
 ) -> jax.Array:
     """One parameter on its devices, as ``load_params`` reads it; its host copy is gone when this returns."""
     shape, own = param.get_value().shape, param.get_value().dtype
-    value = _host_array(path, source, files, own if source.integers else dtype or own)
+    kept = np.float32 if source.float32 else own
+    value = _host_array(path, source, files, kept if source.integers or source.float32 else dtype or own)
     assert value.shape == shape, f"{path}: the table makes {value.shape} of a parameter {shape}"
     placed: jax.Array = jax.device_put(value, _sharding(param, sharding_of))
     placed.block_until_ready()
@@ -218,10 +221,3 @@ def _unexpected(wanted: Mapping[str, tuple[int, ...]], files: TensorFiles, ignor
 def _shortened(faults: list[str]) -> list[str]:
     rest = len(faults) - _LISTED
     return faults if rest <= 0 else [*faults[:_LISTED], f"... and {rest} more"]
-
-
-def _progress_bar(total: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    bar = partial(tqdm, desc="loading weights", unit="B", unit_scale=True, unit_divisor=1024)
-    return bar(total=total, disable=not shown)

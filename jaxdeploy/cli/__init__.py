@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
-from typing import NamedTuple, Protocol, cast
+from contextlib import suppress
+from typing import NamedTuple, NoReturn, Protocol, cast
 
 from jaxdeploy.cli.flags import Namespace, Parser
 from jaxdeploy.errors import ConfigError, JaxdeployError
+from jaxdeploy.settings import nearest
 
 INTERRUPTED = 130
 
@@ -60,6 +62,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run ``main`` as this process, and end it.
+
+    After Ctrl-C the interpreter is not shut down: that can crash while XLA compiles or computes in other threads. The
+    command has closed its model by then.
+    """
+    try:
+        code = main(argv)
+    except KeyboardInterrupt:  # once more, while the first one was handled
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def command_parser(name: str) -> Parser:
     """The parser of one command."""
     parser = Parser(prog=f"jaxdeploy {name}", description=COMMANDS[name].help)
@@ -76,8 +97,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         return 0
     name = argv[0].replace("-", "_")
     if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"command={argv[0]!r} is unknown; did you mean {near!r}? `jaxdeploy --help` lists them")
+        advice = "; ".join(filter(None, [nearest(name, COMMANDS), "`jaxdeploy --help` lists them"]))
+        raise ConfigError(f"command={argv[0]!r} is unknown; {advice}")
     return _module(name).run(command_parser(name).read(argv[1:]))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxdeploy.compress.folds import Rounded as AsStored
 from jaxdeploy.compress.folds import folds
 from jaxdeploy.compress.forward import INPUT_AXES, LINEARS, LayerParams, round_tokens
 from jaxdeploy.compress.grid import ChannelRounded, Grid, Rounded
@@ -20,10 +21,11 @@ Listen = Callable[[LayerParams, Sequence[str]], dict[str, Inputs]]
 
 
 class LayerInWork:
-    """See ``layer_view.LayerView``. ``params`` are the layer's as they are now, ``rounded`` what was stored so far.
+    """See ``layer_view.LayerView``. ``params`` are the layer's as they are now, ``errors`` those of stored linear maps.
 
-    ``grids`` says what to quantise. With ``one_by_one`` the inputs of a linear map are computed when they are asked
-    for, after what was stored before it; otherwise those of all maps at the first question.
+    ``grids`` says what to quantise, ``rounded`` how a float parameter is rounded when it is stored. With ``one_by_one``
+    the inputs of a linear map are computed when they are asked for, after what was stored before it; otherwise those of
+    all maps at the first question.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class LayerInWork:
         listen: Listen,
         grids: Mapping[str, Grid],
         *,
-        dtype: jnp.dtype,
+        rounded: AsStored,
         one_by_one: bool,
     ) -> None:
         self.params = dict(params)
@@ -41,7 +43,7 @@ class LayerInWork:
         self.errors: dict[str, tuple[float, float]] = {}
         self._grids, self._listen, self._one_by_one = grids, listen, one_by_one
         self._inputs: dict[str, Inputs] = {}
-        known = folds(config, self.params, dtype, self._multiply_rows)
+        known = folds(config, self.params, rounded, self._multiply_rows)
         self._folds = tuple(fold for fold in known if fold.linear in grids)
 
     @property

@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from jaxdeploy.compress.work_dir import WorkDir, is_folder_of, real_path
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.formats.registry import quantization_of
+from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.tokenizer import Tokenizer
@@ -83,16 +85,22 @@ def _calibration(model: FloatModel, config: QuantConfig, token_ids: Sequence[Seq
         return Calibration(drawn[:samples], drawn[samples:], "random tokens", None)
     tokenizer = Tokenizer.load(model.folder)
     own = held_out if config.eval_dataset is None else 0
-    data = calibration_ids(
-        token_ids or config.calib_dataset, tokenizer, samples=samples, seqlen=seqlen, held_out=own, seed=config.seed
+    architecture = architecture_of(model.hf)
+    cut = partial(
+        calibration_ids,
+        tokenizer=tokenizer,
+        seqlen=seqlen,
+        seed=config.seed,
+        folder=model.folder,
+        architecture=architecture,
     )
+    data = cut(token_ids or config.calib_dataset, samples=samples, held_out=own)
     if config.eval_dataset is None or not held_out:
         return data
-    other = calibration_ids(
-        config.eval_dataset, tokenizer, samples=0, seqlen=seqlen, held_out=held_out, seed=config.seed
-    )
+    other = cut(config.eval_dataset, samples=0, held_out=held_out)
     notes = "; ".join(note for note in (data.note, other.note) if note)
-    return Calibration(data.calib, other.held_out, f"{data.source}, measured on {other.source}", notes or None)
+    source = f"{data.source}, measured on {other.source}"
+    return Calibration(data.calib, other.held_out, source, notes or None, other.scored)
 
 
 @dataclass

@@ -22,11 +22,12 @@ from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.compress.folder_swap import swap
+from jaxdeploy.compress.texts import OWN_TEXT
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.whole_file import put_file
 
 INDEX = "model.safetensors.index.json"
-_COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
+_COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", OWN_TEXT)
 _NOT_COPIED = ("config.json", "*.index.json", "quant_report.json", NAME)
 
 

@@ -213,7 +213,8 @@ class ModelInputs:
     ``rows``: rows of the sampled tokens and what they are sampled behind, for those that get a token in this step; the
     rows that follow are those behind drafts.
     ``choice`` selects the full sampler; with ``None`` the likeliest tokens are taken. ``reading`` is what the step
-    tells of the prompts at ``read``.
+    tells of the prompts at ``read``. ``faults``: sequences whose forbidden tokens could not be found, with the
+    exception; their rows are in the step, and what they sample is dropped.
     """
 
     shape: StepShape
@@ -222,6 +223,7 @@ class ModelInputs:
     choice: Choice | None = None
     reading: Reading = Reading.NOTHING
     read: tuple[Place, ...] = ()
+    faults: tuple[tuple[Sequence, Exception], ...] = ()
 
 
 def build_inputs(shape: StepShape, batch: ScheduledBatch, vocab_size: int, *, free: bool = False) -> ModelInputs:
@@ -239,10 +241,20 @@ def build_inputs(shape: StepShape, batch: ScheduledBatch, vocab_size: int, *, fr
     if not reading and not any(chunk.sequence.needs_sampler for _, chunk in rows):
         return ModelInputs(shape, _pack(shape, batch), rows)
     choice = _any_token(shape, vocab_size)
-    for row, chunk in () if free else rows:
-        forbid(choice.allowed, row, chunk.sequence, chunk.first_new, chunk.drafts)
+    faults = () if free else _forbid(choice, rows)
     choice = choice._replace(bias=_biases(shape, rows))
-    return ModelInputs(shape, _pack(shape, batch), rows, choice, reading, tuple(_places_read(shape, batch)))
+    return ModelInputs(shape, _pack(shape, batch), rows, choice, reading, tuple(_places_read(shape, batch)), faults)
+
+
+def _forbid(choice: Choice, rows: Iterable[tuple[int, Chunk]]) -> tuple[tuple[Sequence, Exception], ...]:
+    """Clear what each row may not have. Returns the sequences for which that failed."""
+    faults = []
+    for row, chunk in rows:
+        try:
+            forbid(choice.allowed, row, chunk.sequence, chunk.first_new, chunk.drafts)
+        except Exception as error:  # a grammar's matcher may raise anything
+            faults.append((chunk.sequence, error))
+    return tuple(faults)
 
 
 def reading_of(batch: ScheduledBatch) -> Reading:
@@ -342,7 +354,7 @@ def _fill_sequences(fields: Mapping[str, Array], first: int, chunks: tuple[Chunk
     fields["slot"][rows] = [_slot(sequence) for sequence in sequences]
     fields["length"][rows] = [chunk.first_new for chunk in chunks]
     fields["samples"][rows] = [chunk.samples for chunk in chunks]
-    settings = _joined(_settings(sequence) for sequence in sequences).reshape(-1, len(SETTINGS))
+    settings = _joined(settings_of(sequence) for sequence in sequences).reshape(-1, len(SETTINGS))
     for name, column in zip(SETTINGS, settings.T, strict=True):
         fields[name][rows] = column
     tables = fields["block_tables"][rows]
@@ -355,7 +367,7 @@ def _joined(parts: Iterable[array[int]]) -> Array:
     return np.frombuffer(b"".join(parts), np.int32)
 
 
-def _settings(sequence: Sequence) -> array[int]:
+def settings_of(sequence: Sequence) -> array[int]:
     """What is the same in all its steps, in the order of ``SETTINGS``."""
     if sequence.settings is None:
         sampling = sequence.sampling

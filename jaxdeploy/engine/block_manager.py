@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from jaxdeploy.engine.sequence import Block
 
@@ -25,6 +25,9 @@ class BlockManager:
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._uses = [0] * num_blocks
         self._stamps = [0] * num_blocks
+        self._tainted: set[int] = set()
+        self._suspects: set[int] = set()
+        self._unclean: list[int] = []
 
     @property
     def available(self) -> int:
@@ -59,11 +62,41 @@ class BlockManager:
         They are retired from the tail, so that the end of a sequence is evicted before its beginning.
         """
         for block in reversed(blocks):
-            if self._drop(block):
+            if not self._drop(block):
+                continue
+            if block.index in self._tainted:
+                self._free.append(block.index)
+            else:
                 self._cached[block.index] = None
+
+    def taint(self, indices: Iterable[int]) -> None:
+        """Note that the content of these blocks is not finite. Nobody may use it; the next holder has it cleared.
+
+        Their holders keep them. Nothing may lead others to them any more (``PrefixCache.forget``).
+        """
+        for index in indices:
+            self._tainted.add(index)
+            if index in self._cached:
+                del self._cached[index]
+                self._free.append(index)
+
+    def suspect(self, indices: Iterable[int]) -> None:
+        """Have these blocks cleared if they are handed out before ``trust``: a step that writes to them is running."""
+        self._suspects.update(indices)
+
+    def trust(self) -> None:
+        """Suspect no block any more: the step has ended, and those that it left not finite are tainted."""
+        self._suspects.clear()
+
+    def unclean(self) -> list[int]:
+        """Return, once, the blocks handed out since the last call that must be cleared before a step uses them."""
+        unclean, self._unclean = self._unclean, []
+        return unclean
 
     def is_valid(self, block: Block) -> bool:
         """Whether a block still has the content that it had when it was handed out as ``block``."""
+        if block.index in self._tainted:
+            return False
         return self._stamps[block.index] == block.stamp and (self._uses[block.index] > 0 or block.index in self._cached)
 
     def hold(self, blocks: Sequence[Block]) -> list[Block]:
@@ -85,11 +118,15 @@ class BlockManager:
         assert len(free) == len(self._free), "a block is free twice"
         assert len(free) + len(cached) + len(held) == self.num_blocks, "a block is in two states, or in none"
         assert free | cached | held == set(range(self.num_blocks)), "a block is in two states, or in none"
+        assert not self._tainted & cached, "content that is not finite is cached"
 
     def _take(self) -> Block:
         index = self._free.popleft() if self._free else self._evict()
         self._stamps[index] += 1
         self._uses[index] = 1
+        if index in self._tainted or index in self._suspects:
+            self._tainted.discard(index)
+            self._unclean.append(index)
         return Block(index, self._stamps[index])
 
     def _evict(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.adapter_reader import EngineAdapters, adapters_of
 from jaxdeploy.engine.adapters import Adapters
-from jaxdeploy.engine.batch import ROW_LENGTH, step_shapes
+from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, step_shapes
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.engine import Engine
 from jaxdeploy.engine.grammar import Grammars
@@ -38,6 +38,7 @@ from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
+from jaxdeploy.progress import counted
 from jaxdeploy.tokenizer import Tokenizer
 from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError, preferred
 
@@ -134,7 +135,7 @@ def _build(
     shared = longest_shared(model, config)
     engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, guessing, adapters)
     if config.warmup:
-        engine.warm_up(_bar if progress else _silent)
+        engine.warm_up(partial(counted, doing="compiling", done="compiled", bar=progress))
     return engine
 
 
@@ -155,7 +156,7 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
     prefill = _whole_rows(min(prefill, max_batch_size * session_len))
     mixed = _whole_rows(config.num_tokens_per_iter or (128 if on_cpu else 2048))
     dtype = _dtype(model, config, on_cpu)
-    return Limits(session_len, max_batch_size, prefill, mixed, config.decode_steps, dtype)
+    return Limits(session_len, max_batch_size, prefill, mixed, min(config.decode_steps, session_len), dtype)
 
 
 def _whole_rows(tokens: int) -> int:
@@ -206,18 +207,7 @@ def _assemble(
     held = Adapters() if adapters is None else Adapters(adapters.reader.bank.slots)
     for name, content in ({} if adapters is None else adapters.contents).items():
         held.load(name, content)
-    scheduler = Scheduler(
-        blocks,
-        PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
-        block_size=plan.block_size,
-        max_batch_size=limits.max_batch_size,
-        max_prefill_tokens=limits.max_prefill_tokens,
-        max_mixed_tokens=limits.max_mixed_tokens,
-        chunk_multiple=ROW_LENGTH,
-        session_len=limits.session_len,
-        decode_steps=limits.decode_steps,
-        adapters=held,
-    )
+    scheduler = make_scheduler(blocks, plan, limits, longest_shared, held)
     pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
     bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
     runner = ModelRunner(
@@ -230,18 +220,40 @@ def _assemble(
         features=guessing.features,
     )
     speculation = guessing.speculation
-    table_length = scheduler.blocks_for(limits.session_len)
-    shapes = step_shapes(
-        limits.max_batch_size,
-        limits.max_prefill_tokens,
-        limits.max_mixed_tokens,
-        table_length,
-        limits.decode_steps,
-        speculation.count if speculation else 0,
-    )
+    shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     reader = None if adapters is None else adapters.reader
     return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, speculation, reader)
+
+
+def make_scheduler(
+    blocks: BlockManager, plan: CachePlan, limits: Limits, longest_shared: int, adapters: Adapters | None = None
+) -> Scheduler:
+    """Return a scheduler whose every batch fits one of ``shapes_of(limits, plan)``."""
+    return Scheduler(
+        blocks,
+        PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
+        block_size=plan.block_size,
+        max_batch_size=limits.max_batch_size,
+        max_prefill_tokens=limits.max_prefill_tokens,
+        max_mixed_tokens=limits.max_mixed_tokens,
+        chunk_multiple=ROW_LENGTH,
+        session_len=limits.session_len,
+        decode_steps=limits.decode_steps,
+        adapters=adapters,
+    )
+
+
+def shapes_of(limits: Limits, plan: CachePlan, drafts: int = 0) -> list[StepShape]:
+    """Return every shape of a step, with up to ``drafts`` tokens that are verified."""
+    return step_shapes(
+        limits.max_batch_size,
+        limits.max_prefill_tokens,
+        limits.max_mixed_tokens,
+        plan.blocks_for(limits.session_len),
+        limits.decode_steps,
+        drafts,
+    )
 
 
 def _enable_compilation_cache(config: EngineConfig) -> None:
@@ -252,13 +264,3 @@ def _enable_compilation_cache(config: EngineConfig) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _bar(steps: list[Any]) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(steps, desc="compiling", unit="step", leave=False)
-
-
-def _silent(steps: list[Any]) -> Iterable[Any]:
-    return steps

@@ -29,24 +29,33 @@ from jaxdeploy.engine.batch import (
     for_adapters,
     reading_of,
     reading_shapes,
+    settings_of,
+    unpack,
     with_adapters,
 )
 from jaxdeploy.engine.checks import RequestLimits, check_name
+from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.grammar import Grammars, Matcher
 from jaxdeploy.engine.model_runner import ModelRunner, StepResult
 from jaxdeploy.engine.prompt_reading import PromptReader
+from jaxdeploy.engine.sampler import NOT_FINITE
 from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch, Scheduler
 from jaxdeploy.engine.sequence import Reading, Sequence
 from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.errors import ConfigError, RequestError, UnknownAdapterError
+from jaxdeploy.errors import ConfigError, NonFiniteError, RequestError, UnknownAdapterError
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, StepOutput, TokenLogprob
 
 logger = logging.getLogger("jaxdeploy")
 
 GRAMMAR_THREADS = 4
 """Grammars that are compiled at the same time, without the GIL: a large one does not delay a small one."""
+
+_NOT_FINITE = (
+    "the model computed logits that are NaN or infinite; check the weights and the adapter, or choose a dtype with a "
+    "larger range"
+)
 
 PATIENCE = 0.005
 """Seconds that a step waits for a grammar where there is nothing else to do."""
@@ -83,6 +92,9 @@ class Engine:
     ``spans`` names the parts of a step: schedule, admit, build, dispatch; then, of the step before, wait and commit.
     ``weight_bytes`` of weights are read in every one. ``grammars`` makes what requests with a grammar follow,
     ``speculation`` guesses ahead, ``reader`` reads adapters.
+
+    A fault in work for one sequence ends that sequence alone. A fault in the work of a whole step ends all sequences of
+    the step, if the device still has its arrays; if not, ``step`` raises.
     """
 
     def __init__(
@@ -103,6 +115,8 @@ class Engine:
         self._reading_shapes = reading_shapes(shapes)
         self.limits = RequestLimits(scheduler.session_len, vocab_size)
         self._sequences: dict[str, Sequence] = {}
+        self._failed: list[StepOutput] = []
+        """Outputs of sequences that a fault has ended since ``step`` returned."""
         self._flight: Flight | None = None
         self._taken_in: float | None = None
         self._deadlines: list[tuple[float, str]] = []
@@ -166,30 +180,34 @@ class Engine:
         if request.sampling.grammar is not None and self._grammars is None:
             raise RequestError("grammar is not there: the engine has no tokenizer; leave it out")
         sequence = Sequence(request)
+        settings_of(sequence)  # laid out here, where a value that does not fit costs this request only
         if request.adapter is not None:
             sequence.adapter = self._adapters.named(request.adapter)
+        reader = PromptReader(sequence) if sequence.reading else None
+        if request.sampling.grammar is None and reader is None:
+            self.scheduler.add(sequence)
+        else:
+            threads = self._grammar_threads if reader is None else self._compiler
+            self._compiling[sequence] = threads.submit(self._compile, sequence)
+        self._sequences[request.request_id] = sequence
+        if reader is not None:
+            self._readers[sequence] = reader
         if request.timeout is not None:
             sequence.deadline = time.monotonic() + request.timeout
             heapq.heappush(self._deadlines, (sequence.deadline, request.request_id))
-        self._sequences[request.request_id] = sequence
-        if sequence.reading:
-            self._readers[sequence] = PromptReader(sequence)
-        if request.sampling.grammar is None and not sequence.reading:
-            self.scheduler.add(sequence)
-        else:
-            threads = self._compiler if sequence.reading else self._grammar_threads
-            self._compiling[sequence] = threads.submit(self._compile, sequence)
 
     def abort(self, request_id: str) -> None:
         """Drop a request and free what it holds; one that has ended, or never was, is no error."""
         sequence = self._sequences.pop(request_id, None)
-        if sequence is not None:
-            self._readers.pop(sequence, None)
-            compiling = self._compiling.pop(sequence, None)
-            if compiling is None:
-                self.scheduler.abort(sequence)
-            else:
-                compiling.cancel()
+        if sequence is None:
+            return
+        self._readers.pop(sequence, None)
+        if (compiling := self._compiling.pop(sequence, None)) is not None:
+            compiling.cancel()
+            return
+        if self._flight is not None:  # what it writes has not been looked at
+            self.scheduler.blocks.suspect(block.index for block in sequence.blocks)
+        self.scheduler.abort(sequence)
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -226,16 +244,19 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Launch a step, then take in what the one before sampled: the new token of every sequence that got one."""
-        outputs = self._give_up() + self._take_compiled()
+        outputs = self._give_up()
+        self._take_compiled()
         drafter = self._drafter()
         if drafter is not None or self._must_see_tokens():
             outputs += self._take_in()
         launched = self._launch(drafter)
+        self._fail_scheduled()
         outputs += self._take_in()
         self._flight = launched
         if launched is None:
             self._taken_in = None
-        return outputs
+        failed, self._failed = self._failed, []
+        return outputs + failed
 
     def wake(self) -> None:
         """Nothing to do: ``step`` computes, it does not wait for others."""
@@ -279,22 +300,17 @@ class Engine:
         assert self._grammars is not None, "checked when it was added"
         return self._grammars.matcher(grammar)
 
-    def _take_compiled(self) -> list[StepOutput]:
+    def _take_compiled(self) -> None:
         """Queue sequences for which everything is compiled; those whose grammar turns out to be none end."""
         if self._compiling and not self.scheduler.has_work:
             wait(self._compiling.values(), PATIENCE, FIRST_COMPLETED)
-        outputs = []
         for sequence in [sequence for sequence, matcher in self._compiling.items() if matcher.done()]:
             try:
                 sequence.matcher = self._compiling.pop(sequence).result()
-            except Exception as error:  # whatever is wrong with a grammar is its sequence's alone
-                logger.warning("request %s: %s", sequence.request_id, error)
-                del self._sequences[sequence.request_id]
-                self._readers.pop(sequence, None)
-                outputs.append(StepOutput(sequence.request_id, (), FinishReason.ERROR))
-            else:
                 self.scheduler.add(sequence)
-        return outputs
+            except Exception as error:  # whatever is wrong with a grammar is its sequence's alone
+                sequence.finish_reason = FinishReason.ERROR  # the scheduler has not taken it
+                self._fail(sequence, error)
 
     def _give_up(self) -> list[StepOutput]:
         """Abort what is not complete in its time."""
@@ -324,8 +340,20 @@ class Engine:
             return None
         self._steps += 1
         with self.spans("admit"):
+            self._clear_blocks(self.scheduler.blocks.unclean())
             self._runner.copy_blocks(self.scheduler.prefixes.transfers())
             self._runner.upload(self.scheduler.adapters.uploads())
+        try:
+            return self._start(batch, drafting=drafter is not None)
+        except Exception as error:
+            if not self._runner.intact:
+                raise
+            self._fail_batch(batch, error)
+            return None
+
+    def _start(self, batch: ScheduledBatch, *, drafting: bool) -> Flight:
+        """Build and launch ``batch``."""
+        with self.spans("admit"):
             for sequence in batch.admitted:
                 assert sequence.slot is not None, "an admitted sequence has a slot"
                 self._runner.write_tokens(sequence.slot, sequence.token_ids)
@@ -335,7 +363,42 @@ class Engine:
             inputs = build_inputs(shape, batch, self.limits.vocab_size)
         with self.spans("dispatch"):
             result = self._runner.run(inputs)
-        return Flight(result, batch, inputs, drafter is not None)
+        for sequence, error in inputs.faults:
+            self._fail(sequence, error)
+        return Flight(result, batch, inputs, drafting)
+
+    def _clear_blocks(self, blocks: list[int]) -> None:
+        if blocks:
+            self._runner.clear_blocks(blocks)
+            if self._speculation is not None:
+                self._speculation.clear_blocks(blocks)
+
+    def _fail(self, sequence: Sequence, error: Exception, trusted: int | None = None) -> None:
+        """End a sequence with an error. ``trusted`` as in ``Scheduler.fail``."""
+        name = sequence.request_id
+        if self._sequences.get(name) is sequence:
+            del self._sequences[name]
+        self._readers.pop(sequence, None)
+        if sequence.finish_reason is None:
+            self.scheduler.fail(sequence, trusted)
+        reason = failure(name, error)
+        self._failed.append(StepOutput(name, (), FinishReason.ERROR, cached_tokens=sequence.cached, error=reason))
+
+    def _fail_batch(self, batch: ScheduledBatch, error: Exception) -> None:
+        """End the sequences of a step that was not launched. Nobody may find what it was to compute."""
+        for chunk in (*batch.decodes, *batch.chunks):
+            if chunk.sequence.finish_reason is None:
+                self._fail(chunk.sequence, error, trusted=chunk.start // self.scheduler.block_size)
+
+    def _fail_scheduled(self) -> None:
+        """End the sequences for which something failed while the step was scheduled."""
+        faults = self.scheduler.faults
+        while faults:
+            sequence, error = faults.popitem()
+            if sequence.finish_reason is None:
+                self._fail(sequence, error)
+            else:
+                logger.warning("request %s ended before a fault: %s", sequence.request_id, error)
 
     def _take_in(self) -> list[StepOutput]:
         """Wait for the step in flight and commit what it sampled; sequences that have ended since are left out."""
@@ -345,17 +408,56 @@ class Engine:
         with self.spans("wait"):
             sampled = _to_host(flight)
         with self.spans("commit"):
+            if (sampled.tokens == NOT_FINITE).any():
+                self._fail_not_finite(flight, sampled.tokens)
+            self.scheduler.blocks.trust()
             self._take_readings(flight)
-            rows = [(row, chunk) for row, chunk in flight.inputs.rows if chunk.sequence.finish_reason is None]
-            known = [len(chunk.sequence.token_ids) for _, chunk in rows]
             tokens = sampled.tokens.T.tolist()
-            new = {chunk.sequence: self._accepted(chunk, tokens, row) for row, chunk in rows}
+            rows: list[tuple[int, Sequence, int]] = []
+            new: dict[Sequence, list[int]] = {}
+            for row, chunk in flight.inputs.rows:
+                sequence = chunk.sequence
+                if sequence.finish_reason is not None:
+                    continue
+                try:
+                    new[sequence] = self._accepted(chunk, tokens, row)
+                except Exception as error:  # others go on
+                    self._fail(sequence, error)
+                else:
+                    rows.append((row, sequence, len(sequence.token_ids)))
             self.scheduler.commit(new)
             self._time(flight, sum(map(len, new.values())))
-            return [
-                self._output(row, chunk.sequence, length, sampled)
-                for (row, chunk), length in zip(rows, known, strict=True)
-            ]
+            return self._outputs(rows, sampled)
+
+    def _outputs(self, rows: list[tuple[int, Sequence, int]], sampled: HostSample) -> list[StepOutput]:
+        """What each sequence got, in ``row``, behind the tokens that were known of it."""
+        outputs = []
+        for row, sequence, known in rows:
+            try:
+                outputs.append(self._output(row, sequence, known, sampled))
+            except Exception as error:  # others go on
+                self._fail(sequence, error)
+        return outputs
+
+    def _fail_not_finite(self, flight: Flight, tokens: Array) -> None:
+        """End sequences whose logits are not finite, and have their blocks cleared before others use them.
+
+        A sequence that has ended meanwhile may have left such values too. One that ended here has no blocks left.
+        """
+        width, decodes = flight.inputs.shape.decode_length, flight.inputs.shape.decodes
+        places = [
+            *((width * index, index, chunk) for index, chunk in enumerate(flight.batch.decodes)),
+            *((width * decodes + index, decodes + index, chunk) for index, chunk in enumerate(flight.batch.chunks)),
+        ]
+        tables = unpack(flight.inputs.packed, flight.inputs.shape)["block_tables"]
+        for row, index, chunk in places:
+            mine, sequence = tokens[:, row : row + 1 + len(chunk.drafts)], chunk.sequence
+            if sequence.finish_reason is FinishReason.ERROR or not (mine == NOT_FINITE).any():
+                continue
+            held = tables[index, : self.scheduler.blocks_for(chunk.end)].tolist()
+            self.scheduler.distrust(sequence, held)
+            if sequence.finish_reason is None:
+                self._fail(sequence, NonFiniteError(_NOT_FINITE), trusted=0)
 
     def _accepted(self, chunk: Chunk, tokens: list[list[int]], row: int) -> list[int]:
         """The new tokens of a sequence: those sampled in its row, or as many behind its drafts as hold."""
@@ -375,13 +477,16 @@ class Engine:
 
     def _take_readings(self, flight: Flight) -> None:
         for place in flight.inputs.read:
-            reader = self._readers.get(place.chunk.sequence)
-            if reader is not None and flight.result.prompts is not None:
+            sequence = place.chunk.sequence
+            reader = self._readers.get(sequence)
+            if reader is None or flight.result.prompts is None:
+                continue
+            try:
                 reader.add(place, flight.result.prompts)
+            except Exception as error:  # others go on
+                self._fail(sequence, error)
 
     def _output(self, row: int, sequence: Sequence, known: int, sampled: HostSample) -> StepOutput:
-        if sequence.finish_reason is not None:
-            del self._sequences[sequence.request_id]
         tokens = tuple(sequence.token_ids[known:])
         logprobs: tuple[TokenLogprob, ...] = ()
         if (wanted := sequence.sampling.logprobs) is not None:
@@ -391,8 +496,11 @@ class Engine:
         if sequence.reading:
             sequence.reading = Reading.NOTHING
             prompt = self._readers.pop(sequence).reading()
+        if sequence.finish_reason is not None:
+            del self._sequences[sequence.request_id]
         reason, cached, guesses = sequence.finish_reason, sequence.cached, sequence.speculation
-        return StepOutput(sequence.request_id, tokens, reason, logprobs, cached, prompt, guesses)
+        error = None if sequence.fault is None else failure(sequence.request_id, sequence.fault)
+        return StepOutput(sequence.request_id, tokens, reason, logprobs, cached, prompt, guesses, error)
 
 
 def _to_host(flight: Flight) -> HostSample:

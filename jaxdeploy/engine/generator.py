@@ -12,6 +12,7 @@ from typing import Any
 from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
+from jaxdeploy.engine.checks import check_name
 from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.supervisor import Supervisor
@@ -137,9 +138,11 @@ class Generator:
 
     def submit(self, request: TextRequest) -> None:
         """Queue a request. Raises ``ContextLengthError`` and other ``RequestError``s; nothing is queued then."""
+        name = request.request.request_id
+        check_name(request.request, name in self._streams)
         stream = self._stream_of(request)
         self.engine.add(request.request)
-        self._streams[request.request.request_id] = (request, stream)
+        self._streams[name] = (request, stream)
 
     def step(self) -> list[TextOutput]:
         """Run one engine step.

@@ -51,6 +51,13 @@ class HostTier:
         assert node.host_block is not None, "only what is kept here can be restored"
         self._transfers.append(Transfer(block, node.host_block, to_device=True))
 
+    def discard(self, node: Node) -> None:
+        """Give up what is kept of ``node``, if anything is."""
+        if node.host_block is not None:
+            del self._nodes[node.host_block]
+            self._free.append(node.host_block)
+            node.host_block = None
+
     def close(self) -> None:
         """Keep nothing from now on; to be called while nothing is kept."""
         assert not self.used, "what is kept would be lost"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +19,7 @@ from jaxdeploy.engine.adapters import Adapter
 from jaxdeploy.engine.batch import ONLY_LAST, SAMPLING_FLOATS, Choice, ModelInputs, StepShape, padding_inputs, unpack
 from jaxdeploy.engine.host_blocks import GROUP, HostBlocks
 from jaxdeploy.engine.host_tier import Transfer
+from jaxdeploy.engine.kv_cache import UNIT_RANGE
 from jaxdeploy.engine.prompt_reading import PromptRows, read
 from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
 from jaxdeploy.engine.sequence import Reading
@@ -28,12 +29,15 @@ from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.eagle3 import put_features
 from jaxdeploy.models.lora import AdapterBank
 from jaxdeploy.parallel.sharding import replicated
-from pallas_kernels.kv_pool import Pool, block_size, stored
+from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, stored
 
 logger = logging.getLogger("jaxdeploy")
 
 Pools = tuple[Pool, ...]
 
+
+CLEARED = 16
+"""Blocks that one launch clears. The rest of a smaller group is padding."""
 
 LOOP_IN_GRAPH = {
     "xla_gpu_enable_command_buffer": ("FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE")
@@ -90,6 +94,7 @@ class ModelRunner:
         self._pools = pools
         self._host_blocks = HostBlocks(pools)
         self._pool_shardings = jax.tree.map(lambda array: array.sharding, self._all_pools)
+        self._clear = jax.jit(_cleared, donate_argnums=0, out_shardings=self._pool_shardings)
         self._replicated = replicated(mesh)
         self._on_gpu = mesh.devices.flat[0].platform != "cpu"
         self._vocab_size = decoder.config.vocab_size
@@ -103,6 +108,24 @@ class ModelRunner:
         row = np.zeros((self._buffer.shape[1],), np.int32)
         row[: len(token_ids)] = token_ids
         self._buffer = _write_row(self._buffer, np.int32(slot), row)
+
+    @property
+    def intact(self) -> bool:
+        """Whether pools and token buffer exist: a step that fails after they were donated takes them along."""
+        return not any(array.is_deleted() for array in (*jax.tree.leaves(self._all_pools), self._buffer))
+
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Launch a program that overwrites the content of KV blocks, so that nothing in them is NaN or infinite."""
+        nowhere = stored(self._all_pools[0]).shape[0]
+        for start in range(0, max(len(blocks), 1), CLEARED):
+            some = blocks[start : start + CLEARED]
+            padded = np.array(some + [nowhere] * (CLEARED - len(some)), np.int32)
+            *pools, last = self._clear(self._all_pools, padded)
+            if self._features is None:
+                pools.append(last)
+            else:
+                self._features.array = last
+            self._pools = tuple(pools)
 
     def copy_blocks(self, transfers: Iterable[Transfer]) -> None:
         """Launch copies of blocks between device and host, in their order."""
@@ -130,6 +153,7 @@ class ModelRunner:
         """Compile every step and run it on padding until its CUDA graph exists; a later compile logs a warning."""
         runs = 3 if self._on_gpu else 1
         self.write_tokens(0, [])
+        self.clear_blocks([])
         for shape, full in progress([(shape, full) for shape in shapes for full in (False, True)]):
             inputs = padding_inputs(shape, self._vocab_size, full_sampler=full)
             for _ in range(runs):
@@ -248,6 +272,20 @@ def _seconds(work: Callable[[], Any]) -> float:
     """The shortest of three runs, after one to warm up."""
     work()
     return min(timeit.repeat(work, number=1, repeat=3))
+
+
+def _cleared(pools: Pools, blocks: jax.Array) -> Pools:
+    """``pools`` with new content in ``blocks`` int32 [CLEARED]; one that is beyond the pools is nowhere."""
+
+    def cleared(pool: Pool) -> Pool:
+        if not isinstance(pool, QuantizedPool):
+            return pool.at[blocks].set(0, mode="drop")
+        values = pool.values.at[blocks].set(0, mode="drop")
+        if pool.calibrated:
+            return replace(pool, values=values)
+        return replace(pool, values=values, scales=pool.scales.at[blocks].set(UNIT_RANGE, mode="drop"))
+
+    return tuple(map(cleared, pools))
 
 
 @partial(jax.jit, donate_argnums=0)

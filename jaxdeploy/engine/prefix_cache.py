@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
-from jaxdeploy.engine.adapters import Root
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.host_tier import HostTier, Transfer
-from jaxdeploy.engine.sequence import Block, Node, Sequence
+from jaxdeploy.engine.sequence import Block, Node, Sequence, Start
 
-_Key = tuple[Node | Root | None, tuple[int, ...]]
-"""The block before, and the tokens in this one. So a key stands for an adapter and all tokens from the beginning on."""
+_Key = tuple[Node | Start, tuple[int, ...]]
+"""The block before, and the tokens in this one. A key stands for a salt, an adapter and all tokens from the first."""
 
 
 class PrefixCache:
@@ -78,6 +78,16 @@ class PrefixCache:
                 self._settle(node, sequence.blocks[index])
             sequence.noted.append(node)
 
+    def forget(self, indices: Iterable[int], nodes: Iterable[Node] = ()) -> None:
+        """Forget what is known to be in these blocks and under ``nodes``, with its copies in host memory."""
+        known = [self._on_device.get(index) for index in indices]
+        for node in (*filter(None, known), *nodes):
+            if node.block is not None:
+                del self._on_device[node.block.index]
+                node.block = None
+            self.host.discard(node)
+            self._forget(node)
+
     def transfers(self) -> list[Transfer]:
         """Copies between device and host that must run before the next step, in this order."""
         return self.host.transfers()
@@ -111,10 +121,10 @@ class PrefixCache:
 
     def _forget(self, node: Node) -> None:
         """Once it lies nowhere."""
-        if node.block is None and node.host_block is None:
-            del self._known[node.before, node.tokens]
+        key = node.before, node.tokens
+        if node.block is None and node.host_block is None and self._known.get(key) is node:
+            del self._known[key]
 
     def _key(self, sequence: Sequence, index: int, before: list[Node]) -> _Key:
         tokens = sequence.token_ids[index * self._size : (index + 1) * self._size]
-        root = None if sequence.adapter is None else sequence.adapter.root
-        return before[-1] if before else root, tuple(tokens)
+        return before[-1] if before else sequence.start, tuple(tokens)

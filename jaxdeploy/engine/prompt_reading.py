@@ -12,6 +12,7 @@ import numpy as np
 from jaxdeploy.engine.batch import Place
 from jaxdeploy.engine.checks import MAX_LOGPROBS
 from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.errors import NonFiniteError
 from jaxdeploy.messages import PromptReading, TokenLogprob
 
 TOGETHER = 256
@@ -108,6 +109,8 @@ class PromptReader:
             self._logprobs.append(TokenLogprob(token, value, tuple(zip(*top, strict=True))))
 
     def reading(self) -> PromptReading:
-        """All of it, once the last chunk is there."""
+        """All of it, once the last chunk is there. Raises ``NonFiniteError``."""
         mean, last = self._sum / self._sequence.prompt_length, self._last
+        if not (np.isfinite(mean).all() and np.isfinite(last).all()):
+            raise NonFiniteError("the hidden states of the prompt are not finite; check the weights and the adapter")
         return PromptReading(tuple(mean.tolist()), tuple(last.tolist()), tuple(self._logprobs))

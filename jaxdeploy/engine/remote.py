@@ -215,8 +215,8 @@ class RemoteEngine:
     def _send(self, what: str, about: Any) -> None:
         try:
             self._connection.send((what, about))
-        except OSError as error:
-            raise self._death() from error
+        except OSError:
+            raise self._death() from None
 
     def _receive(self) -> Any:
         """The next message, or ``None`` for a log record, which goes to the handlers here.
@@ -225,8 +225,8 @@ class RemoteEngine:
         """
         try:
             message = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._death() from error
+        except (EOFError, OSError):
+            raise self._death() from None
         if isinstance(message, Exception):
             self._fail_calls(EngineDiedError(f"the engine failed: {message}"))
             raise message

@@ -11,8 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdeploy.engine.checks import MAX_LOGPROBS
+
+NOT_FINITE = -1
+"""In place of a token: a logit of the row is NaN or plus infinity."""
 
 CANDIDATES = 256
 """Likeliest tokens among which nearly every draw takes place."""
@@ -47,6 +51,7 @@ class SamplingRows:
 class Sampled(NamedTuple):
     """Chosen tokens int32 [B]; their log-probabilities [B] and the likeliest tokens' ids and values [B, MAX_LOGPROBS].
 
+    A row whose logits are not finite has no token but ``NOT_FINITE``.
     Log-probabilities are the model's own, before penalties and temperature; ``None`` from ``greedy``.
     """
 
@@ -58,7 +63,7 @@ class Sampled(NamedTuple):
 
 def greedy(logits: jax.Array) -> Sampled:
     """The likeliest token of each row of ``logits`` float32 [B, V]."""
-    return Sampled(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    return Sampled(_argmax(logits, logits))
 
 
 def sample(logits: jax.Array, rows: SamplingRows) -> Sampled:
@@ -67,9 +72,9 @@ def sample(logits: jax.Array, rows: SamplingRows) -> Sampled:
     row = jnp.arange(logits.shape[0])[:, None]
     biased = _penalise(logits, rows).at[row, rows.biased].add(rows.bias)
     adjusted = jnp.where(_allowed_tokens(rows.allowed, logits.shape[-1]), biased, -jnp.inf)
-    likeliest = jnp.argmax(adjusted, axis=-1)
-    drawn = _draw(adjusted, rows)
-    tokens = jnp.where(_is_greedy(rows), likeliest, drawn).astype(jnp.int32)
+    likeliest = _argmax(adjusted, logits)
+    drawn = _argmax(_with_noise(adjusted, rows), logits)
+    tokens = jnp.where(_is_greedy(rows), likeliest, drawn)
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     top_logprobs, top_tokens = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
     return Sampled(tokens, chosen, top_tokens, top_logprobs)
@@ -99,15 +104,39 @@ def _allowed_tokens(words: jax.Array, vocab: int) -> jax.Array:
     return allowed
 
 
-def _draw(logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Sample from the tokens that top-k, top-p and min-p leave, by adding Gumbel noise and taking the largest."""
+def _argmax(scores: jax.Array, logits: jax.Array) -> jax.Array:
+    """The index int32 [B] of the largest of ``scores`` [B, V], the first of equal ones; or ``NOT_FINITE``.
+
+    A logit that is not finite counts as the largest score at the index ``NOT_FINITE``: the reduction finds both without
+    another pass or launch.
+    """
+    finite = logits < jnp.inf  # false for NaN
+    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+
+    def larger(one: _Place, other: _Place) -> _Place:
+        (value, place), (other_value, other_place) = one, other
+        first = (value > other_value) | ((value == other_value) & (place < other_place))
+        return jnp.where(first, value, other_value), jnp.where(first, place, other_place)
+
+    operands = jnp.where(finite, scores, jnp.inf), jnp.where(finite, places, NOT_FINITE)
+    nothing = np.array(-np.inf, scores.dtype), np.int32(0)
+    _, index = jax.lax.reduce(operands, nothing, larger, (scores.ndim - 1,))
+    return index
+
+
+_Place = tuple[jax.Array, jax.Array]
+"""A score and its index."""
+
+
+def _with_noise(logits: jax.Array, rows: SamplingRows) -> jax.Array:
+    """The tokens that top-k, top-p and min-p leave, with Gumbel noise: the largest is a sample."""
     temperature = jnp.where(rows.temperature > 0.0, rows.temperature, 1.0)
     scaled = logits / temperature[:, None]
     kept = jnp.where(scaled >= _threshold(scaled, rows)[:, None], scaled, -jnp.inf)
     keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(rows.seed, rows.length)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (logits.shape[-1],), jnp.float32))(keys)
-    drawn: jax.Array = jnp.argmax(kept + noise, axis=-1)
-    return drawn
+    noisy: jax.Array = kept + noise
+    return noisy
 
 
 def _threshold(scaled: jax.Array, rows: SamplingRows) -> jax.Array:

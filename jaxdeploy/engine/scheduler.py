@@ -87,6 +87,9 @@ class Scheduler:
     prompts, and beside replies up to ``max_mixed_tokens`` in all, so that those do not stall. ``chunk_multiple``: rows
     of the batch hold that many tokens, so a chunk costs a multiple of it. While nobody waits, a step decodes
     ``decode_steps`` tokens in a row. A sequence runs only while its adapter has one of the slots of ``adapters``.
+
+    ``faults``: sequences for which work of their own failed in ``schedule``, with the exception. Their chunks that are
+    in the batch must run. Afterwards the caller ends each with ``fail``.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Scheduler:
         self.session_len = session_len
         self.decode_steps = decode_steps
         self.preemptions = self.generated = 0
+        self.faults: dict[Sequence, Exception] = {}
         self._slots = deque(range(max_batch_size))
         self._waiting = WaitingQueue()
         self._sessions = Sessions(blocks.num_blocks)
@@ -150,6 +154,29 @@ class Scheduler:
         sequence.finish_reason = FinishReason.ABORT
         self._drop(sequence)
 
+    def fail(self, sequence: Sequence, trusted: int | None = None) -> None:
+        """Forget a sequence that a fault has ended, wherever it is, and free its blocks.
+
+        Others may find its tokens only in its first ``trusted`` blocks; ``None``: in all that were noted.
+        """
+        sequence.finish_reason = FinishReason.ERROR
+        if sequence.slot is None:
+            self._waiting.remove(sequence)
+            return
+        self._running.remove(sequence)
+        noted = len(sequence.noted)
+        kept = noted if trusted is None else min(trusted, noted)
+        self.prefixes.forget(block.index for block in sequence.blocks[kept:])
+        self._let_go(sequence, kept)
+
+    def distrust(self, sequence: Sequence, indices: Iterable[int] = ()) -> None:
+        """Have nobody use what a sequence has computed, nor the blocks ``indices``, before they are cleared."""
+        held = [block.index for block in sequence.blocks if self.blocks.is_valid(block)]
+        noted = [node.block.index for node in sequence.noted if node.block is not None]
+        every = {*held, *noted, *indices}
+        self.prefixes.forget(every, sequence.noted)
+        self.blocks.taint(every)
+
     def schedule(self, drafter: Drafter | None = None) -> ScheduledBatch:
         """The next step, which must run. Blocks for all of its tokens are allocated; those that had to make room wait.
 
@@ -158,8 +185,10 @@ class Scheduler:
         """
         ready = self._going_on()
         repeats = self._repeats(ready)
-        decodes = tuple(self._decode(sequence, repeats) for sequence in self._grow(ready, repeats))
-        room = self.max_mixed_tokens - len(decodes) if decodes else self.max_prefill_tokens
+        decodes = self._decodes(self._grow(ready, repeats), repeats)
+        room = self.max_prefill_tokens
+        if decodes:
+            room = min(room, self.max_mixed_tokens - len(decodes))
         rows = max(room // self.chunk_multiple, 1)
         chunks, admitted = self._prefill(rows * self.chunk_multiple)
         if drafter is not None and not chunks and repeats == 1:
@@ -169,17 +198,23 @@ class Scheduler:
     def commit(self, tokens: Mapping[Sequence, Iterable[int]]) -> None:
         """Take in what the oldest step in flight has sampled; sequences that end with it give back slot and blocks.
 
-        Tokens behind a sequence's end are dropped.
+        Tokens behind a sequence's end are dropped. A sequence that meets a fault ends with it.
         """
         for sequence, new in tokens.items():
-            for token in new:
-                if sequence.finish_reason is None:
-                    sequence.append(token)
-                    self.generated += 1
-                    self._waiting.charge(sequence, REPLY_COST)
+            try:
+                self._append(sequence, new)
+            except Exception as error:  # a grammar's matcher may raise anything
+                sequence.fault, sequence.finish_reason = error, FinishReason.ERROR
             sequence.settle()
             if sequence.finish_reason is not None:
                 self._drop(sequence)
+
+    def _append(self, sequence: Sequence, tokens: Iterable[int]) -> None:
+        for token in tokens:
+            if sequence.finish_reason is None:
+                sequence.append(token)
+                self.generated += 1
+                self._waiting.charge(sequence, REPLY_COST)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens take up."""
@@ -196,8 +231,12 @@ class Scheduler:
 
         def give(sequence: Sequence, most: int) -> None:
             nonlocal left
-            if sequence.prefilling and most > 0:
-                chunk = self._chunk(sequence, most)
+            if sequence.prefilling and most > 0 and sequence not in self.faults:
+                try:
+                    chunk = self._chunk(sequence, most)
+                except Exception as error:  # others go on
+                    self.faults[sequence] = error
+                    return
                 left -= self._cost(chunk.length)
                 before = chunks.get(sequence)
                 chunks[sequence] = (
@@ -211,7 +250,7 @@ class Scheduler:
         for sequence in sorted(running, key=_uncomputed):
             if _uncomputed(sequence) <= left:
                 give(sequence, left)
-        while left > 0 and self._may_admit() and self._admit(self._waiting.first()):
+        while left > 0 and self._may_admit() and self._try_to_admit(self._waiting.first()):
             admitted.append(self._running[-1])
             give(admitted[-1], left)
         for sequence in running:
@@ -245,7 +284,23 @@ class Scheduler:
 
     def _grow(self, decodes: Iterable[Sequence], count: int) -> list[Sequence]:
         """Give decoding sequences room for ``count`` tokens, in turn; the last of all are preempted for it."""
-        return [sequence for sequence in decodes if sequence.slot is not None and self._make_room(sequence, count)]
+        grown = []
+        for sequence in decodes:
+            try:
+                if sequence.slot is not None and self._make_room(sequence, count):
+                    grown.append(sequence)
+            except Exception as error:  # others go on
+                self.faults[sequence] = error
+        return grown
+
+    def _decodes(self, sequences: Iterable[Sequence], count: int) -> tuple[Chunk, ...]:
+        chunks = []
+        for sequence in sequences:
+            try:
+                chunks.append(self._decode(sequence, count))
+            except Exception as error:  # others go on
+                self.faults[sequence] = error
+        return tuple(chunks)
 
     def _missing(self, sequence: Sequence, count: int) -> int:
         """Blocks that a sequence needs to compute ``count`` tokens in a row, the last that it has the first of them."""
@@ -262,6 +317,13 @@ class Scheduler:
             sequence.hold(self.blocks.allocate(missing))
         return True
 
+    def _try_to_admit(self, sequence: Sequence) -> bool:
+        try:
+            return self._admit(sequence)
+        except Exception as error:  # it waits on until ``fail`` takes it out
+            self.faults[sequence] = error
+            return False
+
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of them.
 
@@ -271,7 +333,8 @@ class Scheduler:
         if sequence.in_flight or not self.adapters.has_room(sequence.adapter):
             return False
         kept = [] if sequence.reading else sequence.blocks
-        own, found = self.blocks.hold(kept), [] if sequence.reading else self.prefixes.find(sequence)
+        found = [] if sequence.reading else self.prefixes.find(sequence)
+        own = self.blocks.hold(kept)
         computed = min(sequence.computed, len(own) * self.block_size)
         if len(found) > len(own):
             self.blocks.retire(own)
@@ -344,7 +407,10 @@ class Scheduler:
         """Let others find what is computed of a sequence, as far as its tokens are known. Returns blocks found so."""
         full = min(sequence.computed, len(sequence.token_ids)) // self.block_size
         if full > len(sequence.noted) and self.prefixes.serves(sequence):
-            self.prefixes.note(sequence, full)
+            try:
+                self.prefixes.note(sequence, full)
+            except Exception as error:  # its chunk is complete and runs, so that what is noted holds
+                self.faults[sequence] = error
         return len(sequence.noted)
 
     def _cost(self, tokens: int) -> int:
@@ -366,7 +432,10 @@ class Scheduler:
         self._running.remove(sequence)
         shared = self._note(sequence)
         remembered = self.prefixes.serves(sequence) and self._sessions.leave(sequence)
-        kept = len(sequence.blocks) if remembered else shared
+        self._let_go(sequence, len(sequence.blocks) if remembered else shared)
+
+    def _let_go(self, sequence: Sequence, kept: int) -> None:
+        """Give back slot and blocks; the content of the first ``kept`` stays."""
         self.blocks.release(sequence.blocks[kept:])
         self.blocks.retire(sequence.blocks[:kept])
         sequence.hold_none()

@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 from jaxdeploy.engine.adapters import Adapter, Root
+from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, SamplingParams, SpeculationCounts
 
 
@@ -40,15 +41,19 @@ class Block:
     stamp: int
 
 
+Start = tuple[str, Root | None]
+"""What cached blocks depend on before their tokens: the request's salt, and the root of its adapter."""
+
+
 @dataclass(eq=False, slots=True)
 class Node:
     """A whole block of tokens behind those of ``before``, and where its keys and values are kept.
 
-    Before the first stands the root of an adapter, or nothing. ``block`` on the device, ``host_block`` in host memory,
+    Before the first stands the sequence's ``Start``. ``block`` on the device, ``host_block`` in host memory,
     both or, in the end, neither.
     """
 
-    before: Node | Root | None = field(repr=False)
+    before: Node | Start = field(repr=False)
     tokens: tuple[int, ...]
     block: Block | None = None
     host_block: int | None = None
@@ -66,8 +71,9 @@ class Sequence:
     int32 indices of its blocks. ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` is how
     others find its tokens, in its own blocks or in such as had the same before (``PrefixCache``). ``settings`` is what
     a step takes of it that never changes, once that is laid out. ``matcher`` follows the reply through its grammar, if
-    it has one. ``reading`` is what its prompt is still read for. A draft model has keys and values of ``drafted``
-    tokens in the same blocks; ``speculation`` counts drafts. It runs with ``adapter``, ``None``: the model itself.
+    it has one. ``fault`` is why it ended with ``FinishReason.ERROR``. ``reading`` is what its prompt is still read for.
+    A draft model has keys and values of ``drafted`` tokens in the same blocks; ``speculation`` counts drafts. It runs
+    with ``adapter``, ``None``: the model itself.
     """
 
     request: Request
@@ -90,6 +96,7 @@ class Sequence:
     drafted: int = 0
     speculation: SpeculationCounts = NO_SPECULATION
     finish_reason: FinishReason | None = None
+    fault: Exception | None = None
     adapter: Adapter | None = None
     reading: Reading = field(init=False)
 
@@ -99,6 +106,11 @@ class Sequence:
         self.longest = self.prompt_length + self.sampling.max_new_tokens
         self.reading = _reading(self.request)
         self._always_sampler = _needs_sampler(self.sampling)
+
+    @property
+    def start(self) -> Start:
+        """Its cached blocks are found from here."""
+        return self.request.cache_salt, None if self.adapter is None else self.adapter.root
 
     @property
     def request_id(self) -> str:
@@ -161,6 +173,7 @@ class Sequence:
         sampling = self.sampling
         if self.matcher is not None and not self.matcher.take(token_id):
             self.finish_reason = FinishReason.ERROR
+            self.fault = RequestError("response_format cannot be followed with this vocabulary; simplify it")
         elif self.generated >= sampling.min_new_tokens and token_id in sampling.stop_token_ids:
             self.finish_reason = FinishReason.STOP
         elif len(self.token_ids) >= self.longest:

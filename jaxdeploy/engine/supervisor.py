@@ -116,6 +116,7 @@ class Supervisor:
     def abort(self, request_id: str) -> None:
         """Drop a request; one that has ended, or never was, is no error."""
         held = self._held.pop(request_id, None)
+        self._ended = [output for output in self._ended if output.request_id != request_id]
         if held is not None and held.sent:
             with suppress(EngineDiedError):  # ``step`` handles it
                 self._engine.abort(request_id)

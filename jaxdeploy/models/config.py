@@ -194,4 +194,4 @@ def _check_activation(stored: StoredFields) -> None:
 
 
 def _word(name: str) -> str:
-    return name if name.isidentifier() else shown(name)
+    return name if name.isidentifier() and len(name) < 60 else shown(name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -39,6 +41,14 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Whether to shut down; asked ten times a second."""
         return await super().on_tick(counter) or self._ended()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the replies and then the application, also after a second SIGINT."""
+        await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn does not end the application then, and its lifespan fails with a traceback
+            for task in self.server_state.tasks:
+                task.cancel()
+            await self.lifespan.shutdown()
 
 
 @contextmanager
@@ -83,6 +93,7 @@ def listen(
     Raises:
         ConfigError: a file of the TLS certificate is missing, or another process listens at the address.
         JaxdeployError: the application did not start; the log has the reason.
+        KeyboardInterrupt: a second SIGINT came.
     """
     chain, key = certificate(config) or (None, None)
     settings = uvicorn.Config(
@@ -97,9 +108,12 @@ def listen(
         for held in sockets:
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its connections may outlive it
             held.listen(BACKLOG)
+    logging.getLogger("uvicorn.error").addFilter(_is_news)
     server = _Server(settings, began, ended)
     with suppress(KeyboardInterrupt):  # uvicorn raises the signal again when it has ended
         server.run(sockets)
+    if server.force_exit:
+        raise KeyboardInterrupt
     if not server.started:
         raise JaxdeployError("the server did not start; its log has the reason")
 
@@ -125,6 +139,11 @@ def _bound(family: int, place: Any) -> socket.socket:
         made.close()
         raise
     return made
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the traceback of a reply that a second Ctrl-C, or the end of the drain time, has broken off."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 @contextmanager

@@ -44,7 +44,8 @@ REMEMBERED = 64
 class Origin:
     """What a request is beside its prompts: its id in the logs, who shares with whom, what comes first.
 
-    ``adapter`` is the LoRA adapter that it asks for.
+    ``adapter`` is the LoRA adapter that it asks for. ``owner`` is the key that it came with, where keys are separated:
+    requests of different owners share no cached prompts, and cannot end each other.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class Origin:
     priority: int = 0
     session_id: str | None = None
     adapter: str | None = None
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,25 @@ class Prompt:
 
 
 class Pulse:
-    """Whether an engine that has something to do does it, as seen from the times at which somebody looks."""
+    """Measures how long an engine with work has run no step. It is asked at any times, rarely or often."""
 
     def __init__(self) -> None:
         self._steps = -1
-        self._changed = 0.0
+        self._busy = False
+        self._since = 0.0
 
     def still_for(self, stats: EngineStats) -> float:
-        """Seconds for which the engine has had work and run no step."""
+        """Seconds since the first call that found the engine with work and at its present step.
+
+        Work that came after the last call counts from now on: nobody knows when it came.
+        """
         now = time.monotonic()
-        if stats.steps != self._steps or stats.fault or not (stats.running or stats.waiting):
-            self._steps, self._changed = stats.steps, now
-        return now - self._changed
+        busy = bool(stats.running or stats.waiting) and not stats.fault
+        if stats.steps != self._steps or not (busy and self._busy):
+            self._since = now
+        self._steps = stats.steps
+        self._busy = busy
+        return now - self._since
 
 
 class Served:
@@ -113,8 +122,8 @@ class Served:
         template = engine.generator.template.source
         self.tool_form = tool_form(tool_call_parser, template)
         self.reasoning_form = reasoning_form(reasoning_parser, template)
-        self._running: dict[str, list[str]] = {}
-        """A request's id → what its replies are called in the engine."""
+        self._running: dict[str, tuple[str, list[str]]] = {}
+        """A request's id → its owner, and what its replies are called in the engine."""
         self._durations: deque[float] = deque(maxlen=REMEMBERED)
 
     @property
@@ -259,7 +268,7 @@ class Served:
         places = {request.request.request_id: index for index, request in enumerate(requests)}
         self.check_room(prompts)
         self.held += len(requests)
-        self._running[origin.request_id] = list(places)
+        self._running[origin.request_id] = origin.owner, list(places)
         begun, times = time.monotonic(), self.metrics.watch()
         try:
             async with aclosing(self.engine.generate_all(requests)) as outputs:
@@ -274,10 +283,17 @@ class Served:
             del self._running[origin.request_id]
             self._durations.append(time.monotonic() - begun)
 
-    async def abort(self, request_id: str | None) -> int:
-        """End the replies to one request, or to all; those who wait for them get an error. How many they were."""
-        named = self._running.values() if request_id is None else [self._running.get(request_id, [])]
-        names = [name for names in named for name in names]
+    async def abort(self, request_id: str | None, owner: str = "") -> int:
+        """End the replies to one request of ``owner``, or to all; their clients get an error. How many they were.
+
+        The requests of ``owner`` include those that a proxy sent for its own clients with the key of ``owner``.
+        """
+        names = [
+            name
+            for known, (owned_by, names) in self._running.items()
+            if request_id in (None, known) and (owned_by == owner or owned_by.startswith(f"{owner}/"))
+            for name in names
+        ]
         for name in names:
             await self.engine.abort(name)
         return len(names)
@@ -313,6 +329,7 @@ def _requests(prompts: Sequence[Prompt], origin: Origin) -> Iterator[TextRequest
                 session_id=origin.session_id,
                 embed=prompt.embed,
                 adapter=origin.adapter,
+                cache_salt=origin.owner,
             )
             yield TextRequest.of(request, how)
             count += 1

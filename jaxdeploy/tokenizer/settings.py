@@ -18,6 +18,7 @@ DEFAULT = "default"
 MOST_TEMPLATES = 64
 """Beside the default one."""
 CONFIG = "tokenizer_config.json"
+SPECIALS = "special_tokens_map.json"
 LARGEST_ID = 2**24
 """More than any vocabulary has tokens."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -67,7 +68,7 @@ def read_settings(folder: Path) -> Settings:
     """
     config = read_json(folder / CONFIG)
     stored = StoredFields(config, CONFIG)
-    specials = {**read_json(folder / "special_tokens_map.json"), **config}
+    specials = {**read_json(folder / SPECIALS), **config}
     named = {name: text for name in NAMED_TOKENS if (text := _named_text(specials, name)) is not None}
     return Settings(
         added=tuple({token.id: token for token in _added_tokens(folder, stored)}.values()),
@@ -103,7 +104,8 @@ def _named_text(specials: Mapping[str, Any], name: str) -> str | None:
     token = specials.get(name)
     text = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(text, str | None):
-        raise StoredFields(specials, CONFIG).fault(name, "must be a text, or an object with a text as content")
+        file = f"{CONFIG} or {SPECIALS}"
+        raise StoredFields(specials, file).fault(name, "must be a text, or an object with a text as content")
     return text or None
 
 
@@ -132,7 +134,7 @@ def _extra_specials(specials: Mapping[str, Any]) -> Iterator[str]:
     for name in ("additional_special_tokens", "extra_special_tokens"):
         tokens = specials.get(name) or ()
         if not isinstance(tokens, list | Mapping | tuple):
-            raise StoredFields(specials, CONFIG).fault(name, "must be a list or an object of tokens")
+            raise StoredFields(specials, f"{CONFIG} or {SPECIALS}").fault(name, "must be a list or an object of tokens")
         for token in tokens.values() if isinstance(tokens, Mapping) else tokens:
             if (text := _text(token)) is not None:
                 yield text
@@ -145,7 +147,7 @@ def _fallback_ids(folder: Path) -> dict[str, int]:
         config = read_json(folder / file)
         for name in ("bos_token", "eos_token"):
             value = config.get(f"{name}_id")
-            first = value[0] if isinstance(value, list) and value else value
+            first: Any = value[0] if isinstance(value, list) and value else value
             if is_whole(first) and 0 <= first <= LARGEST_ID:
                 found[name] = int(first)
     return found

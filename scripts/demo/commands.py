@@ -115,12 +115,37 @@ COMMANDS: tuple[Fact, ...] = (
     Fact(
         "kv_quantised",
         ("Can I quantise the KV cache?", "How do I store the KV cache in int8?", "Does quantising the cache work?"),
-        "Not yet: --quant-policy takes only 0 for now.",
+        "Yes: --quant-policy 8 stores it in int8, and 4 in int4.",
     ),
     Fact(
         "awq",
         ("Can I run AWQ models?", "How do I load GPTQ weights?", "Can I run quantised models?", "Is AWQ supported?"),
-        "Not yet: AWQ and GPTQ models will come later.",
+        "Yes: AWQ, GPTQ and SmoothQuant models load like any other.",
+    ),
+    Fact(
+        "quantise",
+        (
+            "How do I quantise a model?",
+            "How do I make a model smaller?",
+            "Which command quantises a model?",
+            "How do I make a 4-bit model?",
+        ),
+        "Run jaxdeploy lite auto_awq MODEL.",
+    ),
+    Fact(
+        "serve",
+        (
+            "How do I start a server?",
+            "How do I serve a model over HTTP?",
+            "Is there an OpenAI API?",
+            "Which command starts the server?",
+        ),
+        "Run jaxdeploy serve api_server MODEL.",
+    ),
+    Fact(
+        "web",
+        ("Can I chat in the browser?", "Is there a web chat?", "How do I open the web page?"),
+        "Run jaxdeploy serve gradio MODEL, then open port 6006.",
     ),
     Fact(
         "cpu",

@@ -45,9 +45,10 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(
         "--quant-policy",
-        "how the KV cache is stored; for now it takes only 0, unquantised",
+        "how the KV cache is stored: 0 as it is, 8 in int8, 4 in int4",
         "0",
-        ("0",),
+        ("0", "4", "8"),
+        ("store the KV cache in int8", "quantise the KV cache", "halve the KV cache", "fit more tokens in the cache"),
     ),
     Flag(
         "--backend",
@@ -58,9 +59,9 @@ FLAGS: tuple[Flag, ...] = (
     ),
     Flag(
         "--model-format",
-        "the layout of the checkpoint on disk: hf, or llama for Meta's own",
+        "the layout of the checkpoint on disk: hf, llama for Meta's own, or awq or gptq",
         "to look at the files",
-        ("llama", "hf"),
+        ("llama", "hf", "awq", "gptq"),
         ("load a checkpoint in Meta's layout", "load Meta's files", "say which layout the weights have"),
     ),
     Flag(

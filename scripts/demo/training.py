@@ -174,13 +174,17 @@ def make_step(graph: nnx.GraphDef[Decoder], optimizer: optax.GradientTransformat
     return jax.jit(step, donate_argnums=(0, 1))
 
 
-def train(config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, work_dir: Path) -> tuple[Decoder, list[float]]:
-    """Train to ``config.steps``, going on from the newest checkpoint in ``work_dir``.
+def train(
+    config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer, work_dir: Path, start: Decoder | None = None
+) -> tuple[Decoder, list[float]]:
+    """Train to ``config.steps``, and resume from the newest checkpoint in ``work_dir`` if it has one.
 
-    Returns the decoder and the loss of every step.
+    The first weights are those of ``start`` (float32), or random. Returns the decoder and the loss of every step.
     """
-    graph, variables = nnx.split(Decoder(model, rngs=nnx.Rngs(config.seed)))
-    params: Any = _rescaled(nnx.to_pure_dict(variables))
+    graph, variables = nnx.split(start or Decoder(model, rngs=nnx.Rngs(config.seed)))
+    params: Any = nnx.to_pure_dict(variables)
+    if start is None:
+        params = _rescaled(params)
     optimizer = make_optimizer(config)
     state = optimizer.init(params)
     log = work_dir / "losses.json"

@@ -68,6 +68,7 @@ def test_replies_that_run_are_finished_at_the_end(tmp_path: Path) -> None:
         ends_in_peace(running, url, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_adapters_come_and_go(tmp_path: Path) -> None:
     """Across the border of the engine's process."""
     base = read_config(read_hf_config(Path(bundled_model())))

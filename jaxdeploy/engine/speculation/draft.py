@@ -68,6 +68,10 @@ class DraftProposer:
         """Compile everything that can run."""
         self._runner.warm_up(self._shapes, progress)
 
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Overwrite the content of KV blocks with zeros."""
+        self._runner.clear_blocks(blocks)
+
     def close(self) -> None:
         """Give the device memory back."""
         self._runner.close()

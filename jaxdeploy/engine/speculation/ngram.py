@@ -35,6 +35,9 @@ class NgramProposer:
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
         """Nothing is compiled."""
 
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Nothing is on the device."""
+
     def close(self) -> None:
         """Nothing is on the device."""
 

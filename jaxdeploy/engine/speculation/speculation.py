@@ -8,12 +8,17 @@ model draws with the same noise, which makes it agree with the model nearly as o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from jaxdeploy.engine.sequence import Sequence
 from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.messages import SpeculationCounts
+
+logger = logging.getLogger("jaxdeploy")
+
+MOST_FAULTS = 3
 
 
 class Proposer(Protocol):
@@ -25,6 +30,10 @@ class Proposer(Protocol):
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
         """Compile everything that can run."""
+        ...
+
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """Overwrite the content of KV blocks with zeros."""
         ...
 
     def close(self) -> None:
@@ -42,10 +51,14 @@ class Speculation:
         """Of all sequences."""
         self.warm_up = proposer.warm_up
         self.close = proposer.close
+        self.clear_blocks = proposer.clear_blocks
+        self._faults = 0
         self._proposer = proposer
 
     def wanted(self, running: Iterable[Sequence]) -> bool:
         """Whether the next step for these sequences should have drafts."""
+        if self._faults >= MOST_FAULTS:
+            return False
         batch = list(running)
         return any(self.most(sequence) for sequence in batch) and self.gate.is_open(len(batch))
 
@@ -54,8 +67,18 @@ class Speculation:
         return 0 if sequence.sampling.num_speculative_tokens == 0 else self.count
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
-        """Drafts, as many as each request wants; none behind a token that ends the reply."""
-        proposed = self._proposer.propose(room)
+        """Drafts, as many as each request wants; none behind a token that ends the reply.
+
+        A fault costs the drafts of this step and no request. After ``MOST_FAULTS`` there are no more drafts.
+        """
+        try:
+            proposed = self._proposer.propose(room)
+        except Exception:  # replies are the same without drafts
+            self._faults += 1
+            logger.exception("drafting failed (%d of %d times until it is turned off)", self._faults, MOST_FAULTS)
+            for sequence in room:
+                sequence.drafted = 0
+            return {}
         return {sequence: _wanted(drafts, sequence) for sequence, drafts in proposed.items()}
 
     def accept(self, sequence: Sequence, drafts: tuple[int, ...], sampled: list[int]) -> list[int]:
@@ -71,4 +94,5 @@ class Speculation:
 def _wanted(drafts: tuple[int, ...], sequence: Sequence) -> tuple[int, ...]:
     sampling = sequence.sampling
     some = drafts[: sampling.num_speculative_tokens]
-    return next((some[:index] for index, token in enumerate(some) if token in sampling.stop_token_ids), some)
+    ends = (index for index, token in enumerate(some) if token < 0 or token in sampling.stop_token_ids)
+    return some[: next(ends, None)]
