@@ -8,7 +8,7 @@ import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from typing import Any
 
 from jaxdeploy.errors import RequestError
@@ -72,7 +72,7 @@ def _is_piped() -> bool:
         return False
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)) or not select.select([descriptor], [], [], 0)[0]:
         return False
-    return bool(sys.stdin.buffer.peek(1))
+    return isinstance(sys.stdin.buffer, BufferedReader) and bool(sys.stdin.buffer.peek(1))
 
 
 def _terminal_reader() -> Callable[[], str]:

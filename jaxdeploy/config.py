@@ -572,7 +572,7 @@ class ChatTemplateConfig:
 
     model_name: str | None = setting(None, "name of a built-in chat template (jaxdeploy list)")
     system: str | None = setting(None, "before the system prompt")
-    meta_instruction: str | None = setting(None, "the system prompt")
+    meta_instruction: str | None = setting(None, "the system prompt; empty: none, not even the template's default")
     eosys: str | None = setting(None, "after the system prompt")
     user: str | None = setting(None, "before what the user says")
     eoh: str | None = setting(None, "after what the user says")

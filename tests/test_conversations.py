@@ -232,7 +232,7 @@ STRIPPED = JOINED.replace("m.content", "m.content | trim")
 )
 def test_a_reply_that_comes_last_is_continued(
     tokenizer: Tokenizer,
-    flags: dict[str, bool],
+    flags: dict[str, Any],
     text: str,
 ) -> None:
     pieces = ChatTemplateConfig(model_name="mine", user="[user]", eoh="<end>", assistant="[assistant]", eoa="<end>")

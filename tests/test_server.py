@@ -88,6 +88,40 @@ def test_alternatives(client: openai.OpenAI) -> None:
     assert streamed == texts, "the seed makes them repeatable"
 
 
+def test_a_reply_that_comes_last_is_continued_on_every_route(client: openai.OpenAI, server: RunningServer) -> None:
+    def tokens(**fields: Any) -> Any:
+        return post(server, "/tokenize", messages=begun, **fields).json()["tokens"]
+
+    whole = chat(client).choices[0].message.content
+    begun = [*ASK, {"role": "assistant", "content": whole[:4]}]
+    rest = whole[4:]
+    assert chat(client, messages=begun).choices[0].message.content == rest
+    assert chat(client, messages=begun, extra_body={"continue_final_message": True}).choices[0].message.content == rest
+    item = post(server, "/v1/responses", model=NAME, input=begun, temperature=0, max_output_tokens=12).json()
+    assert item["output"][0]["content"][0]["text"] == rest
+    stored = server.served.responses.find(item["id"]).items
+    assert [len(getattr(stored[1], "content", ())), len(stored)] == [2, 2], (
+        "it is one message with what it went on from"
+    )
+    block = post(server, "/v1/messages", model=NAME, messages=begun, temperature=0, max_tokens=12).json()
+    assert block["content"][0]["text"] == rest
+    turn = {"prompt": begun, "session_id": 77, "interactive_mode": True, "top_k": 1, "request_output_len": 12}
+    assert post(server, "/v1/chat/interactive", **turn).json()["text"] == rest
+    with server.served.sessions.turn(77, "a test") as conversation:
+        assert [message["content"] for message in conversation.messages] == [ASK[0]["content"], whole]
+    server.served.sessions.forget(77)
+
+    anew = tokens(add_generation_prompt=True)
+    assert tokens() == tokens(continue_final_message=True) == anew[: len(tokens())]
+    assert tokens(continue_final_message=False) == anew
+    assert len(tokens()) < len(tokens(add_generation_prompt=False)) < len(anew)
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    with pytest.raises(openai.BadRequestError, match=r"add_generation_prompt=true .* continue_final_message=true"):
+        chat(client, messages=begun, extra_body=both)
+    with pytest.raises(openai.BadRequestError, match="continue_final_message=true needs a last message of role"):
+        chat(client, extra_body={"continue_final_message": True})
+
+
 def test_stop_words_and_length(client: openai.OpenAI) -> None:
     whole = chat(client).choices[0].message.content
     word = whole[3:6]

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from jinja2 import Undefined, nodes
 from jinja2.compiler import CodeGenerator, Frame
@@ -41,7 +41,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self._thread = threading.local()
         self.filters |= {"tojson": to_json, "join": self._join, "sum": self._sum}
         self.filters = {name: self._counted(name, function) for name, function in self.filters.items()}
-        self.tests = {name: self._ticking(function) for name, function in self.tests.items()}
+        self.tests = {name: self._ticking(cast(Callable[..., Any], function)) for name, function in self.tests.items()}
         self.globals |= {
             "raise_exception": raise_exception,
             "strftime_now": strftime_now,
@@ -112,13 +112,16 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if wrapped is None:
             return None
         form = value.__self__
-        formatter = CountingEscapeFormatter(self, form.escape) if isinstance(form, Markup) else CountingFormatter(self)
+        formatter = CountingFormatter(self)
+        if isinstance(form, Markup):
+            formatter = CountingEscapeFormatter(self, escape=form.escape)
 
         @functools.wraps(wrapped)
         def formatted(*args: Any, **kwargs: Any) -> str:
             if value.__name__ == "format_map":
                 args, kwargs = (), dict(*args)
-            return type(form)(formatter.vformat(form, args, kwargs))
+            text: str = type(form)(formatter.vformat(form, args, kwargs))
+            return text
 
         return formatted
 
@@ -307,7 +310,11 @@ def _written(statement: nodes.Node) -> int:
 def _bounded(
     meter: Meter, owner: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """The arguments of a method of a text, after a look at how much it would build."""
+    """The arguments of a method of a text, after a look at how much it would build.
+
+    Jinja adds its own keywords, such as ``_loop_vars``. They are not passed to the check.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}
     if method == "join" and len(args) == 1:
         if isinstance(args[0], str):
             meter.allow(growth.ITEM * len(args[0]))

@@ -175,7 +175,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 def _named_templates(path: Path, given: Any) -> dict[str, str]:
     """One template as a text, or several as a list of ``name`` and ``template`` or as an object."""
-    pairs = [(DEFAULT, given)]
+    pairs: list[tuple[Any, Any]] = [(DEFAULT, given)]
     if isinstance(given, Mapping):
         pairs = list(given.items())
     if isinstance(given, list):
