@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from jaxdeploy.pipeline import Pipeline
 
 
-
 class Speaker(Protocol):
     """A model to talk with: a ``Pipeline``, or one behind a server."""
 

@@ -483,7 +483,7 @@ def test_no_process_outlives_its_owner(tmp_path: Path, number: int) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether there is such a process, other than one whose exit code nobody has read."""
+    """Whether the process exists and has not ended; a zombie has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

@@ -50,7 +50,9 @@ class CompiledTemplate:
         except RecursionError as error:
             raise CheckpointError(f"chat_template is nested too deeply; {MEND}") from error
         except Exception as error:  # whatever a stranger's source makes of the compiler
-            raise CheckpointError(f"chat_template{_place(error)} is not valid Jinja ({_line(error)}); {MEND}") from error
+            raise CheckpointError(
+                f"chat_template{_place(error)} is not valid Jinja ({_line(error)}); {MEND}"
+            ) from error
         self._probe()
 
     def render(self, variables: Mapping[str, Any], seconds: float = SECONDS) -> str:
