@@ -179,7 +179,7 @@ def stop_word(text: str, mixed: random.Random) -> str:
 
 async def ask_all(url: str, count: int) -> int:
     """Ask ``count`` times, each with a stop word of its own; how many replies were right."""
-    async with httpx2.AsyncClient(base_url=url, timeout=120) as http:
+    async with httpx2.AsyncClient(base_url=url, timeout=300) as http:
         pairs = [(route, question) for route in ROUTES for question in QUESTIONS]
         whole = {
             (route.path, question): await reply(http, route, route.ask(question), stream=False)
@@ -204,7 +204,7 @@ async def ask_all(url: str, count: int) -> int:
         return right
 
 
-SMALL = ("--max-batch-size", "8", "--session-len", "256")
+SMALL = ("--max-batch-size", "8", "--session-len", "256", "--no-warmup")
 
 
 @pytest.mark.slow
