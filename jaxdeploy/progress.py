@@ -21,7 +21,7 @@ MIB = 2**20
 @contextmanager
 def progress(
     doing: str, done: str, total: int, unit: Literal["B", "program"], *, bar: bool
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Callable[[int], object]]:
     """A function to call with each amount that is done.
 
     Args:

@@ -6,6 +6,8 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,8 +37,11 @@ from jaxdeploy.errors import (
     UnknownAdapterError,
 )
 from jaxdeploy.messages import FinishReason, Request, StepOutput
+from tests.served import until as eventually
 from tests.tiny_models import SESSION_LEN, VOCAB, outputs_of, prompt, request, tiny_engine
 from tests.tiny_text import generate, joined, tiny_generator
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -445,3 +450,59 @@ def test_loading_through_the_asynchronous_engine() -> None:
 
     asyncio.run(asyncio.wait_for(talk(), 60))
     engine.close()
+
+
+SLOW_START = """
+import threading, time, sys
+from functools import partial
+from jaxdeploy.engine.remote import RemoteEngine
+
+if __name__ == "__main__":
+    engines = []
+    start = lambda: engines.append(RemoteEngine(partial(time.sleep, 600), wait=False))
+    start()
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    print(*(engine._process.pid for engine in engines), flush=True)
+    engines[0].ready(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_no_process_outlives_its_owner(tmp_path: Path, number: int) -> None:
+    """While the engine is built, whichever thread started it."""
+    script = tmp_path / "script.py"
+    script.write_text(SLOW_START)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, cwd=ROOT) as owner:
+        assert owner.stdout is not None
+        pids = [int(pid) for pid in owner.stdout.readline().split()]
+        owner.send_signal(number)
+    assert len(pids) == 2
+    assert eventually(lambda: not any(map(alive, pids))), "a process has no owner"
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and has not ended; a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+SERVES = """
+from jaxdeploy import ServerConfig, serve
+from jaxdeploy.chat import bundled_model
+serve(bundled_model(), server_config=ServerConfig(server_name="127.0.0.1", server_port=0))
+"""
+STARTS = "from jaxdeploy.engine.remote import RemoteEngine; RemoteEngine(print)"
+
+
+@pytest.mark.parametrize("call", [STARTS, pytest.param(SERVES, marks=pytest.mark.slow)])
+def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path, call: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(call)
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+    assert ran.returncode == 1
+    assert ran.stderr.count("Traceback") == 1
+    assert "put the call under `if __name__ == '__main__':`" in ran.stderr.splitlines()[-1]

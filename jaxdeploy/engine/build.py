@@ -150,7 +150,14 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
     stretched = int(model.max_position * max(config.rope_scaling_factor, 1.0))
     session_len = config.session_len or min(stretched, DEFAULT_SESSION_LEN)
     if session_len > stretched:
-        logger.warning("session_len=%d is more than the %d tokens the model was made for", session_len, stretched)
+        logger.warning(
+            "session_len=%d is more than the %d tokens the model was made for: text beyond them degrades, "
+            "and KV cache and steps are sized for %.0f times as much; --session-len %d avoids both",
+            session_len,
+            stretched,
+            session_len / stretched,
+            stretched,
+        )
     max_batch_size = config.max_batch_size or (8 if on_cpu else 128)
     prefill = config.max_prefill_token_num or (512 if on_cpu else 8192)
     prefill = _whole_rows(min(prefill, max_batch_size * session_len))

@@ -25,7 +25,7 @@ KILLS = int(os.environ.get("ENGINE_KILLS", "10"))
 SERVING = float(os.environ.get("ENGINE_KILLS_SERVING", "25"))
 """Seconds for which the server has served again before the next kill."""
 CLIENTS = 12
-LONGEST = 120.0
+LONGEST = 300.0
 """Seconds that a request may take, restart included."""
 
 
@@ -118,7 +118,7 @@ def kill_engine(server: subprocess.Popen[bytes]) -> None:
 @pytest.mark.slow
 def test_ten_kills_under_load_and_three_at_once(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with started(log, "--max-batch-size", "8", "--session-len", "256") as (running, url):
+    with started(log, "--max-batch-size", "8", "--session-len", "256", "--no-warmup") as (running, url):
         load = Load(url)
         for number in range(KILLS):
             time.sleep(SERVING)
@@ -127,8 +127,9 @@ def test_ten_kills_under_load_and_three_at_once(tmp_path: Path) -> None:
             assert until(lambda: not answers(url), 10), "it has not noticed"
             health = httpx2.get(f"{url}/health", timeout=60)
             assert "is being restarted: the engine's process ended with exit code -9" in health.text
-            assert until(lambda: answers(url), 240, pause=0.2), f"it does not serve after kill {number + 1}"
-            assert until(lambda complete=before: load.outcomes["complete"] > complete + CLIENTS, 60)
+            assert until(lambda: answers(url), 600, pause=0.2), f"it does not serve after kill {number + 1}"
+            enough = before + CLIENTS
+            assert until(lambda enough=enough: load.outcomes["complete"] > enough, 300)  # type: ignore[misc]
         load.stop()
         assert {*load.outcomes} <= {"complete", "broken off"}, load.outcomes
         assert load.outcomes["broken off"] <= KILLS * CLIENTS
@@ -138,7 +139,7 @@ def test_ten_kills_under_load_and_three_at_once(tmp_path: Path) -> None:
         for _ in range(3):
             kill_engine(running)
             until(lambda: running.poll() is not None or engine_of(running) is not None, 30)
-            until(lambda: running.poll() is not None or answers(url), 240, pause=0.2)
+            until(lambda: running.poll() is not None or answers(url), 600, pause=0.2)
         assert running.wait(90) == 1
         load.stop()
         assert not any("hung" in outcome for outcome in load.outcomes), load.outcomes
