@@ -431,7 +431,11 @@ class Scheduler:
             return
         self._running.remove(sequence)
         shared = self._note(sequence)
-        remembered = self.prefixes.serves(sequence) and self._sessions.leave(sequence)
+        remembered = False
+        try:
+            remembered = self.prefixes.serves(sequence) and self._sessions.leave(sequence)
+        except Exception as error:  # its blocks are given back all the same
+            self.faults[sequence] = error
         self._let_go(sequence, len(sequence.blocks) if remembered else shared)
 
     def _let_go(self, sequence: Sequence, kept: int) -> None:
