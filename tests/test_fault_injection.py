@@ -39,7 +39,7 @@ NEIGHBOUR = {"prompt": "The best thing about", "temperature": 0, "max_tokens": 1
 class Point:
     """``where`` it fails, a function or method by its path, and the request that comes there.
 
-    ``early``: the neighbour has passed it, so that the next call is the victim's. Else arguments tell whose call it is.
+    ``early``: the neighbour has passed it, so that the next call is the victim's. Else the arguments name the victim.
     ``harmless``: the reply is complete there, and the victim gets it.
     """
 

@@ -345,7 +345,7 @@ def _obey(connection: Connection, engine: EngineLike, calls: _Calls, refused: li
             case "abort", name:
                 try:
                     engine.abort(name)
-                except Exception:  # others go on
+                except Exception:  # the other requests continue
                     logger.exception("request %s could not be aborted", name)
             case "call", call:
                 calls.begin(*call)
