@@ -136,4 +136,4 @@ def run(scheduler: Scheduler, shapes: Any, speculation: Speculation | None, dice
 )
 def test_sizes_that_nothing_fits_in_are_refused(name: str, value: int, least: int) -> None:
     with pytest.raises(ConfigError, match=f"{name}={value} must be at least {least}"):
-        EngineConfig(**{name: value})
+        EngineConfig(**cast(Any, {name: value}))

@@ -229,7 +229,10 @@ class AsyncEngine:
                 return True
             if command is None:
                 return False
-            command()
+            try:
+                command()
+            except Exception:  # if the engine has died, its next step raises
+                logger.exception("a command to the engine failed")
 
     def _submit(self, request: TextRequest, stream: _Stream) -> None:
         try:

@@ -421,7 +421,7 @@ class Engine:
                     continue
                 try:
                     new[sequence] = self._accepted(chunk, tokens, row)
-                except Exception as error:  # others go on
+                except Exception as error:  # the other sequences continue
                     self._fail(sequence, error)
                 else:
                     rows.append((row, sequence, len(sequence.token_ids)))
@@ -435,7 +435,7 @@ class Engine:
         for row, sequence, known in rows:
             try:
                 outputs.append(self._output(row, sequence, known, sampled))
-            except Exception as error:  # others go on
+            except Exception as error:  # the other sequences continue
                 self._fail(sequence, error)
         return outputs
 
@@ -483,7 +483,7 @@ class Engine:
                 continue
             try:
                 reader.add(place, flight.result.prompts)
-            except Exception as error:  # others go on
+            except Exception as error:  # the other sequences continue
                 self._fail(sequence, error)
 
     def _output(self, row: int, sequence: Sequence, known: int, sampled: HostSample) -> StepOutput:

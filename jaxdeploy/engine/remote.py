@@ -343,7 +343,10 @@ def _obey(connection: Connection, engine: EngineLike, calls: _Calls, refused: li
                     reason = failure(request.request_id, error)
                     refused.append(StepOutput(request.request_id, (), FinishReason.ERROR, error=reason))
             case "abort", name:
-                engine.abort(name)
+                try:
+                    engine.abort(name)
+                except Exception:  # the other requests continue
+                    logger.exception("request %s could not be aborted", name)
             case "call", call:
                 calls.begin(*call)
             case _:

@@ -120,7 +120,7 @@ def _argmax(scores: jax.Array, logits: jax.Array) -> jax.Array:
 
     operands = jnp.where(finite, scores, jnp.inf), jnp.where(finite, places, NOT_FINITE)
     nothing = np.array(-np.inf, scores.dtype), np.int32(0)
-    _, index = jax.lax.reduce(operands, nothing, larger, (scores.ndim - 1,))
+    index: jax.Array = jax.lax.reduce(operands, nothing, larger, (scores.ndim - 1,))[1]
     return index
 
 

@@ -234,7 +234,7 @@ class Scheduler:
             if sequence.prefilling and most > 0 and sequence not in self.faults:
                 try:
                     chunk = self._chunk(sequence, most)
-                except Exception as error:  # others go on
+                except Exception as error:  # the other sequences continue
                     self.faults[sequence] = error
                     return
                 left -= self._cost(chunk.length)
@@ -289,7 +289,7 @@ class Scheduler:
             try:
                 if sequence.slot is not None and self._make_room(sequence, count):
                     grown.append(sequence)
-            except Exception as error:  # others go on
+            except Exception as error:  # the other sequences continue
                 self.faults[sequence] = error
         return grown
 
@@ -298,7 +298,7 @@ class Scheduler:
         for sequence in sequences:
             try:
                 chunks.append(self._decode(sequence, count))
-            except Exception as error:  # others go on
+            except Exception as error:  # the other sequences continue
                 self.faults[sequence] = error
         return tuple(chunks)
 
@@ -431,7 +431,11 @@ class Scheduler:
             return
         self._running.remove(sequence)
         shared = self._note(sequence)
-        remembered = self.prefixes.serves(sequence) and self._sessions.leave(sequence)
+        remembered = False
+        try:
+            remembered = self.prefixes.serves(sequence) and self._sessions.leave(sequence)
+        except Exception as error:  # its blocks are given back all the same
+            self.faults[sequence] = error
         self._let_go(sequence, len(sequence.blocks) if remembered else shared)
 
     def _let_go(self, sequence: Sequence, kept: int) -> None:

@@ -100,6 +100,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "the handler is for these"
     status = error.status_code
+    if error.__cause__ is not None:  # the client is not told of it
+        logger.warning("%s %s failed: %r", request.method, request.url.path, error.__cause__)
     body = reply(f"{request.method} {request.url.path}: {error.detail}", _type(status))
     return answer(body, status, dict(error.headers or {}))
 

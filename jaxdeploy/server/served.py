@@ -267,9 +267,10 @@ class Served:
         requests = list(_requests(prompts, origin))
         places = {request.request.request_id: index for index, request in enumerate(requests)}
         self.check_room(prompts)
+        begun = time.monotonic()
+        times = self.metrics.watch()
         self.held += len(requests)
         self._running[origin.request_id] = origin.owner, list(places)
-        begun, times = time.monotonic(), self.metrics.watch()
         try:
             async with aclosing(self.engine.generate_all(requests)) as outputs:
                 async for output in outputs:
