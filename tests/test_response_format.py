@@ -273,7 +273,12 @@ def test_a_long_text_that_must_come_is_turned_into_tokens_in_parts(
     text = "How do I start a chat? " * 100
     given: list[int] = []
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text, **how: given.append(len(text)) or encode(text, **how))
+
+    def noted(text: str, **how: Any) -> list[int]:
+        given.append(len(text))
+        return encode(text, **how)
+
+    monkeypatch.setattr(tokenizer, "encode", noted)
     matcher = grammars.matcher(form("choice", choice=[text]))
     for token_id in encode(text, add_bos=False)[:20]:
         words = np.full(VOCAB // 32, 0xFFFFFFFF, np.uint32)

@@ -86,19 +86,21 @@ class Grammars:
             raise RequestError("the model has no token that ends a reply, so none can follow a grammar; leave it out")
 
         with self._lock:
-            self._vocabulary = self._vocabulary or self._read_vocabulary()
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary()
+            vocabulary = self._vocabulary
             compiled = self._compiled.pop(grammar, None)
-        compiled = compiled or self._compile(grammar)
+        compiled = compiled or self._compile(vocabulary, grammar)
         with self._lock:
             self._compiled[grammar] = compiled
             while len(self._compiled) > KEPT or sum(map(len, self._compiled)) > KEPT_SIZE:
                 self._compiled.popitem(last=False)
         return Matcher(compiled.deep_copy())
 
-    def _compile(self, grammar: str) -> LLMatcher:
+    def _compile(self, vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
         from llguidance import LLMatcher
 
-        compiled = LLMatcher(self._vocabulary, grammar, log_level=0)
+        compiled = LLMatcher(vocabulary, grammar, log_level=0)
         if not compiled.is_error():
             compiled.compute_bitmask()  # the first one takes longest; copies inherit what it has found out
         if compiled.is_error():

@@ -86,7 +86,8 @@ def _shrinks(steps: Iterable[Mapping[str, Any]]) -> int:
     """Bytes of text that the normaliser may turn into one; 0: without limit."""
     factor = 1
     for step in steps:
-        factor *= _SHRINKS.get(step["type"], lambda _: 0)(step)
+        shrinks = _SHRINKS.get(step["type"])
+        factor *= 0 if shrinks is None else shrinks(step)
     return factor
 
 
