@@ -499,6 +499,4 @@ class TestBundledText:
         _, pieces = texts.open_texts(None, folder=None, setting="calib_dataset", evaluate=False, render=lambda _: None)
         joined = "".join(piece.text for piece in pieces)
         assert "<<<" not in joined
-        assert joined.replace(DOCUMENT_END, "") == self.text.replace("<<<>>>\n", "\n").rstrip().replace(
-            "\n\n", ""
-        )
+        assert joined.replace(DOCUMENT_END, "") == self.text.replace("<<<>>>\n", "\n").rstrip().replace("\n\n", "")
