@@ -107,9 +107,9 @@ def test_a_reply_that_comes_last_is_continued_on_every_route(client: openai.Open
     assert block["content"][0]["text"] == rest
     turn = {"prompt": begun, "session_id": 77, "interactive_mode": True, "top_k": 1, "request_output_len": 12}
     assert post(server, "/v1/chat/interactive", **turn).json()["text"] == rest
-    with server.served.sessions.turn(77, "a test") as conversation:
+    with server.served.sessions.turn(("", 77), "a test") as conversation:
         assert [message["content"] for message in conversation.messages] == [ASK[0]["content"], whole]
-    server.served.sessions.forget(77)
+    server.served.sessions.forget(("", 77))
 
     anew = tokens(add_generation_prompt=True)
     assert tokens() == tokens(continue_final_message=True) == anew[: len(tokens())]
