@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jaxdeploy.config import GenerationConfig
@@ -19,6 +21,10 @@ SAME_NAMES = (
     *("top_k", "min_p", "repetition_penalty", "ignore_eos", "bad_words", "min_new_tokens", "skip_special_tokens"),
 )
 """Settings of a generation and the fields of a request that they are; the second line is beyond OpenAI's API."""
+
+
+SCHEMES = ("http://", "https://")
+HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}(/.*)?", re.ASCII)
 
 
 class ServerError(JaxdeployError):
@@ -126,26 +132,33 @@ class ApiClient:
 
 
 def is_url(text: str) -> bool:
-    """Whether it is the address of a server."""
-    return text.startswith(("http://", "https://"))
+    """Whether it is the address of a server; ``HOST:PORT`` is one too, unless a file has that name."""
+    return text.startswith(SCHEMES) or (HOST_AND_PORT.fullmatch(text) is not None and not Path(text).exists())
 
 
 def base_url(url: str) -> str:
-    """``url`` without the version of the API. Raises ``ConfigError`` if it is none."""
+    """``url`` with its scheme, and without the version of the API. Raises ``ConfigError`` if it is none."""
     if not is_url(url):
         raise ConfigError(f"url={url!r} is no address; give one like http://127.0.0.1:23333")
-    return url.rstrip("/").removesuffix("/v1")
+    scheme = "" if url.startswith(SCHEMES) else "http://"
+    return scheme + url.rstrip("/").removesuffix("/v1")
 
 
 def key_header(api_key: str | None) -> dict[str, str]:
-    """What shows ``api_key`` to a server."""
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    """What shows ``api_key`` to a server. Raises ``ConfigError`` for an empty one."""
+    if api_key is None:
+        return {}
+    if not api_key.strip():
+        raise ConfigError("api_key is empty; give the key that the server asks for, or leave api_key out")
+    return {"Authorization": f"Bearer {api_key}"}
 
 
 def sampling_fields(gen_config: GenerationConfig) -> dict[str, Any]:
     """The fields of a request for what ``gen_config`` sets."""
     names = OTHER_NAMES | {name: name for name in SAME_NAMES}
     fields = {api: getattr(gen_config, name) for name, api in names.items()}
+    if gen_config.do_sample is False:
+        fields["temperature"] = 0.0
     return {name: value for name, value in fields.items() if value is not None}
 
 

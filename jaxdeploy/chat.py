@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from jaxdeploy.chat_session import Conversation, Reply, Speaker, stream_reply
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ContextLengthError, JaxdeployError, ModelNotFoundError, RequestError
 from jaxdeploy.messages import FinishReason
+from jaxdeploy.settings import nearest
 
 DEMO = Path(__file__).parent / "demo"
 HELP = """\
@@ -136,8 +136,7 @@ def _write(text: str) -> None:
 
 
 def _unknown_command(word: str, known: Any) -> str:
-    near = get_close_matches(word, known, n=1, cutoff=0.0)[0]
-    return f"command={word} is unknown, the nearest one is {near}; /help lists them"
+    return "; ".join(filter(None, [f"command={word} is unknown", nearest(word, known), "/help lists them"]))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from jaxdeploy.errors import CheckpointError, ConfigError
-from jaxdeploy.settings import alias, ignored, missing, setting, settings
+from jaxdeploy.settings import alias, ignored, missing, secret, setting, settings
 from jaxdeploy.stored_file import read_text, shown
 from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 _XLA = "XLA chooses how the work is laid out"
 _ONE_ENGINE = "there is one engine, for every device"
+_ONLY_TP = "tp spreads a model over devices"
+_NO_DIFFUSION = "no diffusion model is loaded"
+_PREFIX_CACHE = "enable_prefix_caching is the one switch"
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "WARN", "ERROR", "CRITICAL", "FATAL", "NOTSET")
 MAX_DRAFTS = 16
 SPECULATIVE_METHODS = ("ngram", "draft", "eagle3")
 _REAL_NUMBERS = ("auto", "float32", "bfloat16", "float16")
@@ -210,6 +214,42 @@ class EngineConfig:
     speculative_num_draft_tokens: int | None = alias("num_speculative_tokens")
 
     hf_overrides: dict[str, Any] | None = missing("edit a copy of config.json")
+    attn_cp_size: int | None = missing(_ONLY_TP, 1)
+    attn_dp_size: int | None = missing(_ONLY_TP, 1)
+    attn_tp_size: int | None = missing(_ONLY_TP, 1)
+    cp: int | None = missing(_ONLY_TP, 1)
+    device_num: int | None = missing(_ONLY_TP)
+    dist_init_addr: str | None = missing("the devices of one machine are used")
+    dp: int | None = missing("start several servers and a proxy", 1)
+    dp_rank: int | None = missing("start several servers and a proxy", 0)
+    ep: int | None = missing(_ONLY_TP, 1)
+    mlp_dp_size: int | None = missing(_ONLY_TP, 1)
+    mlp_tp_size: int | None = missing(_ONLY_TP, 1)
+    moe_tp_size: int | None = missing(_ONLY_TP, 1)
+    nnodes: int | None = missing("the devices of one machine are used", 1)
+    node_rank: int | None = missing("the devices of one machine are used", 0)
+    outer_dp_size: int | None = missing("start several servers and a proxy", 1)
+    custom_module_map: Any = missing("add a family to jaxdeploy.models.registry")
+    dllm_block_length: int | None = missing(_NO_DIFFUSION)
+    dllm_confidence_threshold: float | None = missing(_NO_DIFFUSION, 0.85)
+    dllm_denoising_steps: int | None = missing(_NO_DIFFUSION)
+    dllm_unmasking_strategy: str | None = missing(_NO_DIFFUSION, "low_confidence_dynamic")
+    empty_init: bool | None = missing("load_format='dummy' starts without a checkpoint's weights", False)
+    enable_eplb: bool | None = missing("no family here has experts", False)
+    enable_microbatch: bool | None = missing("a step runs as one batch", False)
+    enable_return_routed_experts: bool | None = missing("no family here has experts", False)
+    logprobs_mode: str | None = missing("log-probabilities are those before penalties and temperature", "raw_logprobs")
+    role: Any = missing("prompts and replies run on the same devices", "Hybrid")
+
+    cache_checkpoint_interval: int | None = ignored(_PREFIX_CACHE)
+    cache_generation: str | None = ignored(_PREFIX_CACHE)
+    cache_prompt: str | None = ignored(_PREFIX_CACHE)
+    cache_prompt_boundary_skip: int | None = ignored(_PREFIX_CACHE)
+    disable_vision_encoder: bool | None = ignored("only language models are loaded")
+    enable_transfer_obj_ref: bool | None = ignored(_ONE_ENGINE)
+    migration_backend: Any = ignored("prompts and replies run on the same devices")
+    prefix_cache_decode_state_interval: int | None = ignored(_PREFIX_CACHE)
+    prefix_cache_state_budget: int | None = ignored(_PREFIX_CACHE)
     async_: int | None = ignored("steps always overlap as far as the device allows")
     cache_chunk_size: int | None = ignored("the KV cache is one array per layer")
     communicator: str | None = ignored("XLA brings its own collectives")
@@ -338,6 +378,10 @@ class GenerationConfig:
     output_logits: str | None = missing("logprobs and prompt_logprobs report log-probabilities")
     output_last_hidden_state: str | None = missing("Pipeline.embed gives the hidden states of prompts, pooled")
 
+    repetition_ngram_size: int | None = missing("repetition_penalty makes repetitions less likely", 0)
+    repetition_ngram_threshold: int | None = missing("repetition_penalty makes repetitions less likely", 0)
+    return_ppl: bool | None = missing("Pipeline.get_ppl has it", False)
+
     migration_request: Any = ignored("prompts and replies run on the same devices")
     preserve_cache: bool | None = ignored("the cache is freed when the reply ends")
     with_cache: bool | None = ignored("the cache is freed when the reply ends")
@@ -359,7 +403,16 @@ class ServerConfig:
         holds=lambda value: 0 <= value < 65536,
         rule="must lie between 0 and 65535",
     )
-    api_keys: list[str] | None = setting(None, "keys of which every request must bring one; default: none is needed")
+    api_keys: list[str] | None = secret(
+        "keys of which every request must bring one; default: those of the environment's JAXDEPLOY_API_KEYS, with "
+        "spaces between them, else none is needed"
+    )
+    api_keys_file: str | None = setting(None, "file with a key on each line, in place of api_keys")
+    separate_keys: bool = setting(
+        True,
+        "where there are several keys, requests share cached prompts, sessions and stored responses only with those of "
+        "the same key, end only those, and have no priority over others",
+    )
     ssl: bool = setting(False, "speak HTTPS")
     ssl_certfile: str | None = setting(None, "certificate chain (PEM); default: the environment's SSL_CERTFILE")
     ssl_keyfile: str | None = setting(None, "its private key (PEM); default: the environment's SSL_KEYFILE")
@@ -382,7 +435,9 @@ class ServerConfig:
     disable_fastapi_docs: bool = setting(False, "have no /docs and /openapi.json")
     log_format: str = setting("text", "how a line of the log reads", choices=("text", "json"))
     proxy_url: str | None = setting(None, "proxy to register this server with, as long as it runs")
-    proxy_api_key: str | None = setting(None, "the key that this proxy asks for")
+    proxy_api_key: str | None = secret(
+        "one of this proxy's --operator-keys; it is told the first of --api-keys; default: JAXDEPLOY_PROXY_API_KEY"
+    )
     node_url: str | None = setting(
         None, "address at which the proxy reaches this server; default: that of the network towards it"
     )
@@ -401,7 +456,13 @@ class ProxyConfig:
     """
 
     nodes: list[str] | None = setting(None, "addresses of servers to begin with; others are added while it runs")
-    node_api_key: str | None = setting(None, "the key that the nodes ask for")
+    node_api_key: str | None = secret(
+        "the key that --nodes ask for; servers that register bring their own; default: JAXDEPLOY_NODE_API_KEY"
+    )
+    operator_keys: list[str] | None = secret(
+        "keys for /nodes, /metrics and abort_all; default: JAXDEPLOY_OPERATOR_KEYS, else these routes are closed if "
+        "there are other keys, and open if there are none"
+    )
     routing_strategy: str = setting(
         "least_loaded",
         "least_loaded: fewest requests that run; latency: the same, weighed by how fast replies begin; prefix: where a "
@@ -414,7 +475,7 @@ class ProxyConfig:
     heartbeat_timeout: float = _seconds(20.0, "seconds after which a node that gives no sign of life is given up")
     read_timeout: float = _seconds(600.0, "seconds that a node which is well may be silent in the middle of a reply")
     max_attempts: int = _positive(
-        "nodes that may fail with one request before it is answered with an error", 3, "3 is usual"
+        "nodes that may die or fail with one request before it is answered with an error", 2, "2 is one retry"
     )
 
 
@@ -439,8 +500,9 @@ class QuantConfig:
     )
     calib_dataset: str | None = setting(
         None,
-        "text to calibrate with: a .txt, .jsonl or .parquet file, or ptb, wikitext2, c4, pileval (fetched); default: "
-        "a text that comes with jaxdeploy",
+        "text to calibrate with: a .txt, .jsonl or .parquet file, or a data set of the hub: ptb, wikitext2, c4, "
+        "pileval, gsm8k, neuralmagic_calibration, open-platypus, openwebtext; default: calibration.jsonl of the "
+        "model's folder, or else a text that comes with jaxdeploy",
     )
     calib_samples: int | None = _positive(
         "pieces of that text; 0: calibrate without data", 128, "0 works without data", least=0
@@ -510,7 +572,7 @@ class ChatTemplateConfig:
 
     model_name: str | None = setting(None, "name of a built-in chat template (jaxdeploy list)")
     system: str | None = setting(None, "before the system prompt")
-    meta_instruction: str | None = setting(None, "the system prompt")
+    meta_instruction: str | None = setting(None, "the system prompt; empty: none, not even the template's default")
     eosys: str | None = setting(None, "after the system prompt")
     user: str | None = setting(None, "before what the user says")
     eoh: str | None = setting(None, "after what the user says")

@@ -50,7 +50,7 @@ def _answer(response_format: Any, vocabulary: LLTokenizer) -> dict[str, str | No
     try:
         grammar = grammar_text(response_format)
         if grammar is not None:
-            check(grammar)
+            check(grammar, response_format)
             _compile(grammar, vocabulary)
     except RequestError as error:
         return {"fault": str(error)}

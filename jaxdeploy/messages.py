@@ -66,7 +66,7 @@ class Request:
     server takes for one. A request that is not complete ``timeout`` seconds after it came is aborted, ``None`` never.
     A prompt that goes on from the last request of its ``session_id`` has only new tokens computed, as long as the old
     ones are in the cache. ``embed`` asks for the hidden states of the prompt. ``adapter`` is the name of a LoRA adapter
-    that is loaded, ``None`` the model itself.
+    that is loaded, ``None`` the model itself. Only prompts with the same ``cache_salt`` share cached blocks.
     """
 
     request_id: str
@@ -78,6 +78,7 @@ class Request:
     session_id: str | None = None
     embed: bool = False
     adapter: str | None = None
+    cache_salt: str = ""
 
     @property
     def reads_prompt(self) -> bool:

@@ -6,11 +6,12 @@ import dataclasses
 import itertools
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from jaxdeploy.arguments import any_order, config_of, split_settings, without_unused
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, SpeculativeConfig
 from jaxdeploy.embedding import pooled
 from jaxdeploy.errors import ConfigError, RequestError
@@ -19,6 +20,7 @@ from jaxdeploy.jobs import Job
 from jaxdeploy.messages import PromptReading
 from jaxdeploy.prompts import Prompt, Prompts, as_list, encode
 from jaxdeploy.response import Response, Session
+from jaxdeploy.stored_file import shown
 from jaxdeploy.streams import Streams
 
 if TYPE_CHECKING:
@@ -28,30 +30,42 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jaxdeploy")
 
+GenConfigs: TypeAlias = (
+    GenerationConfig | Mapping[str, Any] | Sequence[GenerationConfig | Mapping[str, Any] | None] | None
+)
+"""How to generate: for all prompts, or for each."""
+
 AdapterNames: TypeAlias = str | Sequence[str | None] | None
 """One LoRA adapter for all prompts, or one for each; ``None`` is the model itself."""
 
 
+@any_order
 def pipeline(
-    model_path: str,
-    model_name: str | EngineConfig | None = None,
-    backend_config: EngineConfig | None = None,
-    chat_template_config: ChatTemplateConfig | str | None = None,
+    model_path: str | Path,
+    backend_config: EngineConfig | Mapping[str, Any] | str | None = None,
+    chat_template_config: ChatTemplateConfig | Mapping[str, Any] | str | None = None,
     log_level: str = "WARNING",
-    *,
+    max_log_len: int | None = None,
+    trust_remote_code: bool | None = None,
     speculative_config: SpeculativeConfig | None = None,
+    *,
+    model_name: str | None = None,
     **settings: Any,
 ) -> Pipeline:
     """Load a model and make it ready to answer.
 
+    LMDeploy's versions order these arguments differently. A positional config is recognised by its type, and a text in
+    second place is ``model_name``, as in LMDeploy 0.3.
+
     Args:
         model_path: a folder with a checkpoint, or a model's id on the Hugging Face hub.
-        model_name: as in LMDeploy 0.3, the name of a built-in chat template. Other names change nothing. A config here
-            is the ``backend_config``, which stands second in later versions.
-        backend_config: how the engine runs.
+        backend_config: how the engine runs; an ``EngineConfig``, or a mapping of its fields.
         chat_template_config: a config, a built-in template's name, or a JSON or Jinja file; default: the checkpoint's.
-        log_level: DEBUG, INFO, WARNING or ERROR, for the logger ``jaxdeploy``.
+        log_level: DEBUG, INFO, WARNING, ERROR or CRITICAL, for the logger ``jaxdeploy``.
+        max_log_len: accepted and ignored; prompts are not logged.
+        trust_remote_code: accepted and ignored; code of a checkpoint is never run.
         speculative_config: who guesses tokens, as LMDeploy has it; the same as the fields of ``EngineConfig``.
+        model_name: the name of a built-in chat template. Other names change nothing.
         **settings: fields of ``EngineConfig``, laid over ``backend_config``.
 
     Raises:
@@ -60,10 +74,12 @@ def pipeline(
     from jaxdeploy.engine.generator import Generator
 
     set_log_level(log_level)
-    if isinstance(model_name, EngineConfig):
-        model_name, backend_config = None, model_name
-    settings |= speculative_config.fields if speculative_config is not None else {}
-    config = dataclasses.replace(backend_config or EngineConfig(), **settings)
+    if isinstance(chat_template_config, Mapping):
+        chat_template_config = ChatTemplateConfig(**chat_template_config)
+    config = config_of(EngineConfig, backend_config, "backend_config")
+    guessing = speculative_config.fields if speculative_config is not None else {}
+    unheeded = {"max_log_len": max_log_len, "trust_remote_code": trust_remote_code}
+    (config,) = split_settings({**guessing, **unheeded, **without_unused(settings)}, config)
     template = chat_template_config or _template_named(model_name or config.model_name)
     bars = sys.stderr.isatty()
     return Pipeline(Generator.from_pretrained(str(model_path), config, chat_template=template, progress=bars))
@@ -131,8 +147,9 @@ class Pipeline:
     def __call__(
         self,
         prompts: Prompts,
-        gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
-        *,
+        gen_config: GenConfigs = None,
+        do_preprocess: bool = True,
+        adapter_name: AdapterNames = None,
         use_tqdm: bool | None = None,
         **options: Any,
     ) -> Response | list[Response]:
@@ -140,12 +157,14 @@ class Pipeline:
 
         Args:
             prompts: a text, a list of messages, ``{"prompt_token_ids": [...]}``, or a list of any of these.
-            gen_config: for all prompts, or a list with one for each.
+            gen_config: for all prompts, or a list with one for each. A mapping of its fields will do.
+            do_preprocess: False: texts are not put into the chat template.
+            adapter_name: the LoRA adapter to answer with, for all prompts or a list with one for each (None: the model
+                itself).
             use_tqdm: a progress bar on stderr; default: on a terminal, for more than one prompt.
-            options: single fields of ``GenerationConfig`` by their names, ``request_output_len`` (LMDeploy's older
-                name of ``max_new_tokens``), ``do_preprocess`` (False: texts are not put into the chat template), and
-                ``adapter_name``, the LoRA adapter to answer with, for all prompts or a list with one for each (None:
-                the model itself).
+            **options: single fields of ``GenerationConfig`` by their names; ``request_output_len``, LMDeploy's older
+                name of ``max_new_tokens``; ``add_generation_prompt`` and ``continue_final_message``: begin a reply, or
+                continue the last message. By default a reply that comes last is continued.
 
         Returns:
             One ``Response`` for one prompt; a list for a list of prompts, or where ``n`` is above 1.
@@ -154,7 +173,8 @@ class Pipeline:
             RequestError: a prompt cannot be served, or (``UnknownAdapterError``) there is no such adapter; nothing was
                 generated then.
         """
-        jobs, single = self._jobs(prompts, gen_config, **options)
+        given = _call(gen_config, do_preprocess, adapter_name, options)
+        jobs, single = self._jobs(prompts, **given)
         responses = [Response("", 0, len(job.ids), job.session_id, index=job.index) for job in jobs]
         with _progress_bar(len(jobs), use_tqdm) as bar:
             for piece in self._stream(jobs):
@@ -168,14 +188,17 @@ class Pipeline:
     def stream_infer(
         self,
         prompts: Prompts,
-        gen_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        gen_config: GenConfigs = None,
+        do_preprocess: bool = True,
+        adapter_name: AdapterNames = None,
         **options: Any,
     ) -> Iterator[Response]:
         """As a call, but yield each piece as soon as it is there; ``index`` tells the replies of many prompts apart.
 
         Leaving the loop early drops what is still running. The prompts are queued when the loop starts.
         """
-        return self._stream(self._jobs(prompts, gen_config, **options)[0])
+        given = _call(gen_config, do_preprocess, adapter_name, options)
+        return self._stream(self._jobs(prompts, **given)[0])
 
     def embed(
         self, texts: Prompts, *, pooling: str = "last", normalize: bool = True, adapter_name: AdapterNames = None
@@ -218,8 +241,7 @@ class Pipeline:
         self,
         prompt: str,
         session: Session | None = None,
-        gen_config: GenerationConfig | None = None,
-        *,
+        gen_config: GenerationConfig | Mapping[str, Any] | None = None,
         stream_response: bool = False,
         **options: Any,
     ) -> Session | Iterator[Response]:
@@ -263,7 +285,7 @@ class Pipeline:
         self.close()
 
     def _say(
-        self, prompt: str, session: Session, gen_config: GenerationConfig | None, options: dict[str, Any]
+        self, prompt: str, session: Session, gen_config: GenConfigs, options: dict[str, Any]
     ) -> Iterator[Response]:
         messages = [*session.messages, {"role": "user", "content": prompt}]
         jobs, _ = self._jobs(messages, gen_config, session_id=session.session_id, **options)
@@ -281,19 +303,22 @@ class Pipeline:
     def _jobs(
         self,
         prompts: Prompts,
-        gen_config: GenerationConfig | Sequence[GenerationConfig] | None,
+        gen_config: GenConfigs,
         *,
         do_preprocess: bool = True,
         adapter_name: AdapterNames = None,
         session_id: int | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
         **fields: Any,
     ) -> tuple[list[Job], bool]:
         several, single = as_list(prompts)
+        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         configs, adapters = _configs(gen_config, len(several), fields), _adapters(adapter_name, len(several))
         jobs: list[Job] = []
         for prompt, config, adapter in zip(several, configs, adapters, strict=True):
             session = next(self._session_ids) if session_id is None else session_id
-            jobs += self._alternatives(prompt, config, adapter, do_preprocess, session, len(jobs))
+            jobs += self._alternatives(prompt, config, adapter, do_preprocess, ending, session, len(jobs))
         return jobs, single
 
     def _alternatives(
@@ -302,11 +327,12 @@ class Pipeline:
         config: GenerationConfig,
         adapter: str | None,
         do_preprocess: bool,
+        ending: dict[str, bool | None],
         session_id: int,
         first: int,
     ) -> list[Job]:
         made = self.generator
-        ids = encode(prompt, made.tokenizer, made.template, do_preprocess=do_preprocess)
+        ids = encode(prompt, made.tokenizer, made.template, do_preprocess=do_preprocess, **ending)
         how = resolve(
             config,
             made.generation_defaults,
@@ -347,6 +373,20 @@ class Pipeline:
             del self._running[session_id]
 
 
+def _call(
+    gen_config: GenConfigs, do_preprocess: Any, adapter_name: AdapterNames, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call. In LMDeploy 0.3 ``request_output_len`` is in third place, before ``do_preprocess``."""
+    given = {"adapter_name": adapter_name, **without_unused(options)}
+    if isinstance(do_preprocess, bool):
+        return {"gen_config": gen_config, "do_preprocess": do_preprocess, **given}
+    if isinstance(do_preprocess, int) and adapter_name is None:
+        return {"gen_config": gen_config, "request_output_len": do_preprocess, **given}
+    raise ConfigError(
+        f"do_preprocess={shown(do_preprocess)} must be true or false; name the arguments after gen_config"
+    )
+
+
 def set_log_level(level: str) -> None:
     """Set the level of the logger ``jaxdeploy``, and show its lines on stderr. Raises ``ConfigError``."""
     names = logging.getLevelNamesMapping()
@@ -369,19 +409,18 @@ def _template_named(name: str | None) -> str | None:
     return None
 
 
-def _configs(
-    given: GenerationConfig | Sequence[GenerationConfig] | None, count: int, fields: dict[str, Any]
-) -> list[GenerationConfig]:
+def _configs(given: GenConfigs, count: int, fields: dict[str, Any]) -> list[GenerationConfig]:
     """One config for each prompt, with single fields laid over it."""
     if "request_output_len" in fields:
         fields["max_new_tokens"] = fields.pop("request_output_len")
     over = {name: value for name, value in fields.items() if value is not None}
-    several = [given or GenerationConfig()] * count if isinstance(given, GenerationConfig | None) else list(given)
+    listed: Sequence[Any] = given if isinstance(given, list | tuple) else [given] * count
+    several = [config_of(GenerationConfig, one, "gen_config") for one in listed]
     if len(several) != count:
         raise ConfigError(
             f"gen_config has {len(several)} entries for {count} prompts; give one for each, or one for all"
         )
-    return [dataclasses.replace(config, **over) for config in several]
+    return [config for one in several for config in split_settings(over, one)]
 
 
 def _adapters(given: AdapterNames, count: int) -> list[str | None]:

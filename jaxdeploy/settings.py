@@ -1,7 +1,7 @@
 """Settings: dataclasses whose one declaration gives Python arguments, YAML keys and command-line flags.
 
 Every assignment, in ``__init__`` or later, is checked on its own and raises ``ConfigError`` with the text
-``field=value rule; what to do``. A name that is not a field raises too and names the nearest one that is.
+``field=value rule; what to do``. A name that is not a field raises too and names a field that is spelt like it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import logging
+import os
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -23,10 +25,15 @@ from jaxdeploy.stored_file import read_text, shown
 T = TypeVar("T")
 logger = logging.getLogger("jaxdeploy")
 
+CLOSE = 0.7
+"""How much alike two names are of which one is suggested for the other; 1: the same."""
+
+_EMPTY: tuple[Any, ...] = (False, "", [], {})
 _LARGEST = 1e308
 """Whole numbers beyond it have no float; infinity and NaN fail the comparison."""
 _LONGEST_YAML = 256 * 2**10
 """Bytes; more would take minutes to parse."""
+_DEEPEST_YAML = 50
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
@@ -35,8 +42,10 @@ class Setting:
     """What is known about one field beside its name, type and default.
 
     At most one of these is set: ``ignored``, why the field means nothing here (its values are dropped and one line
-    is logged); ``missing``, what to do as long as the feature is not there (its values raise); ``alias``, the field
-    that this is another name of.
+    is logged); ``missing``, what to do as long as the feature is not there (its values raise, but for those in
+    ``fine`` and empty ones); ``alias``, the field that this is another name of.
+
+    ``secret``: values are never shown, and an empty one raises.
     """
 
     help: str = ""
@@ -47,8 +56,10 @@ class Setting:
     words: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads: Callable[[Any], Any] | None = None
     flag: bool = True
+    secret: bool = False
     ignored: str = ""
     missing: str = ""
+    fine: tuple[Any, ...] = ()
     alias: str = ""
 
     @property
@@ -92,9 +103,14 @@ def ignored(reason: str) -> Any:
     return _inert(Setting(help=f"accepted and ignored: {reason}", ignored=reason))
 
 
-def missing(advice: str) -> Any:
-    """A field of LMDeploy's whose feature is not there yet: any value but ``None`` raises."""
-    return _inert(Setting(help="not there yet", missing=advice))
+def secret(help: str) -> Any:
+    """A field for a key, or a list of keys. An empty or blank key raises ``ConfigError``, and no value is shown."""
+    return dataclasses.field(default=None, repr=False, metadata={"setting": Setting(help, secret=True)})
+
+
+def missing(advice: str, *fine: Any) -> Any:
+    """A field of LMDeploy's without its feature: ``None``, empty values and ``fine``, its default there, are taken."""
+    return _inert(Setting(help="not there yet", missing=advice, fine=fine))
 
 
 def alias(target: str) -> Any:
@@ -128,8 +144,33 @@ def describe(cls: type[Any]) -> dict[str, Described]:
 
 def unknown_setting(name: str, value: Any, names: Iterable[str], owner: str) -> ConfigError:
     """The error for a name that is not a setting of ``owner``."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
-    return ConfigError(f"{name}={shown(value)} is not a setting of {owner}; the nearest one is {near[0]}")
+    near = nearest(name, names)
+    return ConfigError(f"{name}={shown(value)} is not a setting of {owner}; {near or 'leave it out'}")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``the nearest one is NAME`` for the one of ``names`` that is spelt almost like ``name``; empty without one."""
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=CLOSE)
+    return f"the nearest one is {near[0]}" if near else ""
+
+
+def faults_of(cls: type[Any], values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with each of ``values`` on its own, for fields of ``cls``."""
+    faults = []
+    for name, value in values.items():
+        about = describe(cls)[name].about
+        try:
+            if not about.ignored:
+                cls(**{name: value})
+        except ConfigError as error:
+            faults.append(str(error))
+    return faults
+
+
+def from_environment(name: str) -> dict[str, str]:
+    """The setting ``name`` as the environment's ``JAXDEPLOY_NAME`` has it; nothing where that is not set."""
+    value = os.environ.get(f"JAXDEPLOY_{name.upper()}")
+    return {} if value is None else {name: value}
 
 
 def checked(cls: type[Any], name: str, value: Any) -> Any:
@@ -137,6 +178,8 @@ def checked(cls: type[Any], name: str, value: Any) -> Any:
     default, about, kind, is_list = describe(cls)[name]
     if value is None and default is None:
         return None
+    if about.secret:
+        _check_secret(name, value)
     if isinstance(value, str):
         value = about.words.get(value, value)
     if about.reads is not None:
@@ -161,7 +204,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(read_text(Path(path), _LONGEST_YAML)) or {}
+        text = read_text(Path(path), _LONGEST_YAML)
+        if _flow_depth(text) > _DEEPEST_YAML:
+            raise ConfigError(f"config={path!r} nests more than {_DEEPEST_YAML} lists and mappings; mend the file")
+        content = yaml.safe_load(text) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"config={path!r} cannot be read ({error.strerror}); name a YAML file") from None
     except CheckpointError as error:
@@ -171,6 +217,12 @@ def read_yaml(path: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"config={path!r} must hold `name: value` lines; mend the file")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _flow_depth(text: str) -> int:
+    """How deeply brackets are nested, at most; the parser's time grows with the square of it."""
+    steps = [1 if letter in "[{" else -1 for letter in text if letter in "[]{}"]
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _naming_the_unknown(init: Callable[..., None], cls: type[Any]) -> Callable[..., None]:
@@ -200,8 +252,10 @@ def _assign(self: Any, name: str, value: Any) -> None:
         return
     elif about.ignored:
         logger.warning("%s=%r has no meaning here: %s", name, value, about.ignored)
+    elif about.missing and not any(value == fine for fine in (*_EMPTY, *about.fine)):
+        raise ConfigError(f"{name}={value!r:.60} is not there yet; {about.missing}")
     elif about.missing:
-        raise ConfigError(f"{name}={value!r} is not there yet; {about.missing}")
+        return
     elif value != 0:
         setattr(self, about.alias, value)
 
@@ -211,6 +265,15 @@ def _type_of(hint: Any) -> tuple[type[Any], bool]:
     first = next(option for option in options if option is not types.NoneType)
     origin = typing.get_origin(first) or first
     return (typing.get_args(first)[0], True) if origin is list else (origin, False)
+
+
+def _check_secret(name: str, value: Any) -> None:
+    keys = value if isinstance(value, list | tuple) else [value]
+    if not keys or not all(isinstance(key, str) and key and key == key.strip() and key.isprintable() for key in keys):
+        raise ConfigError(
+            f"{name}: a key must be a text of letters and signs, neither empty nor blank at an end; set it, or leave "
+            f"{name} out"
+        )
 
 
 def _as_list(name: str, kind: type[Any], value: Any) -> list[Any]:

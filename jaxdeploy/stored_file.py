@@ -22,6 +22,7 @@ _STRUCTURE = (b",", b":", b"[", b"{")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:

@@ -24,7 +24,6 @@ from typing import Any
 
 from bench_generation import SHAPES, write_shape
 from bench_record import result_path, spread, write_result
-from jsonschema.validators import validator_for
 from rich.console import Console
 from tqdm import tqdm
 
@@ -160,6 +159,8 @@ def verdict(form: dict[str, Any], text: str, finish_reason: str) -> str:
         return "truncated" if finish_reason == "length" else finish_reason
     schema = form["json_schema"]["schema"]
     try:
+        from jsonschema.validators import validator_for  # of the [bench] extra, which --help does not need
+
         validator_for(schema)(schema).validate(json.loads(text))
     except Exception as error:  # of a validator as of a parser
         print(f"invalid: {text[:200]!r}: {str(error)[:200]}")

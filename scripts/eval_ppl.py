@@ -18,11 +18,12 @@ from typing import Any
 
 from bench_record import result_path, write_result
 
-from jaxdeploy.checkpoint.source import resolve_model
+from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.compress.calibration import Calibration, calibration_ids
 from jaxdeploy.compress.evaluate import Perplexity, load_decoder, perplexity
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.tokenizer import Tokenizer
 
 SCHEMA = "perplexity/1"
@@ -78,7 +79,12 @@ def measure(args: argparse.Namespace) -> Perplexity:
     folder = resolve_model(args.model)
     text = read_text(args, folder)
     found = perplexity(
-        load(folder, args), text.held_out, batch_size=args.batch_size, kv_bits=args.quant_policy or None, progress=True
+        load(folder, args),
+        text.held_out,
+        scored=text.scored,
+        batch_size=args.batch_size,
+        kv_bits=args.quant_policy or None,
+        progress=True,
     )
     name = f"{label(args.model)}{KV_CACHES[args.quant_policy]}"
     print(
@@ -92,8 +98,17 @@ def measure(args: argparse.Namespace) -> Perplexity:
 
 def read_text(args: argparse.Namespace, folder: Path) -> Calibration:
     """The sequences to measure on, cut by the tokenizer in ``folder``; one line where they are fewer than asked for."""
-    tokenizer = Tokenizer.load(folder)
-    text = calibration_ids(args.text, tokenizer, samples=0, seqlen=args.seqlen, held_out=args.samples, seed=0)
+    architecture = architecture_of(read_hf_config(folder))
+    text = calibration_ids(
+        args.text,
+        Tokenizer.load(folder),
+        samples=0,
+        seqlen=args.seqlen,
+        held_out=args.samples,
+        seed=0,
+        folder=folder,
+        architecture=architecture,
+    )
     if text.note:
         print(text.note, file=sys.stderr)
     return text

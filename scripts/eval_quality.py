@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, text: Calibration) -> Iterator[Row]:
         for policy in dict.fromkeys(args.quant_policy if reference else [0, *args.quant_policy]):
             found = outputs(decoder, text.held_out, batch_size=args.batch_size, kv_bits=policy or None, progress=True)
             reference = reference or found
-            quality = compare_outputs(reference, found, text.held_out).quality()
+            quality = compare_outputs(reference, found, text.held_out, text.scored).quality()
             yield Row(name, policy, nbytes, quality)
 
 

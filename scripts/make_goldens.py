@@ -9,21 +9,27 @@ same weights): every submodule's output, the logits and the greedy continuation.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from golden_cases import CASES, GOLDENS, NEW_TOKENS, PROMPT_LENGTH, Case
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import save_file as save_tensors
+
+try:
+    import torch
+    import transformers
+    from safetensors.torch import save_file as save_tensors
+except ModuleNotFoundError as error:
+    MISSING: str | None = error.name
+else:
+    MISSING = None
 
 Array = np.ndarray[Any, Any]
 NEVER = 10**9
@@ -32,8 +38,16 @@ LEAST_MARGIN = 2e-3  # between the two likeliest tokens: the reply must not hang
 MAX_SEED = 200
 
 
-def main(names: list[str]) -> None:
-    """Write the cases called ``names``; without any, all."""
+def main() -> None:
+    """Write the cases that are named; without any, all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="case", help="default: all")
+    names = parser.parse_args().names
+    if MISSING is not None:
+        parser.error(f"{MISSING} is missing; pip install 'jaxdeploy[parity]'")
+    unknown = set(names) - {case.name for case in CASES}
+    if unknown:
+        parser.error(f"{min(unknown)} is no case; choose from {', '.join(case.name for case in CASES)}")
     transformers.utils.logging.disable_progress_bar()
     for case in CASES:
         if not names or case.name in names:
@@ -231,4 +245,4 @@ def _keep(outputs: dict[str, Any], name: str) -> Callable[[Any, Any, Any], None]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -201,7 +201,11 @@ def main() -> int:
         bar = tqdm(CASES.items(), desc=name, unit="case")
         found[name] = {case: measure(MODELS[name][0], text, **settings) for case, settings in bar}
         Console(width=140).print(table(name, found[name], text))
-    draw(record(args.out, found, texts)["metrics"], args.plot)
+    result = record(args.out, found, texts)
+    try:
+        draw(result["metrics"], args.plot)
+    except ImportError:
+        print("no picture: matplotlib is not installed; pip install matplotlib", file=sys.stderr)
     return 0
 
 

@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "scripts")]
 
 from bench_record import picture_path, result_path  # noqa: E402
+from demo.calibration_text import write_calibration_text  # noqa: E402
 from demo.dialogues import make_dialogues  # noqa: E402
 from demo.evaluation import evaluate, sample_conversation, write_results  # noqa: E402
 from demo.export import export, plot_losses  # noqa: E402
@@ -30,12 +31,13 @@ from demo.training import TrainConfig, train  # noqa: E402
 
 from jaxdeploy.checkpoint.export import claim  # noqa: E402
 from jaxdeploy.checkpoint.model import load_model  # noqa: E402
+from jaxdeploy.compress.texts import OWN_TEXT  # noqa: E402
 from jaxdeploy.errors import JaxdeployError  # noqa: E402
 from jaxdeploy.models.registry import read_config  # noqa: E402
 from jaxdeploy.parallel.mesh import make_mesh  # noqa: E402
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-MODEL_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors")
+MODEL_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "model.safetensors", OWN_TEXT)
 RUN_FILES = (*TOKENIZER_FILES, "losses.json", "checkpoints")
 
 
@@ -79,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     decoder, losses = train(config, model, tokenizer, args.work_dir, start)
     save_tokenizer(tokenizer, args.out, max_length=config.max_position)
     export(decoder, hf, args.out)
+    write_calibration_text(args.out)
     plot_losses(losses, config, args.plot)
     write_results(args.results, config, losses, evaluate(args.out, config), args.out)
     print(sample_conversation(args.out))

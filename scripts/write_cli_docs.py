@@ -50,4 +50,5 @@ def _row(action: argparse.Action) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     put_text(TARGET, render())

@@ -26,6 +26,7 @@ class Characters:
     special_tokens: Mapping[str, str] = {}
     prefix_ids = (BOS,)
     chat_template = None
+    chat_templates: Mapping[str, str] = {}
     vocab_size = 0x110000
 
     def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = True) -> list[int]:

@@ -39,6 +39,8 @@ class Behaviour:
     key: str | None = None
     asked: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     """Path, fields and headers of what was asked of its model."""
+    targets: list[str] = field(default_factory=list)
+    """Method and path of the same, as they were sent."""
     left: int = 0
     """Clients that left."""
     written: int = 0
@@ -82,7 +84,7 @@ class FakeNode(RunningApp):
     def _app(self) -> Starlette:
         paths = {"/health": self._health, "/v1/models": self._models}
         routes = [Route(path, answer, methods=["GET"]) for path, answer in paths.items()]
-        return Starlette(routes=[*routes, Route("/{path:path}", self._asked, methods=["GET", "POST"])])
+        return Starlette(routes=[*routes, Route("/{path:path}", self._asked, methods=["GET", "POST", "DELETE"])])
 
     async def _health(self, request: Request) -> Response:
         await self._hang()
@@ -100,6 +102,7 @@ class FakeNode(RunningApp):
         body = await request.body()
         fields = json.loads(body) if body else {}
         self.does.asked.append((request.url.path, fields, dict(request.headers)))
+        self.does.targets.append(f"{request.method} {request.scope['raw_path'].decode('latin-1')}")
         await self._hang()
         if self.does.full_for is not None:
             told = {"error": {"message": f"{self.does.name} is full", "type": "rate_limit"}}

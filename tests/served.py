@@ -16,6 +16,7 @@ from jaxdeploy.config import EngineConfig, ServerConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.engine.generator import Generator
 from jaxdeploy.server.app import create_app
+from jaxdeploy.server.http_connection import HttpConnection
 from jaxdeploy.server.served import Served
 
 NAME = "demo"
@@ -28,7 +29,9 @@ class RunningApp:
     """Where it listens. ``lifespan`` "on" has it start and end what it runs beside its routes."""
 
     def __init__(self, app: Any, lifespan: Literal["on", "off"] = "off", port: int = 0) -> None:
-        settings = uvicorn.Config(app, host="127.0.0.1", port=port, log_config=None, lifespan=lifespan)
+        settings = uvicorn.Config(
+            app, http=HttpConnection, ws="none", host="127.0.0.1", port=port, log_config=None, lifespan=lifespan
+        )
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()

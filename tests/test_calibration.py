@@ -14,6 +14,8 @@ import pytest
 
 from jaxdeploy.compress import texts
 from jaxdeploy.compress.calibration import SPREAD, Calibration, calibration_ids
+from jaxdeploy.compress.hub_texts import HUB
+from jaxdeploy.compress.rows import DOCUMENT_END
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.tokenizer import Tokenizer
 
@@ -50,6 +52,12 @@ def cut(
 def decoded(tokenizer: Tokenizer, found: Calibration) -> str:
     """All windows as one text; windows are drawn in the order of the text."""
     return "".join(tokenizer.decode(row.tolist()) for row in [*found.calib, *found.held_out])
+
+
+def shown(tokenizer: Tokenizer, found: Calibration) -> str:
+    """``decoded`` with special tokens by name, without the one that begins each window."""
+    rows = [*found.calib, *found.held_out]
+    return "".join(tokenizer.decode(row[1:].tolist(), skip_special_tokens=False) for row in rows)
 
 
 class TestWindows:
@@ -190,8 +198,68 @@ class TestFiles:
         ]
         rows += [{"text": ""}, {"messages": []}, {"text": story(200)}]
         path = write(tmp_path / "a.jsonl", "\n\n".join(map(json.dumps, rows)))
-        expected = "First.\n\nSecond.\n\nThird.\n\nHow are you?\n\nFine.\n\n" + story(200)
-        assert decoded(tokenizer, cut(path, tokenizer, samples=100, held_out=1))[:400] == expected[:400]
+        start, end = "<|im_start|>", "<|im_end|>\n"
+        chat = f"<s>{start}user\nHow are you?{end}{start}assistant\nFine.{end}"
+        found = cut(path, tokenizer, samples=100, held_out=1)
+        assert shown(tokenizer, found)[:400] == f"First.\n\nSecond.\n\nThird.\n\n{chat}{story(200)}"[:400]
+
+    def test_of_conversations_only_replies_are_scored(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        turns = [("user", "Q"), ("assistant", "A")]
+        talk = [{"role": role, "content": f"{letter} {n}"} for n in range(20) for role, letter in turns]
+        path = write(tmp_path / "a.jsonl", "\n".join(json.dumps({"messages": talk}) for _ in range(3)))
+        found = cut(path, tokenizer)
+        assert found.scored is not None
+        assert "only the replies are measured" in str(found.note)
+        marked = found.held_out[found.scored]
+        replies = tokenizer.decode(marked.tolist(), skip_special_tokens=False).split("<|im_end|>")
+        assert len(replies) > 3
+        assert {reply.strip() for reply in replies[1:-1]} <= {f"A {n}" for n in range(20)}
+        assert cut(None, tokenizer).scored is None
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+        ],
+        ids=["drops earlier replies", "begins otherwise"],
+    )
+    def test_a_template_whose_replies_cannot_be_found(
+        self, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
+    ) -> None:
+        """Then all tokens are measured."""
+        monkeypatch.setattr(tokenizer, "chat_template", template)
+        talk = [{"role": role, "content": story(99, seed)} for seed, role in enumerate(["user", "assistant"] * 2)]
+        found = cut(write(tmp_path / "a.jsonl", json.dumps({"messages": talk})), tokenizer)
+        assert found.scored is None
+
+    def test_messages_without_a_template_are_joined(
+        self, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenizer, "chat_template", None)
+        messages = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
+        path = write(tmp_path / "a.jsonl", json.dumps({"messages": messages}) + "\n" + json.dumps({"text": story(200)}))
+        found = cut(path, tokenizer, samples=100, held_out=1)
+        assert decoded(tokenizer, found).startswith("How are you?\n\nFine.\n\n" + story(200)[:50])
+
+    def test_messages_that_the_template_refuses(
+        self, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no such role') }}")
+        path = write(tmp_path / "a.jsonl", json.dumps({"messages": [{"role": "usr", "content": "Hi"}]}))
+        with pytest.raises(ConfigError, match=r"a\.jsonl line 1 does not fit the chat template .*no such role"):
+            cut(path, tokenizer)
+
+    @pytest.mark.parametrize("row", [r'{"text": "x \ud83d"}', r'{"messages": [{"role": "user", "content": "\ud83d"}]}'])
+    def test_half_an_emoji_is_read(self, tokenizer: Tokenizer, tmp_path: Path, row: str) -> None:
+        path = write(tmp_path / "a.jsonl", f"{row}\n" + json.dumps({"text": story(200)}))
+        assert "\ufffd" in decoded(tokenizer, cut(path, tokenizer, samples=100, held_out=1))
+
+    def test_the_text_of_the_model_is_the_default(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        write(tmp_path / texts.OWN_TEXT, json.dumps({"text": story(400)}))
+        found = calibration_ids(None, tokenizer, samples=5, seqlen=32, held_out=3, seed=0, folder=tmp_path)
+        assert found.source == "the model's own text"
+        assert decoded(tokenizer, found)[:50] in story(400)
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -204,11 +272,15 @@ class TestFiles:
             ("a.jsonl", b'{"text": "\xe4"}', "a.jsonl is not UTF-8"),
             ("a.jsonl", '{"text": "a"}\n\n{"text": ', "a.jsonl line 3 is not JSON .*; write one JSON object a line"),
             ("a.jsonl", "[" * 100_000, "a.jsonl line 1 is not JSON"),
-            ("a.jsonl", '["a"]', "a.jsonl line 1 is no JSON object; write one a line, with a field text or content or"),
+            (
+                "a.jsonl",
+                '["a"]',
+                "a.jsonl line 1 is no JSON object; write one a line, with a field text or messages",
+            ),
             (
                 "a.jsonl",
                 '{"txt": "a"}',
-                "a.jsonl line 1 has no text; give each object a field text or content or prompt",
+                "a.jsonl line 1 has no text; give each object a field text or messages or content",
             ),
             ("a.jsonl", '{"text": 7}', "a.jsonl line 1 has no text"),
             ("a.jsonl", '{"messages": [{"role": "user"}]}', "a.jsonl line 1 has no text"),
@@ -234,7 +306,9 @@ class TestFiles:
     def test_a_file_that_vanishes_is_one_line(self, tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
         write(path, "text")
-        _, pieces = texts.open_texts(str(path), setting="calib_dataset", evaluate=False)
+        _, pieces = texts.open_texts(
+            str(path), folder=None, setting="calib_dataset", evaluate=False, render=lambda _: None
+        )
         path.unlink()
         with pytest.raises(
             ConfigError, match=r"a.txt cannot be read .No such file or directory.; give a readable file"
@@ -264,49 +338,67 @@ class TestFiles:
 
 
 class FakeDatasets(types.ModuleType):
-    """Records how a data set is asked for; its rows have no end, so whoever reads them all never returns."""
+    """Records how a data set is asked for; its rows have no end, so a reader of all rows never returns."""
 
-    def __init__(self, column: str, error: Exception | None = None) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         super().__init__("datasets")
         self.calls: list[tuple[object, ...]] = []
-        self.column, self.error = column, error
+        self.error = error
 
-    def load_dataset(self, path: str, name: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, str]]:
-        self.calls.append((path, name, split, streaming))
+    def load_dataset(
+        self, path: str, *, split: str, streaming: bool, name: str | None = None, data_files: Any = None
+    ) -> Iterator[dict[str, Any]]:
+        assert streaming
+        self.calls.append((path, name or data_files, split))
         if self.error is not None:
             raise self.error
-        return ({self.column: "" if n % 2 else story(20, n)} for n in itertools.count())
+        return (self.row("" if n % 2 else story(20, n)) for n in itertools.count())
+
+    def row(self, text: str) -> dict[str, Any]:
+        """Every column that one of the data sets has."""
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": text}]
+        columns = {"instruction": "I", "input": "", "question": "Q"}
+        return {**columns, **dict.fromkeys(("text", "sentence", "answer", "output"), text), "messages": turns}
+
+
+def converted(repository: str, files: str, split: str) -> tuple[object, ...]:
+    return "parquet", {split: f"hf://datasets/{repository}@refs/convert/parquet/{files}"}, split
+
+
+PTB = "ptb-text-only/ptb_text_only"
+OPENWEBTEXT = converted("Skylion007/openwebtext", "*/*train/*.parquet", "train")
 
 
 class TestHub:
     @pytest.mark.parametrize(
-        ("name", "column", "calib", "evaluation"),
+        ("name", "begin", "calib", "evaluation"),
         [
-            ("c4", "text", ("allenai/c4", "en", "train"), ("allenai/c4", "en", "validation")),
-            ("pileval", "text", *2 * [("mit-han-lab/pile-val-backup", None, "validation")]),
-            (
-                "ptb",
-                "sentence",
-                *[("ptb-text-only/ptb_text_only", "penn_treebank", split) for split in ("train", "test")],
-            ),
-            (
-                "wikitext2",
-                "text",
-                *[("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("train", "test")],
-            ),
+            ("c4", "", ("allenai/c4", "en", "train"), ("allenai/c4", "en", "validation")),
+            ("gsm8k", "user\nQ", ("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
+            ("neuralmagic_calibration", "user\nQ", *2 * [("neuralmagic/calibration", "LLM", "train")]),
+            ("open-platypus", "user\nI", *2 * [("garage-bAInd/Open-Platypus", None, "train")]),
+            ("openwebtext", "", *2 * [OPENWEBTEXT]),
+            ("pileval", "", *2 * [("mit-han-lab/pile-val-backup", None, "validation")]),
+            ("ptb", "", *[converted(PTB, f"penn_treebank/{split}/*.parquet", split) for split in ("train", "test")]),
+            ("wikitext2", "", *[("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("train", "test")]),
         ],
     )
     def test_known_names_are_streamed(
-        self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, name: str, column: str, calib: Any, evaluation: Any
+        self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, name: str, begin: str, calib: Any, evaluation: Any
     ) -> None:
-        fake = FakeDatasets(column)
+        fake = FakeDatasets()
         monkeypatch.setitem(sys.modules, "datasets", fake)
         found = cut(name, tokenizer)
-        assert (found.source, found.note) == (f"{name} ({calib[0]}, {calib[2]})", None)
-        rows = tokenizer.decode(cut(name, tokenizer, samples=8, seqlen=500).calib[0].tolist()).split("\n\n")
-        assert set(rows[1:-1]) < {story(20, n) for n in range(0, 1000, 2)}
-        assert cut(name, tokenizer, samples=0).source == f"{name} ({evaluation[0]}, {evaluation[2]})"
-        assert fake.calls == [(*calib, True), (*calib, True), (*evaluation, True)]
+        assert name in found.source
+        text = shown(tokenizer, cut(name, tokenizer, samples=8, seqlen=500))
+        assert (f"<|im_start|>{begin}<|im_end|>" in text) if begin else ("<|im_start|>" not in text)
+        assert any(story(20, n) in text for n in range(0, 400, 2))
+        cut(name, tokenizer, samples=0)
+        assert fake.calls == [calib, calib, evaluation]
+
+    def test_every_name_of_lmdeploy_is_known(self) -> None:
+        names = "ptb wikitext2 c4 pileval gsm8k neuralmagic_calibration open-platypus openwebtext"
+        assert set(HUB) == set(names.split())
 
     def test_without_the_library_it_says_what_to_do(
         self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
@@ -322,10 +414,8 @@ class TestHub:
     def test_what_the_library_raises_is_one_line(
         self, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
-        monkeypatch.setitem(sys.modules, "datasets", FakeDatasets("text", error))
-        message = (
-            r"^calib_dataset=c4 cannot be loaded from allenai/c4 \(no scripts\); check the network, or give .*file$"
-        )
+        monkeypatch.setitem(sys.modules, "datasets", FakeDatasets(error))
+        message = r"^calib_dataset=c4 cannot be loaded from allenai/c4 \(no scripts\); .*: --calib-dataset FILE"
         with pytest.raises(ConfigError, match=message):
             cut("c4", tokenizer)
 
@@ -374,7 +464,7 @@ class TestParquet:
 
     def test_faults_are_one_line(self, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pyarrow.parquet", FakeParquet({"id": [1]}))
-        with pytest.raises(ConfigError, match=r"a.parquet has no text; give the table a column text or content or"):
+        with pytest.raises(ConfigError, match=r"a.parquet has no text; give the table a column text or messages or"):
             self.read(tokenizer, tmp_path)
         with pytest.raises(
             ConfigError, match=r"a.parquet cannot be read as parquet \(magic bytes\); give another file"
@@ -406,9 +496,9 @@ class TestBundledText:
         assert not {"\0", "\r", "\t", "\ufffd", "\ufeff"} & set(self.text)
 
     def test_boundaries_of_documents_are_no_text(self) -> None:
-        _, pieces = texts.open_texts(None, setting="calib_dataset", evaluate=False)
-        joined = "".join(pieces)
+        _, pieces = texts.open_texts(None, folder=None, setting="calib_dataset", evaluate=False, render=lambda _: None)
+        joined = "".join(piece.text for piece in pieces)
         assert "<<<" not in joined
-        assert joined.replace(texts.DOCUMENT_END, "") == self.text.replace("<<<>>>\n", "\n").rstrip().replace(
+        assert joined.replace(DOCUMENT_END, "") == self.text.replace("<<<>>>\n", "\n").rstrip().replace(
             "\n\n", ""
         )

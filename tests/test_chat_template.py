@@ -123,7 +123,7 @@ ESCAPES = [
 def test_a_template_cannot_leave_the_sandbox(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     template = resolve(None, with_template(tmp_path, source))
-    with pytest.raises(RequestError, match="refused by the chat template"):
+    with pytest.raises(RequestError, match="the chat template failed on the messages"):
         template.render(CHAT)
     assert not (tmp_path / "PWNED").exists()
     assert CHAT[0]["role"] == "system"
@@ -156,7 +156,7 @@ def test_the_checkpoints_template_comes_first_then_the_familys_then_plain_text(t
     assert resolve(None, plain).render(CHAT[1:2]) == CHAT[1]["content"]
     assert resolve(None, plain, "InternLMForCausalLM").name == "internlm"
     own = with_template(tmp_path, "own")
-    assert resolve(None, own, "InternLMForCausalLM").render(CHAT) == "own"
+    assert resolve(None, own, "InternLMForCausalLM").render(CHAT[1:]) == "own"
     assert resolve("internlm", own).render(CHAT) != "own"
 
 
@@ -224,7 +224,7 @@ def test_lmdeploys_defaults_and_older_names(tokenizer: Tokenizer) -> None:
     assert resolve("yi", tokenizer).render(question).startswith("<|im_start|>user\nU")
     assert resolve("internlm2-chat-7b", tokenizer).stop_words == ("<|im_end|>", "<|action_end|>")
     assert resolve("internlm2-7b", tokenizer).render(question) == "U"
-    assert resolve("llama-2-chat", tokenizer).render(question).startswith("[INST] <<SYS>>\n\n<</SYS>>\n\nU")
+    assert resolve("codellama", tokenizer).render(question).startswith("[INST] <<SYS>>\n\n<</SYS>>\n\nU")
     wanted = {"base", "llama2", "llama3", "vicuna", "internlm", "internlm2", "qwen", "mistral", "codellama", "yi"}
     assert wanted | {"solar", "ultralm", "wizardlm", "chatml"} <= CHAT_TEMPLATES.keys()
 

@@ -17,6 +17,7 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.decoder import abstract_params
 from jaxdeploy.models.registry import FAMILIES, family_of, read_config
+from jaxdeploy.models.weights import ParamPath, Source, less
 
 HF: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -83,6 +84,18 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, broken, table, HF)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert {file.name for file in tmp_path.iterdir()} == {NAME, "config.json", "model.safetensors"}
+
+
+def test_an_offset_is_taken_off_before_rounding(tmp_path: Path) -> None:
+    """``less`` (Gemma's norms): what is rounded to the stored dtype is the scale less 1."""
+    table: dict[ParamPath, Source] = {("norm", "scale"): less(1.0, "norm.weight", 5)}
+    scale = np.array([1.0, 1.001, 0.99, -0.3, 2.0], np.float32)
+    save_checkpoint(tmp_path, {("norm", "scale"): scale}, table, HF, dtype=ml_dtypes.bfloat16)
+    stored = open_checkpoint(tmp_path)["norm.weight"].read()
+    np.testing.assert_array_equal(stored, (scale - 1).astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(
+        table["norm", "scale"].assemble([stored]), table["norm", "scale"].rounded(scale, stored.dtype)
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -117,7 +117,7 @@ def test_one_weight_format_is_fetched_and_never_code(
         "revision": "v1",
         "cache_dir": "/somewhere",
         "allow_patterns": texts + weights,
-        "ignore_patterns": ["*/*"],
+        "ignore_patterns": ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*"],
     }
 
 

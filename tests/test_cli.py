@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import write_cli_docs
 
+from jaxdeploy.chat_input import given_prompt
 from jaxdeploy.cli import COMMANDS, command_parser, main
 from jaxdeploy.cli.chat import ChatOptions, template_config
 from jaxdeploy.cli.flags import read_settings
@@ -48,7 +51,7 @@ def test_help_is_quick() -> None:
 
 
 def test_unknown_command_and_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "did you mean 'chat'" in fails(capsys, "chatt")
+    assert "the nearest one is chat;" in fails(capsys, "chatt")
     assert "the nearest one is --session-len" in fails(capsys, "chat", "--sesion-len", "5")
     assert "is one too many" in fails(capsys, "chat", "model", "other")
     assert "expected one argument" in fails(capsys, "chat", "--tp")
@@ -79,8 +82,26 @@ def test_bad_flag_values(capsys: pytest.CaptureFixture[str], argv: tuple[str, ..
     assert "; " in line
 
 
-def test_empty_prompt_is_only_for_completion(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--cap completion" in fails(capsys, "chat", "nowhere", "--prompt", "")
+def test_a_prompt_comes_from_one_place(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert "stdin is empty" in fails(capsys, "chat", "nowhere")
+    assert "stdin is empty" in fails(capsys, "chat", "nowhere", "--prompt", "-")
+    (tmp_path / "text").write_text("from stdin", encoding="utf-8")
+    with (tmp_path / "text").open(encoding="utf-8") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert "two prompts" in fails(capsys, "chat", "nowhere", "--prompt", "hi")
+        assert given_prompt("-") == "from stdin"
+        assert given_prompt("") == "", "nothing is left on stdin"
+    ends = os.pipe()
+    os.write(ends[1], b"piped\n")
+    with os.fdopen(ends[0], encoding="utf-8") as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        assert "two prompts" in fails(capsys, "chat", "nowhere", "--prompt", "hi")
+        os.close(ends[1])
+        assert given_prompt(None) == "piped"
+    assert given_prompt("a\ud83d") == "a\ufffd"
 
 
 def test_flags_become_settings() -> None:
@@ -115,15 +136,15 @@ def test_flags_come_before_the_file(tmp_path: Path) -> None:
 
 
 def test_template_of_the_flags(tmp_path: Path) -> None:
-    assert template_config(ChatOptions(chat_template="vicuna")) == "vicuna"
-    assert template_config(ChatOptions()) is None
-    both = template_config(ChatOptions(chat_template="vicuna", cap="completion"))
+    assert template_config("vicuna", None) == "vicuna"
+    assert template_config(None, None) is None
+    both = template_config("vicuna", "completion")
     assert both == ChatTemplateConfig(model_name="vicuna", capability="completion")
     path = tmp_path / "mine.json"
     ChatTemplateConfig(user="U:").to_json(path)
-    from_file = template_config(ChatOptions(chat_template=str(path), cap="python"))
+    from_file = template_config(str(path), "python")
     assert from_file == ChatTemplateConfig(user="U:", capability="python")
-    assert template_config(ChatOptions(chat_template="x.jinja", cap="chat")) == "x.jinja"
+    assert template_config("x.jinja", "chat") == "x.jinja"
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ from tests.stored_models import (
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, "jaxdeploy")
+    caplog.set_level(logging.WARNING, "jaxdeploy")
     return caplog
 
 
@@ -253,9 +253,10 @@ def test_scales_that_are_no_numbers(scale: float, tmp_path: Path) -> None:
         stored.load(tmp_path)
 
 
-def test_groups_that_are_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [7, 2**30])
+def test_groups_that_are_none(tmp_path: Path, group: int) -> None:
     stored = checkpoint(SCATTERED)
-    stored.tensors["model.layers.0.self_attn.o_proj.g_idx"][3] = 7
+    stored.tensors["model.layers.0.self_attn.o_proj.g_idx"][3] = group
     with pytest.raises(CheckpointError, match="g_idx must give 64 of 128 inputs to each of 2 groups"):
         stored.load(tmp_path)
 

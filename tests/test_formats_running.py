@@ -39,7 +39,7 @@ from tests.stored_models import (
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    caplog.set_level(logging.INFO, "jaxdeploy")
+    caplog.set_level(logging.WARNING, "jaxdeploy")
     return caplog
 
 

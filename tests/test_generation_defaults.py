@@ -14,7 +14,7 @@ from jaxdeploy.generation_config import resolve
 from jaxdeploy.generation_defaults import FIELDS, checked_defaults, read_generation_defaults
 from tests.test_generation_config import Letters
 
-VALUES = (-1, 0, 1, 20.0, 0.5, 1e9, 2**31, 10**400, float("nan"), float("inf"), True, "20", [1], {})
+VALUES: tuple[Any, ...] = (-1, 0, 1, 20.0, 0.5, 1e9, 2**31, 10**400, float("nan"), float("inf"), True, "20", [1], {})
 
 
 def test_whole_floats_are_whole_numbers_and_null_is_absent() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.engine import GRAMMAR_THREADS, Engine
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason, Request
 from tests.tiny_models import SHAPES_IN_A_ROW, guessing, outputs_of, prompt, reasons, request, run, tiny_engine
@@ -126,6 +126,19 @@ def test_one_that_is_given_up_while_its_grammar_is_made() -> None:
     engine.add(Request("y", prompt(20), counting("y", 4).sampling, timeout=0.01))
     ended = until_idle(engine)
     assert [(output.request_id, output.finish_reason) for output in ended] == [("y", FinishReason.ABORT)]
+    grammars.ready.set()
+    engine.close()
+
+
+def test_one_that_is_given_up_while_it_waits_for_others_is_never_made() -> None:
+    grammars = CountingGrammars(held=True)
+    engine = tiny_engine(grammars=grammars)
+    for number in range(2 * GRAMMAR_THREADS):
+        engine.add(counting(str(number), 4))
+    waiting = list(engine._compiling.values())[GRAMMAR_THREADS:]
+    for number in range(2 * GRAMMAR_THREADS):
+        engine.abort(str(number))
+    assert all(future.cancelled() for future in waiting)
     grammars.ready.set()
     engine.close()
 

@@ -62,6 +62,38 @@ def test_other_forms_are_refused(prompts: Any) -> None:
         fake_pipeline()[0](prompts)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "fault"),
+    [
+        (("what is this?", object()), r"prompts\[1\]=object is no text, and this model reads text only"),
+        (("what is this?", "https://example.com/a.png"), r"prompts\[1\]='https://example.com/a.png' is no text"),
+        (("what is this?", [object()]), r"prompts\[1\]=list is no text"),
+        ([("what is this?", b"\x89PNG")], r"prompts\[1\]=bytes is no text"),
+        ([{"content": "Hi"}], r"messages\[0\].role is missing"),
+        ([{"role": "usr", "content": "Hi"}], r"messages\[0\].role='usr' is unknown"),
+        ({"role": "user", "content": "Hi"}, "is one message; put it into a list"),
+        (
+            [[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]],
+            "type='image_url' cannot",
+        ),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_name(prompts: Any, fault: str) -> None:
+    with pytest.raises(RequestError, match=fault):
+        fake_pipeline()[0](prompts)
+
+
+def test_a_reply_that_comes_last_is_continued_unless_told_otherwise() -> None:
+    pipe, _ = fake_pipeline(template="chatml")
+    begun: Any = [{"role": "user", "content": "6 x 7?"}, {"role": "assistant", "content": "It is"}]
+    assert only(pipe(begun)).text.endswith("<|im_start|>assistant\nIt is")
+    assert only(pipe(begun, add_generation_prompt=True)).text.endswith("It is<|im_end|>\n<|im_start|>assistant\n")
+    assert only(pipe(begun, continue_final_message=False)).text.endswith("<|im_start|>assistant\n")
+    assert only(pipe("")).text.endswith("<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n")
+    with pytest.raises(RequestError, match="add_generation_prompt=true begins a new reply and continue_final_message"):
+        pipe(begun, add_generation_prompt=True, continue_final_message=True)
+
+
 def test_chat_template_and_do_preprocess() -> None:
     pipe, generator = fake_pipeline(template="chatml")
     assert "<|im_start|>user\nhi<|im_end|>" in only(pipe("hi")).text

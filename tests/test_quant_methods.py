@@ -56,6 +56,8 @@ class Toy:
         self.folds: tuple[ToyFold, ...] = tuple(ToyFold(self, name, pooled) for name in self.linears)
         self.stored: dict[str, Rounded | ChannelRounded] = {}
         self.events: list[str] = []
+        self.notes: dict[str, str] = {}
+        self.unseen: Array | None = None
 
     def grid(self, name: str) -> Grid:
         return self.fits
@@ -70,11 +72,13 @@ class Toy:
     def inputs(self, name: str) -> Inputs:
         self.events.append(f"inputs {name}")
         x, size = self.into(name), jnp.abs(self.into(name))
-        return Inputs(len(x), size.mean(0), size.max(0), x, x.T @ x / jnp.float32(len(x)))
+        unseen = None if self.unseen is None else jnp.asarray(self.unseen) * self.norm
+        return Inputs(len(x), size.mean(0), size.max(0), x, x.T @ x / jnp.float32(len(x)), unseen)
 
-    def store(self, name: str, rounded: Rounded | ChannelRounded) -> None:
+    def store(self, name: str, rounded: Rounded | ChannelRounded, note: str = "") -> None:
         self.events.append(f"store {name}")
         self.stored[name] = rounded
+        self.notes[name] = note
 
     def output(self, quantize: Callable[[Array], Array] = lambda x: x) -> Array:
         """With ``quantize`` applied to every linear's inputs."""
@@ -321,3 +325,39 @@ def test_every_method_is_there() -> None:
     assert not layer.events
     method("rtn").quantize_layer(layer)
     assert layer.events == ["store up", "store down"]
+
+
+# What loses on inputs that the search has not seen is not used
+
+
+def shifted(seed: int) -> Toy:
+    """A toy of one linear. Its outliers are those of the sample alone: unseen inputs have theirs elsewhere."""
+    layer = single(seed)
+    layer.unseen = np.roll(np.asarray(layer.x), 1, axis=1)
+    return layer
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "smooth_quant"])
+def test_what_loses_on_unseen_inputs_is_not_used(name: str) -> None:
+    layer, plain = shifted(7), single(7)
+    exact = layer.weight("up")
+    method(name).quantize_layer(layer)
+    method("rtn" if name != "smooth_quant" else name).quantize_layer(plain)
+    assert "lost on unseen text" in layer.notes["up"]
+    assert layer.unseen is not None
+    if name == "smooth_quant":
+        assert not layer.folds[0].applied
+        return
+    found, nearest = (output_error(layer.unseen, exact, toy.stored["up"].value()) for toy in (layer, plain))
+    assert found == nearest
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "smooth_quant"])
+def test_what_wins_on_unseen_inputs_is_used(name: str) -> None:
+    """Inputs like those of the sample: the result is that of a search without a test."""
+    tested, untested = single(7), single(7)
+    tested.unseen = np.asarray(tested.x)
+    for layer in (tested, untested):
+        method(name).quantize_layer(layer)
+    assert tested.notes["up"] == ""
+    np.testing.assert_array_equal(tested.stored["up"].value(), untested.stored["up"].value())

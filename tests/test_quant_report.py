@@ -148,7 +148,8 @@ def test_without_matplotlib_there_is_a_line_and_no_picture(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING, "jaxdeploy"):
         write(report(), tmp_path)
-    assert caplog.messages == ["no quant_report.png: matplotlib is not installed here; pip install matplotlib"]
+    expected = "no quant_report.png: matplotlib is not installed; pip install matplotlib (extra: quantize)"
+    assert caplog.messages == [expected]
     assert [path.name for path in tmp_path.iterdir()] == ["quant_report.json"]
 
 
@@ -200,7 +201,9 @@ def test_what_stayed_float_is_named_by_reason() -> None:
 
 def test_a_channel_is_no_group() -> None:
     eight = tuple(dataclasses.replace(linear(0, "wo", 1e-3), bits=8, group_size=width) for width in (172, 512))
-    assert report(method="smooth_quant", linears=eight).title == "smooth_quant, 8 bits"
+    found = report(method="smooth_quant", linears=eight)
+    assert found.title == "smooth_quant, 8 bits"
+    assert shown(found).count("│   all │") == 2
 
 
 def test_no_quality_is_said() -> None:

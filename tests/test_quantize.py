@@ -6,6 +6,8 @@ import errno
 import json
 import re
 import shutil
+import sys
+import types
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,13 @@ from jaxdeploy.compress.forward import LINEARS
 from jaxdeploy.compress.passage import Passage
 from jaxdeploy.compress.quantize import quantize
 from jaxdeploy.compress.report import Report
+from jaxdeploy.compress.texts import OWN_TEXT
 from jaxdeploy.errors import CheckpointError, JaxdeployError
+from jaxdeploy.models.families import llama
 from jaxdeploy.models.quantized import Int4Weight, Int8Weight
-from jaxdeploy.models.registry import family_of
-from jaxdeploy.models.weights import ParamPath
+from jaxdeploy.models.registry import FAMILIES, family_of
+from jaxdeploy.models.weights import ParamPath, decoder_weights, less
+from jaxdeploy.whole_file import put_file
 from pallas_kernels.w4a16_matmul.packing import unpack
 from tests.selection import every_other
 from tests.tiny_models import Array
@@ -111,9 +116,8 @@ def test_the_folder_is_a_checkpoint(written: dict[str, tuple[Path, Report]], met
     assert json.loads((folder / "quant_report.json").read_text())["schema"] == "quant_report/1"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_read_back(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """The engine's integers are worth, bit for bit, what the run computed with; logits follow."""
+def parameters_of_a_run(monkeypatch: pytest.MonkeyPatch) -> dict[ParamPath, Array]:
+    """The parameters that the next run goes on with, filled in as it runs."""
     used: dict[ParamPath, Array] = {}
     advance = Passage._advance
 
@@ -122,6 +126,13 @@ def test_read_back(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         advance(self, index, forward, floats, params)
 
     monkeypatch.setattr(Passage, "_advance", note)
+    return used
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_read_back(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """The engine's integers are worth, bit for bit, what the run computed with; logits follow."""
+    used = parameters_of_a_run(monkeypatch)
     run(model, tmp_path / "out", method=method, eval_samples=0)
     hf, files = read_hf_config(tmp_path / "out"), open_checkpoint(tmp_path / "out")
     table = expand_quantized(family_of(hf).weights(family_of(hf).model_config(hf)), files, hf["quantization_config"])
@@ -131,6 +142,45 @@ def test_read_back(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         np.testing.assert_array_equal(read.astype(np.float32), value, err_msg=str(path))
     for path, value in held_values(load_decoder(tmp_path / "out")).items():
         np.testing.assert_array_equal(value, used[path].reshape(value.shape), err_msg=str(path))
+
+
+def offset_family() -> types.ModuleType:
+    """A made-up family whose norms are stored as the scale less 1, like Gemma's."""
+    family = types.ModuleType("offset_family")
+    norm = partial(less, 1.0)
+    vars(family).update(
+        model_config=llama.model_config, weights=lambda config: decoder_weights(config, llama.NAMES, norm)
+    )
+    return family
+
+
+def test_norms_that_are_stored_with_an_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run computes with what its files hold: folded scales are rounded in the form in which they are stored."""
+    monkeypatch.setitem(FAMILIES, "OffsetForCausalLM", "offset_family")
+    monkeypatch.setitem(sys.modules, "offset_family", offset_family())
+    hf = {**HF, "architectures": ["OffsetForCausalLM"], "num_hidden_layers": 1}
+    model = write_model(tmp_path / "model", hf)
+    norm = "model.layers.0.input_layernorm.weight"
+    tensors = {name: np.array(ref.read()) for name, ref in open_checkpoint(model).items()}
+    put_tensors(model / "model.safetensors", {**tensors, norm: tensors[norm] - tensors[norm].dtype.type(1)})
+    used = parameters_of_a_run(monkeypatch)
+    run(model, tmp_path / "out", method="awq", search_scale=False, eval_samples=0)
+    path = ("layers", 0, "attention_norm", "scale")
+    stored = open_checkpoint(tmp_path / "out")[norm].read()
+    assert stored.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(stored.astype(np.float32) + 1, used[path])
+    assert np.abs(used[path] - np.array(tensors[norm], np.float32)).max() > 0.01, "something was folded"
+    decoder = load_decoder(tmp_path / "out", dtype="bfloat16")
+    scale = decoder.layers[0].attention_norm.scale[...]
+    assert scale.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(scale), used[path])
+    x = np.random.default_rng(0).standard_normal((4, 64)).astype(jnp.bfloat16)
+    wide = x.astype(np.float32)
+    expected = wide / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + 1e-5) * used[path]
+    np.testing.assert_array_equal(decoder.layers[0].attention_norm(jnp.asarray(x)), expected.astype(jnp.bfloat16))
+    normed, total = decoder.layers[0].attention_norm.added(jnp.asarray(x), jnp.zeros_like(x))
+    np.testing.assert_array_equal(normed, expected.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(total, x)
 
 
 def held_values(decoder: Any) -> dict[ParamPath, Array]:
@@ -188,7 +238,8 @@ def test_other_layouts(model: Path, tmp_path: Path, layout: str) -> None:
 
 def test_act_order_on_disk(model: Path, tmp_path: Path) -> None:
     """Groups of scattered inputs: ``g_idx`` is written, and read back as an order of inputs."""
-    run(model, tmp_path / "out", method="gptq", static_groups=False, w_group_size=32, eval_samples=0)
+    settings = {"method": "gptq", "static_groups": False, "w_group_size": 32, "eval_samples": 0}
+    run(model, tmp_path / "out", **settings, calib_samples=32)  # with less, rounding to nearest wins
     assert read_hf_config(tmp_path / "out")["quantization_config"]["desc_act"] is True
     weight = load_decoder(tmp_path / "out").layers[1].mlp.down
     assert isinstance(weight, Int4Weight)
@@ -296,6 +347,17 @@ def test_chat_with_the_result(written: dict[str, tuple[Path, Report]], method: s
     assert reply.generate_token_len == 4
 
 
+@pytest.mark.slow
+def test_the_bundled_model_is_measured_on_its_own_text(tmp_path: Path) -> None:
+    """Without a data set, as a new user does it."""
+    report = quantize(bundled_model(), QuantConfig(method="rtn", calib_seqlen=512, work_dir=str(tmp_path / "out")))
+    assert report.calibration == "the model's own text"
+    assert report.quality is not None
+    assert report.quality.ppl_before < 2
+    assert report.quality.greedy_same > 0.9
+    assert (tmp_path / "out" / OWN_TEXT).exists(), "the result is measured on the same text"
+
+
 # Killed and resumed
 
 
@@ -315,7 +377,7 @@ def test_killed_and_resumed(
 ) -> None:
     """Killed after so many files, a run goes on and ends as an uninterrupted one."""
     count = 0
-    put = writing.put_file
+    put = put_file
 
     def dying(file: Path, write: Any) -> None:
         nonlocal count
@@ -412,7 +474,7 @@ def test_quantised_already(tmp_path: Path, written: dict[str, tuple[Path, Report
 @pytest.mark.parametrize("fails", [3, 8, 10])
 def test_a_full_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
     """One line, nothing that looks finished; with room again, the run goes on."""
-    put, count = writing.put_file, 0
+    put, count = put_file, 0
 
     def full(file: Path, write: Any) -> None:
         nonlocal count

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+from pydantic import BaseModel
 
 from jaxdeploy.chat import bundled_model
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.engine.grammar import Grammars
+from jaxdeploy.engine.grammar import FORCED, Grammars, _Vocabulary
 from jaxdeploy.errors import RequestError
 from jaxdeploy.generation_config import resolve
 from jaxdeploy.response_format import LARGEST, grammar_of
+from jaxdeploy.server.call_grammar import call_grammar
+from jaxdeploy.server.parsers import hermes, llama3
 from jaxdeploy.tokenizer import Tokenizer
 
 SCHEMAS = Path(__file__).parents[2] / "shared/assets/prompts/jsonschema"
@@ -73,6 +77,78 @@ def test_what_follows_a_form(
     assert not any(accepts(grammars, tokenizer, grammar, text) for text in bad)
 
 
+DEEP: Any = {"a": [{"b": [{"c": [1, {}, []]}]}]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(json.dumps(DEEP, indent=indent) for indent in (None, 0, 2, 4, 8, 16, "\t")),
+        json.dumps(DEEP, indent=4).replace("\n", "\r\n"),
+        json.dumps(DEEP, indent=4, separators=(", ", ": ")),
+        json.dumps(DEEP, separators=(" \t\n\r , ", " \n : \t ")),
+        json.dumps(DEEP, indent=2).replace("\n", "\n\n"),
+    ],
+)
+def test_json_may_be_laid_out_in_any_way(grammars: Grammars, tokenizer: Tokenizer, text: str) -> None:
+    assert json.loads(text) == DEEP
+    assert accepts(grammars, tokenizer, form("json_object"), text)
+
+
+SMALL = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"type": "json_object", "schema": SMALL},
+        {"type": "json_schema", "schema": SMALL},
+        {"type": "json_schema", "json_schema": SMALL},
+        {"type": "json_schema", "json_schema": {"name": "x", "description": "", "strict": True, "schema": SMALL}},
+        {"type": "json_object", "schema": SMALL, "json_schema": None, "choice": []},
+    ],
+)
+def test_schemas_are_followed_wherever_clients_put_them(
+    grammars: Grammars, tokenizer: Tokenizer, asked: dict[str, Any]
+) -> None:
+    grammar = grammar_of(asked)
+    assert grammar is not None
+    assert accepts(grammars, tokenizer, grammar, '{"a": 1}')
+    assert not accepts(grammars, tokenizer, grammar, '{"a": 3}')
+
+
+class Leaf(BaseModel):
+    size: Literal[1, 2]
+    next: Leaf | None = None
+
+
+class Tree(BaseModel):
+    leaf: Leaf
+
+
+@pytest.mark.parametrize("form_of_calls", [hermes, llama3])
+def test_calls_follow_parameters_with_definitions(
+    grammars: Grammars, tokenizer: Tokenizer, form_of_calls: ModuleType
+) -> None:
+    """Each function has ``$defs`` of its own; a schema may refer to itself."""
+    loop = {"type": "object", "properties": {"again": {"$ref": "#"}}, "additionalProperties": False}
+    functions = {"plant": Tree.model_json_schema(), "cut": Leaf.model_json_schema(), "turn": loop, "stop": None}
+    grammar = call_grammar(form_of_calls, functions, tokenizer, several=False)
+    name = form_of_calls.ARGUMENTS
+
+    def call(function: str, arguments: str) -> bool:
+        said = f'{{"name": "{function}", "{name}": {arguments}}}'
+        return accepts(grammars, tokenizer, grammar, f"{form_of_calls.BEGIN}{said}{form_of_calls.END}")
+
+    assert call("plant", '{"leaf": {"size": 1, "next": {"size": 2, "next": null}}}')
+    assert call("cut", '{"size": 2}')
+    assert call("turn", '{"again": {"again": {}}}')
+    assert call("stop", '{"any": [1]}')
+    assert not call("plant", '{"leaf": {"size": 3}}')
+    assert not call("turn", '{"again": 1}')
+    assert not call("cut", '{"leaf": {"size": 1}}')
+
+
 def test_a_tokenizer_that_begins_texts_with_a_space(shared: Path) -> None:
     tokenizer = Tokenizer.load(shared / "assets/models/stories260K")
     grammars = Grammars(lambda: tokenizer, 512, frozenset({2}))
@@ -98,17 +174,35 @@ def test_any_text_needs_no_grammar() -> None:
     ("response_format", "says"),
     [
         ({"type": "xml"}, "response_format.type='xml' is unknown; give text, json_object"),
-        ({}, "type=None"),
+        ({"strict": True}, "type=None"),
         ({"type": "json_schema"}, "json_schema=None holds no schema"),
         ({"type": "json_schema", "json_schema": {"schema": {"oneOf": [{}, {}]}}}, "oneOf"),
         ({"type": "json_schema", "json_schema": {"schema": {"unevaluatedProperties": False}}}, "unevaluatedProperties"),
         ({"type": "json_schema", "json_schema": {"schema": {"type": "strnig"}}}, "cannot be followed"),
-        ({"type": "regex_schema", "regex_schema": "[a"}, "invalid regex"),
+        ({"type": "regex_schema", "regex_schema": "[a"}, r"regex_schema='\[a': unclosed character class"),
         ({"type": "regex_schema", "regex_schema": 5}, "regex_schema=5 must be a text"),
         ({"type": "choice", "choice": []}, "choice=.* must be a list of texts"),
         ({"type": "grammar", "grammar": "root ::= ("}, "cannot be read"),
         ({"type": "grammar", "grammar": "start: x"}, "cannot be followed"),
         ({"type": "choice", "choice": ["x" * LARGEST]}, "is larger than"),
+        ({"type": "text", "schema": {"type": "object"}}, "response_format.schema is no member of type='text'"),
+        ({"type": "json_object", "json_schema": {"type": "array"}}, "response_format.json_schema is no member"),
+        ({"type": "choice", "choice": ["a"], "regex": "b"}, "response_format.regex is no member"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "strcit": True}},
+            "response_format.json_schema.strcit is no member",
+        ),
+        ({"type": "json_schema", "json_schema": {"name": "x", "strict": True}}, "json_schema=None holds no schema"),
+        (
+            {"type": "json_object", "schema": {"properties": {"a": {"pattern": "^(?!x)y$"}}}},
+            r"schema.properties.a.pattern='\^\(\?!x\)y\$': look-around, including look-ahead",
+        ),
+        (
+            {"type": "json_object", "schema": {"patternProperties": {"(?=a)": {}}}},
+            "schema.patternProperties=.*look-ahead",
+        ),
+        ({"type": "regex_schema", "regex_schema": r"(a)\1"}, "regex_schema=.*backreferences"),
+        ({"type": "json_object", "schema": {"$ref": "#/$defs/a"}}, "Pointer '/\\$defs/a' does not exist"),
     ],
 )
 def test_what_cannot_be_followed_is_named(response_format: dict[str, Any], says: str) -> None:
@@ -170,3 +264,27 @@ def test_a_model_with_more_logits_than_its_tokenizer_has_tokens(tokenizer: Token
     assert not bits[:2, VOCAB:size].any()
     assert bits[2].all(), "behind a draft that does not follow nothing is said"
     assert matcher.take(first[0])
+
+
+def test_a_long_text_that_must_come_is_turned_into_tokens_in_parts(
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step does not take longer for it, and tokens are those of the tokenizer."""
+    text = "How do I start a chat? " * 100
+    given: list[int] = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **how: given.append(len(text)) or encode(text, **how))
+    matcher = grammars.matcher(form("choice", choice=[text]))
+    for token_id in encode(text, add_bos=False)[:20]:
+        words = np.full(VOCAB // 32, 0xFFFFFFFF, np.uint32)
+        matcher.allow(words)
+        assert np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist() == [token_id]
+        assert matcher.take(token_id)
+    assert max(given) <= FORCED + 1
+
+
+def test_a_tokenizer_that_cannot_spell_a_text_gives_its_longest_beginning(tokenizer: Tokenizer) -> None:
+    vocabulary = _Vocabulary(tokenizer, VOCAB, [EOS])
+    vocabulary.tokens = [token if len(token) == 1 else b"" for token in vocabulary.tokens]
+    (token_id,) = vocabulary("chat")
+    assert vocabulary.tokens[token_id] == b"c"

@@ -181,3 +181,19 @@ def test_a_ratio_must_be_a_number(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="must be a finite number"):
         write_result(tmp_path / "x.json", "example/1", {}, {}, {"speedup": float("nan")})
+
+
+@pytest.mark.parametrize("name", ["bench_structured", "make_goldens", "write_cli_docs"])
+def test_help_runs_nothing(name: str) -> None:
+    """Also where the packages of their extras are missing."""
+    page = ROOT / "docs/cli.md"
+    before = page.stat().st_mtime_ns
+    code = (
+        "import runpy, sys; sys.modules.update(torch=None, jsonschema=None); sys.argv = [sys.argv[1], '--help']; "
+        f"sys.path.insert(0, {str(ROOT / 'scripts')!r}); runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = str(ROOT / "scripts" / f"{name}.py")
+    ran = subprocess.run([sys.executable, "-c", code, script], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("usage: ")
+    assert page.stat().st_mtime_ns == before

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from jaxdeploy.api_client import ApiClient, ServerError
 from jaxdeploy.chat import Chat
 from jaxdeploy.chat_session import Conversation
-from jaxdeploy.chat_template.sandbox import compile_template
+from jaxdeploy.chat_template.jinja import JinjaTemplate
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.generator import TextOutput
@@ -86,6 +86,40 @@ def test_alternatives(client: openai.OpenAI) -> None:
     for chunk in chat(client, stream=True, **options):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == texts, "the seed makes them repeatable"
+
+
+def test_a_reply_that_comes_last_is_continued_on_every_route(client: openai.OpenAI, server: RunningServer) -> None:
+    def tokens(**fields: Any) -> Any:
+        return post(server, "/tokenize", messages=begun, **fields).json()["tokens"]
+
+    whole = chat(client).choices[0].message.content
+    begun = [*ASK, {"role": "assistant", "content": whole[:4]}]
+    rest = whole[4:]
+    assert chat(client, messages=begun).choices[0].message.content == rest
+    assert chat(client, messages=begun, extra_body={"continue_final_message": True}).choices[0].message.content == rest
+    item = post(server, "/v1/responses", model=NAME, input=begun, temperature=0, max_output_tokens=12).json()
+    assert item["output"][0]["content"][0]["text"] == rest
+    stored = server.served.responses.find(item["id"]).items
+    assert [len(getattr(stored[1], "content", ())), len(stored)] == [2, 2], (
+        "it is one message with what it went on from"
+    )
+    block = post(server, "/v1/messages", model=NAME, messages=begun, temperature=0, max_tokens=12).json()
+    assert block["content"][0]["text"] == rest
+    turn = {"prompt": begun, "session_id": 77, "interactive_mode": True, "top_k": 1, "request_output_len": 12}
+    assert post(server, "/v1/chat/interactive", **turn).json()["text"] == rest
+    with server.served.sessions.turn(77, "a test") as conversation:
+        assert [message["content"] for message in conversation.messages] == [ASK[0]["content"], whole]
+    server.served.sessions.forget(77)
+
+    anew = tokens(add_generation_prompt=True)
+    assert tokens() == tokens(continue_final_message=True) == anew[: len(tokens())]
+    assert tokens(continue_final_message=False) == anew
+    assert len(tokens()) < len(tokens(add_generation_prompt=False)) < len(anew)
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    with pytest.raises(openai.BadRequestError, match=r"add_generation_prompt=true .* continue_final_message=true"):
+        chat(client, messages=begun, extra_body=both)
+    with pytest.raises(openai.BadRequestError, match="continue_final_message=true needs a last message of role"):
+        chat(client, extra_body={"continue_final_message": True})
 
 
 def test_stop_words_and_length(client: openai.OpenAI) -> None:
@@ -423,7 +457,10 @@ def tool_server(engine: AsyncEngine) -> Iterator[RunningServer]:
         "{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
         "{{ call.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     )
-    usual, made.template = made.template, replace(made.template, jinja=compile_template(template), name="tools")
+    usual, made.template = (
+        made.template,
+        replace(made.template, jinja=JinjaTemplate("tools", {"default": template}), name="tools"),
+    )
     with running(engine, options={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as server:
         yield server
     made.template = usual
@@ -486,6 +523,15 @@ def test_thoughts_are_told_apart(tool_server: RunningServer) -> None:
         ]
     assert "".join(delta.content or "" for delta in deltas) == "42"
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == message.reasoning_content
+
+
+def test_what_a_tool_has_wrong_is_named(tool_server: RunningServer) -> None:
+    word = {"type": "object", "properties": {"word": {"type": "string", "pattern": "^(?!x)y$"}}}
+    tool = {"type": "function", "function": {"name": "spell", "parameters": word}}
+    reply = post(tool_server, "/v1/chat/completions", messages=ASK, tools=[tool], tool_choice="required")
+    assert reply.status_code == 400
+    says = "tools cannot be followed: spell.properties.word.pattern='^(?!x)y$': look-around, including look-ahead"
+    assert reply.json()["error"]["message"].startswith(says)
 
 
 def test_tools_need_a_known_form_of_calls(server: RunningServer) -> None:

@@ -128,14 +128,15 @@ def test_an_engine_that_has_work_and_does_nothing(monkeypatch: pytest.MonkeyPatc
 def test_the_conversations_of_longest_ago_are_forgotten() -> None:
     sessions = Sessions()
     for session_id in range(KEPT + 1):
-        with sessions.turn(session_id, "r") as conversation:
+        with sessions.turn(("", session_id), "r") as conversation:
             conversation.tokens = session_id + 1
-    with sessions.turn(0, "r") as conversation:
+    with sessions.turn(("", 0), "r") as conversation:
         assert conversation.tokens == 0
-        assert sessions.running(0) == "r"
-        with pytest.raises(SessionBusyError, match="session_id=0 has a reply that runs"), sessions.turn(0, "s"):
+        assert sessions.running(("", 0)) == "r"
+        assert sessions.running(("another key", 0)) is None
+        with pytest.raises(SessionBusyError, match="session_id=0 has a reply that runs"), sessions.turn(("", 0), "s"):
             pass
-    with sessions.turn(KEPT, "r") as conversation:
+    with sessions.turn(("", KEPT), "r") as conversation:
         assert conversation.tokens == KEPT + 1
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
+from starlette.requests import Request as StarletteRequest
 from starlette.responses import PlainTextResponse
 
 from jaxdeploy.api_client import ServerError
@@ -21,9 +24,12 @@ from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.local import LocalServer
 from jaxdeploy.server.served import Served
-from jaxdeploy.web_chat.dialogue import Dialogue, Manner, add
+from jaxdeploy.web_chat import login
+from jaxdeploy.web_chat.dialogue import Dialogue, Manner, add, short_name
+from jaxdeploy.web_chat.login import LoginGate
 from jaxdeploy.web_chat.remote_model import RemoteModel
 from jaxdeploy.web_chat.security import PageRules
+from jaxdeploy.web_chat.whole_text import WholeText
 from tests.served import NAME, SESSION_LEN, RunningServer, demo_engine, running, until
 
 SIX_BY_SEVEN = "What is 6 times 7?"
@@ -247,16 +253,133 @@ def test_the_server_counts_tokens_best() -> None:
     assert (reply.text, reply.tokens) == ("ab", 7)
 
 
-def test_what_a_page_may_not() -> None:
-    async def work() -> None:
-        app = PageRules(PlainTextResponse("page"))
-        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://page") as client:
-            assert (await client.get("/")).text == "page"
-            assert "default-src 'self'" in (await client.get("/")).headers["Content-Security-Policy"]
-            assert (await client.post("/gradio_api/upload")).status_code == 404
-            assert (await client.get("/gradio_api/file=http://elsewhere")).status_code == 404
+def asked(app: Any, *requests: tuple[str, str], **options: Any) -> list[httpx2.Response]:
+    """The answers of an ASGI application to requests, one after the other."""
 
-    asyncio.run(work())
+    async def work() -> list[httpx2.Response]:
+        transport = httpx2.ASGITransport(app, client=options.pop("client", ("127.0.0.1", 1)))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://page") as http:
+            return [await http.request(method, path, **options) for method, path in requests]
+
+    return asyncio.run(work())
+
+
+def test_what_a_page_may_not() -> None:
+    app = PageRules(PlainTextResponse("page"))
+    page, upload, fetched, run, docs = asked(
+        app,
+        *(("GET", "/"), ("POST", "/gradio_api/upload"), ("GET", "/gradio_api/file=http://elsewhere")),
+        *(("POST", "/gradio_api/vibe-code/"), ("GET", "/gradio_api/openapi.json")),
+    )
+    assert page.text == "page"
+    assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+    assert {answer.status_code for answer in (upload, fetched, run, docs)} == {404}
+
+
+async def login_page(scope: Any, receive: Any, send: Any) -> None:
+    """Logs in who brings the key ``right``."""
+    form = await StarletteRequest(scope, receive).body()
+    await PlainTextResponse("", 200 if b"right" in form else 400)(scope, receive, send)
+
+
+def test_nothing_but_the_login_is_open() -> None:
+    gate = LoginGate(login_page, lambda connection: connection.cookies.get("login") == "yes")
+    paths = ("/config", "/gradio_api/startup-events", "/gradio_api/queue/data", "/login/x", "/gradio_api/cancel")
+    closed = [("GET", path) for path in paths]
+    assert {answer.status_code for answer in asked(gate, *closed)} == {401}
+    assert {answer.status_code for answer in asked(gate, *closed, headers={"Cookie": "login=yes"})} == {400}
+    assert {answer.status_code for answer in asked(gate, ("GET", "/"), ("GET", "/assets/x.js"))} == {400}
+
+
+def test_wrong_logins_are_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(login, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    gate = LoginGate(login_page, lambda connection: False)
+
+    def guess(text: str = "wrong", host: str = "10.0.0.1", count: int = 1) -> list[int]:
+        answers = asked(gate, *[("POST", "/login")] * count, content=text, client=(host, 1))
+        assert all(answer.status_code != 429 or int(answer.headers["retry-after"]) > 0 for answer in answers)
+        return [answer.status_code for answer in answers]
+
+    assert guess(count=100) == [400] * login.FREE + [429] * (100 - login.FREE)
+    assert guess("right") == [429], "a right key has to wait too: else a guess would be told"
+    assert guess("right", host="10.0.0.2") == [200], "others do not"
+    waits = []
+    for _ in range(9):
+        begun = now[0]
+        while guess() == [429]:
+            now[0] += 0.5
+        waits.append(now[0] - begun)
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    now[0] += 60
+    assert guess("right") == [200]
+    assert guess() == [400], "a right key begins anew"
+    assert guess(host="2001:db8::1", count=login.FREE) == [400] * login.FREE
+    assert guess(host="2001:db8::ffff:2") == [429], "one who has a network of IPv6 is one"
+    assert asked(gate, ("POST", "/login"), content="x" * 10_000, client=("10.0.0.9", 1))[0].status_code == 413
+
+
+def test_wrong_logins_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(login, "MOST_A_MINUTE", 50)
+    monkeypatch.setattr(login, "time", SimpleNamespace(monotonic=lambda: 600.0))
+    attempts = login.Attempts()
+    for number in range(9000):
+        attempts.note(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+    assert len(attempts._wrong) == login.MOST_ADDRESSES
+    assert attempts.wait("10.9.9.9") == 60, "many addresses together guess no faster"
+
+
+HALF = "\\ud83d"
+"""Half an emoji as JSON has it."""
+
+
+@pytest.mark.parametrize(
+    ("body", "arrives"),
+    [
+        (f'{{"a": "{HALF}"}}', {"a": "\ufffd"}),
+        (f'{{"{HALF}": ["{HALF}\\ude00", "\\ude00"]}}', {"\ufffd": ["\U0001f600", "\ufffd"]}),
+        ('{"a": "\\\\ud83d é"}', {"a": "\\ud83d é"}),
+        ('{"a": 1}', {"a": 1}),
+    ],
+)
+def test_half_an_emoji_does_not_reach_the_page(body: str, arrives: Any) -> None:
+    async def echo(scope: Any, receive: Any, send: Any) -> None:
+        await PlainTextResponse(await StarletteRequest(scope, receive).body())(scope, receive, send)
+
+    kind = {"Content-Type": "application/json; charset=utf-8"}
+    (answer,) = asked(WholeText(echo), ("POST", "/"), content=body.encode(), headers=kind)
+    assert answer.json() == arrives
+    wrong = [b'"\xff', b"[" * 100_000 + HALF.encode(), HALF.encode()]
+    assert [asked(WholeText(echo), ("POST", "/"), content=each, headers=kind)[0].status_code for each in wrong] == (
+        [400] * 3
+    )
+
+
+def test_half_an_emoji_in_a_dialogue() -> None:
+    model = Script({"content": "4\ud83d"}, {"content": "\ude002"})
+    dialogue = Dialogue()
+    asyncio.run(whole(dialogue.ask(model, "Q\ud83d", Manner("Be \ude00 brief."))))
+    asyncio.run(whole(dialogue.ask(model, "R", GREEDY)))
+    assert not dialogue.error
+    json.dumps([*model.asked, dialogue.turns[0].said, dialogue.turns[0].reply.text], ensure_ascii=False).encode()
+    assert model.asked[0][0]["content"] == "Be \ufffd brief."
+    assert dialogue.turns[0].said == "Q\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [
+        ("/srv/models/Qwen2.5-7B/", "Qwen2.5-7B"),
+        ("./models/x", "x"),
+        ("a/b/c", "c"),
+        ("C:\\models\\x", "x"),
+        ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"),
+        ("demo", "demo"),
+        ("/", "/"),
+    ],
+)
+def test_a_model_is_shown_by_its_name(model: str, shown: str) -> None:
+    assert short_name(model) == shown
 
 
 def test_the_server_of_this_process_wants_its_key() -> None:
@@ -272,9 +395,9 @@ def test_the_server_of_this_process_wants_its_key() -> None:
     ("flags", "says"),
     [
         (["--allow-origins", "*"], "allow_origins is a flag of api_server"),
-        (["http://127.0.0.1:1", "--session-len", "64"], "session_len is a flag for a MODEL"),
-        (["http://127.0.0.1:1", "--reasoning-parser", "think"], "reasoning_parser is a flag for a MODEL"),
-        (["http://127.0.0.1:1", "--chat-template", "qwen"], "chat_template is a flag for a MODEL"),
+        (["http://127.0.0.1:1", "--session-len", "64"], "session_len is a flag of a MODEL"),
+        (["http://127.0.0.1:1", "--reasoning-parser", "think"], "reasoning_parser is a flag of a MODEL"),
+        (["http://127.0.0.1:1", "--chat-template", "qwen"], "chat_template is a flag of a MODEL"),
         (["--api-key", "k"], "api_key is for a server at URL"),
     ],
 )

@@ -33,6 +33,7 @@ class Pairs:
     special_ids: frozenset[int] = frozenset()
     special_tokens: Mapping[str, str] = {}
     chat_template = None
+    chat_templates: Mapping[str, str] = {}
     vocab_size = VOCAB
 
     def __init__(self) -> None:

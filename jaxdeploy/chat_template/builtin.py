@@ -1,14 +1,14 @@
 """Chat templates by LMDeploy's names, for checkpoints that bring none of their own.
 
 Source of the pieces: the prompt formats that the models' authors published, under the names and in the piece form of
-LMDeploy 0.3 to 0.9. System prompts are left to the user
-(``meta_instruction``), Qwen's apart.
+LMDeploy 0.3 to 0.9, with LMDeploy's default system prompts.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from jaxdeploy.chat_template import system_prompts
 from jaxdeploy.chat_template.pieces import BuiltinTemplate
 
 BASE = BuiltinTemplate()
@@ -26,7 +26,7 @@ CHATML = BuiltinTemplate(
 )
 INTERNLM = BuiltinTemplate(
     system="<|System|>:",
-    meta_instruction=None,
+    meta_instruction=system_prompts.INTERNLM,
     eosys="\n",
     user="<|User|>:",
     eoh="\n",
@@ -36,7 +36,7 @@ INTERNLM = BuiltinTemplate(
     stop_words=("<eoa>",),
 )
 VICUNA = BuiltinTemplate(
-    meta_instruction=None,
+    meta_instruction=system_prompts.VICUNA,
     eosys=" ",
     user="USER: ",
     eoh=" ",
@@ -47,7 +47,7 @@ VICUNA = BuiltinTemplate(
 )
 LLAMA2 = BuiltinTemplate(
     system="[INST] <<SYS>>\n",
-    meta_instruction="",
+    meta_instruction=system_prompts.LLAMA2,
     eosys="\n<</SYS>>\n\n",
     assistant=" [/INST] ",
     eoa="</s>",
@@ -65,7 +65,7 @@ LLAMA3 = BuiltinTemplate(
 )
 ULTRALM = BuiltinTemplate(
     system="User: ",
-    meta_instruction=None,
+    meta_instruction=system_prompts.ULTRALM,
     eosys="</s>\n",
     user="User: ",
     eoh="</s>\n",
@@ -92,7 +92,7 @@ GEMMA = BuiltinTemplate(
 )
 DEEPSEEK = BuiltinTemplate(user="User: ", eoh="\n\n", assistant="Assistant: ", eoa="<｜end▁of▁sentence｜>")
 DEEPSEEK_CODER = BuiltinTemplate(
-    meta_instruction=None,
+    meta_instruction=system_prompts.DEEPSEEK_CODER,
     user="### Instruction:\n",
     eoh="\n",
     assistant="### Response:\n",
@@ -113,7 +113,7 @@ PHI3 = BuiltinTemplate(
     eoa="<|end|>\n",
     stop_words=("<|end|>", "<|endoftext|>", "<|assistant|>"),
 )
-INTERNLM2 = replace(CHATML, stop_words=("<|im_end|>", "<|action_end|>"))
+INTERNLM2 = replace(CHATML, meta_instruction=system_prompts.INTERNLM, stop_words=("<|im_end|>", "<|action_end|>"))
 
 CHAT_TEMPLATES: dict[str, BuiltinTemplate] = {
     "base": BASE,
@@ -123,8 +123,8 @@ CHAT_TEMPLATES: dict[str, BuiltinTemplate] = {
     "baichuan2": BuiltinTemplate(user="<reserved_106>", assistant="<reserved_107>"),
     "chatglm": CHATGLM,
     "chatml": CHATML,
-    "codellama": LLAMA2,
-    "dbrx": CHATML,
+    "codellama": replace(LLAMA2, meta_instruction=""),
+    "dbrx": replace(CHATML, meta_instruction=system_prompts.DBRX),
     "deepseek": DEEPSEEK,
     "deepseek-coder": DEEPSEEK_CODER,
     "gemma": GEMMA,

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from jinja2 import Undefined, nodes
 from jinja2.compiler import CodeGenerator, Frame
@@ -41,7 +41,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self._thread = threading.local()
         self.filters |= {"tojson": to_json, "join": self._join, "sum": self._sum}
         self.filters = {name: self._counted(name, function) for name, function in self.filters.items()}
-        self.tests = {name: self._ticking(function) for name, function in self.tests.items()}
+        self.tests = {name: self._ticking(cast(Callable[..., Any], function)) for name, function in self.tests.items()}
         self.globals |= {
             "raise_exception": raise_exception,
             "strftime_now": strftime_now,
@@ -96,7 +96,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             meter.allow(growth.operator_growth(meter, operator, left, right))
         return meter.made(self.binop_table[operator](left, right))
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         """``obj(*args, **kwargs)``; the names leave all keywords to the template, as in jinja."""
         meter = __self.meter
         owner = getattr(__obj, "__self__", None)
@@ -112,13 +112,16 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if wrapped is None:
             return None
         form = value.__self__
-        formatter = CountingEscapeFormatter(self, form.escape) if isinstance(form, Markup) else CountingFormatter(self)
+        formatter = CountingFormatter(self)
+        if isinstance(form, Markup):
+            formatter = CountingEscapeFormatter(self, escape=form.escape)
 
         @functools.wraps(wrapped)
         def formatted(*args: Any, **kwargs: Any) -> str:
             if value.__name__ == "format_map":
                 args, kwargs = (), dict(*args)
-            return type(form)(formatter.vformat(form, args, kwargs))
+            text: str = type(form)(formatter.vformat(form, args, kwargs))
+            return text
 
         return formatted
 
@@ -181,14 +184,14 @@ class CountingGenerator(CodeGenerator):
             self.writeline(f"environment.tick({sum(map(_written, statements))})")
         super().blockvisit(statements, frame)
 
-    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:  # noqa: N802
         """A loop, whose condition runs for items that its body never sees."""
         if node.test is not None:
             tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
             node.test = nodes.And(tick, node.test)
         super().visit_For(node, frame)
 
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         """``a ~ b``."""
         self.write("environment.joined((")
         for part in node.nodes:
@@ -196,24 +199,24 @@ class CountingGenerator(CodeGenerator):
             self.write(", ")
         self.write("))")
 
-    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:
+    def visit_Compare(self, node: nodes.Compare, frame: Frame) -> None:  # noqa: N802
         """``a == b``, ``a in b``."""
         self.write("(environment.tick() and ")
         super().visit_Compare(node, frame)
         self.write(")")
 
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
         """``(a, b)``, unless it is assigned to."""
         if node.ctx == "load":
             self._made(super().visit_Tuple, node, frame)
         else:
             super().visit_Tuple(node, frame)
 
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
         """``[a, b]``."""
         self._made(super().visit_List, node, frame)
 
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
         """``{a: b}``."""
         self._made(super().visit_Dict, node, frame)
 
@@ -259,6 +262,7 @@ class TemplateDict:
     """``dict`` for templates, without the attributes of the type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        """``dict``."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
@@ -306,7 +310,11 @@ def _written(statement: nodes.Node) -> int:
 def _bounded(
     meter: Meter, owner: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """The arguments of a method of a text, after a look at how much it would build."""
+    """The arguments of a method of a text, after a look at how much it would build.
+
+    Jinja adds its own keywords, such as ``_loop_vars``. They are not passed to the check.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}
     if method == "join" and len(args) == 1:
         if isinstance(args[0], str):
             meter.allow(growth.ITEM * len(args[0]))

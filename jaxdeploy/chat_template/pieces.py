@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxdeploy.chat_template.conversation import Ending, text_of
 from jaxdeploy.errors import RequestError
 
 ROUND = "{round}"
@@ -35,31 +36,30 @@ class BuiltinTemplate:
     capability: str = "chat"
     prompt_strip: bool = False
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """The text of a conversation.
-
-        With ``add_generation_prompt`` it ends where the model goes on: after ``assistant``, or inside the last
-        message if that is the assistant's.
+    def render(self, messages: Sequence[Mapping[str, Any]], how: Ending) -> str:
+        """The text of checked messages.
 
         Raises:
-            RequestError: a message has a role or a content that the pieces cannot express.
+            RequestError: a message has a role, or calls, that the pieces cannot express.
         """
         turns = list(messages)
-        if self.meta_instruction is not None and turns and turns[0].get("role") != "system":
+        if self.meta_instruction is not None and ALIASES.get(turns[0]["role"], turns[0]["role"]) != "system":
             turns = [{"role": "system", "content": self.meta_instruction}, *turns]
         text = "".join(self._turns(turns))
-        if not add_generation_prompt:
-            return text
-        if turns and turns[-1].get("role") == "assistant":
+        if how.continues:
             return text.removesuffix(self.eoa + self.separator)
+        if not how.begins:
+            return text
         return text + (self.assistant.removesuffix(" ") if self.prompt_strip else self.assistant)
 
     def _turns(self, messages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
         rounds = 0
         for message in messages:
-            before, after = self._around(message.get("role"))
-            rounds += message.get("role") == "user"
-            yield f"{before.replace(ROUND, str(rounds))}{plain_text(message)}{after}"
+            if "tool_calls" in message:
+                raise RequestError("tool_calls have no place in a built-in chat template; leave them out")
+            before, after = self._around(message["role"])
+            rounds += message["role"] == "user"
+            yield f"{before.replace(ROUND, str(rounds))}{text_of(message)}{after}"
 
     def _around(self, role: Any) -> tuple[str, str]:
         around = {
@@ -73,24 +73,3 @@ class BuiltinTemplate:
             known = ", ".join(name for name in around if name != "tool" or self.tool)
             raise RequestError(f"role={role!r} is unknown to the chat template; use one of {known}")
         return around[role]
-
-
-def plain_text(message: Mapping[str, Any]) -> str:
-    """What a message says, its text parts joined; None counts as nothing said.
-
-    Raises:
-        RequestError: a part is no text.
-    """
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return content or ""
-    if isinstance(content, Sequence):
-        return "".join(_part_text(part) for part in content)
-    raise RequestError(f"content={content!r} must be text, or a list of parts; send the text alone")
-
-
-def _part_text(part: Any) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, Mapping) else part
-    raise RequestError(f"content part type={kind!r} cannot be read by this model; send text parts only")

@@ -16,20 +16,20 @@ PROBE_SECONDS = 1.0
 MEND = "mend it or name a built-in one with --chat-template"
 
 
-class TemplateRefusedError(RequestError):
-    """The template itself raised its ``raise_exception``; ``reason`` is its text."""
+class TemplateError(RequestError):
+    """A template gave no text. ``reason`` is what it or jinja says, in one line."""
+
+    complaint = "the chat template failed on the messages ({}); change them or the template"
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
-        super().__init__(f"messages are refused by the chat template ({reason}); change the messages")
+        super().__init__(self.complaint.format(reason))
 
 
-class TemplateFailedError(RequestError):
-    """The template met something that it cannot handle."""
+class TemplateRefusedError(TemplateError):
+    """The template raised its own ``raise_exception``."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(f"the chat template failed on the messages ({reason}); change them or the template")
+    complaint = "messages are refused by the chat template ({}); change the messages"
 
 
 class CompiledTemplate:
@@ -60,20 +60,20 @@ class CompiledTemplate:
 
         Raises:
             TemplateRefusedError: the template raised an exception of its own.
-            TemplateFailedError: it failed on the messages, reached for internals, or exceeded a limit.
+            TemplateError: it failed on the messages, reached for internals, or exceeded a limit.
         """
-        from jinja2.exceptions import TemplateError
+        from jinja2 import exceptions
 
         try:
             plain = _plain(variables)
             with self._environment.metered(Meter(plain, seconds)):
                 return self._template.render(plain)
         except LimitError as error:
-            raise TemplateFailedError(f"{error}; the template is at fault") from error
+            raise TemplateError(f"{error}; the template is at fault") from error
         except RecursionError as error:
-            raise TemplateFailedError("its macros or the messages are nested too deeply") from error
+            raise TemplateError("its macros or the messages are nested too deeply") from error
         except Exception as error:  # whatever a stranger's code may raise
-            kind = TemplateRefusedError if type(error) is TemplateError else TemplateFailedError
+            kind = TemplateRefusedError if type(error) is exceptions.TemplateError else TemplateError
             raise kind(_line(error)) from error
 
     def _compile(self, source: str) -> None:
@@ -91,11 +91,9 @@ class CompiledTemplate:
         """Render a short conversation: a template that exceeds the limits with it is of no use with any."""
         try:
             self.render(PROBE, PROBE_SECONDS)
-        except TemplateFailedError as error:
+        except TemplateError as error:
             if isinstance(error.__cause__, LimitError):
                 raise CheckpointError(f"chat_template cannot be used: {error.__cause__}; {MEND}") from error
-        except RequestError:
-            pass  # it wants other messages
 
 
 def _place(error: Exception) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxdeploy.chat_template.builtin import BASE, BY_ARCHITECTURE, CHAT_TEMPLATES, find_builtin
-from jaxdeploy.chat_template.pieces import BuiltinTemplate, plain_text
-from jaxdeploy.chat_template.sandbox import CompiledTemplate
+from jaxdeploy.chat_template.conversation import Message, check_messages, ending, text_of
+from jaxdeploy.chat_template.jinja import JinjaTemplate
+from jaxdeploy.chat_template.pieces import BuiltinTemplate
 from jaxdeploy.config import ChatTemplateConfig
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.tokenizer import Tokenizer
+from jaxdeploy.tokenizer.settings import DEFAULT
 
 PIECES = ("system", "eosys", "user", "eoh", "assistant", "eoa", "tool", "eotool", "separator")
 FILL = "<FILL>"
@@ -43,7 +45,7 @@ class ChatTemplate:
 
     name: str
     pieces: BuiltinTemplate | None
-    jinja: CompiledTemplate | None
+    jinja: JinjaTemplate | None
     meta_instruction: str | None
     stop_words: tuple[str, ...]
     capability: str
@@ -54,43 +56,60 @@ class ChatTemplate:
         """Find the template.
 
         ``spec`` None: the checkpoint's Jinja template, else the family's built-in one, else plain text. A text: the
-        name of a built-in template, or the path of LMDeploy's JSON form or of a Jinja file. A config: the same by
-        ``model_name``, with its other fields in place of the template's pieces; a new name with pieces is a new
-        template.
+        name of one of the checkpoint's templates or of a built-in one, or the path of LMDeploy's JSON form or of a
+        Jinja file. A config: the same by ``model_name``, with its other fields in place of the template's pieces; a new
+        name with pieces is a new template.
 
         Raises:
             ConfigError: the name is unknown, or the template cannot do what ``capability`` asks for.
             CheckpointError: the Jinja source is not valid.
         """
+        if isinstance(spec, str) and spec in tokenizer.chat_templates:
+            return cls._from_jinja(spec, {DEFAULT: tokenizer.chat_templates[spec]}, tokenizer)
         source = _read_spec(spec) if isinstance(spec, str) else spec or ChatTemplateConfig()
         if isinstance(source, Path):
-            return cls._from_jinja(source.name, _read(source), tokenizer)
+            return cls._from_jinja(source.name, {DEFAULT: _read(source)}, tokenizer)
         return cls._own(source, tokenizer, architecture)._with(source, tokenizer)
+
+    @property
+    def source(self) -> str | None:
+        """The Jinja source, of all templates that the checkpoint names; None for a built-in template."""
+        return None if self.jinja is None else self.jinja.source
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         **kwargs: Any,
     ) -> str:
-        """The text of a conversation; ``kwargs`` are more variables for a Jinja template.
+        """The text of a conversation. A reply that comes last is continued, unless the two flags say otherwise.
+
+        Args:
+            messages: as OpenAI has them; text only.
+            add_generation_prompt: end with the header of a new reply.
+            continue_final_message: end inside the last message, which is the assistant's.
+            tools: the functions that the model may call.
+            kwargs: more variables for a Jinja template.
 
         Raises:
-            RequestError: the template refuses the messages, or has no place for ``tools``.
+            RequestError: a message breaks a rule, the flags contradict each other, or the template refuses the messages
+                or has no place for some of them or for ``tools``.
         """
+        chat = check_messages(messages, self.jinja.roles if self.jinja is not None else ())
+        how = ending(chat, add_generation_prompt, continue_final_message)
         if self.capability != "chat":
-            text = "".join(plain_text(message) for message in messages)
+            text = "".join(text_of(message) for message in chat)
             return _infill(text) if self.capability == "infilling" else text
         if self.pieces is not None:
             if tools:
                 raise RequestError(f"tools= has no place in chat template {self.name!r}; leave tools out")
-            return self.pieces.render(messages, add_generation_prompt)
+            return self.pieces.render(chat, how)
         assert self.jinja is not None
-        variables = {"tools": tools, "documents": None, **self.special_tokens, **kwargs}
-        chat = [_flattened(message) for message in self._with_system(messages)]
-        return self.jinja.render({**variables, "messages": chat, "add_generation_prompt": add_generation_prompt})
+        variables = {"documents": None, **self.special_tokens, **kwargs}
+        return self.jinja.render(self._with_system(chat), tools, how, variables)
 
     def encode(self, messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, **kwargs: Any) -> list[int]:
         """Token ids of ``render``'s text, begun as the tokenizer begins texts unless the template did that itself."""
@@ -107,8 +126,8 @@ class ChatTemplate:
         """The template that the config starts from."""
         changed = [piece for piece in PIECES if getattr(config, piece) is not None]
         name = config.model_name
-        if name is None and tokenizer.chat_template is not None and not changed:
-            return cls._from_jinja("checkpoint", tokenizer.chat_template, tokenizer)
+        if name is None and tokenizer.chat_templates and not changed:
+            return cls._from_jinja("checkpoint", tokenizer.chat_templates, tokenizer)
         name = name or ("base" if changed else BY_ARCHITECTURE.get(architecture, "base"))
         pieces = find_builtin(name)
         if pieces is None and not changed:
@@ -116,9 +135,9 @@ class ChatTemplate:
         return cls._from_pieces(name, pieces or BASE, tokenizer)
 
     @classmethod
-    def _from_jinja(cls, name: str, source: str, tokenizer: Tokenizer) -> ChatTemplate:
-        render = CompiledTemplate(source)
-        return cls(name, None, render, None, _stop_words(source, tokenizer), "chat", tokenizer.special_tokens)
+    def _from_jinja(cls, name: str, sources: Mapping[str, str], tokenizer: Tokenizer) -> ChatTemplate:
+        jinja = JinjaTemplate(name, sources)
+        return cls(name, None, jinja, None, _stop_words(jinja.source, tokenizer), "chat", tokenizer.special_tokens)
 
     @classmethod
     def _from_pieces(cls, name: str, pieces: BuiltinTemplate, tokenizer: Tokenizer) -> ChatTemplate:
@@ -131,18 +150,17 @@ class ChatTemplate:
         if capability == "infilling" and all(tokenizer.token_to_id(token) is None for token in FILL_TOKENS):
             fault = f"capability=infilling needs a model with the token {FILL_TOKENS[0]}"
             raise ConfigError(f"{fault}; use a CodeLlama, or capability=completion")
-        system = self.meta_instruction if config.meta_instruction is None else config.meta_instruction
+        system = self.meta_instruction if config.meta_instruction is None else config.meta_instruction or None
         stops = self.stop_words if config.stop_words is None else tuple(config.stop_words)
         if capability == "infilling" and config.stop_words is None:
             stops = (*stops, "<EOT>")
         pieces = self.pieces and replace(self.pieces, **_pieces(config), meta_instruction=system)
         return replace(self, pieces=pieces, meta_instruction=system, stop_words=stops, capability=capability)
 
-    def _with_system(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def _with_system(self, messages: list[Message]) -> list[Message]:
         """Put the default system prompt first where the messages bring none."""
-        given = bool(messages) and messages[0].get("role") in ("system", "developer")
-        if not self.meta_instruction or given:
-            return list(messages)
+        if not self.meta_instruction or messages[0]["role"] in ("system", "developer"):
+            return messages
         return [{"role": "system", "content": self.meta_instruction}, *messages]
 
 
@@ -178,18 +196,6 @@ def _pieces(config: ChatTemplateConfig) -> dict[str, Any]:
 def _stop_words(source: str, tokenizer: Tokenizer) -> tuple[str, ...]:
     ends = next((ends for sign, ends in TURN_ENDS.items() if sign in source), ())
     return tuple(end for end in ends if tokenizer.token_to_id(end) is not None)
-
-
-def _flattened(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Text given in parts, as OpenAI's clients may send it, in the one form that every template reads."""
-    content = message.get("content")
-    if isinstance(content, list) and content and all(_is_text(part) for part in content):
-        return {**message, "content": plain_text(message)}
-    return message
-
-
-def _is_text(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _infill(text: str) -> str:

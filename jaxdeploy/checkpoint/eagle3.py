@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.loader import load_params
+from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import open_checkpoint
+from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_weights
 from jaxdeploy.models.weights import Source
 from jaxdeploy.parallel.sharding import sharding_of
@@ -37,7 +40,7 @@ def load_eagle3(
     layer = next((name for name in LAYER_NAMES if f"{name}.hidden_norm.weight" in files), LAYER_NAMES[0])
     table = eagle3_weights(config, layer, own_embedding="embed_tokens.weight" in files)
     if OFFSETS in files:
-        table["tokens",] = _offsets(config.draft_vocab_size)
+        table["tokens",] = _offsets(config.draft_vocab_size, config.layer.vocab_size)
     head = nnx.eval_shape(lambda: Eagle3(config, rngs=nnx.Rngs(0), dtype=dtype))
     shapes: Any = dict(nnx.to_flat_state(nnx.state(head, nnx.Param)))
     place = partial(sharding_of, mesh)
@@ -48,13 +51,22 @@ def load_eagle3(
     return head
 
 
-def _offsets(count: int) -> Source:
-    """Stored is how much a token's number in the model is larger than its number in the head."""
+def _offsets(count: int, vocab_size: int) -> Source:
+    """The tensor holds the number of a token in the model less its number in the head."""
     numbers = np.arange(count)
+
+    def assemble(arrays: Sequence[Array]) -> Array:
+        tokens: Array = arrays[0] + numbers
+        if not ((tokens >= 0) & (tokens < vocab_size)).all():
+            raise CheckpointError(
+                f"{OFFSETS}: names tokens that are not below vocab_size={vocab_size}; download it again"
+            )
+        return tokens
+
     return Source(
         (OFFSETS,),
         ((count,),),
-        lambda arrays: arrays[0] + numbers,
+        assemble,
         lambda value: [value - numbers],
         integers=frozenset({OFFSETS}),
     )

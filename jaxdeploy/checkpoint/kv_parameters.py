@@ -9,6 +9,7 @@ has an even share of the KV heads.
 from __future__ import annotations
 
 import re
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,11 @@ def write_kv_parameters(folder: Path, parameters: Array) -> None:
     Raises ``OSError``.
     """
     for name, row in zip(file_names(len(parameters)), parameters, strict=True):
-        content = np.asarray(row, "<f4").tobytes()
-        put_file(folder / name, lambda handle, content=content: handle.write(content))
+        put_file(folder / name, methodcaller("write", np.asarray(row, "<f4").tobytes()))
 
 
 def file_names(num_layers: int) -> list[str]:
-    """Return the names of the files that ``write_kv_parameters`` writes for so many layers."""
+    """Return the names of the files that ``write_kv_parameters`` writes for ``num_layers`` layers."""
     return [_name(layer, 0) for layer in range(num_layers)]
 
 

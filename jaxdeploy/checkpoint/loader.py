@@ -81,7 +81,8 @@ def load_param(
 ) -> jax.Array:
     """One parameter on its devices, as ``load_params`` reads it; its host copy is gone when this returns."""
     shape, own = param.get_value().shape, param.get_value().dtype
-    value = _host_array(path, source, files, own if source.integers else dtype or own)
+    kept = np.float32 if source.float32 else own
+    value = _host_array(path, source, files, kept if source.integers or source.float32 else dtype or own)
     assert value.shape == shape, f"{path}: the table makes {value.shape} of a parameter {shape}"
     placed: jax.Array = jax.device_put(value, _sharding(param, sharding_of))
     placed.block_until_ready()

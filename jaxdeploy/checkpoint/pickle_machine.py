@@ -11,6 +11,9 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
+MOST = 3_000_000
+"""Instructions of a pickle; a tensor takes about 60."""
+
 _LITERALS = frozenset(
     {
         *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT"),
@@ -47,7 +50,9 @@ class PickleMachine:
 
         Raises ``ValueError``: an instruction is unknown, has no place in a checkpoint or lacks its operands.
         """
-        for instruction, argument, _ in pickletools.genops(pickled):
+        for count, (instruction, argument, _) in enumerate(pickletools.genops(pickled)):
+            if count > MOST:
+                raise ValueError(f"it has more than {MOST} instructions")
             if instruction.name == "STOP":
                 return self._pop()
             self._step(instruction.name, argument)

@@ -9,11 +9,12 @@ The pickle is run by ``PickleMachine``, with ten names, each of which makes a de
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -54,7 +55,8 @@ _DTYPES: Mapping[str, type] = {
     "bool": np.bool_,
 }
 _LEGACY_START = (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"\x80\x02}", b"\x80\x02c")
-_MOST_MEMBERS = 1_000_000
+_LARGEST_DIRECTORY = 16 * 2**20
+_LONGEST_END = 2**16 + 200
 _LONGEST_PICKLE = 64 * 2**20
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
@@ -78,16 +80,34 @@ def _records(file: Path, handle: Any) -> dict[str, tuple[int, int]]:
 
     Raises ``CheckpointError``: no zip archive, or one with compressed members.
     """
+    if _directory_size(handle) > _LARGEST_DIRECTORY:
+        raise CheckpointError(f"{file.name}: its zip directory has more than {_LARGEST_DIRECTORY} bytes; {DAMAGED}")
     try:
         with zipfile.ZipFile(handle) as archive:
             members = archive.infolist()
-            if len(members) > _MOST_MEMBERS:
-                raise CheckpointError(f"{file.name}: has {len(members)} members, {_MOST_MEMBERS} at most; {DAMAGED}")
             return {member.filename: _span(file, handle, member) for member in members}
     except zipfile.BadZipFile as error:
         raise CheckpointError(_not_a_zip(file, handle)) from error
     except (NotImplementedError, ValueError, OverflowError, EOFError, struct.error) as error:
         raise CheckpointError(f"{file.name}: its zip directory is damaged ({error}); {DAMAGED}") from error
+
+
+def _directory_size(handle: BinaryIO) -> int:
+    """The size of the zip directory in bytes, as the record at the end of the file says; 0 without a record.
+
+    Archives of more than 4 GB have the size in a record before it.
+    """
+    size = handle.seek(0, os.SEEK_END)
+    handle.seek(max(size - _LONGEST_END, 0))
+    tail = handle.read(_LONGEST_END)
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) < at + 16:
+        return 0
+    (found,) = struct.unpack_from("<L", tail, at + 12)
+    large = tail.rfind(b"PK\x06\x06", 0, at)
+    if large >= 0 and len(tail) >= large + 48:
+        found = max(found % 0xFFFF_FFFF, *struct.unpack_from("<Q", tail, large + 40))
+    return int(found)
 
 
 def _not_a_zip(file: Path, handle: Any) -> str:

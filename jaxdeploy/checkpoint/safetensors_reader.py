@@ -39,6 +39,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     }.items()
 }
 _LENGTH = 8
+_MOST_TENSORS = 200_000
 _LONGEST_HEADER = 100_000_000
 
 
@@ -50,6 +51,8 @@ def read_safetensors_file(file: Path) -> dict[str, TensorRef]:
     size = check_regular(file)
     header, start = _header(file, size)
     header.pop("__metadata__", None)
+    if len(header) > _MOST_TENSORS:
+        raise CheckpointError(f"{file.name}: has {len(header)} tensors, {_MOST_TENSORS} at most; {DAMAGED}")
     tensors = {name: _tensor(file, name, entry, start) for name, entry in header.items()}
     expected = max((ref.offset + ref.nbytes for ref in tensors.values()), default=start)
     if size < expected:

@@ -12,6 +12,8 @@ from jaxdeploy.errors import CheckpointError, ModelNotFoundError
 from jaxdeploy.stored_file import exists, is_folder, read_json, user_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FOLDERS = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*"]
+"""All of a repository's, but for those that begin as ``additional_chat_templates`` does."""
 _TEXT_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 _WEIGHT_FILES = (
     ("model*.safetensors",),
@@ -79,7 +81,7 @@ def _download(model: str, revision: str | None, download_dir: str | None, weight
         patterns = [*_TEXT_FILES, *(_weight_files(model, revision) if weights else ())]
         return Path(
             huggingface_hub.snapshot_download(
-                model, revision=revision, cache_dir=download_dir, allow_patterns=patterns, ignore_patterns=["*/*"]
+                model, revision=revision, cache_dir=download_dir, allow_patterns=patterns, ignore_patterns=_FOLDERS
             )
         )
     except errors.RepositoryNotFoundError as error:

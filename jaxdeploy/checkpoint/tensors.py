@@ -78,7 +78,8 @@ def open_checkpoint(folder: Path, model_format: str | None = None) -> TensorFile
         if (found := _open(folder, known, stem)) is not None:
             return found
     for known in _FORMATS:
-        if (stem := _only(folder, known, _stems(folder, known))) and (found := _open(folder, known, stem)) is not None:
+        only = _only(folder, known, _stems(folder, known))
+        if only is not None and (found := _open(folder, known, only)) is not None:
             return found
     raise CheckpointError(
         f"model={folder} has no weights; put model.safetensors, its shards with their index, or pytorch_model*.bin in"

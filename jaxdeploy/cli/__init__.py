@@ -8,11 +8,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import NamedTuple, NoReturn, Protocol, cast
 
 from jaxdeploy.cli.flags import Namespace, Parser
 from jaxdeploy.errors import ConfigError, JaxdeployError
+from jaxdeploy.settings import nearest
 
 INTERRUPTED = 130
 
@@ -97,8 +97,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         return 0
     name = argv[0].replace("-", "_")
     if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        raise ConfigError(f"command={argv[0]!r} is unknown; did you mean {near!r}? `jaxdeploy --help` lists them")
+        advice = "; ".join(filter(None, [nearest(name, COMMANDS), "`jaxdeploy --help` lists them"]))
+        raise ConfigError(f"command={argv[0]!r} is unknown; {advice}")
     return _module(name).run(command_parser(name).read(argv[1:]))
 
 

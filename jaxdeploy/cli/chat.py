@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxdeploy.chat_input import given_prompt, line_reader
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
-from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig
-from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.config import LOG_LEVELS, ChatTemplateConfig, EngineConfig, GenerationConfig
+from jaxdeploy.errors import ConfigError
 from jaxdeploy.settings import ignored, setting, settings
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class ChatOptions:
     log_level: str | None = setting(
         None,
         "how much to report on stderr; default: INFO in a conversation, else WARNING",
-        choices=("DEBUG", "INFO", "WARNING", "ERROR"),
+        choices=LOG_LEVELS,
     )
     device: str | None = ignored("JAX names the device: set JAX_PLATFORMS")
 
@@ -44,7 +43,7 @@ class ChatOptions:
 def add_arguments(parser: Parser) -> None:
     """MODEL, and every setting of chat, engine and generation."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, or an id on the hub; default: bundled")
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this on stdout and exit")
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this on stdout and exit; -: what is on stdin")
     parser.add_argument("--config", metavar="FILE.yaml", help="flags from a file, e.g. `session_len: 4096`")
     add_settings(parser, ChatOptions, EngineConfig, GenerationConfig)
 
@@ -54,9 +53,7 @@ def run(args: Namespace) -> int:
     of_chat, of_engine, of_generation = read_settings(args, ChatOptions, EngineConfig, GenerationConfig)
     options = ChatOptions(**of_chat)
     gen_config = GenerationConfig(**of_generation)
-    prompt = _piped() if args.prompt is None and not sys.stdin.isatty() else args.prompt
-    if prompt == "" and options.cap != "completion":
-        raise RequestError("prompt='' says nothing; write some text, or add --cap completion to begin from nothing")
+    prompt = given_prompt(args.prompt)
     config = EngineConfig(**{"max_batch_size": 1, **of_engine})
     adapter = _adapter(options.adapter_name, config)
     options.log_level = options.log_level or ("INFO" if prompt is None else "WARNING")
@@ -74,7 +71,7 @@ def _adapter(name: str | None, config: EngineConfig) -> str | None:
 
 
 def _load(model: str | None, options: ChatOptions, config: EngineConfig) -> Pipeline:
-    template = template_config(options)
+    template = template_config(options.chat_template, options.cap)  # the system prompt is a message of the conversation
     from jaxdeploy.chat import bundled_model
     from jaxdeploy.pipeline import pipeline
 
@@ -95,7 +92,6 @@ def _chat(
     model: str | None,
 ) -> int:
     from jaxdeploy.chat import Chat
-    from jaxdeploy.chat_input import line_reader
     from jaxdeploy.chat_session import Conversation, WithAdapter
     from jaxdeploy.cli import INTERRUPTED
 
@@ -108,23 +104,24 @@ def _chat(
     return 0
 
 
-def template_config(options: ChatOptions) -> ChatTemplateConfig | str | None:
-    """The chat template that the flags ask for; the system prompt is a message, not part of it."""
-    named = options.chat_template
-    if options.cap is None or named is None:
-        return named if options.cap is None else ChatTemplateConfig(capability=options.cap)
-    if Path(named).suffix == ".json":
-        config = ChatTemplateConfig.from_json(named)
-    elif Path(named).suffix == ".jinja":
-        return named if options.cap == "chat" else ChatTemplateConfig(capability=options.cap)
-    else:
-        config = ChatTemplateConfig(model_name=named)
-    config.capability = options.cap
+def template_config(
+    named: str | None, capability: str | None, meta_instruction: str | None = None
+) -> ChatTemplateConfig | str | None:
+    """The chat template that flags ask for: a name or file, with another capability or default system prompt.
+
+    Raises:
+        ConfigError: a Jinja file is to have a system prompt.
+    """
+    if capability is None and meta_instruction is None:
+        return named
+    if named is None:
+        return ChatTemplateConfig(capability=capability, meta_instruction=meta_instruction)
+    if Path(named).suffix == ".jinja":
+        if meta_instruction is not None:
+            raise ConfigError(f"meta_instruction has no place in {named}; write it there, or leave it out")
+        return named if capability == "chat" else ChatTemplateConfig(capability=capability)
+    from_file = Path(named).suffix == ".json"
+    config = ChatTemplateConfig.from_json(named) if from_file else ChatTemplateConfig(model_name=named)
+    config.capability = capability or config.capability
+    config.meta_instruction = config.meta_instruction if meta_instruction is None else meta_instruction
     return config
-
-
-def _piped() -> str:
-    """All of stdin, less the newline that ends its last line."""
-    if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
-    return sys.stdin.read().removesuffix("\n")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
-from difflib import get_close_matches
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.settings import Described, describe, parse_text, read_yaml, unknown_setting
+from jaxdeploy.settings import Described, describe, faults_of, nearest, parse_text, read_yaml, unknown_setting
 
 T = TypeVar("T")
 Namespace: TypeAlias = argparse.Namespace
@@ -34,8 +33,8 @@ class Parser(argparse.ArgumentParser):
     def _complaint(self, arg: str) -> str:
         if not arg.startswith("-"):
             return f"argument={arg!r} is one too many; put quotes around texts with spaces"
-        near = get_close_matches(arg.split("=")[0], self._option_string_actions, n=1, cutoff=0.0)
-        return f"flag={arg!r} is unknown; the nearest one is {near[0]}; `{self.prog} --help` lists them"
+        near = nearest(arg.split("=")[0], self._option_string_actions)
+        return "; ".join(filter(None, [f"flag={arg!r} is unknown", near, f"`{self.prog} --help` lists them"]))
 
 
 def add_settings(parser: Parser, *classes: type[Any]) -> None:
@@ -53,16 +52,36 @@ def read_settings(args: Namespace, *classes: type[Any], skipped: Collection[str]
     ``skipped`` are keys of the file that the command reads itself.
 
     Raises:
-        ConfigError: the file cannot be read, or holds a key that is no flag of the command.
+        ConfigError: the file cannot be read, or it has keys that are no flags of the command, or wrong values. All
+            faults of the file are listed.
     """
     given = vars(args)
     path = given.get("config")
     from_file = {_field_name(key): value for key, value in read_yaml(path).items()} if path else {}
-    known = [name for cls in classes for name in _flag_names(cls)]
-    for name, value in from_file.items():
-        if name not in known and name not in skipped:
-            raise unknown_setting(name, value, known, str(path))
+    faults = _faults(from_file, classes, str(path), skipped)
+    if len(faults) == 1:
+        raise ConfigError(faults[0])
+    if faults:
+        raise ConfigError(
+            "\n".join([f"config={path!r} has {len(faults)} faults; correct them", *map("  ".__add__, faults)])
+        )
     return [_of_class(cls, given, from_file) for cls in classes]
+
+
+def _faults(from_file: dict[str, Any], classes: Sequence[type[Any]], path: str, skipped: Collection[str]) -> list[str]:
+    """Everything that is wrong in a file."""
+    owners = {name: cls for cls in classes for name in _flag_names(cls)}
+    faults = []
+    for name, value in from_file.items():
+        if name in skipped:
+            continue
+        if name not in owners:
+            faults.append(str(unknown_setting(name, value, owners, path)))
+        elif value is None and describe(owners[name])[name].about.secret:
+            faults.append(f"{name} has no value in {path}; write a key, or leave the line out")
+        else:
+            faults += faults_of(owners[name], {name: value})
+    return faults
 
 
 def _of_class(cls: type[Any], given: dict[str, Any], from_file: dict[str, Any]) -> dict[str, Any]:

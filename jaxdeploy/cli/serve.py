@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeAlias
+from collections.abc import Container
+from typing import Any, NamedTuple, TypeAlias
 
+from jaxdeploy.cli.chat import template_config
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
-from jaxdeploy.config import PROXY_PORT, EngineConfig, GenerationConfig, ProxyConfig, ServerConfig
+from jaxdeploy.config import LOG_LEVELS, PROXY_PORT, EngineConfig, GenerationConfig, ProxyConfig, ServerConfig
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.settings import setting, settings
+from jaxdeploy.server.keys import with_keys
+from jaxdeploy.settings import from_environment, ignored, missing, secret, setting, settings
 
 Values: TypeAlias = dict[str, Any]
 PROGRAMS = {
@@ -19,14 +22,29 @@ PROGRAMS = {
 }
 WEB_PORT = 6006
 
-OF_A_NODE = ("proxy_url", "proxy_api_key", "node_url")
+OF_A_NODE = frozenset({"proxy_url", "proxy_api_key", "node_url"})
 """Settings of a server that registers with a proxy."""
 
-OF_AN_API = (*OF_A_NODE, "allow_origins", "allow_credentials", "allow_methods", "allow_headers", "disable_fastapi_docs")
+OF_AN_API = frozenset(
+    {*OF_A_NODE, "allow_origins", "allow_credentials", "allow_methods", "allow_headers", "disable_fastapi_docs"}
+    | {"separate_keys"}
+)
 """Settings of a server that mean nothing to a page."""
 
-OF_A_MODEL = ("tool_call_parser", "reasoning_parser", "max_concurrent_requests", "chat_template")
-"""Settings that mean nothing to a page over another server."""
+OF_A_MODEL = frozenset({"tool_call_parser", "reasoning_parser", "max_concurrent_requests", "chat_template", "cap"})
+"""Settings of programs that load a model."""
+
+
+NEEDS = {
+    "proxy_api_key": "proxy_url",
+    "node_url": "proxy_url",
+    "ssl_certfile": "ssl",
+    "ssl_keyfile": "ssl",
+    "allow_credentials": "allow_origins",
+    "allow_methods": "allow_origins",
+    "allow_headers": "allow_origins",
+}
+"""Setting of a server → the one without which it has no effect."""
 
 
 @settings
@@ -39,10 +57,28 @@ class ServeOptions:
     chat_template: str | None = setting(
         None, "name (jaxdeploy list), or a JSON or Jinja file; default: the checkpoint's own"
     )
-    log_level: str = setting("INFO", "how much to report on stderr", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-    api_key: str | None = setting(None, "api_client, gradio: the key that the server at URL asks for")
+    cap: str | None = setting(
+        None,
+        "chat, or completion: continue raw text",
+        choices=("chat", "completion", "infilling", "python"),
+    )
+    log_level: str = setting("INFO", "how much to report on stderr", choices=LOG_LEVELS)
+    api_key: str | None = secret(
+        "api_client, gradio: the key that the server at URL asks for; default: JAXDEPLOY_API_KEY"
+    )
     adapter_name: str | None = setting(None, "api_client: the LoRA adapter that answers, if not the model itself")
-    meta_instruction: str | None = setting(None, "api_client, gradio: the system prompt")
+    meta_instruction: str | None = setting(
+        None, "the system prompt; api_server: of conversations that begin without one"
+    )
+
+    allow_terminate_by_client: bool | None = missing("end the process with SIGTERM")
+    allowed_media_domains: list[str] | None = missing("models read text only")
+    disable_metrics: bool | None = ignored("metrics cost next to nothing")
+    enable_abort_handling: bool | None = ignored("/abort_request is always there")
+    generation_config: str | None = missing("generation_config.json of the model counts", "auto")
+    qos_config_path: str | None = missing("tenants share the engine fairly, and requests have a priority")
+    session_id: int | None = ignored("the client sends the whole conversation each time")
+    vision_max_batch_size: int | None = ignored("models read text only")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -58,48 +94,102 @@ def run(args: Namespace) -> int:
     name = args.program.replace("-", "_")
     if name not in PROGRAMS:
         raise ConfigError(f"program={args.program!r} is unknown; choose one of {', '.join(PROGRAMS)}")
-    given, of_server, of_proxy, of_engine, of_generation = read_settings(
-        args, ServeOptions, ServerConfig, ProxyConfig, EngineConfig, GenerationConfig
+    given = Given(*read_settings(args, ServeOptions, ServerConfig, ProxyConfig, EngineConfig, GenerationConfig))
+    for setting_, needed in NEEDS.items():
+        if setting_ in given.server and not given.server.get(needed):
+            raise ConfigError(f"{setting_} has no effect without {needed}; add {needed}, or leave {setting_} out")
+    return {"api_server": _api_server, "proxy": _proxy, "api_client": _api_client, "gradio": _gradio}[name](
+        args.what, given
     )
-    options, generation = ServeOptions(**given), GenerationConfig(**of_generation)
-    if name == "proxy":
-        _refuse(
-            {**of_engine, **_those(of_server, OF_A_NODE), **_those({**given, **of_server}, OF_A_MODEL)}, "api_server"
-        )
-        _refuse(of_generation, "chats; requests to a server bring their own")
-        _stand_in_front(args.what, options, of_server, ProxyConfig(**of_proxy))
-        return 0
-    _refuse(of_proxy, "proxy")
-    server_config = ServerConfig(**of_server)
-    if name == "api_client":
-        return _talk(args.what or f"http://127.0.0.1:{server_config.server_port}", options, generation)
-    bundled = {} if args.what else {"model_name": "jaxdeploy-demo"}
-    engine_config = EngineConfig(**{**bundled, **of_engine})
-    if name == "gradio":
-        _check_flags_of_page(args.what, given, of_server, of_engine)
-        page_config = ServerConfig(**{"server_port": WEB_PORT, **of_server})
-        return _show(args.what, options, page_config, engine_config, generation)
-    _refuse(of_generation, "chats; requests to a server bring their own")
-    _serve(args.what, options, server_config, engine_config)
+
+
+class Given(NamedTuple):
+    """The settings that were given, by the class that they belong to."""
+
+    options: Values
+    server: Values
+    proxy: Values
+    engine: Values
+    generation: Values
+
+    def only(self, owner: str, *, of: str, names: Container[str]) -> None:
+        """Raise ``ConfigError`` for a setting that was given in the group ``of`` and is none of ``names``."""
+        for name in getattr(self, of):
+            if name not in names:
+                raise ConfigError(f"{name} is a flag of {owner}; leave it out")
+
+    def without(self, owner: str, *names: str) -> None:
+        """Raise ``ConfigError`` for one of ``names`` that was given."""
+        for name in names:
+            if name in self.options or name in self.server:
+                raise ConfigError(f"{name} is a flag of {owner}; leave it out")
+
+
+CHATS = "chats; requests to a server bring their own"
+
+
+def _api_server(model: str | None, given: Given) -> int:
+    given.without("api_client and gradio", "api_key", "adapter_name")
+    given.only("proxy", of="proxy", names=())
+    given.only(CHATS, of="generation", names=())
+    options = ServeOptions(**given.options)
+    bundled = {} if model else {"model_name": "jaxdeploy-demo"}
+    proxy_key = from_environment("proxy_api_key") if "proxy_url" in given.server else {}
+    config = with_keys(ServerConfig(**{**proxy_key, **given.server}))
+    _serve(model, options, config, EngineConfig(**{**bundled, **given.engine}))
     return 0
 
 
-def _those(given: Values, names: tuple[str, ...]) -> Values:
-    return {name: given[name] for name in names if name in given}
+def _proxy(what: str | None, given: Given) -> int:
+    given.without("api_server", *OF_A_NODE, *OF_A_MODEL, "separate_keys")
+    given.without("chats", "api_key", "adapter_name", "meta_instruction")
+    given.only("api_server", of="engine", names=())
+    given.only(CHATS, of="generation", names=())
+    operators = {name: keys.split() for name, keys in from_environment("operator_keys").items()}
+    config = ProxyConfig(**{**from_environment("node_api_key"), **operators, **given.proxy})
+    server_config = with_keys(ServerConfig(**{"server_port": PROXY_PORT, **given.server}))
+    _stand_in_front(what, ServeOptions(**given.options), server_config, config)
+    return 0
 
 
-def _refuse(given: Values, owner: str) -> None:
-    """Raise ``ConfigError`` if any setting is ``given`` that belongs to another program."""
-    if given:
-        raise ConfigError(f"{next(iter(given))} is a flag of {owner}")
+def _api_client(url: str | None, given: Given) -> int:
+    given.without("api_server", *OF_A_MODEL)
+    given.only("api_server", of="server", names=("server_port",))
+    given.only("proxy", of="proxy", names=())
+    given.only("api_server", of="engine", names=())
+    if url is not None and "server_port" in given.server:
+        raise ConfigError("server_port and URL are both given; leave one of them out")
+    options = ServeOptions(**{**from_environment("api_key"), **given.options})
+    port = ServerConfig(**given.server).server_port
+    return _talk(url or f"http://127.0.0.1:{port}", options, GenerationConfig(**given.generation))
 
 
-def _stand_in_front(what: str | None, options: ServeOptions, of_server: Values, config: ProxyConfig) -> None:
+def _gradio(what: str | None, given: Given) -> int:
+    from jaxdeploy.api_client import is_url
+
+    given.without("api_server", *OF_AN_API)
+    given.without("api_client", "adapter_name")
+    given.only("proxy", of="proxy", names=())
+    if is_url(what or ""):
+        given.without("a MODEL; give it to the server at URL", *OF_A_MODEL)
+        given.only("a MODEL; give it to the server at URL", of="engine", names=())
+        options = ServeOptions(**{**from_environment("api_key"), **given.options})
+    elif "api_key" in given.options:
+        raise ConfigError("api_key is for a server at URL; --api-keys has users of the page bring a key")
+    else:
+        options = ServeOptions(**given.options)
+    bundled = {} if what else {"model_name": "jaxdeploy-demo"}
+    page_config = with_keys(ServerConfig(**{"server_port": WEB_PORT, **given.server}))
+    engine_config = EngineConfig(**{**bundled, **given.engine})
+    return _show(what, options, page_config, engine_config, GenerationConfig(**given.generation))
+
+
+def _stand_in_front(what: str | None, options: ServeOptions, server_config: ServerConfig, config: ProxyConfig) -> None:
     from jaxdeploy.server import serve_proxy
 
     if what is not None:
         raise ConfigError(f"argument={what!r} is one too many: a proxy has no model; name its servers with --nodes")
-    serve_proxy(config, ServerConfig(**{"server_port": PROXY_PORT, **of_server}), log_level=options.log_level)
+    serve_proxy(config, server_config, log_level=options.log_level)
 
 
 def _serve(model: str | None, options: ServeOptions, config: ServerConfig, engine: EngineConfig) -> None:
@@ -110,7 +200,7 @@ def _serve(model: str | None, options: ServeOptions, config: ServerConfig, engin
         model or bundled_model(),
         engine,
         config,
-        chat_template=options.chat_template,
+        chat_template=template_config(options.chat_template, options.cap, options.meta_instruction),
         log_level=options.log_level,
         progress=sys.stderr.isatty(),
     )
@@ -121,25 +211,13 @@ def _talk(url: str, options: ServeOptions, generation: GenerationConfig) -> int:
     from jaxdeploy.chat import Chat
     from jaxdeploy.chat_input import line_reader
     from jaxdeploy.chat_session import Conversation
+    from jaxdeploy.pipeline import set_log_level
 
+    set_log_level(options.log_level)
     client = ApiClient(url, options.api_key, options.adapter_name)
     Chat(client, generation, Conversation(options.meta_instruction)).run(line_reader(), f"{client.model} at {url}")
     client.close()
     return 0
-
-
-def _check_flags_of_page(what: str | None, given: Values, of_server: Values, of_engine: Values) -> None:
-    """Raise ``ConfigError`` for a flag that would do nothing."""
-    from jaxdeploy.api_client import is_url
-
-    remote = is_url(what or "")
-    for name in OF_AN_API:
-        if name in of_server:
-            raise ConfigError(f"{name} is a flag of api_server; leave it out")
-    for name in [*of_engine, *(name for name in OF_A_MODEL if name in of_server or name in given)] if remote else []:
-        raise ConfigError(f"{name} is a flag for a MODEL; give it to the server at URL")
-    if "api_key" in given and not remote:
-        raise ConfigError("api_key is for a server at URL; --api-keys has users of the page bring a key")
 
 
 def _show(
@@ -161,7 +239,7 @@ def _show(
         config,
         engine_config=engine,
         api_key=options.api_key,
-        chat_template=options.chat_template,
+        chat_template=template_config(options.chat_template, options.cap),
         log_level=options.log_level,
         progress=sys.stderr.isatty(),
     )

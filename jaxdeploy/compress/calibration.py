@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from jaxdeploy.compress.conversations import ConversationWriter
+from jaxdeploy.compress.rows import Piece
 from jaxdeploy.compress.texts import open_texts
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.tokenizer import Tokenizer
@@ -24,13 +27,15 @@ class Calibration:
     """Windows of T tokens: S to calibrate on and E held out, none of which share a token of the text.
 
     ``calib`` int32 [S, T], ``held_out`` int32 [E, T]. ``source`` names the text; ``note`` says what differs from what
-    was asked for, None if nothing does.
+    was asked for, None if nothing does. ``scored`` bool [E, T] marks the held-out tokens that are measured, None for
+    all.
     """
 
     calib: Ids
     held_out: Ids
     source: str
     note: str | None
+    scored: npt.NDArray[np.bool_] | None = None
 
 
 def calibration_ids(
@@ -41,6 +46,8 @@ def calibration_ids(
     seqlen: int,
     held_out: int,
     seed: int,
+    folder: Path | None = None,
+    architecture: str = "",
 ) -> Calibration:
     """Cut ``samples`` and ``held_out`` windows of ``seqlen`` tokens from a text.
 
@@ -52,7 +59,8 @@ def calibration_ids(
     Of a text that is too short as many whole windows are taken as there are, at most a quarter of them held out unless
     more are over. If it has not even one for each purpose, ``seqlen`` becomes the largest power of two that gives them.
     With ``samples=0`` the text is for evaluation only: messages call it ``eval_dataset``, and hub data sets give their
-    evaluation split.
+    evaluation split. Messages are written with the chat template of the ``tokenizer``, or else of ``architecture``.
+    ``folder`` is that of the model, which may hold the default text.
 
     Raises:
         ConfigError: there is no such text, it cannot be read, it has fewer than ``SHORTEST`` tokens for a purpose, or
@@ -60,7 +68,8 @@ def calibration_ids(
     """
     setting = "calib_dataset" if samples else "eval_dataset"
     if dataset is None or isinstance(dataset, str):
-        source, texts = open_texts(dataset, setting=setting, evaluate=not samples)
+        render = ConversationWriter(tokenizer, architecture)
+        source, texts = open_texts(dataset, folder=folder, setting=setting, evaluate=not samples, render=render)
         prefix, pieces = tokenizer.prefix_ids, _encoded(texts, tokenizer)
     else:
         source, prefix, pieces = "token ids", (), _checked(dataset, tokenizer.vocab_size, setting)
@@ -76,13 +85,29 @@ def calibration_ids(
     front, end = windows[: len(windows) - kept], windows[len(windows) - kept :]
     drawn = np.random.default_rng(seed).permutation(len(front))[:samples]
     calib = front[np.sort(drawn)]
-    return Calibration(calib, end, source, _note(source, length, seqlen, len(calib), samples, len(end), held_out))
+    short = _note(source, length, seqlen, len(calib), samples, len(end), held_out)
+    scored = _scored(tokens, end)
+    replies = None if scored is None else "of conversations only the replies are measured"
+    note = "; ".join(note for note in (short, replies) if note)
+    return Calibration(calib[..., 0], end[..., 0], source, note or None, scored)
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Ids]:
-    """Ids of text pieces, in which the text of a special token is text like any other."""
-    for text in texts:
-        yield np.asarray(tokenizer.encode(text, add_bos=False, parse_special=False), np.int32)
+def _scored(tokens: Ids, windows: Ids) -> npt.NDArray[np.bool_] | None:
+    """Which tokens of ``windows`` [E, T, 2] are measured; ``None`` for all, as in a text without conversations."""
+    scored = windows[..., 1].astype(np.bool_)
+    return None if tokens[:, 1].all() or not scored[:, 1:].any() else scored
+
+
+def _encoded(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[Ids]:
+    """Tokens of the pieces. Only in rendered ones the name of a special token means that token."""
+    for piece in pieces:
+        yield _tokens(tokenizer.encode(piece.text, add_bos=False, parse_special=piece.rendered), scored=piece.scored)
+
+
+def _tokens(ids: Sequence[int] | npt.NDArray[Any], *, scored: bool) -> Ids:
+    """``ids`` and whether they are scored, side by side: int32 [n, 2]."""
+    column = np.asarray(ids, np.int32).reshape(-1)
+    return np.stack([column, np.full_like(column, scored)], axis=1)
 
 
 def _checked(rows: Sequence[Sequence[int]], vocab_size: int, setting: str) -> Iterator[Ids]:
@@ -94,7 +119,7 @@ def _checked(rows: Sequence[Sequence[int]], vocab_size: int, setting: str) -> It
         if outside.size:
             rule = f"holds the id {outside[0]}, outside the vocabulary of {vocab_size}"
             raise ConfigError(f"{setting}[{number}] {rule}; use ids of this model's tokenizer")
-        yield ids.astype(np.int32)
+        yield _tokens(ids, scored=True)
 
 
 def _whole_numbers(row: Sequence[int]) -> npt.NDArray[Any] | None:
@@ -107,7 +132,7 @@ def _whole_numbers(row: Sequence[int]) -> npt.NDArray[Any] | None:
 
 
 def _first(pieces: Iterable[Ids], enough: int) -> Ids:
-    """The pieces joined, until there are ``enough`` ids; the last piece is whole."""
+    """The pieces [n, 2] joined, until there are ``enough`` tokens; the last piece is whole."""
     taken: list[Ids] = []
     count = 0
     for piece in pieces:
@@ -115,7 +140,7 @@ def _first(pieces: Iterable[Ids], enough: int) -> Ids:
         count += len(piece)
         if count >= enough:
             break
-    return np.concatenate([np.empty(0, np.int32), *taken])
+    return np.concatenate([np.empty((0, 2), np.int32), *taken])
 
 
 def _length(count: int, seqlen: int, prefix: int, purposes: int, label: str) -> int:
@@ -131,11 +156,11 @@ def _length(count: int, seqlen: int, prefix: int, purposes: int, label: str) -> 
 
 
 def _windows(tokens: Ids, length: int, prefix: Sequence[int]) -> Ids:
-    """All whole windows [n, length], each with ``prefix`` before its part of the text."""
+    """All whole windows [n, length, 2], each with ``prefix`` before its part of the text."""
     body = length - len(prefix)
     count = len(tokens) // body
-    begin = np.broadcast_to(np.asarray(prefix, np.int32), (count, len(prefix)))
-    return np.concatenate([begin, tokens[: count * body].reshape(count, body)], axis=1)
+    begin = np.broadcast_to(_tokens(prefix, scored=False), (count, len(prefix), 2))
+    return np.concatenate([begin, tokens[: count * body].reshape(count, body, 2)], axis=1)
 
 
 def _note(source: str, length: int, seqlen: int, calib: int, samples: int, end: int, held_out: int) -> str | None:

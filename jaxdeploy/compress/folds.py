@@ -17,16 +17,18 @@ from jaxdeploy.models.config import ModelConfig
 Params = MutableMapping[tuple[str, ...], jax.Array]
 Rows = Callable[[str, jax.Array], None]
 """Multiplies the rows of a linear map, by name, with factors [K]."""
+Rounded = Callable[[tuple[str, ...], jax.Array], jax.Array]
+"""A parameter, by path, as it is after it was written to a checkpoint and read again."""
 
 
 @dataclass(frozen=True)
 class NormFold:
-    """Norm → linear map. The norm's scale is divided, and what its dtype makes of that is what the rows get."""
+    """Norm → linear map. The norm's scale is divided and ``rounded``; the rows make up for the rounding."""
 
     linear: str
     norm: str
     params: Params
-    dtype: jnp.dtype
+    rounded: Rounded
     multiply_rows: Rows
 
     def tie(self, values: jax.Array) -> jax.Array:
@@ -36,7 +38,7 @@ class NormFold:
     def apply(self, factors: jax.Array) -> None:
         """See ``layer_view.Fold``."""
         old = self.params[self.norm, "scale"]
-        new = (old / factors).astype(self.dtype).astype(old.dtype)
+        new = self.rounded((self.norm, "scale"), old / factors)
         self.params[self.norm, "scale"] = new
         self.multiply_rows(self.linear, jnp.where(new == 0, 1.0, old / jnp.where(new == 0, 1.0, new)))
 
@@ -90,10 +92,10 @@ class UpFold:
 
 
 def folds(
-    config: ModelConfig, params: Params, dtype: jnp.dtype, multiply_rows: Rows
+    config: ModelConfig, params: Params, rounded: Rounded, multiply_rows: Rows
 ) -> Iterator[NormFold | ValueFold | UpFold]:
-    """The scalings of a layer with ``params`` that is stored in ``dtype``, in the order in which its maps run."""
-    yield NormFold("wqkv", "attention_norm", params, dtype, multiply_rows)
+    """The scalings of a layer with ``params``, in the order in which its maps run."""
+    yield NormFold("wqkv", "attention_norm", params, rounded, multiply_rows)
     yield ValueFold(config, params, multiply_rows)
-    yield NormFold("gate_up", "mlp_norm", params, dtype, multiply_rows)
+    yield NormFold("gate_up", "mlp_norm", params, rounded, multiply_rows)
     yield UpFold(params, multiply_rows)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxdeploy.compress.folds import Rounded as AsStored
 from jaxdeploy.compress.folds import folds
 from jaxdeploy.compress.forward import INPUT_AXES, LINEARS, LayerParams, round_tokens
 from jaxdeploy.compress.grid import ChannelRounded, Grid, Rounded
@@ -20,10 +21,11 @@ Listen = Callable[[LayerParams, Sequence[str]], dict[str, Inputs]]
 
 
 class LayerInWork:
-    """See ``layer_view.LayerView``. ``params`` are the layer's as they are now, ``rounded`` what was stored so far.
+    """See ``layer_view.LayerView``. ``params`` are the layer's as they are now, ``errors`` those of stored linear maps.
 
-    ``grids`` says what to quantise. With ``one_by_one`` the inputs of a linear map are computed when they are asked
-    for, after what was stored before it; otherwise those of all maps at the first question.
+    ``grids`` says what to quantise, ``rounded`` how a float parameter is rounded when it is stored. With ``one_by_one``
+    the inputs of a linear map are computed when they are asked for, after what was stored before it; otherwise those of
+    all maps at the first question.
     """
 
     def __init__(
@@ -33,15 +35,16 @@ class LayerInWork:
         listen: Listen,
         grids: Mapping[str, Grid],
         *,
-        dtype: jnp.dtype,
+        rounded: AsStored,
         one_by_one: bool,
     ) -> None:
         self.params = dict(params)
         self.rounded: dict[str, Rounded | ChannelRounded] = {}
         self.errors: dict[str, tuple[float, float]] = {}
+        self.notes: dict[str, str] = {}
         self._grids, self._listen, self._one_by_one = grids, listen, one_by_one
         self._inputs: dict[str, Inputs] = {}
-        known = folds(config, self.params, dtype, self._multiply_rows)
+        known = folds(config, self.params, rounded, self._multiply_rows)
         self._folds = tuple(fold for fold in known if fold.linear in grids)
 
     @property
@@ -70,7 +73,7 @@ class LayerInWork:
             self._inputs |= self._listen(self.params, wanted)
         return self._inputs[name]
 
-    def store(self, name: str, rounded: Rounded | ChannelRounded) -> None:
+    def store(self, name: str, rounded: Rounded | ChannelRounded, note: str = "") -> None:
         """See ``LayerView``. Raises ``CheckpointError`` where the result is not finite."""
         before, after = self.weight(name), rounded.value()
         sample = self.inputs(name).sample
@@ -79,6 +82,7 @@ class LayerInWork:
         if not (math.isfinite(output) and math.isfinite(weight)):
             raise CheckpointError(f"{name}: the quantised weight or its output is not finite")
         self.errors[name], self.rounded[name] = (output, weight), rounded
+        self.notes[name] = note
         path = LINEARS[name]
         self.params[path] = after.reshape(self.params[path].shape)
         if self._one_by_one:
@@ -95,6 +99,7 @@ class LayerInWork:
                 known.peak / factors,
                 known.sample / factors,
                 None if known.gram is None else known.gram / (factors[:, None] * factors),
+                None if known.unseen is None else known.unseen / factors,
             )
 
 

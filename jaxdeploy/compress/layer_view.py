@@ -15,9 +15,13 @@ from jaxdeploy.compress.grid import ChannelRounded, Grid, Rounded
 class Inputs:
     """Statistics of a linear's inputs over the calibration tokens; all float32.
 
-    ``tokens`` is how many there were, ``mean_abs`` [K] the mean of |x|, ``peak`` [K] the largest |x|, ``sample`` [T, K]
-    the inputs of T of them, evenly taken, ``gram`` [K, K] the mean of x xᵀ, ``None`` where the method needs none.
-    Data-free runs have 0 tokens and stand-ins for the rest.
+    ``tokens`` is the number of tokens; data-free runs have 0 and stand-ins for the rest.
+    ``mean_abs`` [K] is the mean of |x|.
+    ``peak`` [K] is the largest |x|.
+    ``sample`` [T, K] are the inputs of T of the tokens, evenly taken.
+    ``gram`` [K, K] is the mean of x xᵀ, or ``None`` if the method does not need it.
+    ``unseen`` [U, K] are inputs from sequences that no other field counts, for testing the result of a search, or
+    ``None`` if there are too few sequences.
     """
 
     tokens: int
@@ -25,6 +29,7 @@ class Inputs:
     peak: jax.Array
     sample: jax.Array
     gram: jax.Array | None = None
+    unseen: jax.Array | None = None
 
 
 class Fold(Protocol):
@@ -72,8 +77,8 @@ class LayerView(Protocol):
         """A linear's inputs, computed with the weights as they are now."""
         ...
 
-    def store(self, name: str, rounded: Rounded | ChannelRounded) -> None:
-        """Put ``rounded`` in place of a linear's weight."""
+    def store(self, name: str, rounded: Rounded | ChannelRounded, note: str = "") -> None:
+        """Put ``rounded`` in place of a linear's weight; the report shows ``note``."""
         ...
 
 

@@ -78,8 +78,9 @@ class Layout:
         kept = dict(_asked_for(linears, config))
         group = _group_size([linear.width for name, linear in linears.items() if name not in kept], config)
         kept |= _misfits({name: linear for name, linear in linears.items() if name not in kept}, bits, group)
+        whole = group == -1 or bits == INT8_BITS
         grids = {
-            name: Grid(bits, linear.width if group == -1 else group, symmetric, least_zero=int(chosen == "gptq"))
+            name: Grid(bits, linear.width if whole else group, symmetric, least_zero=int(chosen == "gptq"))
             for name, linear in linears.items()
             if name not in kept
         }

@@ -58,7 +58,7 @@ class Passage:
             values = np.asarray(embedding)[ids].astype(dtype)
             return HiddenStates(values, config.batch_size or 1, mesh) if ids.size else None
 
-        self._held_out = data.held_out
+        self._held_out, self._scored = data.held_out, data.scored
         self._calib, self._before, self._after = states(data.calib), states(data.held_out), states(data.held_out)
         self.linears: list[LinearReport] = []
         self.kv_ranges: list[Any] = []
@@ -86,7 +86,7 @@ class Passage:
     def quality(self, around: Outer) -> Quality | None:
         """What the layers so far cost; ``None`` without held-out text."""
         measured = self.outputs(around)
-        return measured and compare_outputs(*measured, self._held_out).quality()
+        return measured and compare_outputs(*measured, self._held_out, self._scored).quality()
 
     def outputs(self, around: Outer) -> tuple[Outputs, Outputs] | None:
         """What the float model and the quantised one say about the held-out text. The last thing to ask for."""
@@ -97,26 +97,32 @@ class Passage:
     def _quantized(self, index: int, forward: LayerForward, floats: LayerParams) -> tuple[LayerParams, dict[str, Any]]:
         """The layer's parameters as they are stored, and what there is to say about it; both are written."""
         config, layout = self._config, self._layout
+        sources = self._model.sources(index)
+
+        def stored(path: tuple[str, ...], value: jax.Array) -> jax.Array:
+            return jnp.asarray(sources[path].rounded(np.asarray(value), layout.dtype))
+
         view = LayerInWork(
             self._model.config,
             floats,
             self._listener(forward),
             layout.grids,
-            dtype=jnp.dtype(layout.dtype),
+            rounded=stored,
             one_by_one=config.true_sequential and self._method.needs_gram,
         )
         try:
             self._method.quantize_layer(view)
         except JaxdeployError as error:
             raise CheckpointError(f"layers.{index}.{error}") from error
-        params = _as_stored(view, layout.dtype)
+        quantized = {LINEARS[name] for name in view.rounded}
+        params = {path: value if path in quantized else stored(path, value) for path, value in view.params.items()}
         record: dict[str, Any] = {
             "linears": [dataclasses.asdict(report) for report in self._reports(index, view)],
             "kv_range": self._kv_range(forward, floats),
         }
         _check_finite(index, "a weight", params.values())
         if self._work is not None:
-            self._work.write_layer(index, layout.tensors(self._model.sources(index), params, view.rounded), record)
+            self._work.write_layer(index, layout.tensors(sources, params, view.rounded), record)
         return params, record
 
     def _listener(self, forward: LayerForward) -> Callable[[LayerParams, Sequence[str]], dict[str, Inputs]]:
@@ -131,7 +137,16 @@ class Passage:
             linear, grid = sources[LINEARS[name]].linear, view.grid(name)
             assert linear is not None
             made.append(
-                LinearReport(index, name, linear.modules, grid.bits, grid.group_size, output_error, weight_error)
+                LinearReport(
+                    index,
+                    name,
+                    linear.modules,
+                    grid.bits,
+                    grid.group_size,
+                    output_error,
+                    weight_error,
+                    view.notes[name],
+                )
             )
         return made
 
@@ -174,15 +189,6 @@ def _outputs_of(
     forward: LayerForward, params: LayerParams, context: Callable[[int], AttentionContext], x: jax.Array
 ) -> jax.Array:
     return forward.outputs(params, x, context(x.shape[0]))
-
-
-def _as_stored(view: LayerInWork, dtype: np.dtype[Any]) -> LayerParams:
-    """The parameters with the rounding that writing floats in ``dtype`` brings."""
-    quantized = {LINEARS[name] for name in view.rounded}
-    return {
-        path: value if path in quantized else value.astype(dtype).astype(value.dtype)
-        for path, value in view.params.items()
-    }
 
 
 def _typical_sizes(params: LayerParams, names: Sequence[str]) -> dict[str, jax.Array]:

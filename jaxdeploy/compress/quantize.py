@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from jaxdeploy.compress.beside_model import BesideModel
 from jaxdeploy.compress.calibration import Calibration, calibration_ids
 from jaxdeploy.compress.layout import Layout
 from jaxdeploy.compress.passage import Passage
-from jaxdeploy.compress.report import Report
+from jaxdeploy.compress.report import LinearReport, Report
 from jaxdeploy.compress.weights import FloatModel, Outer
 from jaxdeploy.compress.work_dir import WorkDir, is_folder_of, real_path
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.formats.registry import quantization_of
+from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.tokenizer import Tokenizer
@@ -83,16 +85,22 @@ def _calibration(model: FloatModel, config: QuantConfig, token_ids: Sequence[Seq
         return Calibration(drawn[:samples], drawn[samples:], "random tokens", None)
     tokenizer = Tokenizer.load(model.folder)
     own = held_out if config.eval_dataset is None else 0
-    data = calibration_ids(
-        token_ids or config.calib_dataset, tokenizer, samples=samples, seqlen=seqlen, held_out=own, seed=config.seed
+    architecture = architecture_of(model.hf)
+    cut = partial(
+        calibration_ids,
+        tokenizer=tokenizer,
+        seqlen=seqlen,
+        seed=config.seed,
+        folder=model.folder,
+        architecture=architecture,
     )
+    data = cut(token_ids or config.calib_dataset, samples=samples, held_out=own)
     if config.eval_dataset is None or not held_out:
         return data
-    other = calibration_ids(
-        config.eval_dataset, tokenizer, samples=0, seqlen=seqlen, held_out=held_out, seed=config.seed
-    )
+    other = cut(config.eval_dataset, samples=0, held_out=held_out)
     notes = "; ".join(note for note in (data.note, other.note) if note)
-    return Calibration(data.calib, other.held_out, f"{data.source}, measured on {other.source}", notes or None)
+    source = f"{data.source}, measured on {other.source}"
+    return Calibration(data.calib, other.held_out, source, notes or None, other.scored)
 
 
 @dataclass
@@ -130,7 +138,7 @@ class _Run:
             seconds=time.perf_counter() - start,
             seconds_per_layer=passage.seconds,
             peak_memory=_peak_memory(mesh.devices.flat[0]),
-            notes=tuple(self._notes()),
+            notes=tuple(self._notes(passage.linears)),
         )
         if work is not None:
             with work.disk():
@@ -201,7 +209,7 @@ class _Run:
         return size
 
     def _kv_parameters(self, passage: Passage) -> Array | None:
-        """What ``calibrate`` found; ``None`` for 4 bits, since such files make quant_policy 4 mean 8 bits."""
+        """What ``calibrate`` found; ``None`` for 4 bits, as the files make quant_policy 4 mean 8 bits."""
         if self.config.kv_bits != 8 or not all(passage.kv_ranges):
             return None
         return _kv_parameters(passage.kv_ranges)
@@ -218,9 +226,14 @@ class _Run:
         }
         return {name: size / 2**30 for name, size in sizes.items()}
 
-    def _notes(self) -> Iterator[str]:
+    def _notes(self, linears: Sequence[LinearReport]) -> Iterator[str]:
         if self.data.note:
             yield self.data.note
+        if lost := sum(bool(linear.note) for linear in linears):
+            yield (
+                f"{lost} of {len(linears)} matrices do without what a search found, because it lost to rounding to "
+                "nearest on calibration text that the search had not seen"
+            )
         if not self.data.calib.size:
             yield "calibrated without data: activations count by the scales of the norms before them"
         if not self._writes:

@@ -29,6 +29,7 @@ PACKAGES = ("jaxdeploy", "jax", "jaxlib", "flax", "numpy")
 GIB = 2**30
 SHOWN_LINEARS = 8
 SHOWN_MODULES = 4
+INT8_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def write(report: Report, folder: Path) -> None:
     try:
         put_file(folder / PNG_NAME, lambda file: draw(report, file))
     except ImportError:
-        logger.warning("no %s: matplotlib is not installed here; pip install matplotlib", PNG_NAME)
+        logger.warning("no %s: matplotlib is not installed; pip install matplotlib (extra: quantize)", PNG_NAME)
 
 
 def as_dict(report: Report) -> dict[str, Any]:
@@ -216,8 +217,13 @@ def _worst_table(report: Report) -> Table:
         table.add_column(name, justify="left" if name in ("linear", "note") else "right")
     for row in shown:
         errors = (f"{error:.2e}" for error in (row.output_error, row.weight_error))
-        table.add_row(str(row.layer), row.linear, str(row.bits), str(row.group_size), *errors, row.note)
+        table.add_row(str(row.layer), row.linear, str(row.bits), _group(row), *errors, row.note)
     return table
+
+
+def _group(row: LinearReport) -> str:
+    """The inputs that share a scale; 8-bit weights have one scale for all inputs of an output."""
+    return "all" if row.bits == INT8_BITS else str(row.group_size)
 
 
 def _by_reason(kept: Mapping[str, str]) -> dict[str, list[str]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,27 +22,31 @@ SAMPLE = 512
 """Tokens whose inputs are kept as they are, for searches that look at outputs."""
 
 
+HELD_BACK = 8
+"""One sequence in so many is not counted in any statistic."""
+LEAST_SEQUENCES = 4
+
+
 class HiddenStates:
     """Hidden states [S, T, D] of S sequences.
 
-    Batches are as large as ``batch_size`` and the devices of ``mesh``, which share a batch, suggest; they divide S.
+    Batches are as large as ``batch_size`` and the devices of ``mesh``, which share a batch, suggest; they divide the
+    number of sequences.
     """
 
     def __init__(self, values: Array, batch_size: int, mesh: Mesh) -> None:
         self.values, self._mesh = values, mesh
-        most = max(batch_size, mesh.size)
-        self._batch = next((n for n in range(min(most, len(values)), 0, -1) if len(values) % n == 0), 1)
+        self._most = max(batch_size, mesh.size)
 
-    @property
-    def tokens(self) -> int:
-        """S · T."""
-        return math.prod(self.values.shape[:2])
+    def batches(self, rows: Array | None = None) -> Iterator[tuple[Array, jax.Array]]:
+        """The numbers of the sequences of each batch, and the batch [B, T, D] on the devices.
 
-    def batches(self) -> Iterator[tuple[slice, jax.Array]]:
-        """Where each batch lies, and the batch [B, T, D] on the devices."""
-        spread = PartitionSpec(TP_AXIS) if self._batch % self._mesh.size == 0 else PartitionSpec()
-        for start in range(0, len(self.values), self._batch):
-            place = slice(start, start + self._batch)
+        ``rows`` are the numbers of the sequences to take (default: all).
+        """
+        rows = np.arange(len(self.values)) if rows is None else rows
+        size = next((n for n in range(min(self._most, len(rows)), 0, -1) if len(rows) % n == 0), 1)
+        spread = PartitionSpec(TP_AXIS) if size % self._mesh.size == 0 else PartitionSpec()
+        for place in rows.reshape(-1, size):
             yield place, jax.device_put(self.values[place], NamedSharding(self._mesh, spread))
 
     def advance(self, layer: Callable[[jax.Array], jax.Array]) -> None:
@@ -54,23 +58,36 @@ class HiddenStates:
         self, forward: LayerForward, params: LayerParams, names: Sequence[str], *, gram: bool
     ) -> dict[str, Inputs]:
         """Statistics of what the linear maps ``names`` of a layer with ``params`` are fed."""
-        heard: dict[str, Sums] = {}
         whole = jax.device_put(dict(params), replicated(self._mesh))
-        for place, batch in self.batches():
-            sums = forward.listen(whole, batch, self._picks(place.start), tuple(names), gram=gram)
-            heard = {name: _added(heard[name], new) if heard else new for name, new in sums.items()}
-        return {name: self._inputs(sums) for name, sums in heard.items()}
+        held_back = np.zeros(len(self.values), np.bool_)
+        if len(self.values) >= LEAST_SEQUENCES:
+            held_back[min(HELD_BACK, len(self.values)) - 1 :: HELD_BACK] = True
+        listen = partial(forward.listen, whole, names=tuple(names), gram=gram)
+        heard = self._heard(listen, np.flatnonzero(~held_back))
+        unseen = self._heard(listen, np.flatnonzero(held_back)) if held_back.any() else {}
+        tokens = int((~held_back).sum()) * self.values.shape[1]
+        return {name: _inputs(sums, tokens, unseen.get(name)) for name, sums in heard.items()}
 
-    def _picks(self, start: int) -> jax.Array:
-        """Which tokens of the batch at ``start`` go into the sample: evenly spread, elsewhere in every batch."""
-        size = self._batch * self.values.shape[1]
-        count = min(size, -(-SAMPLE * self._batch // len(self.values)))
+    def _heard(self, listen: Callable[..., dict[str, Sums]], rows: Array) -> dict[str, Sums]:
+        """Sums over the sequences ``rows``."""
+        heard: dict[str, Sums] = {}
+        for place, batch in self.batches(rows):
+            sums = listen(batch, self._picks(int(place[0]), len(place), len(rows)))
+            heard = {name: _added(heard[name], new) if heard else new for name, new in sums.items()}
+        return heard
+
+    def _picks(self, start: int, batch: int, sequences: int) -> jax.Array:
+        """Which tokens of a batch from ``start`` on go into the sample: evenly spread, elsewhere in every batch."""
+        size = batch * self.values.shape[1]
+        count = min(size, -(-SAMPLE * batch // sequences))
         return jnp.asarray((np.arange(count) * size // count + start * 7919) % size, jnp.int32)
 
-    def _inputs(self, sums: Sums) -> Inputs:
-        tokens = jnp.float32(self.tokens)
-        gram = None if sums.gram is None else sums.gram / tokens
-        return Inputs(self.tokens, sums.total / tokens, sums.peak, sums.sample, gram)
+
+def _inputs(sums: Sums, tokens: int, unseen: Sums | None) -> Inputs:
+    count = jnp.float32(tokens)
+    gram = None if sums.gram is None else sums.gram / count
+    other = None if unseen is None else unseen.sample
+    return Inputs(tokens, sums.total / count, sums.peak, sums.sample, gram, other)
 
 
 @jax.jit

@@ -22,11 +22,12 @@ from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.compress.folder_swap import swap
+from jaxdeploy.compress.texts import OWN_TEXT
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.whole_file import put_file
 
 INDEX = "model.safetensors.index.json"
-_COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
+_COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", OWN_TEXT)
 _NOT_COPIED = ("config.json", "*.index.json", "quant_report.json", NAME)
 
 
@@ -77,11 +78,11 @@ class WorkDir:
             )
 
     def is_done(self, layer: int) -> bool:
-        """Return whether ``layer`` was written, by this run or by the one that it continues."""
+        """Return whether ``layer`` was written, by this run or by an interrupted run."""
         return self._weights(layer).is_file() and self._record(layer).is_file()
 
     def write_layer(self, layer: int, tensors: Mapping[str, Array], record: Mapping[str, Any]) -> None:
-        """Write a layer's tensors, and what there is to say about it. Raises ``ConfigError`` where that fails."""
+        """Write a layer's tensors, and what there is to say about it. Raises ``ConfigError`` if writing fails."""
         with self.disk():
             put_json(self._record(layer), record)
             put_tensors(self._weights(layer), tensors)
@@ -195,6 +196,6 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _companions(source: Path) -> list[Path]:
-    """Return the small files beside the weights, such as the tokenizer and the chat template."""
+    """Return the small files of a model, such as the tokenizer and the chat template."""
     found = {file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}
     return sorted(file for file in found if not any(file.match(pattern) for pattern in _NOT_COPIED))

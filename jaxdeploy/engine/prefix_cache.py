@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from jaxdeploy.engine.adapters import Root
 from jaxdeploy.engine.block_manager import BlockManager
 from jaxdeploy.engine.host_tier import HostTier, Transfer
-from jaxdeploy.engine.sequence import Block, Node, Sequence
+from jaxdeploy.engine.sequence import Block, Node, Sequence, Start
 
-_Key = tuple[Node | Root | None, tuple[int, ...]]
-"""The block before, and the tokens in this one. So a key stands for an adapter and all tokens from the beginning on."""
+_Key = tuple[Node | Start, tuple[int, ...]]
+"""The block before, and the tokens in this one. A key stands for a salt, an adapter and all tokens from the first."""
 
 
 class PrefixCache:
@@ -128,5 +127,4 @@ class PrefixCache:
 
     def _key(self, sequence: Sequence, index: int, before: list[Node]) -> _Key:
         tokens = sequence.token_ids[index * self._size : (index + 1) * self._size]
-        root = None if sequence.adapter is None else sequence.adapter.root
-        return before[-1] if before else root, tuple(tokens)
+        return before[-1] if before else sequence.start, tuple(tokens)

@@ -41,15 +41,19 @@ class Block:
     stamp: int
 
 
+Start = tuple[str, Root | None]
+"""What cached blocks depend on before their tokens: the request's salt, and the root of its adapter."""
+
+
 @dataclass(eq=False, slots=True)
 class Node:
     """A whole block of tokens behind those of ``before``, and where its keys and values are kept.
 
-    Before the first stands the root of an adapter, or nothing. ``block`` on the device, ``host_block`` in host memory,
+    Before the first stands the sequence's ``Start``. ``block`` on the device, ``host_block`` in host memory,
     both or, in the end, neither.
     """
 
-    before: Node | Root | None = field(repr=False)
+    before: Node | Start = field(repr=False)
     tokens: tuple[int, ...]
     block: Block | None = None
     host_block: int | None = None
@@ -102,6 +106,11 @@ class Sequence:
         self.longest = self.prompt_length + self.sampling.max_new_tokens
         self.reading = _reading(self.request)
         self._always_sampler = _needs_sampler(self.sampling)
+
+    @property
+    def start(self) -> Start:
+        """Its cached blocks are found from here."""
+        return self.request.cache_salt, None if self.adapter is None else self.adapter.root
 
     @property
     def request_id(self) -> str:

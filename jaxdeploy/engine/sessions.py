@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from jaxdeploy.engine.adapters import Root
-from jaxdeploy.engine.sequence import Block, Sequence
+from jaxdeploy.engine.sequence import Block, Sequence, Start
 
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """Tokens that have keys and values, the blocks that hold them, and the root of the adapter that computed them."""
+    """Tokens that have keys and values, the blocks that hold them, and the start of the sequence that computed them."""
 
     token_ids: list[int]
     blocks: list[Block]
-    root: Root | None
+    start: Start
 
 
 class Sessions:
@@ -36,7 +35,7 @@ class Sessions:
             return False
         self._turns.pop(session, None)
         known = min(sequence.computed, len(sequence.token_ids))
-        self._turns[session] = _Turn(sequence.token_ids[:known], sequence.blocks, _root(sequence))
+        self._turns[session] = _Turn(sequence.token_ids[:known], sequence.blocks, sequence.start)
         if len(self._turns) > self._most:
             self._turns.popitem(last=False)
         return True
@@ -50,10 +49,6 @@ class Sessions:
         if session is None or session not in self._turns:
             return
         turn = self._turns[session]
-        if turn.root is _root(sequence) and sequence.token_ids[: len(turn.token_ids)] == turn.token_ids:
+        if turn.start == sequence.start and sequence.token_ids[: len(turn.token_ids)] == turn.token_ids:
             del self._turns[session]
             sequence.blocks, sequence.computed = turn.blocks, len(turn.token_ids)
-
-
-def _root(sequence: Sequence) -> Root | None:
-    return None if sequence.adapter is None else sequence.adapter.root

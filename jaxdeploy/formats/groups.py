@@ -34,7 +34,7 @@ def read_groups(stored: Array | None, inputs: int, count: int) -> Array | None:
     """
     if stored is None or (stored == stored[0]).all() or np.array_equal(stored, in_order(inputs, count)):
         return None
-    if stored.min() < 0 or (np.bincount(stored, minlength=count) != inputs // count).any():
+    if stored.min() < 0 or stored.max() >= count or (np.bincount(stored, minlength=count) != inputs // count).any():
         raise CheckpointError(
             f"g_idx must give {inputs // count} of {inputs} inputs to each of {count} groups; download the file again"
         )

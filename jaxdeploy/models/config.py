@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from jaxdeploy.errors import CheckpointError, UnsupportedModelError
 from jaxdeploy.stored_fields import StoredFields
@@ -150,7 +150,7 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     known = {name: rope.number(name, None, least=least, most=most) for name, (least, most) in ranges.items()}
     found = RopeConfig(
         theta=_theta(stored, rope),
-        kind=cast(RopeKind, kind),
+        kind=kind,
         factor=rope.number("factor", max_position / (original or max_position), least=1e-3, most=1e6),
         original_length=original or max_position,
         attention_factor=rope.number("attention_factor", None, least=1e-3, most=1e3),
@@ -194,4 +194,4 @@ def _check_activation(stored: StoredFields) -> None:
 
 
 def _word(name: str) -> str:
-    return name if name.isidentifier() else shown(name)
+    return name if name.isidentifier() and len(name) < 60 else shown(name)

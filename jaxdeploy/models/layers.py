@@ -58,7 +58,10 @@ def linear(x: jax.Array, weight: Weight, bias: jax.Array | None = None) -> jax.A
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation (arXiv:1910.07467) in float32, cast back before the scale is applied."""
+    """Root-mean-square normalisation (arXiv:1910.07467) in float32, cast back before the scale is applied.
+
+    A float32 scale, as ``weights.less`` gives it, is applied in float32 before the result is cast back.
+    """
 
     def __init__(self, size: int, eps: float, *, dtype: jnp.dtype) -> None:
         self.scale = constant(1.0, (size,), ("embed",), dtype)
@@ -66,11 +69,17 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``x`` [T, D] → [T, D], same dtype."""
-        return rms_norm(x, self.scale[...], eps=self.eps)
+        scale = self.scale[...]
+        wide = x.astype(jnp.float32) if scale.dtype == jnp.float32 else x
+        return rms_norm(wide, scale, eps=self.eps).astype(x.dtype)
 
     def added(self, x: jax.Array, residual: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The norm of ``x + residual`` and that sum, [T, D] each."""
-        return rms_norm(x, self.scale[...], residual, eps=self.eps)
+        scale = self.scale[...]
+        if scale.dtype == x.dtype:
+            return rms_norm(x, scale, residual, eps=self.eps)
+        total = x + residual
+        return self(total), total
 
 
 class Embedding(nnx.Module):

@@ -58,7 +58,7 @@ class Source:
 
     ``assemble`` turns the stored arrays into the parameter, ``split`` is its inverse. ``integers`` are the names that
     hold integers; the others hold floats. ``linear`` says more about the weight of a linear map: it may be stored
-    quantised instead.
+    quantised instead. ``float32`` keeps the parameter in that dtype, whatever the dtype of the model.
     """
 
     names: tuple[str, ...]
@@ -67,11 +67,35 @@ class Source:
     split: Callable[[Array], list[Array]]
     integers: frozenset[str] = frozenset()
     linear: Linear | None = None
+    float32: bool = False
+
+    def rounded(self, value: Array, dtype: np.dtype[Any]) -> Array:
+        """Return the parameter ``value`` as it is after writing its stored arrays in ``dtype``, float32."""
+        stored = [part.astype(dtype) for part in self.split(np.asarray(value, np.float32))]
+        return np.asarray(self.assemble(stored), np.float32)
+
+
+Plain = Callable[..., Source]
+"""``plain``, or a function with the same arguments."""
 
 
 def plain(name: str, *shape: int) -> Source:
     """Stored as it is used: norms, embeddings, biases of whole width."""
     return Source((name,), (shape,), lambda arrays: arrays[0], lambda value: [value])
+
+
+def less(offset: float, name: str, *shape: int) -> Source:
+    """Stored as the parameter less ``offset``, as Gemma stores its norms with 1; the parameter is kept in float32.
+
+    Both directions compute in float32, so only the stored array is rounded.
+    """
+    return Source(
+        (name,),
+        (shape,),
+        lambda arrays: arrays[0].astype(np.float32) + np.float32(offset),
+        lambda value: [value.astype(np.float32) - np.float32(offset)],
+        float32=True,
+    )
 
 
 def linear(modules: Sequence[str], inputs: tuple[int, ...], outputs: Outputs) -> Source:
@@ -171,31 +195,34 @@ class DecoderNames:
     down: str
 
 
-def decoder_weights(config: ModelConfig, names: DecoderNames) -> WeightTable:
-    """The weight table of a decoder with those names; one name in ``qkv`` means grouped, three mean separate."""
+def decoder_weights(config: ModelConfig, names: DecoderNames, norm: Plain = plain) -> WeightTable:
+    """The weight table of a decoder with those names; one name in ``qkv`` means grouped, three mean separate.
+
+    ``norm`` makes the source of a norm's scale, e.g. ``partial(less, 1.0)``.
+    """
     size, vocab = config.hidden_size, config.vocab_size
     table: dict[ParamPath, Source] = {
         ("embed", "embedding"): plain(f"{names.embedding}.weight", vocab, size),
-        ("norm", "scale"): plain(f"{names.norm}.weight", size),
+        ("norm", "scale"): norm(f"{names.norm}.weight", size),
     }
     if not config.tie_embeddings:
         table["head", "weight"] = linear([names.head], (size,), whole(vocab))
     for index in range(config.num_layers):
-        layer = _layer_weights(config, names, names.layer.format(index))
+        layer = _layer_weights(config, names, names.layer.format(index), norm)
         table |= {("layers", index, *path): source for path, source in layer.items()}
     return table
 
 
-def _layer_weights(config: ModelConfig, names: DecoderNames, prefix: str) -> dict[tuple[str, ...], Source]:
+def _layer_weights(config: ModelConfig, names: DecoderNames, prefix: str, norm: Plain) -> dict[tuple[str, ...], Source]:
     size, width = config.hidden_size, config.intermediate_size
     gate, up, down, out = (f"{prefix}.{name}" for name in (names.gate, names.up, names.down, names.out))
     qkv, gate_up = [f"{prefix}.{name}" for name in names.qkv], [gate, up]
     heads = grouped_qkv(config) if len(qkv) == 1 else separate_qkv(config)
     table: dict[tuple[str, ...], Source] = {
-        ("attention_norm", "scale"): plain(f"{prefix}.{names.attention_norm}.weight", size),
+        ("attention_norm", "scale"): norm(f"{prefix}.{names.attention_norm}.weight", size),
         ("attention", "wqkv"): linear(qkv, (size,), heads),
         ("attention", "wo"): linear([out], (config.num_heads, config.head_dim), whole(size)),
-        ("mlp_norm", "scale"): plain(f"{prefix}.{names.mlp_norm}.weight", size),
+        ("mlp_norm", "scale"): norm(f"{prefix}.{names.mlp_norm}.weight", size),
         ("mlp", "gate_up"): linear(gate_up, (size,), gate_and_up(config)),
         ("mlp", "down"): linear([down], (width,), whole(size)),
     }

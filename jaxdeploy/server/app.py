@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from jaxdeploy.config import ServerConfig
 from jaxdeploy.server import error_handlers
+from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.middleware import surround
 from jaxdeploy.server.registering import registered
 from jaxdeploy.server.routes import routers
@@ -17,7 +18,8 @@ from jaxdeploy.server.served import Served
 
 
 def create_app(served: Served, config: ServerConfig) -> FastAPI:
-    """The server as an ASGI application; the engine is closed at its end."""
+    """The server as an ASGI application; the engine is closed at its end. Raises ``ConfigError`` for wrong keys."""
+    config = with_keys(config)
     hidden = ("docs_url", "redoc_url", "openapi_url") if config.disable_fastapi_docs else ()
     app = FastAPI(
         title="jaxdeploy",
@@ -28,6 +30,8 @@ def create_app(served: Served, config: ServerConfig) -> FastAPI:
     )
     app.state.served = served
     app.state.needs_keys = bool(config.api_keys)
+    app.state.separates_tenants = config.separate_keys
+    app.state.separates_keys = config.separate_keys and len(config.api_keys or ()) > 1
     error_handlers.install(app)
     for router in routers():
         app.include_router(router, responses=error_handlers.RESPONSES)

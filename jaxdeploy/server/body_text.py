@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
 ESCAPES = re.compile(
     rb"\\u[dD][89aAbB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a pair: one character
     rb"|(?P<lone>\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
@@ -15,55 +12,18 @@ ESCAPES = re.compile(
 )
 
 
-class Utf8Bodies:
-    r"""Makes every body well-formed UTF-8, so that no field of a request can hold half a character.
+def well_formed_body(body: bytes) -> bytes:
+    r"""Return a JSON text in UTF-8 whose strings are all well-formed; ``body`` is in any encoding of JSON.
 
     JSON can name half of a surrogate pair (``\ud83d``), and ``json.loads`` accepts it. Such a string has no UTF-8
     form: tokenizers, grammars and replies would fail on it later.
     """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. The body is read as a whole; messages after it pass unchanged."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        first = await _whole(receive)
-        if first["type"] == "http.request":
-            body = first["body"]
-            first["body"] = well_formed_body(body)
-            if len(first["body"]) != len(body) and "content-length" in (headers := MutableHeaders(scope=scope)):
-                headers["content-length"] = str(len(first["body"]))
-        waiting = [first]
-
-        async def replayed() -> Message:
-            return waiting.pop() if waiting else await receive()
-
-        await self._app(scope, replayed, send)
-
-
-def well_formed_body(body: bytes) -> bytes:
-    """Return a JSON text in UTF-8 whose strings are all well-formed; ``body`` is in any encoding of JSON."""
     encoding = json.detect_encoding(body)
     if encoding != "utf-8" or not _is_utf8(body):
         body = body.decode(encoding, "replace").encode()
     if b"\\ud" in body or b"\\uD" in body:
         return ESCAPES.sub(lambda found: rb"\ufffd" if found["lone"] else found[0], body)
     return body
-
-
-async def _whole(receive: Receive) -> Message:
-    """The body as one message, or the disconnect that came before its end."""
-    pieces, more = [], True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            return message
-        pieces.append(message.get("body", b""))
-        more = message.get("more_body", False)
-    return {"type": "http.request", "body": b"".join(pieces), "more_body": False}
 
 
 def _is_utf8(body: bytes) -> bool:

@@ -10,20 +10,27 @@ from typing import Any
 
 from jaxdeploy.tokenizer import Tokenizer
 
+LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How models write the JSON of calls."""
+
 
 def call_grammar(form: ModuleType, functions: Mapping[str, Any], tokenizer: Tokenizer, *, several: bool) -> str:
-    """Lark, with llguidance's additions, for one call of ``functions`` (name → JSON Schema), or ``several``."""
-    schemas = [_call(form, name, schema) for name, schema in functions.items()]
-    schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    """Lark, with llguidance's additions, for one call of ``functions`` (name → JSON Schema), or ``several``.
+
+    The arguments of each function are a grammar of their own, so ``#`` in their schema is the schema itself.
+    """
     begin, between, end = (_literal(text, tokenizer) for text in (form.BEGIN, form.BETWEEN, form.END))
     more = f" ({between} call)*" if several else ""
-    schema = {"x-guidance": {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}, **schema}
-    return f"start: {begin} call{more} {end}\ncall: %json {json.dumps(schema)}\n"
+    calls, arguments = [], []
+    for index, (name, schema) in enumerate(functions.items()):
+        opening = f'{{"name": {json.dumps(name)}, "{form.ARGUMENTS}": '
+        calls.append(f'{json.dumps(opening)} arguments_{index} "}}"')
+        arguments.append(f"arguments_{index}: %json {_arguments(schema)}\n")
+    return f"start: {begin} call{more} {end}\ncall: {' | '.join(calls)}\n{''.join(arguments)}"
 
 
-def _call(form: ModuleType, name: str, schema: Any) -> dict[str, Any]:
-    parts = {"name": {"const": name}, form.ARGUMENTS: schema or {"type": "object"}}
-    return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
+def _arguments(schema: Any) -> str:
+    return json.dumps({**(schema or {"type": "object"}), "x-guidance": LAYOUT})
 
 
 def _literal(text: str, tokenizer: Tokenizer) -> str:

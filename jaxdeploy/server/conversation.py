@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from jaxdeploy.chat_template.conversation import text_of
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason, TokenLogprob
@@ -20,7 +20,7 @@ from jaxdeploy.server.served import Origin, Prompt, Served
 
 async def chat_prompt(served: Served, asked: ChatRequest) -> Prompt:
     """Token ids of the conversation, and how to go on with it. Raises ``RequestError``."""
-    variables = dict(asked.chat_template_kwargs or {})
+    variables = {**(asked.chat_template_kwargs or {}), **asked.ending}
     calls = None
     if asked.may_call:
         if served.tool_form is None:
@@ -29,7 +29,7 @@ async def chat_prompt(served: Served, asked: ChatRequest) -> Prompt:
         if asked.must_call:
             several = asked.parallel_tool_calls is not False and asked.tool_choice == "required"
             calls = call_grammar(served.tool_form, asked.functions_to_call, served.tokenizer, several=several)
-    ids = await served.chat_ids([_for_template(message) for message in asked.messages], **variables)
+    ids = await served.chat_ids([message.model_dump() for message in asked.messages], **variables)
     return await served.resolved(ids, asked.generation(calls), chat=True)
 
 
@@ -40,7 +40,7 @@ class Replies:
         self.served, self.asked, self.origin = served, asked, origin
         self.counts = Counts(len(prompt.ids), prompt.how.n)
         self._prompt = prompt
-        thinking = served.reasoning_form is not None and served.ends_with(prompt.ids, served.reasoning_form.BEGIN)
+        thinking = _thinks(served, asked.messages[-1], prompt)
         form = served.tool_form if asked.may_call else None
         one_call = asked.parallel_tool_calls is False
         self._readings = [
@@ -107,18 +107,19 @@ class WholeReply:
                     self.calls[index] = (name, arguments + piece)
 
 
-def _for_template(message: Message) -> dict[str, Any]:
-    """A message as chat templates want it: the arguments of calls are objects there, not texts."""
-    plain = message.model_dump(exclude_none=True)
-    for call in plain.get("tool_calls", []):
-        call["function"]["arguments"] = _object(call["function"]["arguments"])
-    return plain
+def with_reply(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """A conversation with a reply at its end, which may be the rest of its last message."""
+    *before, last = messages
+    if last["role"] != "assistant" or last.get("tool_calls"):
+        return [*messages, {"role": "assistant", "content": text}]
+    return [*before, {**last, "content": text_of(last) + text}]
 
 
-def _object(text: str) -> Any:
-    """What a call's arguments say; as they are where they are no JSON object."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, Mapping) else text
+def _thinks(served: Served, last: Message, prompt: Prompt) -> bool:
+    """Whether a reply begins inside a thought: the prompt ends with its mark, or with a part of it."""
+    form = served.reasoning_form
+    if form is None:
+        return False
+    said = text_of(last.model_dump()) if last.role == "assistant" else ""
+    opened = said.rfind(form.BEGIN) > said.rfind(form.END) or (last.reasoning_content is not None and not said)
+    return opened or served.ends_with(prompt.ids, form.BEGIN)

@@ -2,21 +2,66 @@
 
 from __future__ import annotations
 
+import re
 import uuid
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from jaxdeploy.server.connection import while_connected
 from jaxdeploy.server.errors import ForbiddenError
-from jaxdeploy.server.served import Served
+from jaxdeploy.server.security import KEY_NAME, TENANT
+from jaxdeploy.server.served import Origin, Served
+from jaxdeploy.server.sessions import SessionKey
 
-__all__ = ["Model", "ReplyId", "need_keys", "while_connected"]
+__all__ = ["Caller", "Model", "ReplyId", "need_keys", "while_connected"]
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Who sent a request: ``owner`` is a name of its key where keys are separated, else empty."""
+
+    owner: str = ""
+
+    def origin(
+        self,
+        request_id: str,
+        *,
+        user: str = "",
+        priority: int = 0,
+        session_id: int | None = None,
+        adapter: str | None = None,
+    ) -> Origin:
+        """What the engine is told of a request. Raises ``ForbiddenError`` for a priority before other keys' requests.
+
+        Shares of the engine are fair between keys where these are separated, else between users.
+        """
+        if self.owner and priority < 0:
+            raise ForbiddenError(
+                f"priority={priority} would put this request before those of other keys; leave it out, or start the "
+                "server with --no-separate-keys"
+            )
+        session = None if session_id in (None, -1) else f"{self.owner}:{session_id}"
+        return Origin(request_id, self.owner or user, priority, session, adapter, self.owner)
+
+    def session(self, session_id: int) -> SessionKey:
+        """The session that the request calls so."""
+        return self.owner, session_id
 
 
 def _served(request: Request) -> Served:
     served: Served = request.app.state.served
     return served
+
+
+def _tenant(request: Request) -> Tenant:
+    key = request.scope.get(KEY_NAME, "") if request.app.state.separates_keys else ""
+    named = request.headers.get(TENANT, "") if request.app.state.separates_tenants else ""
+    return Tenant(f"{key}/{named}" if _TENANT_NAME.fullmatch(named) else key)
+
+
+_TENANT_NAME = re.compile(r"[0-9a-f]{16}")
 
 
 def need_keys(request: Request) -> None:
@@ -33,5 +78,6 @@ def _reply_id() -> str:
 
 
 Model = Annotated[Served, Depends(_served)]
+Caller = Annotated[Tenant, Depends(_tenant)]
 ReplyId = Annotated[str, Depends(_reply_id)]
 """A new name: the id that a client may send for the log can come twice."""

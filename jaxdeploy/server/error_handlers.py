@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,11 @@ CODES = {
 }
 
 MOST_FAULTS = 5
+LONGEST_NAME = 80
+"""Characters of a field's name that are shown."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": description}
@@ -117,13 +123,18 @@ def _fault(fault: dict[str, Any]) -> str:
         return f"{where} is missing; add it"
     if fault["type"] == "json_invalid":
         return f"body is not JSON ({fault['ctx']['error']}); mend it"
-    return f"{where}={fault['input']!r:.60} is wrong: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+    return f"{where}={_short(fault['input'])} is wrong: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _short(value: object) -> str:
+    """The beginning of a value, in time that does not depend on its size."""
+    return f"{_SHORT.repr(value):.60}"
 
 
 def _named(places: Sequence[str | int]) -> str:
     """The path to a field that nobody knows, which may have any name."""
     *before, name = places
-    return f"{_path(before)}.{name}".removeprefix(".")
+    return f"{_path(before)}.{str(name)[:LONGEST_NAME]}".removeprefix(".")
 
 
 def _path(places: Sequence[str | int]) -> str:
@@ -132,6 +143,10 @@ def _path(places: Sequence[str | int]) -> str:
     for place in places:
         if isinstance(place, int):
             text += f"[{place}]"
-        elif place.isidentifier() and place not in ("body", "query", "str", "int", "float", "bool"):
+        elif (
+            len(place) <= LONGEST_NAME
+            and place.isidentifier()
+            and place not in ("body", "query", "str", "int", "float", "bool")
+        ):
             text += f".{place}" if text else place
     return text

@@ -39,6 +39,30 @@ class NodeFailedError(JaxdeployError):
     http_status = 502
 
 
+class UnreachableError(NodeFailedError):
+    """A node never got the request."""
+
+
+class BadAnswerError(NodeFailedError):
+    """A node answered with something that the proxy does not forward: it is too large, or not JSON."""
+
+
+class NotTheApiError(BadAnswerError):
+    """A node answered as no server of the API does, whatever it was asked."""
+
+
+class TooManyNodesError(JaxdeployError):
+    """The proxy has as many nodes as it takes."""
+
+    http_status = 429
+
+
+class NodeConflictError(JaxdeployError):
+    """A node is known with another key."""
+
+    http_status = 409
+
+
 class NoNodeError(JaxdeployError):
     """No node that could answer is up."""
 

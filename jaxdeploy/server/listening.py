@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from jaxdeploy.config import ServerConfig
 from jaxdeploy.errors import ConfigError, JaxdeployError
+from jaxdeploy.server.http_connection import HttpConnection
 
 DRAIN_SECONDS = 60
 """Seconds that replies have to end, once the process is told to."""
@@ -98,6 +99,8 @@ def listen(
     chain, key = certificate(config) or (None, None)
     settings = uvicorn.Config(
         app,
+        http=HttpConnection,
+        ws="none",
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=drain_seconds,

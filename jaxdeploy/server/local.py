@@ -20,7 +20,9 @@ class LocalServer:
     def __init__(self, served: Served, config: ServerConfig) -> None:
         self.api_key = secrets.token_urlsafe()
         self._served = served
-        app = create_app(served, replace(config, api_keys=[self.api_key], disable_fastapi_docs=True))
+        app = create_app(
+            served, replace(config, api_keys=[self.api_key], api_keys_file=None, disable_fastapi_docs=True)
+        )
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_graceful_shutdown=1

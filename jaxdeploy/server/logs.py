@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import textwrap
 from datetime import UTC, datetime
+from typing import Any
 
 from jaxdeploy.errors import ConfigError
 
@@ -21,7 +23,10 @@ class TextFormat(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802, D102
         rest = [f"{name}={value}" for name, value in _fields(record).items()]
-        return " ".join([super().formatMessage(record), *rest])
+        return _printable(" ".join([super().formatMessage(record), *rest]))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802, D102
+        return textwrap.indent(super().formatException(ei), "    ", lambda _: True)
 
 
 class JsonFormat(logging.Formatter):
@@ -51,6 +56,13 @@ def set_up_logging(level: str, form: str) -> None:
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(names[level.upper()] if name == "jaxdeploy" else max(names[level.upper()], logging.WARNING))
+
+
+def _printable(text: str) -> str:
+    r"""``text`` in one line: what is no letter, digit, sign or space is written as ``\n``, ``\x1b``, ``\u2028`` …"""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

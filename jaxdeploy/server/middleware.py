@@ -6,14 +6,13 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from jaxdeploy.config import ServerConfig
-from jaxdeploy.server.body_text import Utf8Bodies
+from jaxdeploy.server.body_limit import BodyLimit
 from jaxdeploy.server.request_log import RequestLog
-from jaxdeploy.server.security import BodyLimit, KeyCheck
+from jaxdeploy.server.security import KeyCheck
 
 
 def surround(app: FastAPI, config: ServerConfig) -> None:
     """Put it around ``app``. The last one added is the first that a request meets."""
-    app.add_middleware(Utf8Bodies)
     app.add_middleware(BodyLimit, most=config.max_body_size)
     if config.api_keys:
         app.add_middleware(KeyCheck, keys=config.api_keys)

@@ -68,7 +68,10 @@ async def _fault(http: httpx2.AsyncClient, config: ServerConfig, what: str, pati
     """Have the proxy add or remove this server; why it has not."""
     url = f"{(config.proxy_url or '').rstrip('/')}/nodes/{what}"
     try:
-        response = await http.post(url, json={"url": own_url(config)}, timeout=patience)
+        told = {"url": own_url(config)}
+        if config.api_keys and what == "add":
+            told["api_key"] = config.api_keys[0]  # the proxy needs it, and shows it to nobody else
+        response = await http.post(url, json=told, timeout=patience)
     except (httpx2.HTTPError, httpx2.InvalidURL, ConfigError) as error:
         return str(error) or type(error).__name__
     return None if response.status_code == 200 else f"it answers {response.status_code}: {response.text:.200}"

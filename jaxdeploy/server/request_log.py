@@ -16,7 +16,7 @@ POLLED = frozenset({"/health", "/metrics", "/v1/models", "/nodes/add"})
 """Asked again and again by machines."""
 
 HEADER = "x-request-id"
-_USABLE = re.compile(r"[\w.:-]{1,64}")
+_USABLE = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 
 
 class RequestLog:

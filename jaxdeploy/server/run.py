@@ -8,6 +8,7 @@ from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.server.app import create_app
+from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.listening import address, bound, certificate, listen
 from jaxdeploy.server.logs import set_up_logging
 from jaxdeploy.server.served import Served
@@ -32,7 +33,7 @@ def serve(
         JaxdeployError: a setting, the checkpoint or the memory does not fit; the message says what to do.
         EngineDiedError: the engine died again and again.
     """
-    engine_config, config = engine_config or EngineConfig(), server_config or ServerConfig()
+    engine_config, config = engine_config or EngineConfig(), with_keys(server_config or ServerConfig())
     set_up_logging(log_level, config.log_format)
     certificate(config)
     with bound(config) as sockets:

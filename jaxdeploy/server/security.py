@@ -1,4 +1,4 @@
-"""What every request has to pass before a route sees it: its key, and the size of its body."""
+"""What every request has to pass before a route sees it: its key."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import hmac
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxdeploy.server.error_handlers import answer, reply
 
@@ -16,10 +15,17 @@ OPEN_PATHS = frozenset({"/health"})
 """Answered without a key."""
 
 
+KEY_NAME = "jaxdeploy.key"
+"""Where the scope of a request has a name of the key that it came with."""
+TENANT = "x-jaxdeploy-tenant"
+"""The header in which a proxy names the key of its client. It only divides what its sender may see anyway."""
+
+
 class Keys:
     """Keys, of which only digests are kept."""
 
     def __init__(self, keys: Sequence[str]) -> None:
+        assert all(keys), "an empty key would let everybody in"
         self._digests = [_digest(key.encode()) for key in keys]
 
     def include(self, key: bytes) -> bool:
@@ -37,45 +43,20 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._keys.include(_key(Headers(scope=scope))):
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
+            return
+        key = key_of(Headers(scope=scope))
+        if self._keys.include(key):
+            await self._app({**scope, KEY_NAME: _digest(key).hex()[:16]}, receive, send)
             return
         body = reply("the API key is missing or wrong; send Authorization: Bearer KEY", "authentication_error")
         body.error.code = "invalid_api_key"
         await answer(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
 
 
-class BodyLimit:
-    """Refuses bodies of more than ``most`` bytes, told or not."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self._app = app
-        self._most = most
-        self._complaint = f"the body is larger than {most} bytes; send less"
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        told = Headers(scope=scope).get("content-length", "0")
-        if not told.isdecimal() or int(told) > self._most:
-            await answer(reply(self._complaint, "invalid_request_error"), 413)(scope, receive, send)
-            return
-        taken = 0
-
-        async def counted() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._most:
-                raise HTTPException(413, self._complaint)
-            return message
-
-        await self._app(scope, counted, send)
-
-
-def _key(headers: Headers) -> bytes:
+def key_of(headers: Headers) -> bytes:
+    """The key that a request brings; empty if it brings none."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     given = key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
     return given.encode("latin-1")  # as ASGI servers read headers

@@ -44,7 +44,8 @@ REMEMBERED = 64
 class Origin:
     """What a request is beside its prompts: its id in the logs, who shares with whom, what comes first.
 
-    ``adapter`` is the LoRA adapter that it asks for.
+    ``adapter`` is the LoRA adapter that it asks for. ``owner`` is the key that it came with, where keys are separated:
+    requests of different owners share no cached prompts, and cannot end each other.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class Origin:
     priority: int = 0
     session_id: str | None = None
     adapter: str | None = None
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,11 @@ class Served:
         self.pulse = Pulse()
         self.grammars = WorkedGrammars()
         self.threads = TextThreads()
-        template = self.tokenizer.chat_template if engine.generator.template.jinja else None
+        template = engine.generator.template.source
         self.tool_form = tool_form(tool_call_parser, template)
         self.reasoning_form = reasoning_form(reasoning_parser, template)
-        self._running: dict[str, list[str]] = {}
-        """A request's id → what its replies are called in the engine."""
+        self._running: dict[str, tuple[str, list[str]]] = {}
+        """A request's id → its owner, and what its replies are called in the engine."""
         self._durations: deque[float] = deque(maxlen=REMEMBERED)
 
     @property
@@ -149,12 +151,12 @@ class Served:
         """Who replies to a request: the model, or an adapter of it."""
         return origin.adapter or self.name
 
-    async def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation; ``variables`` are the chat template's. Raises ``RequestError``."""
-        text = await self._rendered(messages, add_generation_prompt, variables)
-        return tuple(await self._fitting_ids(text))
+    async def chat_ids(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[int, ...]:
+        """Token ids of a conversation. Raises ``RequestError``.
+
+        ``variables`` are ``ChatTemplate.render``'s: tools, how the prompt ends, and those of the template.
+        """
+        return tuple(await self._fitting_ids(await self._rendered(messages, variables)))
 
     async def text_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a raw text, with the token that texts begin with.
@@ -169,11 +171,9 @@ class Served:
             raise RequestError("prompt='' has no tokens, and this model has no token to begin with; write some text")
         return tuple(ids)
 
-    async def count_chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
-    ) -> list[int]:
+    async def count_chat_ids(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Token ids of a conversation, which may be longer than a prompt. Raises ``RequestError``."""
-        text = await self._rendered(messages, add_generation_prompt, variables)
+        text = await self._rendered(messages, variables)
         made = self.engine.generator
         return await self._counted(text, lambda: made.template.encode_text(text, made.tokenizer))
 
@@ -181,13 +181,9 @@ class Served:
         """Token ids of a raw text, which may be longer than a prompt. Raises ``RequestError``."""
         return await self._counted(text, lambda: self.tokenizer.encode(text, add_bos=add_bos))
 
-    async def _rendered(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
-    ) -> str:
+    async def _rendered(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         render = self.engine.generator.template.render
-        return await self.threads.run(
-            lambda: render(messages, add_generation_prompt=add_generation_prompt, **variables)
-        )
+        return await self.threads.run(lambda: render(messages, **variables))
 
     async def _fitting_ids(self, text: str) -> list[int]:
         """Token ids of a text. Raises ``ContextLengthError`` before the work where they cannot fit."""
@@ -272,7 +268,7 @@ class Served:
         places = {request.request.request_id: index for index, request in enumerate(requests)}
         self.check_room(prompts)
         self.held += len(requests)
-        self._running[origin.request_id] = list(places)
+        self._running[origin.request_id] = origin.owner, list(places)
         begun, times = time.monotonic(), self.metrics.watch()
         try:
             async with aclosing(self.engine.generate_all(requests)) as outputs:
@@ -287,10 +283,17 @@ class Served:
             del self._running[origin.request_id]
             self._durations.append(time.monotonic() - begun)
 
-    async def abort(self, request_id: str | None) -> int:
-        """End the replies to one request, or to all; those who wait for them get an error. How many they were."""
-        named = self._running.values() if request_id is None else [self._running.get(request_id, [])]
-        names = [name for names in named for name in names]
+    async def abort(self, request_id: str | None, owner: str = "") -> int:
+        """End the replies to one request of ``owner``, or to all; their clients get an error. How many they were.
+
+        The requests of ``owner`` include those that a proxy sent for its own clients with the key of ``owner``.
+        """
+        names = [
+            name
+            for known, (owned_by, names) in self._running.items()
+            if request_id in (None, known) and (owned_by == owner or owned_by.startswith(f"{owner}/"))
+            for name in names
+        ]
         for name in names:
             await self.engine.abort(name)
         return len(names)
@@ -326,6 +329,7 @@ def _requests(prompts: Sequence[Prompt], origin: Origin) -> Iterator[TextRequest
                 session_id=origin.session_id,
                 embed=prompt.embed,
                 adapter=origin.adapter,
+                cache_salt=origin.owner,
             )
             yield TextRequest.of(request, how)
             count += 1

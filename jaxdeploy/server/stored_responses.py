@@ -23,10 +23,14 @@ class UnknownResponseError(JaxdeployError):
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """A response, and the conversation of which it is the end: all items but the instructions."""
+    """A response, and the conversation of which it is the end: all items but the instructions.
+
+    Only requests of its ``owner`` (``Origin.owner``) find it.
+    """
 
     response: Response
     items: tuple[Item, ...]
+    owner: str = ""
 
     @property
     def size(self) -> int:
@@ -51,11 +55,11 @@ class StoredResponses:
         self._stored[stored.response.id] = stored, size
         self._size += size
         while len(self._stored) > self._most or self._size > self._largest:
-            self.forget(next(iter(self._stored)))
+            self._drop(next(iter(self._stored)))
 
-    def find(self, response_id: str) -> StoredResponse:
-        """One by its id. Raises ``UnknownResponseError``."""
-        if response_id not in self._stored:
+    def find(self, response_id: str, owner: str = "") -> StoredResponse:
+        """One of ``owner``'s by its id. Raises ``UnknownResponseError``."""
+        if response_id not in self._stored or self._stored[response_id][0].owner != owner:
             raise UnknownResponseError(
                 f"response {response_id!r:.80} is not kept here; the last {self._most} complete ones are, "
                 "unless asked for with store=false: send the whole conversation as input"
@@ -63,8 +67,11 @@ class StoredResponses:
         self._stored.move_to_end(response_id)
         return self._stored[response_id][0]
 
-    def forget(self, response_id: str) -> None:
-        """Drop one. Raises ``UnknownResponseError``."""
-        self.find(response_id)
+    def forget(self, response_id: str, owner: str = "") -> None:
+        """Drop one of ``owner``'s. Raises ``UnknownResponseError``."""
+        self.find(response_id, owner)
+        self._drop(response_id)
+
+    def _drop(self, response_id: str) -> None:
         _, size = self._stored.pop(response_id)
         self._size -= size

@@ -38,9 +38,14 @@ LINES: dict[int | str, dict[str, Any]] = {
 """The same for a stream of lines."""
 
 
-def event_stream(chunks: AsyncGenerator[BaseModel], ping_seconds: float = PING_SECONDS) -> StreamingResponse:
-    """``chunks`` as events, then ``[DONE]``. A failure on the way is the last event, in the form of an error."""
-    return _EventStream(_framed(chunks), PING, ping_seconds)
+def event_stream(
+    chunks: AsyncGenerator[BaseModel], ping_seconds: float = PING_SECONDS, *, ping: BaseModel | None = None
+) -> StreamingResponse:
+    """``chunks`` as events, then ``[DONE]``. A failure on the way is the last event, in the form of an error.
+
+    ``ping`` is a chunk without content, for clients that cannot read comments (LMDeploy's).
+    """
+    return _EventStream(_framed(chunks), PING if ping is None else event(ping), ping_seconds)
 
 
 def named_event_stream(

@@ -21,6 +21,8 @@ END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "<eos>", "<|im_end|>")
 QUICKLY_ENCODED = 4096
 """Characters that are encoded in a few milliseconds."""
+MOST_TOKENS = 2**19
+"""Twice the largest vocabulary that is known."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -40,6 +42,7 @@ class HuggingFaceFile:
 
     def __init__(self, description: dict[str, Any], settings: Settings, path: Path) -> None:
         self._path = path
+        _check_size(description, path)
         self._description = _with_added(description, settings.added)
         self._encoder = self._build()
         self._check_ids(settings.added)
@@ -152,6 +155,13 @@ class DecoderRules:
         for old, new in self._replacements:
             token = token.replace(old, new)
         return token.encode()
+
+
+def _check_size(description: Mapping[str, Any], path: Path) -> None:
+    """Raise ``CheckpointError`` for a vocabulary that takes too much memory and time to build."""
+    vocab = description["model"].get("vocab") or ()
+    if len(vocab) > MOST_TOKENS:
+        raise CheckpointError(f"{path}: has {len(vocab)} tokens, {MOST_TOKENS} at most; download or copy it again")
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.tokenizer.bounds import TokenBound, bound_of_sentencepiece
+from jaxdeploy.tokenizer.huggingface_file import BYTE_TOKEN
 from jaxdeploy.tokenizer.settings import AddedToken, Settings
 
 WORD_SPACE = "▁"
@@ -34,9 +35,12 @@ class SentencePieceFile:
         self._content = content
         self._legacy = settings.legacy
         self._model = _processor(path, content)
+        self._pieces = _pieces(path, self._model)
         self._overlay = {t.id: t for t in settings.added}
         self._ids = {t.content: i for i, t in self._overlay.items()}
-        self._controls = [i for i in range(len(self._model)) if self._model.is_control(i) or self._model.is_unknown(i)]
+        every = list(range(len(self._model)))
+        kinds = zip(self._model.is_control(every), self._model.is_unknown(every), strict=True)
+        self._controls = [i for i, kind in enumerate(kinds) if any(kind)]
         self.vocab_size = max(len(self._model), *(i + 1 for i in self._overlay)) if self._overlay else len(self._model)
         self.special_ids = self._special_ids(settings)
         self.strips_first_space = self._strips_first_space()
@@ -55,7 +59,7 @@ class SentencePieceFile:
         """The token's text as the vocabulary writes it; empty for an id outside it."""
         if token_id in self._overlay:
             return self._overlay[token_id].content
-        return str(self._model.id_to_piece(token_id)) if 0 <= token_id < len(self._model) else ""
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else ""
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token's text, None where there is none."""
@@ -70,7 +74,7 @@ class SentencePieceFile:
         if token_id in self._overlay or not token:
             return token.encode()
         if self._model.is_byte(token_id):
-            return bytes([int(token[3:5], 16)])
+            return bytes.fromhex(token[3:5])
         return token.replace(WORD_SPACE, " ").encode()
 
     @cached_property
@@ -101,7 +105,7 @@ class SentencePieceFile:
 
     def _text_of(self, token_id: int) -> str:
         """How a text spells a special piece: CodeLlama's ``▁<PRE>`` is ``<PRE>`` there."""
-        return str(self._model.id_to_piece(token_id)).lstrip(WORD_SPACE)
+        return self._pieces[token_id].lstrip(WORD_SPACE)
 
     def _encode_around_tokens(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -126,7 +130,7 @@ class SentencePieceFile:
 
     def _strips_first_space(self) -> bool:
         """Asked of the model: it drops the leading space in decoding exactly when it puts one there in encoding."""
-        words = (i for i in range(len(self._model)) if WORD.match(self._model.id_to_piece(i)))
+        words = (i for i, piece in enumerate(self._pieces) if WORD.match(piece))
         word = next(words, None)
         return word is not None and not str(self._model.decode([word])).startswith(" ")
 
@@ -144,6 +148,19 @@ def _processor(path: Path, content: bytes) -> Any:
         return processor if len(processor) else _refuse(path)
     except RuntimeError as error:
         raise _unreadable(path) from error
+
+
+def _pieces(path: Path, model: Any) -> list[str]:
+    """The text of every piece. Raises ``CheckpointError``: one is not UTF-8, or a byte piece names no byte."""
+    every = list(range(len(model)))
+    try:
+        pieces: list[str] = model.id_to_piece(every)
+    except UnicodeDecodeError as error:
+        raise _unreadable(path) from error
+    bytes_alone = (piece for piece, is_byte in zip(pieces, model.is_byte(every), strict=True) if is_byte)
+    if not all(map(BYTE_TOKEN.fullmatch, bytes_alone)):
+        raise _unreadable(path)
+    return pieces
 
 
 def _refuse(path: Path) -> Any:

@@ -13,7 +13,12 @@ from jaxdeploy.errors import CheckpointError
 from jaxdeploy.stored_fields import StoredFields, is_whole
 from jaxdeploy.stored_file import shown
 
+DEFAULT = "default"
+"""Name of the chat template that is used without tools."""
+MOST_TEMPLATES = 64
+"""Beside the default one."""
 CONFIG = "tokenizer_config.json"
+SPECIALS = "special_tokens_map.json"
 LARGEST_ID = 2**24
 """More than any vocabulary has tokens."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -41,6 +46,7 @@ class Settings:
     ``added`` overrides the vocabulary by id. ``named`` maps ``bos_token``, ``eos_token`` … to their texts.
     ``fallback_ids`` are the same names' ids out of ``generation_config.json`` and ``config.json``.
     ``legacy``: sentencepiece puts its leading space after every special token, not only where a text begins.
+    ``chat_templates``: name → Jinja source; the only one of a checkpoint is named ``default``.
     """
 
     added: tuple[AddedToken, ...] = ()
@@ -51,7 +57,7 @@ class Settings:
     add_eos: bool | None = None
     legacy: bool = True
     tokenizer_class: str | None = None
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -62,7 +68,7 @@ def read_settings(folder: Path) -> Settings:
     """
     config = read_json(folder / CONFIG)
     stored = StoredFields(config, CONFIG)
-    specials = {**read_json(folder / "special_tokens_map.json"), **config}
+    specials = {**read_json(folder / SPECIALS), **config}
     named = {name: text for name in NAMED_TOKENS if (text := _named_text(specials, name)) is not None}
     return Settings(
         added=tuple({token.id: token for token in _added_tokens(folder, stored)}.values()),
@@ -73,7 +79,7 @@ def read_settings(folder: Path) -> Settings:
         add_eos=stored.flag("add_eos_token", None),
         legacy=stored.flag("legacy", True),
         tokenizer_class=stored.text("tokenizer_class", None),
-        chat_template=_chat_template(folder, config),
+        chat_templates=_chat_templates(folder, config),
     )
 
 
@@ -98,7 +104,8 @@ def _named_text(specials: Mapping[str, Any], name: str) -> str | None:
     token = specials.get(name)
     text = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(text, str | None):
-        raise StoredFields(specials, CONFIG).fault(name, "must be a text, or an object with a text as content")
+        file = f"{CONFIG} or {SPECIALS}"
+        raise StoredFields(specials, file).fault(name, "must be a text, or an object with a text as content")
     return text or None
 
 
@@ -109,8 +116,8 @@ def _added_tokens(folder: Path, stored: StoredFields) -> Iterator[AddedToken]:
         token_id = older.whole(content, None, least=0, most=LARGEST_ID)
         if token_id is not None:
             yield AddedToken(content, token_id, special=False)
-    for token_id, token in stored.nested("added_tokens_decoder").values.items():
-        yield _added_token(folder, token_id, token)
+    for name, token in stored.nested("added_tokens_decoder").values.items():
+        yield _added_token(folder, name, token)
 
 
 def _added_token(folder: Path, token_id: str, token: Any) -> AddedToken:
@@ -127,7 +134,7 @@ def _extra_specials(specials: Mapping[str, Any]) -> Iterator[str]:
     for name in ("additional_special_tokens", "extra_special_tokens"):
         tokens = specials.get(name) or ()
         if not isinstance(tokens, list | Mapping | tuple):
-            raise StoredFields(specials, CONFIG).fault(name, "must be a list or an object of tokens")
+            raise StoredFields(specials, f"{CONFIG} or {SPECIALS}").fault(name, "must be a list or an object of tokens")
         for token in tokens.values() if isinstance(tokens, Mapping) else tokens:
             if (text := _text(token)) is not None:
                 yield text
@@ -140,24 +147,42 @@ def _fallback_ids(folder: Path) -> dict[str, int]:
         config = read_json(folder / file)
         for name in ("bos_token", "eos_token"):
             value = config.get(f"{name}_id")
-            first = value[0] if isinstance(value, list) and value else value
+            first: Any = value[0] if isinstance(value, list) and value else value
             if is_whole(first) and 0 <= first <= LARGEST_ID:
                 found[name] = int(first)
     return found
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """``chat_template.jinja``, then ``tokenizer_config.json``'s, then the one that processors keep in a file."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = _default_of(template)
-    return template if isinstance(template, str) else None
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates that transformers would find.
+
+    ``chat_template.jinja`` and ``additional_chat_templates/`` come first, then ``tokenizer_config.json``, then the file
+    in which processors keep theirs.
+    """
+    files = {DEFAULT: folder / "chat_template.jinja"}
+    more = folder / "additional_chat_templates"
+    if stored_file.is_folder(more):
+        files |= {path.stem: path for path in sorted(more.glob("*.jinja"))[:MOST_TEMPLATES]}
+    found = {name: stored_file.read_text(path) for name, path in files.items() if stored_file.exists(path)}
+    if found:
+        return found
+    for file, content in (("tokenizer_config.json", config), ("chat_template.json", None)):
+        content = read_json(folder / file) if content is None else content
+        if content.get("chat_template"):
+            return _named_templates(folder / file, content["chat_template"])
+    return {}
 
 
-def _default_of(templates: list[Any]) -> Any:
-    """Of several named templates the one called "default", else the first."""
-    named = {t.get("name"): t.get("template") for t in templates if isinstance(t, Mapping)}
-    return named.get("default", next(iter(named.values()), None))
+def _named_templates(path: Path, given: Any) -> dict[str, str]:
+    """One template as a text, or several as a list of ``name`` and ``template`` or as an object."""
+    pairs: list[tuple[Any, Any]] = [(DEFAULT, given)]
+    if isinstance(given, Mapping):
+        pairs = list(given.items())
+    if isinstance(given, list):
+        pairs = [
+            (item.get("name"), item.get("template")) if isinstance(item, Mapping) else ("", None) for item in given
+        ]
+    if not all(isinstance(text, str) for pair in pairs for text in pair):
+        fault = f"chat_template={shown(given)} must be a text, or a list of objects with name and template"
+        raise CheckpointError(f"{path}: {fault}; download or copy the file again")
+    return dict(pairs)

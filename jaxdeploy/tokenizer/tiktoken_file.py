@@ -1,8 +1,8 @@
 """tiktoken's vocabulary files: Llama 3's ``tokenizer.model`` and Qwen's ``qwen.tiktoken``.
 
-Each line holds a token in base64 and its rank. Of two neighbours in a word, those are merged whose result has the lowest
-rank. The ``tokenizers`` library orders merges by pairs instead: a token has a merge for each of its divisions into two
-tokens, and all merges of a token come before those of the next.
+Each line holds a token in base64 and its rank. In a word, those neighbours are merged first whose result has the lowest
+rank. The ``tokenizers`` library orders pairs instead. Each division of a token into two tokens becomes a merge, and the
+merges have the order of the tokens' ranks.
 
 The file has neither the rule that cuts texts into words nor special tokens; both are constants of the model family.
 """

@@ -13,7 +13,7 @@ from jaxdeploy.tokenizer.bounds import TokenBound
 from jaxdeploy.tokenizer.detokenizer import Detokenizer, TokenBytes, decode
 from jaxdeploy.tokenizer.huggingface_file import HuggingFaceFile, describe_byte_level, read_tokenizer_json
 from jaxdeploy.tokenizer.sentencepiece_file import SentencePieceFile
-from jaxdeploy.tokenizer.settings import Settings, read_settings
+from jaxdeploy.tokenizer.settings import DEFAULT, Settings, read_settings
 from jaxdeploy.tokenizer.tiktoken_file import QWEN, describe_tiktoken, is_tiktoken
 from jaxdeploy.unicode_text import well_formed
 
@@ -52,14 +52,16 @@ class Tokenizer:
     """Encodes and decodes with a checkpoint's vocabulary.
 
     ``vocab_size`` is one more than the largest id: the embedding may have more rows. ``special_tokens`` maps
-    ``bos_token``, ``eos_token`` … to their texts, as chat templates want them. ``prefix_ids`` and ``suffix_ids``
+    ``bos_token``, ``eos_token`` … to their texts, as chat templates want them. ``chat_templates`` are Jinja sources by
+    name, ``chat_template`` is the default one. ``prefix_ids`` and ``suffix_ids``
     are what ``encode`` puts around a text by the tokenizer's own rule.
     """
 
     def __init__(self, file: TokenizerFile, settings: Settings) -> None:
         self._file = file
         self.vocab_size = file.vocab_size
-        self.chat_template = settings.chat_template
+        self.chat_templates = settings.chat_templates
+        self.chat_template = settings.chat_templates.get(DEFAULT)
         self.bos_token_id = self._named_id("bos_token", settings, file.bos_id)
         self.eos_token_id = self._named_id("eos_token", settings, file.eos_id)
         self.special_tokens = {**settings.named, **self._ends()}

@@ -16,6 +16,7 @@ from jaxdeploy.chat_session import Reply
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ContextLengthError, JaxdeployError
 from jaxdeploy.messages import FinishReason
+from jaxdeploy.unicode_text import well_formed
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -78,6 +79,7 @@ class Dialogue:
         await self.stop()
         self.error = self.unsent = ""
         self.user = self.user or secrets.token_hex(8)
+        said = well_formed(said)
         most = manner.gen_config.max_new_tokens
         turn = Turn(said, Reply(started=time.perf_counter(), max_new_tokens=most))
         events = model.events(self._messages(said, manner), manner.gen_config, self.user)
@@ -122,7 +124,7 @@ class Dialogue:
             await asyncio.wait({self._writing})
 
     def _messages(self, said: str, manner: Manner) -> list[dict[str, str]]:
-        messages = [{"role": "system", "content": manner.system}] if manner.system.strip() else []
+        messages = [{"role": "system", "content": well_formed(manner.system)}] if manner.system.strip() else []
         for turn in self.turns:
             messages += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": turn.reply.text}]
         return [*messages, {"role": "user", "content": said}]
@@ -149,6 +151,13 @@ class Dialogue:
             self.unsent = turn.said
 
 
+def short_name(model: str) -> str:
+    """``model`` as the page shows it: of a path the last folder, of anything else the whole."""
+    name = well_formed(model).replace("\\", "/").rstrip("/")
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1 or name[1:3] == ":/"
+    return (name.rpartition("/")[2] if is_path else name) or model
+
+
 def add(reply: Reply, event: Mapping[str, Any]) -> None:
     """Add a chunk to ``reply``. A chunk counts as a token, until the server tells how many there were."""
     for choice in event.get("choices") or ():
@@ -158,12 +167,17 @@ def add(reply: Reply, event: Mapping[str, Any]) -> None:
             reply.ended = time.perf_counter()
             reply.first = reply.first or reply.ended
             reply.tokens += 1
-            reply.text += text
-            reply.thought += thought
+            reply.text = _added(reply.text, text)
+            reply.thought = _added(reply.thought, thought)
         ended = choice.get("finish_reason")
         reply.finish_reason = FinishReason(ended) if ended in REASONS else reply.finish_reason
     if usage := event.get("usage"):
         reply.tokens = usage["completion_tokens"]
+
+
+def _added(text: str, more: str) -> str:
+    """Both together, as UTF-8 can hold them."""
+    return text + more if well_formed(more) is more else well_formed(text + more)
 
 
 def in_words(error: JaxdeployError) -> str:

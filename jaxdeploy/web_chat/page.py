@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from jaxdeploy.web_chat.dialogue import Dialogue, Manner, Turn
+from jaxdeploy.web_chat.dialogue import Dialogue, Manner, Turn, short_name
 from jaxdeploy.web_chat.remote_model import RemoteModel
 
 View = tuple[list[dict[str, Any]], Any, str]
@@ -32,10 +32,11 @@ LATEX = [
 
 def page(model: RemoteModel, manner: Manner) -> gr.Blocks:
     """The chat with ``model``. The controls begin with what ``manner`` says."""
-    with gr.Blocks(title=f"{model.name} · jaxdeploy", fill_height=True, analytics_enabled=False) as blocks:
+    name = short_name(model.name)
+    with gr.Blocks(title=f"{name} · jaxdeploy", fill_height=True, analytics_enabled=False) as blocks:
         dialogue = gr.State(Dialogue())
         with gr.Sidebar(label="Settings", width=300, elem_id="settings"):
-            gr.HTML(f'<div class="brand">jaxdeploy</div><div class="model">{html.escape(model.name)}</div>')
+            gr.HTML(f'<div class="brand">jaxdeploy</div><div class="model">{html.escape(name)}</div>')
             fresh = gr.Button("New chat", elem_id="new-chat", variant="secondary")
             controls = _controls(manner)
         shown = gr.Chatbot(
@@ -49,7 +50,7 @@ def page(model: RemoteModel, manner: Manner) -> gr.Blocks:
             feedback_options=None,
             latex_delimiters=LATEX,
             reasoning_tags=[("<think>", "</think>")],
-            placeholder=f"<h2>What is on your mind?</h2><p>{html.escape(model.name)} answers here.</p>",
+            placeholder=f"<h2>What is on your mind?</h2><p>{html.escape(name)} answers here.</p>",
         )
         line = gr.HTML(elem_id="figures", padding=False)
         box = gr.Textbox(

@@ -6,21 +6,27 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.requests import HTTPConnection
 
 from jaxdeploy.api_client import is_url
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
+from jaxdeploy.server.body_limit import BodyLimit
+from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.listening import address, bound, certificate, listen
 from jaxdeploy.server.local import LocalServer
 from jaxdeploy.server.logs import set_up_logging
 from jaxdeploy.server.run import load
-from jaxdeploy.server.security import BodyLimit, Keys
+from jaxdeploy.server.security import Keys
 from jaxdeploy.web_chat.dialogue import Manner
+from jaxdeploy.web_chat.login import LoginGate
 from jaxdeploy.web_chat.page import CSS, ON_LOAD, page, theme
 from jaxdeploy.web_chat.remote_model import RemoteModel
 from jaxdeploy.web_chat.security import PageRules
+from jaxdeploy.web_chat.whole_text import WholeText
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -48,6 +54,7 @@ def web_chat(
         JaxdeployError: a setting, the checkpoint or the memory does not fit, or there is no server.
     """
     set_up_logging(log_level, server_config.log_format)
+    server_config = with_keys(server_config)
     certificate(server_config)
     with bound(server_config) as sockets:
         local = None
@@ -96,14 +103,18 @@ def create_app(
 ) -> FastAPI:
     """The page as an ASGI application. With ``config.api_keys`` users have to bring one of them."""
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(BodyLimit, most=config.max_body_size)
-    app.add_middleware(PageRules)
+    config = with_keys(config)
     keys = Keys(config.api_keys or [])
+    if config.api_keys:
+        app.add_middleware(LoginGate, logged_in=partial(_logged_in, app))
+    app.add_middleware(WholeText)
+    app.add_middleware(BodyLimit, most=config.max_body_size)
+    app.add_middleware(PageRules)  # the last one added is the first that a request meets
     gr.mount_gradio_app(
         app,
         page(model, manner),
         path="/",
-        auth=(lambda name, key: keys.include(key.encode())) if config.api_keys else None,
+        auth=(lambda name, key: keys.include(key.encode(errors="replace"))) if config.api_keys else None,
         auth_message="Any name, and a key as its password" if config.api_keys else None,
         theme=theme(),
         css=CSS,
@@ -116,6 +127,13 @@ def create_app(
         show_error=False,
     )
     return app
+
+
+def _logged_in(app: FastAPI, connection: HTTPConnection) -> bool:
+    """Whether a request brings the cookie of a login; gradio keeps these in its own application below ``app``."""
+    pages = [below for route in app.routes if isinstance(below := getattr(route, "app", None), gr.routes.App)]
+    names = [(page, f"access-token{kind}-{page.cookie_id}") for page in pages for kind in ("", "-unsecure")]
+    return any(connection.cookies.get(name) in page.tokens for page, name in names)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

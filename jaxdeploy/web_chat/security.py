@@ -14,12 +14,29 @@ POLICY = (
 )
 """Content Security Policy (W3C): nothing is fetched from elsewhere, not even a picture that a reply names."""
 
-CLOSED = ("/gradio_api/upload", "/gradio_api/file=http", "/gradio_api/proxy", "/gradio_api/component_server")
-"""A chat of texts takes no files and fetches none."""
+PATHS = frozenset(
+    {
+        *(
+            "/",
+            "/login",
+            "/login/",
+            "/logout",
+            "/config",
+            "/theme.css",
+            "/favicon.ico",
+            "/manifest.json",
+            "/robots.txt",
+        ),
+        *("/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_api/reset"),
+        *("/gradio_api/login_check", "/gradio_api/app_id", "/gradio_api/startup-events", "/gradio_api/theme.css"),
+    }
+)
+FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/", "/gradio_api/run/")
+"""What the page asks for. The library's other routes take files, fetch them or run code: a chat needs none of it."""
 
 
 class PageRules:
-    """Sends the policy with every answer, and has nothing at the paths that are closed.
+    """Sends the policy with every answer, and answers 404 for all paths but those that the page needs.
 
     A page keeps a stream open as long as it is shown: when the server is told to end, the stream does so in peace.
     """
@@ -29,8 +46,11 @@ class PageRules:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # the page opens no web socket
+            await send({"type": "websocket.close", "code": 1008})
             return
 
         open_stream = False
@@ -45,7 +65,7 @@ class PageRules:
                 headers["X-Content-Type-Options"] = "nosniff"
             await send(message)
 
-        if scope["path"].startswith(CLOSED):
+        if scope["path"] not in PATHS and not scope["path"].startswith(FOLDERS):
             await PlainTextResponse("not there", 404)(scope, receive, ruled)
             return
         try:

@@ -5,26 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from tests.integration.test_server_process import launched
-from tests.served import until
+from tests.integration.cluster import RUNNING, Cluster
 
 STREAMS, WHOLES = 30, 6
-RUNNING = 4
-"""Replies that a server generates at a time: most requests wait for their first token when it dies."""
-SMALL = ("--max-batch-size", str(RUNNING), "--session-len", "512", "--no-warmup")
-PATIENCE = 10
-"""Seconds that a node may be silent: the machine may be busy."""
-KEYS = ("--proxy-api-key", "of-proxy", "--api-keys", "of-node")
 
 
 @dataclass
@@ -39,60 +30,21 @@ class Stream:
     """What came after an error."""
 
 
-class Cluster:
-    """A proxy, and servers that register with it."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._folder, self._stack = folder, stack
-        flags = ("--api-keys", "of-proxy", "--node-api-key", "of-node", "--heartbeat-timeout", str(PATIENCE))
-        self.proxy, self.url = stack.enter_context(launched(folder / "proxy", "proxy", *flags))
-        self.headers = {"Authorization": "Bearer of-proxy"}
-        self._http = stack.enter_context(httpx2.Client(base_url=self.url, headers=self.headers, timeout=30))
-        self.servers: dict[str, subprocess.Popen[bytes]] = {}
-
-    def complete(self) -> tuple[str, str]:
-        """The addresses of two servers that are up, and have compiled what they need."""
-        new = 2 - len(self.servers)
-        while len(self.servers) < 2:
-            flags = (*SMALL, *KEYS, "--proxy-url", self.url)
-            log = self._folder / str(len(list(self._folder.iterdir())))
-            running, url = self._stack.enter_context(launched(log, "api_server", *flags))
-            self.servers[url] = running
-        assert self.comes_to(set(self.servers)), self.status()
-        if new:
-            asyncio.run(load(self, lambda: None))
-        one, other = self.servers
-        return one, other
-
-    def comes_to(self, urls: set[str]) -> bool:
-        """Whether just these are up, soon."""
-        return until(lambda: {url for url, node in self.status().items() if node["up"]} == urls, 240, pause=0.5)
-
-    def moved(self, url: str) -> float:
-        """Requests that were sent to a server and, when it failed, to another one."""
-        wanted = f'jaxdeploy_proxy:retries_total{{node="{url}",reason="failed"}} '
-        lines = self._http.get("/metrics").text.splitlines()
-        return sum(float(line.removeprefix(wanted)) for line in lines if line.startswith(wanted))
-
-    def status(self) -> dict[str, Any]:
-        """The proxy's nodes."""
-        try:
-            found: dict[str, Any] = self._http.get("/nodes/status").json()
-        except httpx2.TransportError:
-            return {}
-        return found
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with ExitStack() as stack:
         yield Cluster(tmp_path_factory.mktemp("logs"), stack)
 
 
+def ready(cluster: Cluster) -> tuple[str, str]:
+    """The addresses of two servers that have compiled what the requests need."""
+    return cluster.complete(lambda: asyncio.run(load(cluster, lambda: None)))
+
+
 @pytest.fixture(scope="module")
 def expected(cluster: Cluster) -> list[str]:
     """What the model says, undisturbed."""
-    cluster.complete()
+    ready(cluster)
     streams, _ = asyncio.run(load(cluster, lambda: None))
     assert all(seen.done for seen in streams), streams
     return [seen.text for seen in streams]
@@ -155,7 +107,7 @@ def none_is_lost(streams: Sequence[Stream], texts: Sequence[str], expected: Sequ
 
 @pytest.mark.slow
 def test_a_server_that_dies_loses_no_request_before_its_first_token(cluster: Cluster, expected: list[str]) -> None:
-    dead, other = cluster.complete()
+    dead, other = ready(cluster)
     struck = cluster.servers.pop(dead)
     assert 0 < none_is_lost(*asyncio.run(load(cluster, struck.kill)), expected) <= RUNNING
     assert cluster.moved(dead) > RUNNING
@@ -164,7 +116,7 @@ def test_a_server_that_dies_loses_no_request_before_its_first_token(cluster: Clu
 
 @pytest.mark.slow
 def test_neither_does_one_that_hangs(cluster: Cluster, expected: list[str]) -> None:
-    hung, other = cluster.complete()
+    hung, other = ready(cluster)
     struck = cluster.servers[hung]
     broken = none_is_lost(*asyncio.run(load(cluster, lambda: struck.send_signal(signal.SIGSTOP))), expected)
     assert 0 < broken <= RUNNING
@@ -176,7 +128,7 @@ def test_neither_does_one_that_hangs(cluster: Cluster, expected: list[str]) -> N
 
 @pytest.mark.slow
 def test_one_that_is_told_to_end_loses_nothing(cluster: Cluster, expected: list[str]) -> None:
-    ended, other = cluster.complete()
+    ended, other = ready(cluster)
     struck = cluster.servers.pop(ended)
     assert none_is_lost(*asyncio.run(load(cluster, struck.terminate)), expected) == 0
     assert struck.wait(60) == -signal.SIGTERM

@@ -191,6 +191,22 @@ def test_a_phone_shows_the_chat_first(driver: Any, url: str) -> None:
     driver.set_window_size(size["width"], size["height"])
 
 
+def test_a_phone_shows_every_button_in_full(driver: Any, url: str) -> None:
+    size = driver.get_window_size()
+    driver.set_window_size(420, 900)
+    page = Page(driver, url)
+    page.ask("Hi!")
+    script = (
+        "const chat = document.querySelector('#chat').getBoundingClientRect();"
+        "return [...document.querySelectorAll('#chat .message-buttons-left button')].map(button => {"
+        "const box = button.getBoundingClientRect(); return [box.left - chat.left, chat.right - box.right]})"
+    )
+    places = driver.execute_script(script)
+    driver.set_window_size(size["width"], size["height"])
+    assert len(places) == 3
+    assert min(min(place) for place in places) >= 0, "the chat cuts off what is outside"
+
+
 def test_nothing_comes_from_elsewhere(page: Page) -> None:
     origin = page.driver.execute_script("return location.origin")
     loaded = page.driver.execute_script("return performance.getEntriesByType('resource').map(each => each.name)")
@@ -299,15 +315,47 @@ def test_a_model_in_its_own_process_behind_keys(driver: Any, tmp_path: Path) -> 
     assert "ERROR" not in (tmp_path / "log").read_text()
 
 
+ROUTES = """
+import json
+from jaxdeploy.config import ServerConfig
+from jaxdeploy.web_chat.dialogue import Manner
+from jaxdeploy.web_chat.run import create_app
+
+class Model:
+    name = "x"
+
+app = create_app(Model(), Manner(), ServerConfig(api_keys=["k"]))
+(below,) = [route.app for route in app.routes if hasattr(getattr(route, "app", None), "tokens")]
+
+
+def flat(routes):
+    for route in routes:
+        if hasattr(route, "path"):
+            yield from ((method, route.path) for method in getattr(route, "methods", None) or ["GET"])
+        else:
+            yield from flat(route.original_router.routes)
+
+
+print(json.dumps(list(flat(below.routes))))
+"""
+"""Prints every route of the page's library."""
+
+OPEN = {"/", "/login", "/login/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
+
+
 class Thinker(BaseHTTPRequestHandler):
     """A server of OpenAI's API whose model thinks before it speaks."""
+
+    deltas: tuple[dict[str, str], ...] = (
+        *({"reasoning_content": "Six sevens are "}, {"reasoning_content": "42."}),
+        {"content": "It is **42**."},
+    )
 
     def do_GET(self) -> None:
         self._answer("application/json", json.dumps({"data": [{"id": "thinker"}]}))
 
     def do_POST(self) -> None:
-        deltas = [{"reasoning_content": "Six sevens are "}, {"reasoning_content": "42."}, {"content": "It is **42**."}]
-        lines = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas]
+        lines = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in self.deltas]
         self._answer("text/event-stream", "".join(lines))
 
     def _answer(self, kind: str, text: str) -> None:
@@ -320,16 +368,70 @@ class Thinker(BaseHTTPRequestHandler):
         pass
 
 
+def test_every_route_is_closed_without_a_login(driver: Any, tmp_path: Path) -> None:
+    printed = subprocess.run([sys.executable, "-c", ROUTES], capture_output=True, text=True, check=True).stdout
+    routes = json.loads(printed)
+    assert ["GET", "/gradio_api/startup-events"] in routes
+    with (
+        thinking(Thinker) as url,
+        shown(tmp_path / "log", url, "--api-keys", "secret") as (_, page),
+        httpx2.Client(base_url=page, timeout=20) as http,
+    ):
+        for method, path in routes:
+            answer = http.request(method, re.sub(r"{[^}]*}", "x", path))
+            if path not in OPEN and not path.startswith(("/assets", "/static")):
+                assert answer.status_code in (401, 404), (method, path, answer.status_code)
+        assert "thinker" not in http.get("/").text, "the login page does not name the model"
+        wrong = [http.post("/login", data={"username": "a", "password": "\u00e9"}).status_code for _ in range(100)]
+        assert set(wrong) == {400, 429}
+        assert wrong.count(400) <= 10
+
+
+class HalfAnEmoji(Thinker):
+    """One that says half an emoji."""
+
+    deltas = ({"content": "4\ud83d"}, {"content": "2"})
+
+
+def test_half_an_emoji_does_not_break_the_stream_of_events(driver: Any, tmp_path: Path) -> None:
+    with (
+        thinking(HalfAnEmoji) as url,
+        shown(tmp_path / "log", url) as (_, page),
+        httpx2.Client(base_url=page, timeout=20) as http,
+    ):
+        (ask,) = [each["id"] for each in http.get("/config").json()["dependencies"] if "submit" in str(each["targets"])]
+        data = [None, "Q\ud83d", "\ude00", 0.7, 0.8, 0, 9, 1.0]
+        asked = {"data": data, "fn_index": ask, "session_hash": "x", "event_data": None}
+        kind = {"Content-Type": "application/json"}
+        assert http.post("/gradio_api/queue/join", content=json.dumps(asked), headers=kind).status_code == 200
+        with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "x"}) as events:
+            lines = []
+            for line in (line for line in events.iter_lines() if line.startswith("data: ")):
+                lines.append(json.loads(line[6:]))
+                if lines[-1]["msg"] == "process_completed":
+                    break
+        assert lines[-1]["success"], lines
+        said = json.dumps(lines, ensure_ascii=False)
+        assert "Q\ufffd" in said
+        assert "4\ufffd" in said
+
+
+@contextmanager
+def thinking(handler: type[Thinker]) -> Iterator[str]:
+    """A server with such a model: the address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
 def test_thoughts_are_folded(driver: Any, tmp_path: Path) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Thinker) as thinker:
-        threading.Thread(target=thinker.serve_forever, daemon=True).start()
-        with shown(tmp_path / "log", f"http://127.0.0.1:{thinker.server_port}/v1") as (_, url):
-            page = Page(driver, url)
-            page.say("What is 6 times 7?")
-            page.wait(lambda: "It is 42." in page.texts("#chat")[0] and page.ended(), "it is answered")
-            assert "Six sevens" not in page.texts("#chat")[0]
-            page.click("#chat .bot-row [role=button], #chat .bot-row .title")
-            page.wait(lambda: "Six sevens are 42." in page.texts("#chat")[0], "a click shows the thoughts")
-            page.click("button[aria-label=Retry]")
-            page.wait(lambda: page.ended() and page.texts("#chat")[0].count("It is 42.") == 1, "it is asked again")
-        thinker.shutdown()
+    with thinking(Thinker) as server, shown(tmp_path / "log", server) as (_, url):
+        page = Page(driver, url)
+        page.say("What is 6 times 7?")
+        page.wait(lambda: "It is 42." in page.texts("#chat")[0] and page.ended(), "it is answered")
+        assert "Six sevens" not in page.texts("#chat")[0]
+        page.click("#chat .bot-row [role=button], #chat .bot-row .title")
+        page.wait(lambda: "Six sevens are 42." in page.texts("#chat")[0], "a click shows the thoughts")
+        page.click("button[aria-label=Retry]")
+        page.wait(lambda: page.ended() and page.texts("#chat")[0].count("It is 42.") == 1, "it is asked again")

@@ -1,8 +1,8 @@
 """AWQ (arXiv:2306.00978): finer steps for inputs that carry large activations, then spans clipped where that pays.
 
 Inputs are multiplied by s = (mean |x|)^α and what produces them is divided by s, so that the weights of busy inputs get
-finer steps. α is searched, and so is the share of its span that each group keeps; both by the error of the linear's
-outputs on a sample of its inputs.
+finer steps. α is searched by the error of the linear's outputs on a sample of its inputs. So is the share of its span
+that each group keeps. A result that loses on inputs outside the sample is not used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxdeploy.compress.grid import Grid, best_shrink, round_to_nearest
 from jaxdeploy.compress.layer_view import Fold, LayerView, inputs_in_order
-from jaxdeploy.compress.methods.scaling import centred, losses, matmul, relative
+from jaxdeploy.compress.methods.scaling import centred, losses, matmul, relative, search, store_better
 from jaxdeploy.config import QuantConfig
 
 _ALPHAS = tuple(step / 20 for step in range(21))
@@ -34,27 +34,29 @@ class AWQ:
 
     def quantize_layer(self, layer: LayerView) -> None:
         """See ``registry.Method``."""
-        for fold in layer.folds:
-            self._scale(layer, fold)
+        notes = {fold.linear: self._scale(layer, fold) for fold in layer.folds}
         if not self.search_clip:
             for name in layer.linears:
-                layer.store(name, round_to_nearest(layer.weight(name), layer.grid(name)))
+                layer.store(name, round_to_nearest(layer.weight(name), layer.grid(name)), notes.get(name, ""))
             return
         for name, inputs in inputs_in_order(layer, sequential=self.true_sequential):
             weight, grid = layer.weight(name), layer.grid(name)
-            layer.store(name, round_to_nearest(weight, grid, group_shrinks(weight, inputs.sample, grid)))
+            clipped = round_to_nearest(weight, grid, group_shrinks(weight, inputs.sample, grid))
+            store_better(layer, name, clipped, inputs.unseen, notes.get(name, ""))
 
-    def _scale(self, layer: LayerView, fold: Fold) -> None:
+    def _scale(self, layer: LayerView, fold: Fold) -> str:
+        """Scale the inputs of the fold's linear if that helps; returns a note for the report."""
         inputs = layer.inputs(fold.linear)
         activity = relative(fold.tie(inputs.mean_abs))
         if not self.search_scale:
             fold.apply(centred(activity**_USUAL_ALPHA))
-            return
+            return ""
         factors = centred(activity ** jnp.array(_ALPHAS, jnp.float32)[:, None])
-        costs = scale_losses(layer.weight(fold.linear), inputs.sample, factors, layer.grid(fold.linear))
-        best = int(jnp.argmin(costs))
+        losses_of = partial(scale_losses, grid=layer.grid(fold.linear))
+        best, note = search(layer.weight(fold.linear), inputs, factors, losses_of)
         if best > 0:  # the first, α = 0, leaves everything as it is
             fold.apply(factors[best])
+        return note
 
 
 @partial(jax.jit, static_argnames="grid")

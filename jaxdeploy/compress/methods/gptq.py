@@ -19,7 +19,7 @@ from jax import lax
 
 from jaxdeploy.compress.grid import Grid, Rounded, fit_closest, nearest, per_input
 from jaxdeploy.compress.layer_view import LayerView, inputs_in_order
-from jaxdeploy.compress.methods.scaling import matmul
+from jaxdeploy.compress.methods.scaling import matmul, store_better
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import JaxdeployError
 
@@ -48,7 +48,7 @@ class GPTQ:
                 rounded = self.round(layer.weight(name), inputs.gram, layer.grid(name))
             except JaxdeployError as error:
                 raise JaxdeployError(f"{name}: {error}") from None
-            layer.store(name, rounded)
+            store_better(layer, name, rounded, inputs.unseen, "")
 
     def round(self, weight: jax.Array, gram: jax.Array, grid: Grid) -> Rounded:
         """``weight`` [K, N] on ``grid`` for inputs of mean x xᵀ ``gram`` [K, K].

@@ -1,4 +1,4 @@
-"""Factors for a linear's inputs, and the choice among them: what AWQ and SmoothQuant share."""
+"""Factors for a linear's inputs, the choice among them, and the test of what a search found on unseen inputs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxdeploy.compress.grid import Rounded, round_to_nearest
+from jaxdeploy.compress.layer_view import Inputs, LayerView
 
 _LEAST = 1e-4
 
@@ -37,6 +40,39 @@ def losses(
         return jnp.mean((product(sample / s, weight * s[:, None]) - exact) ** 2)
 
     return jnp.asarray(lax.map(loss, factors))
+
+
+Losses = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""The losses [A] of a weight and a sample with each of A factors."""
+
+
+def search(weight: jax.Array, inputs: Inputs, factors: jax.Array, losses_of: Losses) -> tuple[int, str]:
+    """Return the number of the best of ``factors`` [A, K], of which the first are all 1, and a note for the report.
+
+    The best are those with the least loss on the sample. They are tested on inputs that the search has not seen: the
+    number is 0 if they are no better there than the first, and the note then says so.
+    """
+    best = int(jnp.argmin(losses_of(weight, inputs.sample, factors)))
+    if best == 0 or inputs.unseen is None:
+        return best, ""
+    none, found = losses_of(weight, inputs.unseen, factors[jnp.array([0, best])])
+    return (best, "") if found < none else (0, "scales lost on unseen text")
+
+
+def store_better(layer: LayerView, name: str, found: Rounded, unseen: jax.Array | None, note: str) -> None:
+    """Store ``found`` for a linear, or its weight rounded to nearest if that has the smaller error on ``unseen``."""
+    weight = layer.weight(name)
+    if unseen is not None:
+        plain = round_to_nearest(weight, layer.grid(name))
+        if not output_error(weight, unseen, found.value()) < output_error(weight, unseen, plain.value()):
+            found, note = plain, ", ".join(part for part in (note, "rounding lost on unseen text") if part)
+    layer.store(name, found, note)
+
+
+@jax.jit
+def output_error(weight: jax.Array, sample: jax.Array, value: jax.Array) -> jax.Array:
+    """The mean squared error of a linear's outputs with ``value`` [K, N] in place of ``weight``."""
+    return jnp.mean(matmul(sample, value - weight) ** 2)
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxdeploy.compress.grid import channel_scales, round_channels
 from jaxdeploy.compress.layer_view import Fold, LayerView
-from jaxdeploy.compress.methods.scaling import centred, losses, matmul, relative
+from jaxdeploy.compress.methods.scaling import centred, losses, matmul, relative, search
 from jaxdeploy.config import QuantConfig
 
 _ALPHAS = tuple(step / 20 for step in range(21))
@@ -27,22 +27,22 @@ class SmoothQuant:
 
     def quantize_layer(self, layer: LayerView) -> None:
         """See ``registry.Method``."""
-        for fold in layer.folds:
-            _smooth(layer, fold)
+        notes = {fold.linear: _smooth(layer, fold) for fold in layer.folds}
         for name in layer.linears:
-            layer.store(name, round_channels(layer.weight(name)))
+            layer.store(name, round_channels(layer.weight(name)), notes.get(name, ""))
 
 
-def _smooth(layer: LayerView, fold: Fold) -> None:
-    """Apply the factors with which the fold's linear loses least, unless it loses less without any."""
+def _smooth(layer: LayerView, fold: Fold) -> str:
+    """Apply the factors with which the fold's linear loses least, if any; returns a note for the report."""
     inputs, weight = layer.inputs(fold.linear), layer.weight(fold.linear)
     peak, weight_peak = (relative(fold.tie(values)) for values in (inputs.peak, jnp.abs(weight).max(1)))
     alphas = jnp.array(_ALPHAS, jnp.float32)[:, None]
     none = jnp.ones((1, weight.shape[0]), jnp.float32)
     factors = jnp.concatenate([none, centred(peak**alphas / weight_peak ** (1 - alphas))])
-    best = int(jnp.argmin(smooth_losses(weight, inputs.sample, factors)))
+    best, note = search(weight, inputs, factors, smooth_losses)
     if best > 0:
         fold.apply(factors[best])
+    return note
 
 
 @jax.jit

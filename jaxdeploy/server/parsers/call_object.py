@@ -144,5 +144,5 @@ class _Nesting:
 def _value(token: str) -> object:
     try:
         return json.loads(token)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from jaxdeploy.errors import RequestError
+from jaxdeploy.response_format import nested_form
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
-from jaxdeploy.server.protocol.fields import Stops, Strict, TemplateVariables, refused
+from jaxdeploy.server.protocol.fields import Stops, Strict, TemplateVariables, echoed, refused
 
 
 class TextBlock(Strict):
@@ -19,7 +20,8 @@ class TextBlock(Strict):
     type: Literal["text"]
     text: str
     cache_control: Any = None
-    citations: Any = refused("leave them out", [])
+    citations: Any = refused("leave them out")
+    parsed_output: Any = echoed("text, as Anthropic's client parsed it")
 
 
 class ThinkingBlock(Strict):
@@ -38,6 +40,7 @@ class ToolUseBlock(Strict):
     name: str
     input: dict[str, Any]
     cache_control: Any = None
+    caller: Any = refused("the model calls by itself", {"type": "direct"})
 
 
 class ToolResultBlock(Strict):
@@ -57,7 +60,13 @@ class Said(Strict):
     """A message."""
 
     role: Literal["user", "assistant"]
-    content: str | Annotated[list[Block], Field(min_length=1)]
+    content: str | list[Block]
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.role == "user" and self.content == []:
+            raise RequestError("content=[] says nothing in a message of role='user'; give it a block of text")
+        return self
 
 
 class AnthropicTool(Strict):
@@ -145,9 +154,7 @@ class MessagesRequest(CountRequest):
 
     def _form(self) -> dict[str, Any] | None:
         form = self.output_config.format if self.output_config else None
-        if form is not None and form.get("type") == "json_schema":
-            return {"type": "json_schema", "json_schema": {"schema": form.get("schema")}}
-        return form
+        return None if form is None else nested_form(form)
 
 
 StopReason: TypeAlias = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]

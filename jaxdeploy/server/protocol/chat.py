@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.checks import MAX_LOGPROBS
 from jaxdeploy.errors import RequestError
-from jaxdeploy.server.protocol.fields import Sampling, StreamOptions, Strict, TemplateVariables, refused
+from jaxdeploy.server.protocol.fields import (
+    Arguments,
+    Sampling,
+    StreamOptions,
+    Strict,
+    TemplateVariables,
+    check_stream_options,
+    echoed,
+    refused,
+)
 from jaxdeploy.server.protocol.usage import Usage
 
 MOST_MESSAGES = 4096
@@ -21,13 +30,26 @@ class TextPart(Strict):
 
     type: Literal["text"]
     text: str
+    annotations: Any = echoed("notes on the text")
+    cache_control: Any = echoed("of no need: prompts that begin alike share their cache")
+
+
+class RefusalPart(Strict):
+    """A refusal, where the model gave one in place of text."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class CalledFunction(Strict):
     """Name and arguments (JSON) of a call that the model made."""
 
     name: str
-    arguments: str
+    arguments: Arguments
+    parsed_arguments: Any = echoed("arguments, as OpenAI's client parsed them")
 
 
 class ToolCall(Strict):
@@ -36,6 +58,7 @@ class ToolCall(Strict):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: Any = echoed("place of the call in a stream")
 
 
 class FunctionTool(Strict):
@@ -71,26 +94,53 @@ class Message(Strict):
     """Something that was said."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    refusal: str | None = None
+    refusal: str | None = Field(None, exclude=True, description="read as content where there is none")
+    reasoning: str | None = Field(None, exclude=True, description="vLLM's name of reasoning_content")
+    annotations: Any = echoed("notes on the content")
+    parsed: Any = echoed("content, as OpenAI's client parsed it")
     audio: Any = refused("this model reads text only")
     function_call: Any = refused("send tool_calls")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
+        if isinstance(self.content, list):
+            self.content = [_as_text(part) for part in self.content]
+        if self.content is None and self.refusal:
+            self.content = self.refusal
+        if self.reasoning_content is None and self.reasoning:
+            self.reasoning_content = self.reasoning
+        if self.content is None and self.role == "assistant" and self.reasoning_content and not self.tool_calls:
+            self.content = ""
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise RequestError(f"content=null says nothing in a message of role={self.role!r}; give it a text")
         return self
 
 
+def _as_text(part: TextPart | RefusalPart) -> TextPart:
+    return part if isinstance(part, TextPart) else TextPart(type="text", text=part.refusal)
+
+
+def as_messages(given: Any) -> Any:
+    """A text as a conversation in which the user says it, as LMDeploy's client sends one."""
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+Messages = Annotated[
+    list[Message],
+    Field(min_length=1, max_length=MOST_MESSAGES),
+    BeforeValidator(as_messages, json_schema_input_type=str | list[Message]),
+]
+
+
 class ChatRequest(Sampling):
     """A conversation that the model is to go on with."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="older name of max_completion_tokens")
     logprobs: bool | None = None
@@ -105,6 +155,8 @@ class ChatRequest(Sampling):
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
     chat_template_kwargs: TemplateVariables | None = None
+    add_generation_prompt: bool | None = Field(None, description="begin a new reply; default: unless one comes last")
+    continue_final_message: bool | None = Field(None, description="go on with the last message; default: if a reply")
     session_id: int | None = Field(None, ge=-1, lt=2**63, description="a conversation whose cache is kept; -1: none")
 
     safety_identifier: str | None = Field(None, max_length=512, description="newer name of user")
@@ -120,18 +172,33 @@ class ChatRequest(Sampling):
     web_search_options: Any = refused("leave them out")
     reasoning_effort: Any = refused("give what the chat template knows in chat_template_kwargs")
     verbosity: Any = refused("say it in a message")
+    do_preprocess: Any = refused("/v1/completions takes a text as it is", True)
+    enable_thinking: bool | None = Field(None, description="the same in chat_template_kwargs, which LMDeploy prefers")
+    return_token_ids: Any = refused("/generate has them", False)
+    return_logprob: Any = refused("logprobs has them", False)
+    return_routed_experts: Any = refused("no model here has experts", False)
+    input_ids: Any = refused("/generate takes token ids")
+    image_data: Any = refused("this model reads text only")
+    media_io_kwargs: Any = refused("this model reads text only")
+    mm_processor_kwargs: Any = refused("this model reads text only")
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError(f"top_logprobs={self.top_logprobs} needs logprobs=true; add it")
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options are for streams only; add stream=true")
+        check_stream_options(self)
+        if self.enable_thinking is not None:
+            self.chat_template_kwargs = {"enable_thinking": self.enable_thinking, **(self.chat_template_kwargs or {})}
         if self.must_call and not self.functions_to_call:
             raise RequestError(f"tool_choice={self.tool_choice!r} names no function of tools; add it there")
-        if self.must_call and self.response_format not in (None, {"type": "text"}):
+        if self.must_call and self.response_format not in (None, {}, {"type": "text"}):
             raise RequestError("tool_choice has a call made, response_format another text; leave one of them out")
         return self
+
+    @property
+    def ending(self) -> dict[str, bool | None]:
+        """How the prompt ends."""
+        return {name: getattr(self, name) for name in ("add_generation_prompt", "continue_final_message")}
 
     @property
     def may_call(self) -> bool:
@@ -155,11 +222,6 @@ class ChatRequest(Sampling):
         """Whose request it is, as far as it says."""
         return self.safety_identifier or self.user or ""
 
-    @property
-    def session(self) -> str | None:
-        """Name of the conversation in the engine."""
-        return None if self.session_id in (None, -1) else str(self.session_id)
-
     def generation(self, calls: str | None) -> GenerationConfig:
         """How the reply is generated; as long as there is room where no length is given. It follows ``calls``, if any.
 
@@ -167,7 +229,9 @@ class ChatRequest(Sampling):
         """
         longest = self.max_completion_tokens or self.max_tokens or 2**31 - 1
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        form = self.response_format if calls is None else {"type": "grammar", "grammar": calls}
+        form = self.response_format
+        if calls is not None:
+            form = {"type": "grammar", "grammar": calls, "tools": self.functions_to_call}
         config = self.generation_config(longest, logprobs, response_format=form)
         if self.may_call:
             config.skip_special_tokens = False

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
-from jaxdeploy.server.protocol.fields import Sampling, StreamOptions, refused
+from jaxdeploy.server.protocol.fields import Sampling, StreamOptions, check_stream_options, refused
 from jaxdeploy.server.protocol.usage import Usage
 
 MOST_PROMPTS = 1024
@@ -19,6 +19,11 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
 ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+Logprobs = Annotated[
+    Annotated[int, Field(ge=0, le=MOST_COMPLETION_LOGPROBS)] | None,
+    BeforeValidator(lambda given: None if given is False else given, json_schema_input_type=int | None),
+]
+"""Likeliest tokens in place of each; false, as chats have it, asks for none."""
 Prompt: TypeAlias = str | Ids | Texts | ManyIds
 
 
@@ -33,21 +38,24 @@ class CompletionRequest(Sampling):
     """Prompts to go on with: a text, several, the token ids of one, or of several."""
 
     prompt: Prompt
+    max_completion_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="LMDeploy's; before max_tokens")
     max_tokens: int | None = Field(None, ge=0, le=2**31 - 1, description="default 16; 0 needs echo")
-    logprobs: int | None = Field(None, ge=0, le=MOST_COMPLETION_LOGPROBS)
+    logprobs: Logprobs = None
     echo: bool | None = None
     response_format: dict[str, Any] | None = Field(None, description="form of the reply, as for a chat")
     stream_options: StreamOptions | None = None
+    session_id: int | None = Field(None, ge=-1, lt=2**63, description="LMDeploy's; without effect, as there")
 
     suffix: Any = refused("put the whole prompt into the model's own infilling form", "")
     best_of: Any = refused("ask for n and choose", 1)
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
+        if self.max_completion_tokens is not None:
+            self.max_tokens = self.max_completion_tokens
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens=0 gives nothing; ask for a token, or for echo=true")
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options are for streams only; add stream=true")
+        check_stream_options(self)
         return self
 
     @property

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.errors import RequestError
+from jaxdeploy.server.protocol.bounded import Bounded
 
 MOST_ALTERNATIVES = 128
 MOST_STOPS = 16
 LONGEST_STOP = 256
-RESERVED = frozenset({"messages", "tokenizer", "tools", "add_generation_prompt"})
+RESERVED = frozenset({"messages", "tokenizer", "tools", "add_generation_prompt", "continue_final_message"})
 """Variables of a chat template that come from elsewhere."""
+
+NOTHINGS: tuple[Any, ...] = (None, "", [], {})
+"""Values that say nothing."""
 
 _INT64 = 2**63
 
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS)]
+Word = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)]
 
 
@@ -31,7 +37,7 @@ class _Refused:
 
 
 def refused(advice: str, *fine: Any) -> Any:
-    """A documented field whose feature is not there: ``None`` and the values in ``fine`` pass, all others raise."""
+    """A documented field without a feature: null, empty values and those in ``fine`` pass, all others raise."""
     field: Any = Field(None, description=f"not there: {advice}")
     field.metadata.append(_Refused(advice, fine))
     return field
@@ -48,17 +54,49 @@ TemplateVariables = Annotated[dict[str, Any], AfterValidator(_not_reserved)]
 """More variables for the chat template."""
 
 
-class Strict(BaseModel):
-    """A part of a request: a field that is unknown, or whose feature is not there, is an error and never ignored."""
+def echoed(description: str) -> Any:
+    """A field that clients copy from a reply: it is accepted, and neither the model nor its template reads it."""
+    return Field(None, exclude=True, description=description)
+
+
+def as_json(given: Any) -> Any:
+    """Arguments of a call as JSON; some clients send the object itself."""
+    return json.dumps(given, ensure_ascii=False) if isinstance(given, dict) else given
+
+
+Arguments = Annotated[str, BeforeValidator(as_json, json_schema_input_type=str | dict[str, Any])]
+"""Arguments of a call, as JSON."""
+
+
+class Strict(Bounded):
+    """A part of a request: a field that is unknown, or whose feature is not there, is an error and never ignored.
+
+    Clients send their objects back with null and empty fields. An unknown field with such a value is dropped, and null
+    in a field that has a default is the default.
+    """
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nothings(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if not cls._says_nothing(name, value)}
+
+    @classmethod
+    def _says_nothing(cls, name: str, value: Any) -> bool:
+        field = cls.model_fields.get(name)
+        if field is None:
+            return value in NOTHINGS
+        return value is None and field.default is not None and not field.is_required()
 
     @model_validator(mode="after")
     def _refuse(self) -> Self:
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             for about in field.metadata:
-                if isinstance(about, _Refused) and value is not None and value not in about.fine:
+                if isinstance(about, _Refused) and value not in (*NOTHINGS, *about.fine):
                     raise RequestError(f"{name}={value!r:.60} is not there; {about.advice}")
         return self
 
@@ -76,7 +114,19 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_BIASES)]
 
 
-class Sampling(Strict):
+class Unpacked(Strict):
+    """A request of LMDeploy's client, which puts the fields that it has no argument for into ``kwargs``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unpack(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("kwargs"), dict):
+            return given
+        named = {name: value for name, value in given.items() if name != "kwargs"}
+        return {**given["kwargs"], **named}
+
+
+class Sampling(Unpacked):
     """Fields of a request that say how tokens are chosen; OpenAI's, then those that LMDeploy adds."""
 
     model: str = Field("", description="a name of GET /v1/models; none: the model that is served")
@@ -97,7 +147,7 @@ class Sampling(Strict):
     ignore_eos: bool | None = None
     min_new_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     stop_token_ids: TokenIds | None = None
-    bad_words: Stops | None = None
+    bad_words: Annotated[list[Word], Field(max_length=MOST_STOPS)] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -105,11 +155,13 @@ class Sampling(Strict):
         None, ge=0, le=2**31 - 1, description="tokens guessed at a time, at most as many as the server does; 0: none"
     )
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="the lowest comes first")
+    repetition_ngram_size: Any = refused("repetition_penalty makes repetitions less likely", 0)
+    repetition_ngram_threshold: Any = refused("repetition_penalty makes repetitions less likely", 0)
 
     @property
     def stop_words(self) -> list[str]:
         """``stop`` as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return as_stops(self.stop)
 
     def generation_config(self, max_new_tokens: int | None, logprobs: int | None, **more: Any) -> GenerationConfig:
         """The fields as the engine's own config. As OpenAI has it, a reply is drawn at random unless told otherwise."""
@@ -125,8 +177,21 @@ class Sampling(Strict):
         )
 
 
+def as_stops(stop: str | list[str] | None) -> list[str]:
+    """The words of a ``stop`` field; an empty text is none."""
+    words = [stop] if isinstance(stop, str) else stop or []
+    return [word for word in words if word]
+
+
 class StreamOptions(Strict):
     """What a stream brings beside the reply."""
 
     include_usage: bool = Field(False, description="end with a chunk that has the usage, and no choice")
+    continuous_usage_stats: Any = refused("include_usage has the usage at the end", False)
     include_obfuscation: Any = refused("leave it out", False)
+
+
+def check_stream_options(asked: Any) -> None:
+    """Raise ``RequestError`` if a request for a whole reply has stream options that ask for something."""
+    if asked.stream_options is not None and asked.stream_options.include_usage and not asked.stream:
+        raise RequestError("stream_options are for streams only; add stream=true")

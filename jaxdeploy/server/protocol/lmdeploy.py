@@ -9,10 +9,10 @@ from pydantic import BaseModel, Field, model_validator
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, Message
-from jaxdeploy.server.protocol.fields import Stop, Stops, Strict, TokenIds, refused
+from jaxdeploy.server.protocol.fields import Stop, Stops, TokenIds, Unpacked, as_stops, refused
 
 
-class Named(Strict):
+class Named(Unpacked):
     """Who is asked; LMDeploy has the second field alone."""
 
     model: str = Field("", description="a name of GET /v1/models; none: the model that is served")
@@ -33,7 +33,9 @@ class InteractiveRequest(Named):
     stream: bool = False
     cancel: bool = Field(False, description="end the reply that runs for session_id, and say nothing")
     stop: Stop | Stops | None = None
-    request_output_len: int | None = Field(None, ge=1, le=2**31 - 1, description="most tokens of the reply")
+    request_output_len: int | None = Field(
+        None, ge=0, le=2**31 - 1, description="most tokens of the reply; 0: say nothing, and end the session"
+    )
     top_p: float = Field(0.8, ge=0, le=1)
     top_k: int = Field(40, ge=0, le=2**31 - 1)
     min_p: float | None = Field(None, ge=0, le=1)
@@ -50,6 +52,10 @@ class InteractiveRequest(Named):
     def _belongs_together(self) -> Self:
         if self.cancel and self.session_id == -1:
             raise RequestError("cancel=true needs the session_id of the reply that is to end; give it")
+        if self.request_output_len == 0 and self.interactive_mode:
+            raise RequestError(
+                "request_output_len=0 ends a session, interactive_mode goes on with it; give one of them"
+            )
         return self
 
     @property
@@ -57,7 +63,7 @@ class InteractiveRequest(Named):
         """What is said."""
         if isinstance(self.prompt, str):
             return [{"role": "user", "content": self.prompt}]
-        return [message.model_dump(exclude_none=True) for message in self.prompt]
+        return [message.model_dump() for message in self.prompt]
 
     def generation(self) -> GenerationConfig:
         """How the reply is generated."""
@@ -71,7 +77,7 @@ class InteractiveRequest(Named):
             random_seed=self.seed,
             min_new_tokens=self.min_new_tokens,
             ignore_eos=self.ignore_eos,
-            stop_words=[self.stop] if isinstance(self.stop, str) else self.stop,
+            stop_words=as_stops(self.stop),
             max_new_tokens=self.request_output_len or 2**31 - 1,
             skip_special_tokens=self.skip_special_tokens,
             spaces_between_special_tokens=self.spaces_between_special_tokens,
@@ -110,6 +116,10 @@ class GenerateRequest(Named):
     include_stop_str_in_output: bool = False
     image_data: Any = refused("this model reads text only")
     return_routed_experts: Any = refused("no model here has experts", False)
+    repetition_ngram_size: Any = refused("repetition_penalty makes repetitions less likely", 0)
+    repetition_ngram_threshold: Any = refused("repetition_penalty makes repetitions less likely", 0)
+    media_io_kwargs: Any = refused("this model reads text only")
+    mm_processor_kwargs: Any = refused("this model reads text only")
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -127,7 +137,7 @@ class GenerateRequest(Named):
             top_p=self.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
-            stop_words=[self.stop] if isinstance(self.stop, str) else self.stop,
+            stop_words=as_stops(self.stop),
             stop_token_ids=self.stop_token_ids,
             max_new_tokens=self.max_tokens,
             skip_special_tokens=self.skip_special_tokens,

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from jaxdeploy.errors import RequestError
+from jaxdeploy.response_format import nested_form
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
-from jaxdeploy.server.protocol.fields import Sampling, Strict, TemplateVariables, refused
+from jaxdeploy.server.protocol.fields import Arguments, Sampling, Strict, TemplateVariables, echoed, refused
 
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 
@@ -19,8 +20,9 @@ class TextPart(Strict):
 
     type: Literal["input_text", "output_text"]
     text: str
-    annotations: Any = refused("leave them out", [])
-    logprobs: Any = refused("leave them out", [])
+    annotations: Any = echoed("notes on the text")
+    logprobs: Any = echoed("log-probabilities of the text")
+    parsed: Any = echoed("text, as OpenAI's client parsed it")
     prompt_cache_breakpoint: Any = Field(None, description="of no need: prompts that begin alike always share")
 
 
@@ -81,7 +83,8 @@ class CallItem(Strict):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: Arguments
+    parsed_arguments: Any = echoed("arguments, as OpenAI's client parsed them")
     id: str | None = None
     status: ItemStatus | None = None
     namespace: Any = refused("leave it out")
@@ -184,9 +187,7 @@ class TextConfig(Strict):
     @property
     def response_format(self) -> dict[str, Any] | None:
         """The form as chat requests have it."""
-        if self.format is None or self.format.get("type") != "json_schema":
-            return self.format
-        return {"type": "json_schema", "json_schema": {"schema": self.format["schema"]}}
+        return None if self.format is None else nested_form(self.format)
 
 
 class Reasoning(Strict):
@@ -247,12 +248,6 @@ class ResponsesRequest(Sampling):
     service_tier: Any = refused("there is one", "auto", "default")
     top_logprobs: Any = refused("/v1/chat/completions has them", 0)
     truncation: Any = refused("leave items out of input", "disabled")
-
-    @model_validator(mode="after")
-    def _belongs_together(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options are for streams only; add stream=true")
-        return self
 
     def chat_request(self, before: Sequence[Item]) -> ChatRequest:
         """The same, after the items of earlier responses, in the form of a chat. Raises ``RequestError``."""

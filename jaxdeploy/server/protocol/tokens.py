@@ -35,7 +35,8 @@ class TokenizeRequest(Strict):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = Field(None, description="as in /v1/chat/completions")
+    continue_final_message: bool | None = Field(None, description="as in /v1/chat/completions")
     return_token_strs: bool = False
     chat_template_kwargs: TemplateVariables | None = None
 

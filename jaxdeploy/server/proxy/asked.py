@@ -1,61 +1,82 @@
-"""A request as the proxy sees it: where it goes depends on few of its fields, and all of it is passed on."""
+"""A client's request as the proxy reads it. A few fields choose the node; the whole body is forwarded."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from jaxdeploy.errors import RequestError
 from jaxdeploy.server.errors import ClientGoneError
+from jaxdeploy.server.security import KEY_NAME, TENANT
 
 LARGE = 256 * 1024
-"""Bytes of a body that is parsed in a thread, so that others are not kept waiting."""
+"""Bytes from which a body is parsed in a thread, so that the event loop is not blocked."""
 
-HOP_BY_HOP = frozenset(
+FORWARDED_HEADERS = frozenset(
     {
-        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
-        *("transfer-encoding", "upgrade"),
+        *("accept", "accept-language", "content-encoding", "content-type", "user-agent"),
+        *("anthropic-beta", "anthropic-version", "openai-beta", "traceparent", "tracestate"),
     }
 )
-"""Headers about one connection (RFC 9110, section 7.6.1)."""
-OF_REQUESTS = frozenset({"host", "content-length", "accept-encoding", "expect", "x-request-id"})
-OF_REPLIES = frozenset({"content-length", "date", "server", "x-request-id"})
-"""Headers that the proxy's own client and server write."""
-KEYS = frozenset({"authorization", "x-api-key"})
+"""Request headers that a node receives. Keys, cookies and headers about the connection are not among them."""
+
+LONGEST_QUERY = 2048
+LONGEST_SESSION = 128
+"""Characters."""
+
+_QUERY = re.compile(r"[!$-~]*")
+"""Printable ASCII without quotes, spaces and the start of a fragment."""
 
 Headers = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """``target`` is path and query as they were sent, ``fields`` the body's where it is a JSON object."""
+    """A request that may be forwarded.
+
+    ``path`` comes from the list of routes, never from the client. ``fields`` is the body if it is a JSON object, else
+    empty. ``model`` is the model that the request names.
+    """
 
     method: str
-    target: str
-    headers: Headers
+    path: str
+    query: str
+    headers: dict[bytes, bytes]
     body: bytes
     request_id: str
     fields: dict[str, Any]
     model: str | None
 
     @classmethod
-    async def read(cls, request: Request) -> Asked:
-        """All of ``request``. Raises ``ClientGoneError``."""
+    async def read(cls, request: Request, path: str) -> Asked:
+        """Read ``request``, which matched the route ``path``.
+
+        Raises:
+            ClientGoneError: the client disconnected before it had sent the body.
+            RequestError: the query string has characters that are not allowed in one.
+        """
+        query = request.scope["query_string"].decode("latin-1")
+        if len(query) > LONGEST_QUERY or not _QUERY.fullmatch(query):
+            raise RequestError(
+                f"query={query!r:.80} must be at most {LONGEST_QUERY} percent-encoded characters; correct it"
+            )
         try:
             body = await request.body()
         except ClientDisconnect:
             raise ClientGoneError("the client left before all was sent") from None
         fields = _fields(body) if len(body) < LARGE else await asyncio.to_thread(_fields, body)
         model = fields.get("adapter_name") or fields.get("model") or request.query_params.get("model")
-        query = request.scope["query_string"].decode("latin-1")
         return cls(
             method=request.method,
-            target=request.scope["raw_path"].decode("latin-1") + (f"?{query}" if query else ""),
-            headers=end_to_end(request.headers.items(), OF_REQUESTS),
+            path=path,
+            query=query,
+            headers=_headers(request),
             body=body,
             request_id=request.state.request_id,
             fields=fields,
@@ -63,22 +84,41 @@ class Asked:
         )
 
     @property
+    def target(self) -> str:
+        """Path and query for a node."""
+        return f"{self.path}?{self.query}" if self.query else self.path
+
+    @property
     def session(self) -> str | None:
-        """The conversation that a server remembers, if the request belongs to one."""
+        """The id of the conversation that a server stores, or ``None``."""
         session = self.fields.get("session_id")
-        return None if session in (None, -1) else str(session)
+        if session in (None, -1) or not isinstance(session, int | str):
+            return None
+        return str(session)[:LONGEST_SESSION]
+
+    @property
+    def digest(self) -> bytes:
+        """A digest of method, path, query and body."""
+        return hashlib.blake2b(f"{self.method} {self.target}\n".encode() + self.body, digest_size=16).digest()
 
 
-def end_to_end(headers: Iterable[tuple[str, str]], but: frozenset[str]) -> Headers:
-    """The headers that are passed on: none that belong to one connection, nor those of ``but``."""
-    given = [(name.lower(), value) for name, value in headers]
-    named = {option.strip().lower() for name, value in given if name == "connection" for option in value.split(",")}
-    return [(name, value) for name, value in given if name not in HOP_BY_HOP | but | named]
+def _headers(request: Request) -> dict[bytes, bytes]:
+    """The headers for a node, with a name of the client's key if the proxy has several keys."""
+    headers = {
+        name.encode(): value.encode()
+        for name, value in request.headers.items()
+        if name in FORWARDED_HEADERS and value.isascii() and value.isprintable()
+    }
+    secret: bytes | None = request.app.state.tenant_secret
+    if secret is not None:
+        key = str(request.scope[KEY_NAME]).encode()
+        headers[TENANT.encode()] = hashlib.blake2b(key, key=secret, digest_size=8).hexdigest().encode()
+    return headers
 
 
 def _fields(body: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(body)
-    except (ValueError, RecursionError):  # the node says what is wrong with it
+    except (ValueError, RecursionError):  # the node reports the error
         return {}
     return fields if isinstance(fields, dict) else {}

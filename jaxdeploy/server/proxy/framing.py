@@ -1,18 +1,23 @@
-"""Replies in the units in which they may be passed on, so that one that breaks off can be replaced, or end well."""
+"""Splits a reply into units that can be forwarded, so that one that breaks off can be replaced or end with an error."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from typing import Any, Protocol
 
-from jaxdeploy.server.errors import NodeFailedError
+from jaxdeploy.server.errors import BadAnswerError, NodeFailedError
+from jaxdeploy.server.proxy.nodes import clipped
 from jaxdeploy.server.streaming import PING, error_event, error_line, named_error_event
 
-MOST_HELD = 64 * 1024**2
-"""Bytes that are held back; of a larger reply the beginning is passed on before its end is there."""
+MOST_HELD = 8 * 1024**2
+"""Bytes that are held back. A larger reply is forwarded before it is complete; a larger event or line is an error."""
 
-_EVENT_END = re.compile(rb"\r?\n\r?\n")
+BLOCK = 4096
+"""Bytes of a reply in one piece that count as progress."""
+
+_EVENT_END = re.compile(rb"\n\r?\n")
 PREAMBLE = frozenset(
     {
         *("message_start", "content_block_start"),
@@ -27,8 +32,15 @@ class Framing(Protocol):
 
     opened: bool
 
+    @property
+    def units(self) -> int:
+        """How many came in full: events, lines, or blocks of a reply in one piece."""
+
     def feed(self, chunk: bytes) -> bytes:
-        """What may be passed on now that ``chunk`` came. Raises ``NodeFailedError`` where it says so itself."""
+        """What may be passed on now that ``chunk`` came.
+
+        Raises ``NodeFailedError`` if it reports a failure of the node, ``BadAnswerError`` if it is too large.
+        """
 
     def end(self) -> bytes:
         """What is left when all has come."""
@@ -49,11 +61,18 @@ class Whole:
 
     def __init__(self) -> None:
         self.opened = False
+        self._came = 0
         self._held = bytearray()
+
+    @property
+    def units(self) -> int:
+        """Blocks that came."""
+        return self._came // BLOCK
 
     def feed(self, chunk: bytes) -> bytes:
         """Nothing, as long as the reply is not too large."""
         self._held += chunk
+        self._came += len(chunk)
         self.opened = self.opened or len(self._held) > MOST_HELD
         return self.end() if self.opened else b""
 
@@ -72,17 +91,25 @@ class Lines:
 
     def __init__(self) -> None:
         self.opened = False
-        self._rest = b""
+        self.units = 0
+        self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> bytes:
         """Whole lines."""
-        whole, end, self._rest = (self._rest + chunk).rpartition(b"\n")
-        self.opened = self.opened or bool(end)
-        return whole + end
+        end = chunk.rfind(b"\n") + 1
+        if not end:
+            self._rest += chunk
+            _check_size(self._rest, "a line")
+            return b""
+        whole = bytes(self._rest) + chunk[:end]
+        self._rest = bytearray(chunk[end:])
+        self.units += 1
+        self.opened = True
+        return whole
 
     def end(self) -> bytes:
         """A line without an end."""
-        return self._rest
+        return bytes(self._rest)
 
     def error(self, error: Exception) -> bytes | None:
         """The last line."""
@@ -94,23 +121,21 @@ class Events:
 
     def __init__(self) -> None:
         self.opened = False
-        self._held = b""
-        self._rest = b""
+        self.units = 0
+        self._held = bytearray()
+        self._rest = bytearray()
         self._named = False
 
     def feed(self, chunk: bytes) -> bytes:
-        """Whole events, from the first that has something on."""
-        events = self._whole_events(chunk)
-        if self.opened:
-            return b"".join(events)
+        """Whole events, from the first that has content."""
         passed = b""
-        for event in events:
+        for event in self._whole_events(chunk):
             self._named = self._named or event.startswith(b"event:")
             data = None if self.opened else _data(event)
             if self.opened or not _is_preamble(data) or len(self._held) > MOST_HELD:
                 self.opened = True
                 passed += self._held + event
-                self._held = b""
+                self._held.clear()
             elif data is None or data.get("type") == "ping":
                 passed += PING.encode()  # whatever its form, none may come before the events that are held
             else:
@@ -119,22 +144,28 @@ class Events:
 
     def end(self) -> bytes:
         """What was held to the end."""
-        return self._held + self._rest
+        return bytes(self._held + self._rest)
 
     def error(self, error: Exception) -> bytes | None:
         """The last event."""
         return (named_error_event if self._named else error_event)(error).encode()
 
     def _whole_events(self, chunk: bytes) -> list[bytes]:
-        have, begun = self._rest + chunk, 0
-        events = []
-        for found in _EVENT_END.finditer(have):
-            events.append(have[begun : found.end()])
-            begun = found.end()
-        self._rest = have[begun:]
-        if len(self._rest) > MOST_HELD:
-            raise NodeFailedError(f"an event of the node has more than {MOST_HELD} bytes; ask for less")
+        """The events that ``chunk`` completes, as one piece once the reply has begun."""
+        seen = max(0, len(self._rest) - 2)  # an event's end may have begun in the chunk before
+        self._rest += chunk
+        ends = [found.end() for found in _EVENT_END.finditer(self._rest, seen)]
+        _check_size(self._rest[ends[-1] :] if ends else self._rest, "an event")
+        self.units += len(ends)
+        cuts = ends[-1:] if self.opened else ends
+        events = [bytes(self._rest[begin:end]) for begin, end in itertools.pairwise([0, *cuts])]
+        del self._rest[: cuts[-1] if cuts else 0]
         return events
+
+
+def _check_size(rest: bytearray, what: str) -> None:
+    if len(rest) > MOST_HELD:
+        raise BadAnswerError(f"{what} of the node has more than {MOST_HELD} bytes; ask for less")
 
 
 def _data(event: bytes) -> Any:
@@ -144,7 +175,7 @@ def _data(event: bytes) -> Any:
         return None
     try:
         return json.loads(b"\n".join(lines))
-    except ValueError:
+    except (ValueError, RecursionError):
         return b"\n".join(lines)
 
 
@@ -154,8 +185,8 @@ def _is_preamble(data: Any) -> bool:
         return data is None
     error = data.get("error")
     if isinstance(error, dict) and error.get("type") in ("server_error", "api_error"):
-        raise NodeFailedError(f"the node failed: {error.get('message')}")
-    if data.get("type") in PREAMBLE or data.get("type") == "ping":
+        raise NodeFailedError(f"the node failed: {clipped(str(error.get('message')))}")
+    if str(data.get("type")) in {*PREAMBLE, "ping"}:
         return True
     choices = data.get("choices")
     return isinstance(choices, list) and bool(choices) and all(_says_nothing(choice) for choice in choices)

@@ -1,28 +1,40 @@
-"""Looking after nodes: whether they answer, what they serve, and when to give up what is with them."""
+"""Asks each node at intervals for its health and its models, and gives up the requests of a silent one."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import httpx2
 
 from jaxdeploy.config import ProxyConfig
-from jaxdeploy.server.proxy.nodes import Node
+from jaxdeploy.server.proxy.cards import read_cards
+from jaxdeploy.server.proxy.fetching import IDENTITY, fetch, read_json
+from jaxdeploy.server.proxy.metrics import ProxyMetrics
+from jaxdeploy.server.proxy.nodes import Node, Nodes
 
 HEALTHY = (200, 404)
-"""What ``/health`` answers where all is well; 404: a server of OpenAI's API that has no such route."""
+"""Statuses of ``/health`` of a healthy node; 404: a server of OpenAI's API without this route."""
+MOST_HEALTH = 64 * 1024
+MOST_MODELS = 1024**2
+"""Bytes of an answer to ``/health`` and ``/v1/models``."""
+RECENT_SECONDS = 60.0
+RARER = 5
+"""Intervals between two looks at a node that was not well for ``RECENT_SECONDS``."""
 
 
 class UnwellError(Exception):
-    """A node answers, and not as it should."""
+    """A node answers, and cannot be used."""
 
 
 class Heartbeats:
     """One task for each node, from the moment it is watched until it is removed and has no requests left."""
 
-    def __init__(self, client: httpx2.AsyncClient, config: ProxyConfig) -> None:
+    def __init__(self, client: httpx2.AsyncClient, config: ProxyConfig, nodes: Nodes, metrics: ProxyMetrics) -> None:
         self._client = client
+        self._nodes = nodes
+        self._metrics = metrics
         self._interval = config.heartbeat_interval
         self._patience = config.heartbeat_timeout
         self._tasks: dict[Node, asyncio.Task[None]] = {}
@@ -34,8 +46,17 @@ class Heartbeats:
             self._tasks[node].add_done_callback(lambda _: self._tasks.pop(node))
         await self._look(node)
 
+    async def accepts(self, url: str, key: str) -> bool:
+        """Whether the server at ``url`` is well and takes ``key``."""
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._models(Node(url, key))
+        except Exception:  # whatever is wrong with it, the answer is no
+            return False
+        return True
+
     async def close(self) -> None:
-        """Look at nothing any more."""
+        """Stop all tasks."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -44,17 +65,25 @@ class Heartbeats:
     async def _watch(self, node: Node) -> None:
         while not node.removed or node.exchanges:
             try:
-                async with asyncio.timeout(self._interval):
+                async with asyncio.timeout(self._pause(node)):
                     await node.look_now.wait()
             except TimeoutError:
                 pass
             node.look_now.clear()
             await self._look(node)
+            if node.expired:
+                self._nodes.remove(node.url)
+        if self._nodes.get(node.url) is None:
+            self._metrics.forget(node.url)
+
+    def _pause(self, node: Node) -> float:
+        recent = time.monotonic() - max(node.seen or 0.0, node.registered) < RECENT_SECONDS
+        return self._interval if recent else self._interval * RARER
 
     async def _look(self, node: Node) -> None:
         try:
             async with asyncio.timeout(self._patience):
-                node.found_well(await self._models(node.url))
+                node.found_well(await self._models(node))
         except TimeoutError:
             node.found_down(f"it has not answered for {self._patience:g} s")
         except Exception as error:  # whatever it is, the next look may find it well
@@ -62,22 +91,25 @@ class Heartbeats:
         if not node.up:
             node.give_up_silent(self._patience)
 
-    async def _models(self, url: str) -> dict[str, dict[str, Any]]:
-        """What the server at ``url`` serves."""
-        health = await self._client.get(f"{url}/health")
-        if health.status_code not in HEALTHY:
-            raise UnwellError(f"/health answers {health.status_code}{_message(health)}")
-        listed = await self._client.get(f"{url}/v1/models")
-        if listed.status_code == 401:
-            raise UnwellError("it asks for a key; start the proxy with --node-api-key KEY")
-        try:
-            return {card["id"]: card for card in listed.json()["data"]}
-        except (ValueError, TypeError, KeyError):
-            raise UnwellError(f"/v1/models answers {listed.status_code} and no list of models") from None
+    async def _models(self, node: Node) -> dict[str, dict[str, Any]]:
+        """What ``node`` serves. Raises ``UnwellError``, ``BadAnswerError``, ``httpx2.TransportError``."""
+        status, body = await self._get(node, "/health", MOST_HEALTH)
+        if status not in HEALTHY:
+            raise UnwellError(f"/health answers {status}{_message(body)}")
+        status, body = await self._get(node, "/v1/models", MOST_MODELS)
+        if status == 401:
+            raise UnwellError("it asks for a key; register it with its api_key, or name it with --nodes --node-api-key")
+        if status != 200:
+            raise UnwellError(f"/v1/models answers {status} and no list of models")
+        return read_cards(body)
+
+    async def _get(self, node: Node, path: str, most: int) -> tuple[int, bytes]:
+        request = self._client.build_request("GET", node.url + path, headers=node.headers | IDENTITY)
+        return await fetch(self._client, request, most)
 
 
-def _message(response: httpx2.Response) -> str:
+def _message(body: bytes) -> str:
     try:
-        return f": {response.json()['error']['message']}"
+        return f": {read_json(body)['error']['message']}"
     except (ValueError, TypeError, KeyError):
         return ""

@@ -51,6 +51,11 @@ class ProxyMetrics:
         """A reply could not be finished."""
         self._broken.labels(node).inc()
 
+    def forget(self, node: str) -> None:
+        """A node was removed: drop its counters."""
+        for counted in (self._sent, self._moved, self._broken, self._latency):
+            counted.remove_by_labels({"node": node})
+
     def text(self, nodes: Nodes) -> str:
         """Everything, in Prometheus' text format."""
         self._up.set(len(nodes.up))

@@ -9,10 +9,12 @@ from contextlib import asynccontextmanager
 import httpx2
 
 from jaxdeploy.config import ProxyConfig
+from jaxdeploy.server.errors import NodeConflictError
+from jaxdeploy.server.proxy.fetching import client
 from jaxdeploy.server.proxy.forwarding import Forwarder
 from jaxdeploy.server.proxy.heartbeat import Heartbeats
 from jaxdeploy.server.proxy.metrics import ProxyMetrics
-from jaxdeploy.server.proxy.nodes import Nodes
+from jaxdeploy.server.proxy.nodes import Node, Nodes
 from jaxdeploy.server.proxy.routing import Router
 
 CONNECT_SECONDS = 5.0
@@ -22,28 +24,43 @@ KEEP_SECONDS = 2.0
 
 
 class Proxy:
-    """Nodes, who looks after them, and who sends requests there. ``keep_keys``: with the keys that clients bring."""
+    """Nodes, the heartbeats that watch them, and the forwarder that sends requests there."""
 
-    def __init__(self, config: ProxyConfig, *, keep_keys: bool) -> None:
+    def __init__(self, config: ProxyConfig) -> None:
         self.nodes = Nodes()
         for url in _addresses(config):
-            self.nodes.add(url)
+            self.nodes.add(url, config.node_api_key, fixed=True)
         self.metrics = ProxyMetrics()
-        self._http = httpx2.AsyncClient(
-            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS, read=config.read_timeout),
+        self._http = client(
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),  # an exchange has its own limit
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_SECONDS),
-            trust_env=False,
         )
         # A new connection each time: a server that is about to end still answers on the old ones.
-        self._looking = httpx2.AsyncClient(
-            timeout=config.heartbeat_timeout,
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
-            headers={"Authorization": f"Bearer {config.node_api_key}"} if config.node_api_key else {},
-            trust_env=False,
+        self._looking = client(
+            timeout=config.heartbeat_timeout, limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         )
-        self.heartbeats = Heartbeats(self._looking, config)
+        self.heartbeats = Heartbeats(self._looking, config, self.nodes, self.metrics)
         router = Router(config.routing_strategy)
-        self.forwarder = Forwarder(self.nodes, router, self._http, config, self.metrics, keep_keys=keep_keys)
+        self.forwarder = Forwarder(self.nodes, router, self._http, config, self.metrics)
+
+    async def register(self, url: str, key: str | None) -> Node:
+        """The node at ``url``, looked at once. It is added unless it is known.
+
+        A known node gets a new key only if the server there accepts it: else anyone who registers could cut it off.
+
+        Raises:
+            RequestError: ``url`` is not the address of a server.
+            TooManyNodesError: no more nodes are taken.
+            NodeConflictError: the node is known with another key, and does not accept this one.
+        """
+        known = self.nodes.get(url)
+        if known is not None and key is not None and key != known.key:
+            if not await self.heartbeats.accepts(known.url, key):
+                raise NodeConflictError(f"url={known.url!r} is known with another key; remove it before you add it")
+            known.key = key
+        node = self.nodes.add(url, key)
+        await self.heartbeats.watch(node)
+        return node
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -1,56 +1,52 @@
-"""What the proxy answers itself, and what it passes on."""
+"""What the proxy answers clients itself, and the list of routes that it forwards."""
 
 from __future__ import annotations
 
-import asyncio
+import re
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import PlainTextResponse, Response
-from pydantic import BaseModel, Field
+from fastapi.responses import Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from jaxdeploy.errors import RequestError
 from jaxdeploy.server.errors import NoNodeError, UnknownModelError
-from jaxdeploy.server.metrics import CONTENT_TYPE
 from jaxdeploy.server.protocol.models import AnthropicModelList
 from jaxdeploy.server.proxy.asked import Asked
-from jaxdeploy.server.proxy.nodes import Node
 from jaxdeploy.server.proxy.proxy import Proxy
 from jaxdeploy.server.proxy.reply import Relayed
 
 router = APIRouter()
 
-PASSED_ON = ("v1/", "generate", "tokenize", "detokenize", "tokenizer_info")
-"""How paths begin that are the nodes'; what else a server may have is for its operator."""
-OF_OPERATORS = frozenset({"v1/load_lora_adapter", "v1/unload_lora_adapter"})
-"""Paths that begin so, and are for the operator all the same: they are about one node."""
+FORWARDED = (
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/v1/responses"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
+    ("POST", "/v1/chat/interactive"),
+    ("POST", "/v1/encode"),
+    ("POST", "/generate"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("GET", "/tokenizer_info"),
+    ("GET", "/v1/responses/{response_id}"),
+    ("DELETE", "/v1/responses/{response_id}"),
+)
+"""Method and path of everything that is sent to a node. A request has to match one of them byte by byte."""
+
+_ID = re.compile(r"[\w-]{1,128}", re.ASCII)
 
 
-def _proxy(request: Request) -> Proxy:
+def the_proxy(request: Request) -> Proxy:
+    """The proxy of the application."""
     proxy: Proxy = request.app.state.proxy
     return proxy
 
 
-TheProxy = Annotated[Proxy, Depends(_proxy)]
-
-
-class NodeAddress(BaseModel):
-    """A server; other fields, which LMDeploy's nodes send, change nothing."""
-
-    url: str = Field(max_length=2048, examples=["http://127.0.0.1:23333"])
-
-
-class NodeStatus(BaseModel):
-    """How a node stands; ``latency`` and ``heartbeat_age`` are in seconds, ``None`` where there was none yet."""
-
-    up: bool
-    why_down: str | None
-    models: list[str]
-    in_flight: int
-    latency: float | None
-    heartbeat_age: float | None
+TheProxy = Annotated[Proxy, Depends(the_proxy)]
 
 
 class Health(BaseModel):
@@ -59,43 +55,12 @@ class Health(BaseModel):
     status: Literal["healthy"] = "healthy"
 
 
-@router.post("/nodes/add", tags=["nodes"])
-async def add_node(asked: NodeAddress, proxy: TheProxy) -> dict[str, NodeStatus]:
-    """Send requests to a server, from now on or as soon as it is up. Again for one that is known: look at it now."""
-    node = proxy.nodes.add(asked.url)
-    await proxy.heartbeats.watch(node)
-    return {node.url: _status(node)}
-
-
-@router.post("/nodes/remove", tags=["nodes"])
-async def remove_node(
-    proxy: TheProxy, asked: NodeAddress | None = None, node_url: str | None = None
-) -> dict[str, bool]:
-    """Send no more requests to a server; those that it has are finished. LMDeploy 0.3 has its address in the query."""
-    url = node_url if asked is None else asked.url
-    if url is None:
-        raise RequestError("url is missing; add it")
-    return {"removed": proxy.nodes.remove(url)}
-
-
-@router.get("/nodes/status", tags=["nodes"])
-async def nodes_status(proxy: TheProxy) -> dict[str, NodeStatus]:
-    """All nodes by their address."""
-    return {node.url: _status(node) for node in proxy.nodes}
-
-
 @router.get("/health", tags=["operation"])
 async def health(proxy: TheProxy) -> Health:
     """Whether any node is up. Answered without an API key."""
     if not proxy.nodes.up:
         raise NoNodeError("no node is up; start one, or see /nodes/status")
     return Health()
-
-
-@router.get("/metrics", response_class=PlainTextResponse, tags=["operation"])
-async def metrics(proxy: TheProxy) -> PlainTextResponse:
-    """Prometheus' text format."""
-    return PlainTextResponse(proxy.metrics.text(proxy.nodes), media_type=CONTENT_TYPE)
 
 
 @router.get("/v1/models", tags=["models"])
@@ -119,29 +84,16 @@ async def anthropic_models(proxy: TheProxy) -> AnthropicModelList:
     return AnthropicModelList.of((name, card.get("created") or 0) for name, card in proxy.nodes.models().items())
 
 
-@router.post("/abort_request", tags=["operation"])
-async def abort_request(request: Request, proxy: TheProxy) -> dict[str, int]:
-    """Tell all nodes to end a request, or all of them. How many replies ended is the answer."""
-    asked = await Asked.read(request)
-    answers = await asyncio.gather(*(proxy.forwarder.aborted(node, asked) for node in proxy.nodes.up))
-    return {"aborted": sum(answers)}
+async def forward(request: Request, proxy: TheProxy, response_id: str = "") -> Response:
+    """Send the request to a node. The path that the node sees is that of the list, with a checked id filled in."""
+    path = request.scope["route"].path
+    if response_id and not _ID.fullmatch(response_id):
+        raise HTTPException(404, "this is no id of a response")
+    path = path.replace("{response_id}", response_id)
+    if request.scope["raw_path"] != path.encode():
+        raise HTTPException(404, "the path has to be written as it is documented")
+    return Relayed(partial(proxy.forwarder.forward, await Asked.read(request, path)))
 
 
-@router.api_route("/{path:path}", methods=["GET", "POST"], include_in_schema=False)
-async def pass_on(path: str, request: Request, proxy: TheProxy) -> Response:
-    """Anything else that is asked of a model."""
-    ours = not path.startswith(PASSED_ON) or path.strip("/") in OF_OPERATORS
-    if ours or {".", ".."} & set(path.split("/")):
-        raise HTTPException(404, "no route of the proxy, and not passed on to its nodes")
-    return Relayed(partial(proxy.forwarder.forward, await Asked.read(request)))
-
-
-def _status(node: Node) -> NodeStatus:
-    return NodeStatus(
-        up=node.up,
-        why_down=node.why_down,
-        models=list(node.models),
-        in_flight=node.in_flight,
-        latency=node.latency,
-        heartbeat_age=node.heartbeat_age,
-    )
+for _method, _path in FORWARDED:
+    router.add_api_route(_path, forward, methods=[_method], include_in_schema=False)

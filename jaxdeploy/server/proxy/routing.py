@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from contextlib import suppress
+from typing import Any
 
 from jaxdeploy.server.proxy.asked import Asked
 from jaxdeploy.server.proxy.nodes import Node
-
-K = TypeVar("K")
-V = TypeVar("V")
+from jaxdeploy.server.recent import Recent
 
 REMEMBERED = 32768
 """Beginnings of prompts, and sessions, whose nodes are known; what was not asked for longest goes first."""
@@ -27,33 +25,12 @@ BEGINNING = ("model", "tools", "system", "messages", "input", "prompt", "input_i
 """Fields of a request that its prompt begins with, in this order."""
 
 
-class Recent(Generic[K, V]):
-    """A dictionary of the ``most`` keys that were used last."""
-
-    def __init__(self, most: int = REMEMBERED) -> None:
-        self._known: OrderedDict[K, V] = OrderedDict()
-        self._most = most
-
-    def get(self, key: K) -> V | None:
-        """The value of ``key``, which counts as used."""
-        if key in self._known:
-            self._known.move_to_end(key)
-        return self._known.get(key)
-
-    def put(self, key: K, value: V) -> None:
-        """Remember it."""
-        self._known[key] = value
-        self._known.move_to_end(key)
-        if len(self._known) > self._most:
-            self._known.popitem(last=False)
-
-
 class Router:
     """Chooses by ``strategy``, one of ``STRATEGIES``; requests of a session go where its first one went."""
 
     def __init__(self, strategy: str) -> None:
         self._choose = STRATEGIES[strategy]()
-        self._sessions: Recent[str, str] = Recent()
+        self._sessions: Recent[str, str] = Recent(REMEMBERED)
 
     def choose(self, asked: Asked, nodes: Sequence[Node]) -> Node:
         """One of ``nodes``, of which there is at least one."""
@@ -99,7 +76,7 @@ class AlikePrompts:
     """The node that had the prompt with the longest common beginning, and so has its KV blocks."""
 
     def __init__(self) -> None:
-        self._had: Recent[bytes, set[str]] = Recent()
+        self._had: Recent[bytes, set[str]] = Recent(REMEMBERED)
 
     def __call__(self, asked: Asked, nodes: Sequence[Node]) -> Node:
         """The least loaded of those that had it; the least loaded of all if that is much busier."""
@@ -140,8 +117,9 @@ def prefix_keys(fields: dict[str, Any]) -> Iterator[bytes]:
 def _beginning(value: Any) -> str:
     """The first ``LONGEST`` characters of ``value`` as JSON; the rest is not made."""
     text = ""
-    for part in json.JSONEncoder().iterencode(value):
-        text += part[: LONGEST - len(text)]
-        if len(text) >= LONGEST:
-            break
+    with suppress(RecursionError):  # a body may be nested as deeply as its parser allows
+        for part in json.JSONEncoder().iterencode(value):
+            text += part[: LONGEST - len(text)]
+            if len(text) >= LONGEST:
+                break
     return text

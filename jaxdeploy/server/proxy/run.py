@@ -27,11 +27,15 @@ def serve_proxy(
     certificate(server_config)
     _allow_connections()
 
+    app = create_proxy_app(config, server_config)
+
     def began() -> None:
+        if app.state.operators.open:
+            logger.warning("anyone who reaches the proxy can add nodes to it; start it with --operator-keys KEY")
         logger.info("a proxy listens at %s (%s)", address(server_config), config.routing_strategy)
 
     with bound(server_config) as sockets:
-        listen(create_proxy_app(config, server_config), server_config, sockets, began=began)
+        listen(app, server_config, sockets, began=began)
 
 
 def _allow_connections() -> None:

@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.conversation import Replies, WholeReply, chat_prompt
-from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
+from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Text, Thought
 from jaxdeploy.server.protocol.anthropic import (
     AnthropicUsage,
@@ -25,7 +25,6 @@ from jaxdeploy.server.protocol.anthropic import (
 )
 from jaxdeploy.server.protocol.chat import ChatRequest
 from jaxdeploy.server.protocol.stream_event import StreamEvent
-from jaxdeploy.server.served import Origin
 from jaxdeploy.server.streaming import NAMED_PING, STREAMS, named_event_stream
 
 router = APIRouter(tags=["Anthropic"])
@@ -33,12 +32,12 @@ router = APIRouter(tags=["Anthropic"])
 
 @router.post("/v1/messages", response_model=MessagesReply, responses=STREAMS)
 async def messages(
-    asked: MessagesRequest, request: Request, served: Model, reply_id: ReplyId
+    asked: MessagesRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
 ) -> MessagesReply | StreamingResponse:
     """Go on with a conversation."""
     adapter = served.adapter_of(asked.model)
     chat = asked.chat_request()
-    origin = Origin(f"msg_{reply_id}", chat.tenant, adapter=adapter)
+    origin = caller.origin(f"msg_{reply_id}", user=chat.tenant, adapter=adapter)
     prompt = await while_connected(request, chat_prompt(served, chat))
     replies = Replies(served, chat, prompt, origin)
     if asked.stream:
@@ -175,7 +174,7 @@ def _usage(replies: Replies) -> AnthropicUsage:
 def _input(arguments: str) -> Any:
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

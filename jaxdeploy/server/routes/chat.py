@@ -14,7 +14,7 @@ from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.collected import chat_logprobs
 from jaxdeploy.server.conversation import Replies, WholeReply, chat_prompt
-from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
+from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Text, Thought
 from jaxdeploy.server.protocol.chat import (
     CallDelta,
@@ -28,7 +28,6 @@ from jaxdeploy.server.protocol.chat import (
     Reply,
     ToolCall,
 )
-from jaxdeploy.server.served import Origin
 from jaxdeploy.server.streaming import STREAMS, event_stream
 
 router = APIRouter(tags=["OpenAI"])
@@ -36,17 +35,23 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/chat/completions", response_model=ChatReply, response_model_exclude_unset=True, responses=STREAMS)
 async def chat_completions(
-    asked: ChatRequest, request: Request, served: Model, reply_id: ReplyId
+    asked: ChatRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
 ) -> ChatReply | StreamingResponse:
     """Go on with a conversation."""
     adapter = served.adapter_of(asked.model)
     served.check_number(asked.n or 1)
+    origin = caller.origin(
+        f"chatcmpl-{reply_id}",
+        user=asked.tenant,
+        priority=asked.priority,
+        session_id=asked.session_id,
+        adapter=adapter,
+    )
     prompt = await while_connected(request, chat_prompt(served, asked))
-    origin = Origin(f"chatcmpl-{reply_id}", asked.tenant, asked.priority, asked.session, adapter)
     job = _Job(Replies(served, asked, prompt, origin))
     if asked.stream:
         job.replies.check_room()
-        return event_stream(job.chunks())
+        return event_stream(job.chunks(), ping=job.silence())
     return await while_connected(request, job.whole())
 
 
@@ -82,6 +87,10 @@ class _Job:
                     yield self._chunk(choice)
         if self._with_usage:
             yield self._chunk()
+
+    def silence(self) -> ChatChunk:
+        """A chunk that adds nothing."""
+        return self._chunk(ChunkChoice(index=0, delta=Delta(), finish_reason=None))
 
     def _choice(self, index: int, reply: WholeReply) -> Choice:
         message = Reply(role="assistant", content=reply.text or (None if reply.calls else ""), refusal=None)

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 
 from jaxdeploy.messages import PromptReading, TokenLogprob
 from jaxdeploy.server.collected import Collected, Counts, collect, token_text
-from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
+from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -26,17 +26,17 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/completions", response_model=CompletionReply, responses=STREAMS)
 async def completions(
-    asked: CompletionRequest, request: Request, served: Model, reply_id: ReplyId
+    asked: CompletionRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
 ) -> CompletionReply | StreamingResponse:
     """Go on with a text, or with each of several."""
     adapter = served.adapter_of(asked.model)
+    origin = caller.origin(f"cmpl-{reply_id}", user=asked.user or "", priority=asked.priority, adapter=adapter)
     served.check_number(len(asked.prompts) * (asked.n or 1))
     prompts = await while_connected(request, _resolved(served, asked))
-    origin = Origin(f"cmpl-{reply_id}", asked.user or "", asked.priority, adapter=adapter)
     job = _Job(served, asked, prompts, origin)
     if asked.stream:
         served.check_room(prompts)
-        return event_stream(job.chunks())
+        return event_stream(job.chunks(), ping=job.silence())
     return await while_connected(request, job.whole())
 
 
@@ -92,6 +92,10 @@ class _Job:
                         yield self._chunk(self._choice(index, output.text, output.logprobs, output.finish_reason))
         if with_usage:
             yield self._chunk()
+
+    def silence(self) -> CompletionReply:
+        """A chunk that adds nothing."""
+        return self._chunk(CompletionChoice(index=0, text="", finish_reason=None))
 
     def _whole_choice(self, index: int, reply: Collected) -> CompletionChoice:
         if self._asked.max_tokens == 0:

@@ -10,9 +10,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from jaxdeploy.engine.generator import TextOutput
+from jaxdeploy.errors import ContextLengthError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.collected import Collected
-from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
+from jaxdeploy.server.conversation import with_reply
+from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.lmdeploy import (
     Ended,
     GenerateReply,
@@ -22,6 +24,7 @@ from jaxdeploy.server.protocol.lmdeploy import (
     MetaInfo,
 )
 from jaxdeploy.server.served import Origin, Prompt, Served
+from jaxdeploy.server.sessions import SessionKey
 from jaxdeploy.server.streaming import LINES, STREAMS, event_stream, line_stream
 
 router = APIRouter(tags=["LMDeploy"])
@@ -29,13 +32,22 @@ router = APIRouter(tags=["LMDeploy"])
 
 @router.post("/v1/chat/interactive", response_model=InteractiveReply, responses=LINES)
 async def interactive(
-    asked: InteractiveRequest, request: Request, served: Model, reply_id: ReplyId
+    asked: InteractiveRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
 ) -> InteractiveReply | StreamingResponse:
     """Say something in a session that the server remembers."""
+    session = caller.session(secrets.randbits(62) if asked.session_id == -1 else asked.session_id)
     if asked.cancel:
-        await served.abort(served.sessions.running(asked.session_id) or "")
-        return InteractiveReply(text="", tokens=0, input_tokens=0, history_tokens=0, finish_reason=None)
-    pieces = _turn(served, asked, f"interactive-{reply_id}")
+        await served.abort(served.sessions.running(session) or "", caller.owner)
+        return _silent("stop")
+    if asked.request_output_len == 0:
+        served.sessions.forget(session)
+        return _silent("stop")
+    origin = caller.origin(
+        f"interactive-{reply_id}",
+        session_id=session[1] if asked.interactive_mode else None,
+        adapter=served.adapter_of(asked.named),
+    )
+    pieces = _turn(served, asked, session, origin)
     if asked.stream:
         return await while_connected(request, line_stream(pieces))
     return await while_connected(request, _joined(pieces))
@@ -43,13 +55,12 @@ async def interactive(
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAMS)
 async def generate(
-    asked: GenerateRequest, request: Request, served: Model, reply_id: ReplyId
+    asked: GenerateRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
 ) -> GenerateReply | StreamingResponse:
     """Go on with a text or with token ids."""
     adapter = served.adapter_of(asked.named)
     prompt = await while_connected(request, _prompt(served, asked))
-    session = None if asked.session_id in (None, -1) else str(asked.session_id)
-    origin = Origin(f"generate-{reply_id}", session_id=session, adapter=adapter)
+    origin = caller.origin(f"generate-{reply_id}", session_id=asked.session_id, adapter=adapter)
     if asked.stream:
         served.check_room([prompt])
         return event_stream(_pieces(served, asked, prompt, origin))
@@ -61,17 +72,22 @@ async def _prompt(served: Served, asked: GenerateRequest) -> Prompt:
     return await served.resolved(ids, asked.generation(), chat=False)
 
 
-async def _turn(served: Served, asked: InteractiveRequest, request_id: str) -> AsyncGenerator[InteractiveReply]:
-    """The reply in pieces; what was said is remembered when it is complete."""
-    adapter = served.adapter_of(asked.named)
-    session_id = secrets.randbits(62) if asked.session_id == -1 else asked.session_id
-    with served.sessions.turn(session_id, request_id) as conversation:
+async def _turn(
+    served: Served, asked: InteractiveRequest, session: SessionKey, origin: Origin
+) -> AsyncGenerator[InteractiveReply]:
+    """The reply in pieces; what was said is remembered when it is complete.
+
+    A session that is full gets a reply without text that ends by its length, as LMDeploy's client expects.
+    """
+    with served.sessions.turn(session, origin.request_id) as conversation:
         messages = [*conversation.messages, *asked.messages]
-        ids = await served.chat_ids(messages)
-        prompt = await served.resolved(ids, asked.generation(), chat=True)
         before, whole = conversation.tokens, Collected()
-        kept = str(session_id) if asked.interactive_mode else None
-        origin = Origin(request_id, session_id=kept, adapter=adapter)
+        try:
+            ids = await served.chat_ids(messages)
+            prompt = await served.resolved(ids, asked.generation(), chat=True)
+        except ContextLengthError:
+            yield _silent("length", before)
+            return
         async with aclosing(served.replies([prompt], origin)) as pieces:
             async for _, output in pieces:
                 whole.add(output)
@@ -82,10 +98,17 @@ async def _turn(served: Served, asked: InteractiveRequest, request_id: str) -> A
                     history_tokens=before,
                     finish_reason=output.finish_reason and str(output.finish_reason),
                 )
-        conversation.messages = [*messages, {"role": "assistant", "content": whole.text}]
+        conversation.messages = with_reply(messages, whole.text)
         conversation.tokens = len(ids) + len(whole.token_ids)
     if not asked.interactive_mode:
-        served.sessions.forget(session_id)
+        served.sessions.forget(session)
+
+
+def _silent(finish_reason: str, history_tokens: int = 0) -> InteractiveReply:
+    """A reply without text."""
+    return InteractiveReply(
+        text="", tokens=0, input_tokens=0, history_tokens=history_tokens, finish_reason=finish_reason
+    )
 
 
 async def _joined(pieces: AsyncGenerator[InteractiveReply]) -> InteractiveReply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from jaxdeploy.server.dependencies import Model
+from jaxdeploy.server.errors import UnknownModelError
 from jaxdeploy.server.protocol.models import AnthropicModelList, ModelCard, ModelList
 
 router = APIRouter(tags=["models"])
@@ -18,9 +19,11 @@ async def models(served: Model) -> ModelList:
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, served: Model) -> ModelCard:
-    """One of them."""
-    served.check_model(name)
-    return next(card for card in _cards(served) if card.id == name)
+    """One of them. Raises ``UnknownModelError``."""
+    card = next((card for card in _cards(served) if card.id == name), None)
+    if card is None:
+        raise UnknownModelError(f"model={name!r:.80} is not served here; GET /v1/models lists what is")
+    return card
 
 
 @router.get("/anthropic/v1/models", tags=["Anthropic"])

@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import Field, model_validator
 
 from jaxdeploy.errors import RequestError
-from jaxdeploy.server.dependencies import Model
+from jaxdeploy.server.dependencies import Caller, Model
 from jaxdeploy.server.protocol.fields import Strict
 
 router = APIRouter(tags=["operation"])
@@ -28,6 +28,9 @@ class AbortRequest(Strict):
 
 
 @router.post("/abort_request")
-async def abort_request(asked: AbortRequest, served: Model) -> dict[str, int]:
-    """End a request or all; those who wait for it get an error. How many replies ended is the answer."""
-    return {"aborted": await served.abort(asked.request_id)}
+async def abort_request(asked: AbortRequest, served: Model, caller: Caller) -> dict[str, int]:
+    """End a request or all; those who wait for it get an error. How many replies ended is the answer.
+
+    Where keys are separated, it ends only requests that came with the same key.
+    """
+    return {"aborted": await served.abort(asked.request_id, caller.owner)}

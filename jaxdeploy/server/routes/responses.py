@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.conversation import Replies, chat_prompt
-from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
+from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
 from jaxdeploy.server.error_handlers import error_reply
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Text, Thought
 from jaxdeploy.server.protocol.responses import (
@@ -22,6 +22,7 @@ from jaxdeploy.server.protocol.responses import (
     InputTokensDetails,
     Item,
     ItemStatus,
+    MessageItem,
     OutputCall,
     OutputItem,
     OutputMessage,
@@ -36,7 +37,7 @@ from jaxdeploy.server.protocol.responses import (
     RetrieveQuery,
 )
 from jaxdeploy.server.protocol.stream_event import StreamEvent
-from jaxdeploy.server.served import Origin, Prompt
+from jaxdeploy.server.served import Prompt
 from jaxdeploy.server.stored_responses import StoredResponse
 from jaxdeploy.server.streaming import STREAMS, named_event_stream
 
@@ -45,15 +46,15 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/responses", response_model=Response, responses=STREAMS)
 async def create_response(
-    asked: ResponsesRequest, request: Request, served: Model, reply_id: ReplyId
+    asked: ResponsesRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
 ) -> Response | StreamingResponse:
     """Go on with a conversation, which may be that of an earlier response."""
     adapter = served.adapter_of(asked.model)
     previous = asked.previous_response_id
-    before = () if previous is None else served.responses.find(previous).items
+    before = () if previous is None else served.responses.find(previous, caller.owner).items
     chat = asked.chat_request(before)
     prompt = await while_connected(request, chat_prompt(served, chat))
-    origin = Origin(f"resp_{reply_id}", chat.tenant, chat.priority, adapter=adapter)
+    origin = caller.origin(f"resp_{reply_id}", user=chat.tenant, priority=chat.priority, adapter=adapter)
     replies = Replies(served, chat, prompt, origin)
     job = _Job(replies, _begun(asked, replies, prompt), (*before, *asked.input))
     if asked.stream:
@@ -63,15 +64,17 @@ async def create_response(
 
 
 @router.get("/v1/responses/{response_id}")
-async def stored_response(response_id: str, how: Annotated[RetrieveQuery, Query()], served: Model) -> Response:
+async def stored_response(
+    response_id: str, how: Annotated[RetrieveQuery, Query()], served: Model, caller: Caller
+) -> Response:
     """A response that is kept."""
-    return served.responses.find(response_id).response
+    return served.responses.find(response_id, caller.owner).response
 
 
 @router.delete("/v1/responses/{response_id}")
-async def delete_response(response_id: str, served: Model) -> DeletedResponse:
+async def delete_response(response_id: str, served: Model, caller: Caller) -> DeletedResponse:
     """Keep a response no longer; those that went on from it stay."""
-    served.responses.forget(response_id)
+    served.responses.forget(response_id, caller.owner)
     return DeletedResponse(id=response_id)
 
 
@@ -133,8 +136,8 @@ class _Job:
         response.incomplete_details = IncompleteDetails(reason="max_output_tokens") if cut else None
         response.usage = _usage(self._replies, self._thought_tokens)
         if response.store:
-            items = (*self._before, *response.items)
-            self._replies.served.responses.keep(StoredResponse(response, items))
+            items = _joined(self._before, response.items)
+            self._replies.served.responses.keep(StoredResponse(response, items, self._replies.origin.owner))
         return [*events, self._tell(response.status)]
 
     def _tell(self, what: str) -> StreamEvent:
@@ -248,6 +251,15 @@ def _begun(asked: ResponsesRequest, replies: Replies, prompt: Prompt) -> Respons
         top_p=sampling.top_p if asked.top_p is None else asked.top_p,
         user=asked.user,
     )
+
+
+def _joined(before: Sequence[Item], output: Sequence[Item]) -> tuple[Item, ...]:
+    """The items of a conversation. A reply that went on from a message is one message with it."""
+    last, first = before[-1], output[0]
+    if isinstance(last, MessageItem) and last.role == "assistant" and isinstance(first, MessageItem):
+        whole = last.model_copy(update={"content": [*last.content, *first.content]})
+        return (*before[:-1], whole, *output[1:])
+    return (*before, *output)
 
 
 def _usage(replies: Replies, thought_tokens: int) -> ResponsesUsage:

@@ -66,9 +66,9 @@ async def tokenizer_info(served: Model) -> TokenizerInfo:
 async def _tokens(served: Served, asked: TokenizeRequest) -> list[int]:
     if asked.messages is None:
         return await served.count_text_ids(asked.prompt or "", add_bos=asked.add_special_tokens)
-    messages = [message.model_dump(exclude_none=True) for message in asked.messages]
-    variables = asked.chat_template_kwargs or {}
-    return await served.count_chat_ids(messages, add_generation_prompt=asked.add_generation_prompt, **variables)
+    messages = [message.model_dump() for message in asked.messages]
+    ending = {name: getattr(asked, name) for name in ("add_generation_prompt", "continue_final_message")}
+    return await served.count_chat_ids(messages, **(asked.chat_template_kwargs or {}), **ending)
 
 
 async def _encoded(served: Served, asked: EncodeRequest) -> list[list[int]]:

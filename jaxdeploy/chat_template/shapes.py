@@ -1,0 +1,116 @@
+"""The forms in which the same messages can be given to a Jinja template. Templates are written for different ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from jaxdeploy.chat_template.conversation import Message, function_of, text_of
+
+ABSENT = object()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One form: what the content of a message without text is, and whether text is in parts and arguments are objects.
+
+    Without text is null, and beside calls also an empty text. ``parts`` None leaves content as the client wrote it.
+    """
+
+    null: Any = None
+    parts: bool | None = None
+    objects: bool = True
+
+    def of(self, messages: Sequence[Message]) -> list[Message]:
+        """Copies of ``messages`` in this form."""
+        return [self._message(message) for message in messages]
+
+    def shows(self, text: str, messages: Sequence[Message]) -> bool:
+        """Whether a rendering of this form has no Python in place of what the messages say.
+
+        A template that expects text prints the ``repr`` of an object, and one that expects parts skips a text.
+        """
+        shaped = self.of(messages)
+        objects: list[Any] = [message["content"] for message in shaped if isinstance(message.get("content"), list)]
+        objects += [arguments for message in shaped for arguments in _arguments(message) if arguments]
+        if any(repr(item) in text for item in objects if not isinstance(item, str)):
+            return False
+        if not all(is_shown(name, text) for name in called(messages)):
+            return False
+        said = next((message for message in reversed(messages) if message["role"] == "user"), None)
+        return said is None or is_shown(text_of(said), text)
+
+    def _message(self, message: Message) -> Message:
+        shaped = {**message, "content": self.null if _is_null(message) else self._content(message["content"])}
+        if shaped["content"] is ABSENT:
+            del shaped["content"]
+        if "tool_calls" in message:
+            shaped["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
+        return shaped
+
+    def _content(self, content: Any) -> Any:
+        if self.parts is None or self.parts == isinstance(content, list):
+            return content
+        return [{"type": "text", "text": content}] if self.parts else text_of({"content": content})
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        function = dict(function_of(call))
+        if function.get("arguments") is not None:
+            function["arguments"] = (
+                _as_object(function["arguments"]) if self.objects else as_text(function["arguments"])
+            )
+        return {**call, "function": function} if "function" in call else function
+
+
+def shapes(messages: Sequence[Message]) -> Iterator[Shape]:
+    """The forms of ``messages`` that differ, in the order in which a template is offered them.
+
+    First null stays null, content stays as it was written, and arguments are objects, as transformers documents them.
+    """
+    contents = [message.get("content") for message in messages]
+    nulls: tuple[Any, ...] = (None,)
+    if any(map(_is_null, messages)):
+        nulls = (None, ABSENT, "") if None in contents else ("", None, ABSENT)
+    parts = (None, False) if any(isinstance(content, list) for content in contents) else (None, True)
+    objects = (True, False) if any("tool_calls" in message for message in messages) else (True,)
+    for part, null, object_ in product(parts, nulls, objects):
+        yield Shape(null, part, object_)
+
+
+def called(messages: Sequence[Message]) -> list[str]:
+    """The names of all functions that were called."""
+    return [function_of(call)["name"] for message in messages for call in message.get("tool_calls", ())]
+
+
+def is_shown(said: str, text: str) -> bool:
+    """Whether ``text`` has ``said``, as it is or inside JSON."""
+    said = said.strip()
+    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
+
+
+def as_text(arguments: Any) -> str:
+    """Arguments of a call as JSON."""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _is_null(message: Message) -> bool:
+    return message.get("content") is None or (message["content"] == "" and "tool_calls" in message)
+
+
+def _as_object(arguments: Any) -> Any:
+    """What arguments say; they stay as they are where they are no JSON object."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _arguments(message: Message) -> Iterator[Any]:
+    for call in message.get("tool_calls", ()):
+        yield function_of(call).get("arguments")
