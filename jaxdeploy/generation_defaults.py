@@ -52,7 +52,8 @@ def checked_defaults(found: Mapping[str, Any]) -> dict[str, Any]:
         try:
             defaults[name] = checked(GenerationConfig, name, value)
         except ConfigError as error:
-            faults.append(f"{FILE}: {error}")
+            stored = "stop_strings" if name == "stop_words" else name
+            faults.append(f"{FILE}: {str(error).replace(name, stored, 1)}")
     try:
         if ends := token_ids(found, FILE):
             defaults["eos_token_id"] = ends

@@ -56,6 +56,11 @@ def test_the_models_own_stop_strings_end_a_reply() -> None:
     assert resolve(GenerationConfig(ignore_eos=True), defaults, Letters()).stop_words == ()
 
 
+def test_a_wrong_stop_string_is_named_as_in_the_file() -> None:
+    with pytest.raises(CheckpointError, match=r"^generation_config.json: stop_strings=\[1\] must be text"):
+        checked_defaults({"stop_strings": [1]})
+
+
 def test_every_fault_is_listed(tmp_path: Path) -> None:
     assert read_generation_defaults(tmp_path) == {}
     put_json(tmp_path / "generation_config.json", {"top_k": "many", "temperature": -1, "eos_token_id": "x"})

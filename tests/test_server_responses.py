@@ -344,6 +344,13 @@ def test_wrong_requests_say_what_is_wrong(server: RunningServer, options: dict[s
     assert re.search(says, error["message"]), error["message"]
 
 
+@pytest.mark.parametrize("nothing", ["", [], {}, None])
+def test_a_refused_field_without_a_value_is_left_out(nothing: Any) -> None:
+    """``n`` is refused here and a number in a chat."""
+    chat = ResponsesRequest.model_validate({"input": ASK, "n": nothing, "truncation": nothing}).chat_request([])
+    assert chat.n is None
+
+
 def test_unknown_models(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="not served here"):
         ask(client, model="gpt-5")

@@ -87,7 +87,7 @@ class Strict(Bounded):
     @classmethod
     def _says_nothing(cls, name: str, value: Any) -> bool:
         field = cls.model_fields.get(name)
-        if field is None:
+        if field is None or any(isinstance(about, _Refused) for about in field.metadata):
             return value in NOTHINGS
         return value is None and field.default is not None and not field.is_required()
 
