@@ -163,6 +163,8 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"chat_template_kwargs": 5}, "chat_template_kwargs=5"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages has a field of its own"),
+        ({"chat_template_kwargs": {"tone": 1}}, "chat_template_kwargs.tone is not read by chat template"),
+        ({"enable_thinking": True}, "chat_template_kwargs.enable_thinking is not read by chat template"),
     ],
 )
 def test_wrong_requests_say_what_is_wrong(server: RunningServer, options: dict[str, Any], says: str) -> None:
@@ -173,6 +175,19 @@ def test_wrong_requests_say_what_is_wrong(server: RunningServer, options: dict[s
     assert re.search(says, error["message"]), error["message"]
     assert "Traceback" not in response.text
     assert "/work" not in response.text
+
+
+def test_every_chat_route_names_variables_that_the_template_does_not_read(server: RunningServer) -> None:
+    routes = {
+        "/v1/messages": {"messages": ASK, "max_tokens": 1},
+        "/v1/messages/count_tokens": {"messages": ASK},
+        "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
+        "/tokenize": {"messages": ASK},
+    }
+    for path, body in routes.items():
+        wrong = post(server, path, model=NAME, **body, chat_template_kwargs={"tone": 1})
+        assert (wrong.status_code, "chat_template_kwargs.tone is not read" in wrong.text) == (400, True), path
+        assert post(server, path, model=NAME, **body, chat_template_kwargs={"enable_thinking": False}).is_success, path
 
 
 def test_other_errors_have_the_form_of_openai(client: openai.OpenAI, server: RunningServer) -> None:
