@@ -172,6 +172,8 @@ OPERATORS = (("GET", "/nodes/status"), ("GET", "/metrics"), ("POST", "/nodes/add
 
 def test_a_client_cannot_add_a_node_and_collect_keys(stack: ExitStack) -> None:
     proxy = Running(stack, "", {"api_keys": ["client"]}, operator_keys=["boss"])
+    page = proxy.http.get("/docs", headers={"Authorization": ""})
+    assert (page.status_code, "/nodes/add" in page.text) == (200, True), "the documentation needs no key"
     mine, theirs = proxy.node("mine", key="of-mine"), proxy.node("theirs", key="of-theirs", models=("other",))
     evil = proxy.node("evil")
     for (method, path), key in itertools.product(OPERATORS, ("", "client", "wrong")):

@@ -383,8 +383,9 @@ def test_keys(engine: AsyncEngine) -> None:
             headers = {b"Authorization": f"Bearer {key}".encode("latin-1")}
             assert httpx2.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
         assert httpx2.get(f"{guarded.url}/v1/models", headers={"x-api-key": "one"}).status_code == 200
-        assert httpx2.get(f"{guarded.url}/health").status_code == 200
-        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nowhere", "/health/"):
+        for path in ("/health", "/docs"):
+            assert httpx2.get(f"{guarded.url}{path}").status_code == 200, path
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere", "/health/", "/docs/"):
             assert httpx2.get(guarded.url + path).status_code == 401, path
         with small_client(guarded, "on") as wrong, pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             wrong.models.list()
@@ -431,8 +432,18 @@ def test_requests_have_ids(server: RunningServer) -> None:
     assert len(unusable.headers["x-request-id"]) == 32
 
 
-def test_the_documentation_can_be_left_out(engine: AsyncEngine, server: RunningServer) -> None:
-    assert httpx2.get(f"{server.url}/docs").status_code == 200
+def test_the_documentation_needs_no_other_host(server: RunningServer) -> None:
+    page = httpx2.get(f"{server.url}/docs").text
+    schema = httpx2.get(f"{server.url}/openapi.json").json()
+    assert all(f"<code>{path}</code></h3>" in page for path in schema["paths"])
+    assert all(f'id="object-{name}"' in page for name in schema["components"]["schemas"])
+    assert {f'id="{link}"' for link in re.findall('href="#(.+?)"', page)} <= set(re.findall('id=".+?"', page))
+    assert "<td><code>top_p</code></td><td>number (≥ 0, ≤ 1) or null</td>" in page
+    assert not re.search(r"<script|https?://|//[a-z]|src=|url\(|``", page)
+    assert NAME not in page, "the page needs no key, so it does not name the model"
+
+
+def test_the_documentation_can_be_left_out(engine: AsyncEngine) -> None:
     with running(engine, disable_fastapi_docs=True) as silent:
         assert httpx2.get(f"{silent.url}/docs").status_code == 404
         assert httpx2.get(f"{silent.url}/openapi.json").status_code == 404
