@@ -47,7 +47,9 @@ def parse_args() -> argparse.Namespace:
 
 def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags about the text and how to run, the same in ``eval_quality.py``."""
-    parser.add_argument("--text", help=".txt, .jsonl or .parquet file, or wikitext2, ptb, c4 …; default: a bundled one")
+    parser.add_argument(
+        "--text", help=".txt, .jsonl or .parquet file, or wikitext2, ptb, c4 …; default: the model's, or a bundled one"
+    )
     parser.add_argument("--seqlen", type=positive, default=512, help="tokens in a sequence (default: 512)")
     parser.add_argument("--samples", type=positive, default=32, help="sequences, from the text's end (default: 32)")
     parser.add_argument("--batch-size", type=positive, default=1, help="sequences that run together (default: 1)")

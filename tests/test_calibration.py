@@ -228,7 +228,7 @@ class TestFiles:
         self, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
     ) -> None:
         """Then all tokens are measured."""
-        monkeypatch.setattr(tokenizer, "chat_template", template)
+        monkeypatch.setattr(tokenizer, "chat_templates", {"default": template})
         talk = [{"role": role, "content": story(99, seed)} for seed, role in enumerate(["user", "assistant"] * 2)]
         found = cut(write(tmp_path / "a.jsonl", json.dumps({"messages": talk})), tokenizer)
         assert found.scored is None
@@ -236,7 +236,7 @@ class TestFiles:
     def test_messages_without_a_template_are_joined(
         self, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tokenizer, "chat_template", None)
+        monkeypatch.setattr(tokenizer, "chat_templates", {})
         messages = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}]
         path = write(tmp_path / "a.jsonl", json.dumps({"messages": messages}) + "\n" + json.dumps({"text": story(200)}))
         found = cut(path, tokenizer, samples=100, held_out=1)
@@ -245,8 +245,8 @@ class TestFiles:
     def test_messages_that_the_template_refuses(
         self, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no such role') }}")
-        path = write(tmp_path / "a.jsonl", json.dumps({"messages": [{"role": "usr", "content": "Hi"}]}))
+        monkeypatch.setattr(tokenizer, "chat_templates", {"default": "{{ raise_exception('no such role') }}"})
+        path = write(tmp_path / "a.jsonl", json.dumps({"messages": [{"role": "user", "content": "Hi"}]}))
         with pytest.raises(ConfigError, match=r"a\.jsonl line 1 does not fit the chat template .*no such role"):
             cut(path, tokenizer)
 

@@ -93,10 +93,13 @@ def test_a_text_that_is_short_is_said(run: Run, text: Path) -> None:
     assert "held out" in err
 
 
-def test_the_bundled_text_is_the_default(run: Run) -> None:
-    status, out, _ = run(eval_ppl, DEMO, *SHORT)
+def test_the_text_of_the_model_is_the_default(run: Run) -> None:
+    """Of its conversations only the replies are measured."""
+    status, out, err = run(eval_ppl, DEMO, *SHORT)
     assert status == 0
-    assert "62 tokens" in out
+    assert "the model's own text" in out
+    assert "62 tokens" not in out
+    assert "only the replies are measured" in err
 
 
 @pytest.mark.parametrize("script", [eval_ppl, eval_quality])

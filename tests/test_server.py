@@ -77,7 +77,8 @@ def test_usage_comes_only_where_it_was_asked_for(client: openai.OpenAI) -> None:
 
 
 def test_alternatives(client: openai.OpenAI) -> None:
-    options = {"n": 3, "temperature": 2.0, "seed": 5, "max_tokens": 8}
+    greeting = [{"role": "user", "content": "Hello!"}]
+    options = {"messages": greeting, "n": 3, "temperature": 2.0, "seed": 5, "max_tokens": 8}
     reply = chat(client, **options)
     texts = [choice.message.content for choice in reply.choices]
     assert [choice.index for choice in reply.choices] == [0, 1, 2]

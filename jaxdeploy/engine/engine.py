@@ -339,24 +339,21 @@ class Engine:
         if not batch:
             return None
         self._steps += 1
-        with self.spans("admit"):
-            self._clear_blocks(self.scheduler.blocks.unclean())
-            self._runner.copy_blocks(self.scheduler.prefixes.transfers())
-            self._runner.upload(self.scheduler.adapters.uploads())
+        copied = False
         try:
+            with self.spans("admit"):
+                self._copy()
+                copied = True
+                self._write_tokens(batch.admitted)
             return self._start(batch, drafting=drafter is not None)
         except Exception as error:
-            if not self._runner.intact:
+            if not copied or not self._runner.intact:
                 raise
             self._fail_batch(batch, error)
             return None
 
     def _start(self, batch: ScheduledBatch, *, drafting: bool) -> Flight:
         """Build and launch ``batch``."""
-        with self.spans("admit"):
-            for sequence in batch.admitted:
-                assert sequence.slot is not None, "an admitted sequence has a slot"
-                self._runner.write_tokens(sequence.slot, sequence.token_ids)
         with self.spans("build"):
             shape = choose_shape(self._reading_shapes if reading_of(batch) else self._shapes, batch)
             shape, batch = for_adapters(shape, batch)
@@ -367,11 +364,19 @@ class Engine:
             self._fail(sequence, error)
         return Flight(result, batch, inputs, drafting)
 
-    def _clear_blocks(self, blocks: list[int]) -> None:
-        if blocks:
-            self._runner.clear_blocks(blocks)
+    def _copy(self) -> None:
+        """Launch what blocks and adapter slots need before the next step."""
+        if unclean := self.scheduler.blocks.unclean():
+            self._runner.clear_blocks(unclean)
             if self._speculation is not None:
-                self._speculation.clear_blocks(blocks)
+                self._speculation.clear_blocks(unclean)
+        self._runner.copy_blocks(self.scheduler.prefixes.transfers())
+        self._runner.upload(self.scheduler.adapters.uploads())
+
+    def _write_tokens(self, admitted: Iterable[Sequence]) -> None:
+        for sequence in admitted:
+            assert sequence.slot is not None, "an admitted sequence has a slot"
+            self._runner.write_tokens(sequence.slot, sequence.token_ids)
 
     def _fail(self, sequence: Sequence, error: Exception, trusted: int | None = None) -> None:
         """End a sequence with an error. ``trusted`` as in ``Scheduler.fail``."""

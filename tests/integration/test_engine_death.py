@@ -34,10 +34,9 @@ class Load:
 
     def __init__(self, url: str) -> None:
         self.outcomes: Counter[str] = Counter()
-        self.faults: list[str] = []
         self._url = url
         self._leaving = False
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -133,12 +134,17 @@ def running(log: Path, program: str, *flags: str) -> Iterator[str]:
     with log.open("wb") as lines, subprocess.Popen(command, stderr=lines) as process:
         try:
             url = f"http://127.0.0.1:{port}"
-            assert until(lambda: answers(url) or process.poll() is not None, 400, pause=0.2), "it did not start"
+            assert until(lambda: listens(port) or process.poll() is not None, 400, pause=0.2), "it did not start"
             yield url
             assert process.poll() is None, log.read_text()
             assert answers(url), "/health is red"
         finally:
             process.kill()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 async def events(lines: AsyncIterator[str]) -> AsyncIterator[Any]:
