@@ -18,7 +18,7 @@ import pytest
 
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.engine.engine import Engine
-from tests.served import RunningServer, running, until
+from tests.served import RunningServer, running, until, with_tools
 
 VICTIM = "VICTIM"
 """Its tenant and one of its stop words; its prompt contains it too."""
@@ -149,8 +149,11 @@ class Armed:
 
 @pytest.fixture(scope="module")
 def server(engine: AsyncEngine) -> Iterator[RunningServer]:
+    usual = engine.generator.template
+    engine.generator.template = with_tools(usual)
     with running(engine, options={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as made:
         yield made
+    engine.generator.template = usual
 
 
 @pytest.fixture(scope="module")
