@@ -132,8 +132,7 @@ def test_only_listed_routes_reach_a_node(stack: ExitStack) -> None:
     for line in sorted(allowed):
         assert asked_for(proxy.url, line) == 200, line
     assert sorted(node.does.targets) == sorted(allowed)
-    assert asked_for(proxy.url, "POST http://evil/generate") == 200, "a proxy's form of the same (RFC 9112, 3.2.2)"
-    assert node.does.targets.pop() == "POST /generate"
+    assert asked_for(proxy.url, "POST http://evil/generate") == 404, "the form for forward proxies (RFC 9112, 3.2.2)"
     before = len(node.does.targets)
     for trick, method in itertools.product(TRICKS, ("GET", "POST")):
         assert asked_for(proxy.url, f"{method} {trick}") in (400, 404, 0), trick

@@ -7,7 +7,6 @@ import re
 import socket
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Literal
 
 import anthropic
@@ -20,13 +19,12 @@ from pydantic import BaseModel
 from jaxdeploy.api_client import ApiClient, ServerError
 from jaxdeploy.chat import Chat
 from jaxdeploy.chat_session import Conversation
-from jaxdeploy.chat_template.jinja import JinjaTemplate
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason
-from tests.served import MOST, NAME, SESSION_LEN, RunningServer, running, until
+from tests.served import MOST, NAME, SESSION_LEN, RunningServer, running, until, with_tools
 
 ASK: Any = [{"role": "user", "content": "What is 6 times 7?"}]
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 12}
@@ -479,15 +477,8 @@ def test_replies_have_the_form_that_was_asked_for(client: openai.OpenAI) -> None
 def tool_server(engine: AsyncEngine) -> Iterator[RunningServer]:
     """The same model with a template that shows tools, and thoughts."""
     made = engine.generator
-    template = (
-        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for message in messages %}<|im_start|>"
-        "{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
-        "{{ call.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    )
-    usual, made.template = (
-        made.template,
-        replace(made.template, jinja=JinjaTemplate("tools", {"default": template}), name="tools"),
-    )
+    usual = made.template
+    made.template = with_tools(usual)
     with running(engine, options={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as server:
         yield server
     made.template = usual
