@@ -42,7 +42,7 @@ TEMPLATE = (
     "<tool_call>{{ call.function.name }}{{ call.function.arguments | tojson }}</tool_call>{% endfor %}"
     "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""The bundled model's own, with a place for tools and calls."""
+"""The chat template of the bundled model, extended by tools and calls."""
 LAST_NUMBER = {"function": "regex", "regex_pattern": r"(\d+)\D*$"}
 CHECKS = (
     "not_a_server_error",
