@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import uvicorn
 
 from jaxdeploy.chat import bundled_model
+from jaxdeploy.chat_template import ChatTemplate
+from jaxdeploy.chat_template.jinja import JinjaTemplate
 from jaxdeploy.config import EngineConfig, ServerConfig
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.engine.generator import Generator
@@ -23,6 +26,18 @@ NAME = "demo"
 SESSION_LEN = 256
 MOST = 12
 """Replies that the server takes at a time."""
+
+
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for message in messages %}<|im_start|>"
+    "{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
+    "{{ call.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def with_tools(template: ChatTemplate) -> ChatTemplate:
+    """Return the bundled model's template, changed to show tools and calls."""
+    return replace(template, jinja=JinjaTemplate("tools", {"default": TOOL_TEMPLATE}), name="tools")
 
 
 class RunningApp:

@@ -143,6 +143,7 @@ def test_a_tiny_run_writes_one_form(tmp_path: Path) -> None:
     assert "one token" in ran.stdout
 
 
+@pytest.mark.slow
 def test_a_spent_budget_is_marked(tmp_path: Path) -> None:
     out = tmp_path / "kernels.json"
     ran = bench("--tiny", "--ops", "rms_norm", "--rounds", "1", "--budget-s", "0", "--out", str(out))

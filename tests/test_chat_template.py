@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +253,47 @@ def test_lmdeploys_json_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("spec", ["vicunna", ChatTemplateConfig(model_name="vicunna")])
 def test_an_unknown_name_names_the_nearest(tokenizer: Tokenizer, spec: str | ChatTemplateConfig) -> None:
-    with pytest.raises(ConfigError, match="chat_template='vicunna' is no known name; did you mean 'vicuna'"):
+    with pytest.raises(ConfigError, match="chat_template='vicunna' is no known name; the nearest one is vicuna; "):
         resolve(spec, tokenizer)
+    with pytest.raises(ConfigError, match="chat_template='nope' is no known name; `jaxdeploy list`"):
+        resolve("nope", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"enable_thinking": True, "tone": "calm"}, None),
+        ({"thinking": False, "documents": [], "extra": None}, None),
+        (
+            {"enable_think": True},
+            "chat_template_kwargs.enable_think is not read by chat template 'checkpoint'; the nearest one",
+        ),
+        ({"volume": 1, "tone": "calm", "pitch": 0}, "kwargs.volume, chat_template_kwargs.pitch are not read"),
+        ({"begun": 1}, "chat_template_kwargs.begun is not read"),
+        ({"raise_exception": 1}, "chat_template_kwargs.raise_exception is not read"),
+    ],
+)
+def test_variables_must_be_read_by_the_template(tmp_path: Path, given: dict[str, Any], fault: str | None) -> None:
+    source = (
+        "{% if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}{% set begun = 1 %}"
+        "{{ messages[0].content }} {{ enable_thinking }} {{ tone }}{{ begun }}"
+        "{% if 0 %}{{ raise_exception() }}{% endif %}"
+    )
+    template = resolve(None, with_template(tmp_path, source))
+    expected = f"U {given.get('enable_thinking', True)} {given.get('tone', '')}1"
+    if fault is None:
+        assert template.render([{"role": "user", "content": "U"}], **given) == expected
+        return
+    with pytest.raises(RequestError, match=re.escape(fault)):
+        template.render([{"role": "user", "content": "U"}], **given)
+
+
+def test_builtin_templates_read_no_variables(tokenizer: Tokenizer) -> None:
+    template = resolve("chatml", tokenizer)
+    plain = template.render(CHAT)
+    assert template.render(CHAT, enable_thinking=False) == plain
+    with pytest.raises(RequestError, match=r"kwargs\.enable_thinking is not read by chat template 'chatml'"):
+        template.render(CHAT, enable_thinking=True)
 
 
 def test_a_missing_file(tokenizer: Tokenizer) -> None:

@@ -130,9 +130,11 @@ def test_flags_come_before_the_file(tmp_path: Path) -> None:
     chat, engine, generation = given("--config", str(path), "--temperature", "0.7")
     assert (chat["meta_instruction"], engine["session_len"]) == ("Be brief.", 64)
     assert generation == {"temperature": 0.7, "stop_words": ["a"]}
-    path.write_text("sesion_len: 64\n")
-    with pytest.raises(ConfigError, match="the nearest one is session_len"):
+    path.write_text("sesion_len: 64\ntp: 0\nqwertz: 1\n")
+    with pytest.raises(ConfigError) as three:
         given("--config", str(path))
+    for fault in ("the nearest one is session_len", "tp=0 ", "qwertz=1 is not a setting"):
+        assert fault in str(three.value)
 
 
 def test_template_of_the_flags(tmp_path: Path) -> None:

@@ -226,7 +226,14 @@ def watch(engine: Engine) -> list[tuple[list[int], tuple[int, ...]]]:
     return seen
 
 
-@pytest.mark.parametrize("options", [{}, {"blocks": 20}, {"decode_steps": 1, "max_prefill": 32}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"blocks": 20}, marks=pytest.mark.slow),
+        pytest.param({"decode_steps": 1, "max_prefill": 32}, marks=pytest.mark.slow),
+    ],
+)
 def test_no_token_changes(folder: Path, options: dict[str, Any]) -> None:
     items = [
         request(f"{n}", prompt(1 + 5 * n, seed=n), max_new_tokens=12 + n, temperature=0.7 * (n % 2), seed=n)

@@ -18,7 +18,7 @@ import pytest
 
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.engine.engine import Engine
-from tests.served import RunningServer, running, until
+from tests.served import RunningServer, running, until, with_tools
 
 VICTIM = "VICTIM"
 """Its tenant and one of its stop words; its prompt contains it too."""
@@ -29,8 +29,8 @@ EVENTS = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
 SCORED = CHAT | {"logprobs": True, "top_logprobs": 2}
 FORMED = CHAT | {"response_format": {"type": "regex_schema", "regex_schema": "[a-z]{2,4}"}}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
-CALLING = CHAT | {"tools": [TOOL]}
-REQUIRED = CALLING | {"tool_choice": "required"}
+CALLING = CHAT | {"tools": [TOOL], "ignore_eos": True}
+REQUIRED = CHAT | {"tools": [TOOL], "tool_choice": "required"}
 ECHO = {"prompt": VICTIM, "user": VICTIM, "stop": [VICTIM], "echo": True, "logprobs": 1, "max_tokens": 1}
 NEIGHBOUR = {"prompt": "The best thing about", "temperature": 0, "max_tokens": 16, "ignore_eos": True, "stream": True}
 
@@ -149,8 +149,11 @@ class Armed:
 
 @pytest.fixture(scope="module")
 def server(engine: AsyncEngine) -> Iterator[RunningServer]:
+    usual = engine.generator.template
+    engine.generator.template = with_tools(usual)
     with running(engine, options={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as made:
         yield made
+    engine.generator.template = usual
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +210,10 @@ def test_a_fault_costs_its_request_alone(
         rest = apart.submit(lambda: "".join(neighbour))
         reply = client.post(point.path, json=point.body)
         assert text + rest.result() == neighbours_text
-        assert armed.fired
+        assert armed.fired, reply.text
         assert failed(reply) != point.harmless, reply.text
-        assert point.name in caplog.text
         assert until(server.idle)
+        assert until(lambda: point.name in caplog.text), "the log names the point"
         assert client.get("/health").status_code == 200
     check_nothing_is_lost(server)
 
@@ -242,7 +245,7 @@ def test_a_fault_of_a_whole_step_costs_its_requests_and_not_the_engine(
     with httpx2.Client(base_url=server.url, timeout=30) as client:
         armed = Armed(Point("a step", where, early=True), monkeypatch, names)
         reply = client.post("/v1/completions", json=NEIGHBOUR | {"stream": False})
-        assert armed.fired
+        assert armed.fired, reply.text
         assert reply.status_code == 500
         assert until(server.idle)
         assert "".join(stream(client)) == neighbours_text, "nobody finds what was not computed"

@@ -108,6 +108,7 @@ def test_real_shapes_on_a_gpu(shape: Shape) -> None:
     test_real_shapes(shape)
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(
     tokens=st.sampled_from((1, 17, 65, 257)),

@@ -77,7 +77,8 @@ def test_the_same_model(tmp_path: Path, architecture: str, tied: bool) -> None:
     assert apart(logits(ours), logits(plain)) < SUMMED_APART
 
 
-@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [2, 4])
 def test_on_several_devices(tmp_path: Path, tp: int) -> None:
     hf = hf_of("LlamaForCausalLM")
     folder = stored(tmp_path, hf)

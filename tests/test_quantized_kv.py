@@ -225,8 +225,9 @@ def test_preempted_is_uninterrupted(bits: int) -> None:
     assert engine.scheduler.preemptions > 0
 
 
-@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tp", [2, 4])
 def test_several_devices_generate_what_one_does(tp: int, bits: int) -> None:
     item = request("a", prompt(70), logprobs=0, **SAMPLED)
     (tokens, logprobs), (expected, truth) = (generated(engine_of(bits, n), item) for n in (tp, 1))

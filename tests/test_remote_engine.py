@@ -298,7 +298,9 @@ def step_until_it_ends(engine: RemoteEngine) -> None:
         engine.step()
 
 
-@pytest.mark.parametrize("how", ["fails", "killed", "interrupted"])
+@pytest.mark.parametrize(
+    "how", ["killed", *(pytest.param(how, marks=pytest.mark.slow) for how in ("fails", "interrupted"))]
+)
 def test_the_end_of_the_process(how: str) -> None:
     engine = RemoteEngine(partial(echo, 5) if how == "fails" else echo)
     engine.add(Request("a", (1,) * 90))
@@ -407,7 +409,7 @@ def test_a_request_that_meets_the_unloading_of_its_adapter_ends() -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("how", ["dies", "closed"])
+@pytest.mark.parametrize("how", ["dies", pytest.param("closed", marks=pytest.mark.slow)])
 def test_calls_fail_when_the_process_ends(how: str) -> None:
     engine = RemoteEngine(echo)
     calls = [engine.load_adapter("x", "fine"), engine.load_adapter("y", "the end")]

@@ -183,7 +183,10 @@ def test_a_ratio_must_be_a_number(tmp_path: Path) -> None:
         write_result(tmp_path / "x.json", "example/1", {}, {}, {"speedup": float("nan")})
 
 
-@pytest.mark.parametrize("name", ["bench_structured", "make_goldens", "write_cli_docs"])
+@pytest.mark.parametrize(
+    "name",
+    ["write_cli_docs", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bench_structured", "make_goldens"))],
+)
 def test_help_runs_nothing(name: str) -> None:
     """Also where the packages of their extras are missing."""
     page = ROOT / "docs/cli.md"

@@ -7,7 +7,6 @@ import re
 import socket
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Literal
 
 import anthropic
@@ -20,13 +19,12 @@ from pydantic import BaseModel
 from jaxdeploy.api_client import ApiClient, ServerError
 from jaxdeploy.chat import Chat
 from jaxdeploy.chat_session import Conversation
-from jaxdeploy.chat_template.jinja import JinjaTemplate
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason
-from tests.served import MOST, NAME, SESSION_LEN, RunningServer, running, until
+from tests.served import MOST, NAME, SESSION_LEN, RunningServer, running, until, with_tools
 
 ASK: Any = [{"role": "user", "content": "What is 6 times 7?"}]
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 12}
@@ -77,7 +75,8 @@ def test_usage_comes_only_where_it_was_asked_for(client: openai.OpenAI) -> None:
 
 
 def test_alternatives(client: openai.OpenAI) -> None:
-    options = {"n": 3, "temperature": 2.0, "seed": 5, "max_tokens": 8}
+    greeting = [{"role": "user", "content": "Hello!"}]
+    options = {"messages": greeting, "n": 3, "temperature": 2.0, "seed": 5, "max_tokens": 8}
     reply = chat(client, **options)
     texts = [choice.message.content for choice in reply.choices]
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
@@ -163,6 +162,8 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"chat_template_kwargs": 5}, "chat_template_kwargs=5"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages has a field of its own"),
+        ({"chat_template_kwargs": {"tone": 1}}, "chat_template_kwargs.tone is not read by chat template"),
+        ({"enable_thinking": True}, "chat_template_kwargs.enable_thinking is not read by chat template"),
     ],
 )
 def test_wrong_requests_say_what_is_wrong(server: RunningServer, options: dict[str, Any], says: str) -> None:
@@ -173,6 +174,19 @@ def test_wrong_requests_say_what_is_wrong(server: RunningServer, options: dict[s
     assert re.search(says, error["message"]), error["message"]
     assert "Traceback" not in response.text
     assert "/work" not in response.text
+
+
+def test_every_chat_route_names_variables_that_the_template_does_not_read(server: RunningServer) -> None:
+    routes = {
+        "/v1/messages": {"messages": ASK, "max_tokens": 1},
+        "/v1/messages/count_tokens": {"messages": ASK},
+        "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
+        "/tokenize": {"messages": ASK},
+    }
+    for path, body in routes.items():
+        wrong = post(server, path, model=NAME, **body, chat_template_kwargs={"tone": 1})
+        assert (wrong.status_code, "chat_template_kwargs.tone is not read" in wrong.text) == (400, True), path
+        assert post(server, path, model=NAME, **body, chat_template_kwargs={"enable_thinking": False}).is_success, path
 
 
 def test_other_errors_have_the_form_of_openai(client: openai.OpenAI, server: RunningServer) -> None:
@@ -368,8 +382,9 @@ def test_keys(engine: AsyncEngine) -> None:
             headers = {b"Authorization": f"Bearer {key}".encode("latin-1")}
             assert httpx2.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
         assert httpx2.get(f"{guarded.url}/v1/models", headers={"x-api-key": "one"}).status_code == 200
-        assert httpx2.get(f"{guarded.url}/health").status_code == 200
-        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/nowhere", "/health/"):
+        for path in ("/health", "/docs"):
+            assert httpx2.get(f"{guarded.url}{path}").status_code == 200, path
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere", "/health/", "/docs/"):
             assert httpx2.get(guarded.url + path).status_code == 401, path
         with small_client(guarded, "on") as wrong, pytest.raises(openai.AuthenticationError, match="missing or wrong"):
             wrong.models.list()
@@ -416,8 +431,18 @@ def test_requests_have_ids(server: RunningServer) -> None:
     assert len(unusable.headers["x-request-id"]) == 32
 
 
-def test_the_documentation_can_be_left_out(engine: AsyncEngine, server: RunningServer) -> None:
-    assert httpx2.get(f"{server.url}/docs").status_code == 200
+def test_the_documentation_needs_no_other_host(server: RunningServer) -> None:
+    page = httpx2.get(f"{server.url}/docs").text
+    schema = httpx2.get(f"{server.url}/openapi.json").json()
+    assert all(f"<code>{path}</code></h3>" in page for path in schema["paths"])
+    assert all(f'id="object-{name}"' in page for name in schema["components"]["schemas"])
+    assert {f'id="{link}"' for link in re.findall('href="#(.+?)"', page)} <= set(re.findall('id=".+?"', page))
+    assert "<td><code>top_p</code></td><td>number (≥ 0, ≤ 1) or null</td>" in page
+    assert not re.search(r"<script|https?://|//[a-z]|src=|url\(|``", page)
+    assert NAME not in page, "the page needs no key, so it does not name the model"
+
+
+def test_the_documentation_can_be_left_out(engine: AsyncEngine) -> None:
     with running(engine, disable_fastapi_docs=True) as silent:
         assert httpx2.get(f"{silent.url}/docs").status_code == 404
         assert httpx2.get(f"{silent.url}/openapi.json").status_code == 404
@@ -452,15 +477,8 @@ def test_replies_have_the_form_that_was_asked_for(client: openai.OpenAI) -> None
 def tool_server(engine: AsyncEngine) -> Iterator[RunningServer]:
     """The same model with a template that shows tools, and thoughts."""
     made = engine.generator
-    template = (
-        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for message in messages %}<|im_start|>"
-        "{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
-        "{{ call.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    )
-    usual, made.template = (
-        made.template,
-        replace(made.template, jinja=JinjaTemplate("tools", {"default": template}), name="tools"),
-    )
+    usual = made.template
+    made.template = with_tools(usual)
     with running(engine, options={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as server:
         yield server
     made.template = usual

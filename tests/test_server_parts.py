@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from jaxdeploy.cli import command_parser
 from jaxdeploy.cli.flags import read_settings
@@ -22,10 +23,11 @@ from jaxdeploy.engine.generator import TextOutput
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason, SpeculationCounts
-from jaxdeploy.server.logs import JsonFormat, TextFormat, set_up_logging
+from jaxdeploy.server.logs import JsonFormat, TextFormat, name_request, set_up_logging
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.protocol.stream_event import StreamEvent
 from jaxdeploy.server.protocol.usage import Usage
+from jaxdeploy.server.request_log import RequestLog
 from jaxdeploy.server.served import Pulse
 from jaxdeploy.server.sessions import KEPT, SessionBusyError, Sessions
 from jaxdeploy.server.streaming import NAMED_PING, event_stream, line_stream, named_event_stream
@@ -148,6 +150,22 @@ def test_lines_of_the_log() -> None:
     assert (line["message"], line["status"], line["level"]) == ("GET /x", 200, "INFO")
     with pytest.raises(ConfigError, match="log_level='LOUD'"):
         set_up_logging("LOUD", "text")
+
+
+def test_lines_that_a_request_logs_have_its_id(caplog: pytest.LogCaptureFixture) -> None:
+    """A fault in a route is logged by a handler that does not know the request."""
+
+    async def failing(scope: Scope, receive: Receive, send: Send) -> None:
+        logging.getLogger("jaxdeploy").error("a request failed")
+
+    async def nothing(*_: Any) -> Any:
+        raise AssertionError("nothing is received or sent")
+
+    caplog.handler.addFilter(name_request)
+    scope = {"type": "http", "method": "GET", "path": "/x", "headers": [(b"x-request-id", b"abc")]}
+    asyncio.run(RequestLog(failing)(scope, nothing, nothing))
+    caplog.handler.removeFilter(name_request)
+    assert [vars(record)["request_id"] for record in caplog.records if record.message == "a request failed"] == ["abc"]
 
 
 CONFIGS = Path(__file__).parents[1] / "configs/serve"

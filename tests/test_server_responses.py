@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 import httpx2
@@ -15,11 +14,10 @@ from openai.types.responses import ResponseStreamEvent
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import BaseModel, TypeAdapter
 
-from jaxdeploy.chat_template.jinja import JinjaTemplate
 from jaxdeploy.engine.async_engine import AsyncEngine
 from jaxdeploy.server.protocol.responses import Response, ResponsesRequest
 from jaxdeploy.server.stored_responses import StoredResponse, StoredResponses, UnknownResponseError
-from tests.served import NAME, SESSION_LEN, RunningServer, running, until
+from tests.served import NAME, SESSION_LEN, RunningServer, running, until, with_tools
 
 ASK = "What is 6 times 7?"
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_output_tokens": 40}
@@ -49,15 +47,8 @@ def client(server: RunningServer) -> Iterator[openai.OpenAI]:
 def tool_client(engine: AsyncEngine) -> Iterator[openai.OpenAI]:
     """Of the same model with a template that shows tools, and thoughts."""
     made = engine.generator
-    template = (
-        "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{% for message in messages %}<|im_start|>"
-        "{{ message.role }}\n{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>"
-        "{{ call.function.arguments.city }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    )
-    usual, made.template = (
-        made.template,
-        replace(made.template, jinja=JinjaTemplate("tools", {"default": template}), name="tools"),
-    )
+    usual = made.template
+    made.template = with_tools(usual)
     with running(engine, options={"tool_call_parser": "hermes", "reasoning_parser": "think"}) as server:
         with client_of(server) as client:
             yield client

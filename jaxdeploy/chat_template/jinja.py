@@ -36,6 +36,10 @@ class JinjaTemplate:
         """Words that the templates may compare roles with."""
         self._templates = {label: CompiledTemplate(source) for label, source in sources.items()}
 
+    def reads(self, tools: Tools | None) -> frozenset[str]:
+        """Names of the variables that the template for ``tools`` reads. Raises ``RequestError`` if there is none."""
+        return self._chosen(tools).reads
+
     def render(self, messages: Sequence[Message], tools: Tools | None, how: Ending, variables: Variables) -> str:
         """The text of checked ``messages``.
 

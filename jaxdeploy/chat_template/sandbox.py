@@ -35,7 +35,8 @@ class TemplateRefusedError(TemplateError):
 class CompiledTemplate:
     """A Jinja template with the settings and additions that transformers gives. Renderings may run in parallel.
 
-    ``variables`` are the names that it mentions.
+    variables: the names that it mentions.
+    reads: those of them whose values come from the caller.
 
     Raises:
         CheckpointError: the source is no valid Jinja, or renders nothing within the limits of ``Meter``.
@@ -77,7 +78,7 @@ class CompiledTemplate:
             raise kind(_line(error)) from error
 
     def _compile(self, source: str) -> None:
-        from jinja2 import nodes
+        from jinja2 import meta, nodes
 
         from jaxdeploy.chat_template.environment import ChatEnvironment
 
@@ -85,6 +86,7 @@ class CompiledTemplate:
         with self._environment.metered(Meter(source)):
             tree = self._environment.parse(source)
             self.variables = frozenset(name.name for name in tree.find_all(nodes.Name))
+            self.reads = frozenset(meta.find_undeclared_variables(tree))
             self._template = self._environment.from_string(tree)
 
     def _probe(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ from jaxdeploy.chat_template.builtin import BASE, BY_ARCHITECTURE, CHAT_TEMPLATE
 from jaxdeploy.chat_template.conversation import Message, check_messages, ending, text_of
 from jaxdeploy.chat_template.jinja import JinjaTemplate
 from jaxdeploy.chat_template.pieces import BuiltinTemplate
+from jaxdeploy.chat_template.variables import check_variables
 from jaxdeploy.config import ChatTemplateConfig
 from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.settings import nearest
 from jaxdeploy.tokenizer import Tokenizer
 from jaxdeploy.tokenizer.settings import DEFAULT
 
@@ -92,14 +93,15 @@ class ChatTemplate:
             add_generation_prompt: end with the header of a new reply.
             continue_final_message: end inside the last message, which is the assistant's.
             tools: the functions that the model may call.
-            kwargs: more variables for a Jinja template.
+            kwargs: more variables for a Jinja template, as ``chat_template_kwargs`` of a request has them.
 
         Raises:
             RequestError: a message breaks a rule, the flags contradict each other, or the template refuses the messages
-                or has no place for some of them or for ``tools``.
+                or has no place for some of them or for ``tools``, or does not read a variable in ``kwargs``.
         """
         chat = check_messages(messages, self.jinja.roles if self.jinja is not None else ())
         how = ending(chat, add_generation_prompt, continue_final_message)
+        check_variables(kwargs, self._reads(tools), self.name)
         if self.capability != "chat":
             text = "".join(text_of(message) for message in chat)
             return _infill(text) if self.capability == "infilling" else text
@@ -157,6 +159,12 @@ class ChatTemplate:
         pieces = self.pieces and replace(self.pieces, **_pieces(config), meta_instruction=system)
         return replace(self, pieces=pieces, meta_instruction=system, stop_words=stops, capability=capability)
 
+    def _reads(self, tools: Sequence[Mapping[str, Any]] | None) -> frozenset[str]:
+        """Names of the variables that a rendering depends on."""
+        if self.jinja is None or self.capability != "chat":
+            return frozenset()
+        return self.jinja.reads(tools)
+
     def _with_system(self, messages: list[Message]) -> list[Message]:
         """Put the default system prompt first where the messages bring none."""
         if not self.meta_instruction or messages[0]["role"] in ("system", "developer"):
@@ -184,9 +192,9 @@ def _read(path: Path) -> str:
 
 
 def _unknown(name: str) -> str:
-    near = get_close_matches(name.lower(), CHAT_TEMPLATES, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"chat_template={name!r} is no known name; {hint}`jaxdeploy list` shows them, and a file's path works too"
+    near = nearest(name.lower(), CHAT_TEMPLATES)
+    hint = f"{near}; " if near else ""
+    return f"chat_template={name!r} is no known name; {hint}`jaxdeploy list` shows all, and a file's path works too"
 
 
 def _pieces(config: ChatTemplateConfig) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
     if session_len > stretched:
         logger.warning(
             "session_len=%d is more than the %d tokens the model was made for: text beyond them degrades, "
-            "and KV cache and steps are sized for %.0f times as much; --session-len %d avoids both",
+            "and a sequence may need %.0f times the KV cache; session_len=%d avoids both",
             session_len,
             stretched,
             session_len / stretched,

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from jaxdeploy.config import ServerConfig
 from jaxdeploy.server import error_handlers
+from jaxdeploy.server.documentation import add_documentation
 from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.middleware import surround
 from jaxdeploy.server.registering import registered
@@ -20,13 +21,14 @@ from jaxdeploy.server.served import Served
 def create_app(served: Served, config: ServerConfig) -> FastAPI:
     """The server as an ASGI application; the engine is closed at its end. Raises ``ConfigError`` for wrong keys."""
     config = with_keys(config)
-    hidden = ("docs_url", "redoc_url", "openapi_url") if config.disable_fastapi_docs else ()
     app = FastAPI(
         title="jaxdeploy",
         version=version("jaxdeploy"),
         summary=f"Replies of {served.name}",
         lifespan=_lifespan(served, config),
-        **dict.fromkeys(hidden),  # type: ignore[arg-type]
+        docs_url=None,  # FastAPI's own pages load scripts from another host
+        redoc_url=None,
+        openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
     )
     app.state.served = served
     app.state.needs_keys = bool(config.api_keys)
@@ -35,6 +37,8 @@ def create_app(served: Served, config: ServerConfig) -> FastAPI:
     error_handlers.install(app)
     for router in routers():
         app.include_router(router, responses=error_handlers.RESPONSES)
+    if not config.disable_fastapi_docs:
+        add_documentation(app)
     surround(app, config)
     return app
 

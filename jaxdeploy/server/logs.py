@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import textwrap
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +14,9 @@ from jaxdeploy.errors import ConfigError
 
 FIELDS = ("request_id", "status", "seconds")
 """What a line may have beside its text."""
+
+current_request: ContextVar[str] = ContextVar("current_request")
+"""Id of the request that the running task handles; lines that are logged meanwhile get it."""
 
 
 class TextFormat(logging.Formatter):
@@ -52,10 +56,19 @@ def set_up_logging(level: str, form: str) -> None:
         raise ConfigError(f"log_level={level!r} is not one of DEBUG, INFO, WARNING, ERROR; take one of these")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormat() if form == "json" else TextFormat())
+    handler.addFilter(name_request)
     for name in ("jaxdeploy", "uvicorn"):
         log = logging.getLogger(name)
         log.handlers, log.propagate = [handler], False
         log.setLevel(names[level.upper()] if name == "jaxdeploy" else max(names[level.upper()], logging.WARNING))
+
+
+def name_request(record: logging.LogRecord) -> bool:
+    """Give ``record`` the id of the current request, unless it has one. A filter that keeps every record."""
+    request_id = current_request.get(None)
+    if request_id is not None and not hasattr(record, "request_id"):
+        record.request_id = request_id
+    return True
 
 
 def _printable(text: str) -> str:

@@ -10,6 +10,8 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jaxdeploy.server.logs import current_request
+
 logger = logging.getLogger("jaxdeploy.server")
 
 POLLED = frozenset({"/health", "/metrics", "/v1/models", "/nodes/add"})
@@ -33,6 +35,7 @@ class RequestLog:
         given = Headers(scope=scope).get(HEADER, "")
         request_id = given if _USABLE.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        current_request.set(request_id)
         begun, status = time.monotonic(), 0
 
         async def noted(message: Message) -> None:

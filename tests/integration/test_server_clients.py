@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -23,7 +25,24 @@ from tests.integration.test_server_process import started
 pytestmark = pytest.mark.slow
 
 NAME = "jaxdeploy-demo"
-FLAGS = ("--session-len", "256", "--max-batch-size", "4", "--no-warmup", "--tool-call-parser", "hermes")
+FLAGS = (
+    "--session-len",
+    "256",
+    "--max-batch-size",
+    "4",
+    "--no-warmup",
+    "--tool-call-parser",
+    "hermes",
+    "--reasoning-parser",
+    "think",
+)
+TEMPLATE = (
+    "{{ bos_token }}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + (message.content or '') }}{% for call in message.tool_calls or [] %}"
+    "<tool_call>{{ call.function.name }}{{ call.function.arguments | tojson }}</tool_call>{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""The chat template of the bundled model, extended by tools and calls."""
 LAST_NUMBER = {"function": "regex", "regex_pattern": r"(\d+)\D*$"}
 CHECKS = (
     "not_a_server_error",
@@ -36,8 +55,11 @@ CHECKS = (
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server process over the bundled model."""
-    with started(tmp_path_factory.mktemp("server") / "log", *FLAGS) as (_, address):
+    """A server process over the bundled model, whose chat template gets a place for tools and calls."""
+    folder = tmp_path_factory.mktemp("server")
+    template = folder / "tools.jinja"
+    template.write_text(TEMPLATE)
+    with started(folder / "log", *FLAGS, "--chat-template", str(template)) as (_, address):
         yield address
 
 
@@ -129,6 +151,29 @@ def test_langchain(url: str) -> None:
     vectors = OpenAIEmbeddings(**options, check_embedding_ctx_length=False).embed_documents(["a cat", "a dog"])
     assert len(vectors) == 2
     assert sum(value * value for value in vectors[0]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("responses", [False, True], ids=["chat", "responses"])
+def test_langchain_sends_its_own_replies_back(url: str, responses: bool) -> None:
+    """Whole and streamed: text, a call with its result, and a thought."""
+    from langchain_core.messages import HumanMessage, ToolMessage
+    from langchain_openai import ChatOpenAI
+
+    options: dict[str, Any] = {"base_url": f"{url}/v1", "api_key": "none", "model": NAME, "temperature": 0}
+    model = ChatOpenAI(**options, max_tokens=150, use_responses_api=responses)
+    short = ChatOpenAI(**options, max_tokens=16, use_responses_api=responses)
+    thought = {"type": "regex_schema", "regex_schema": "<think>six</think>42"}
+    thinks = model.bind(extra_body={"text": {"format": thought}} if responses else {"response_format": thought})
+    calls = model.bind_tools([TOOL], tool_choice="required", parallel_tool_calls=False)
+    ask, again = HumanMessage("What is 6 times 7?"), HumanMessage("And?")
+    for kind in (model, thinks, calls):
+        for reply in (kind.invoke([ask]), functools.reduce(operator.add, kind.stream([ask]))):
+            results = [ToolMessage("4", tool_call_id=call["id"]) for call in reply.tool_calls]
+            assert bool(results) == (kind is calls)
+            assert short.invoke([ask, reply, *results, again]).response_metadata
+            assert ("42" in reply.text) == (kind is not calls)
+            has_thought = any(block["type"] == "reasoning" for block in reply.content_blocks)
+            assert has_thought == (responses and kind is thinks), "LangChain drops the thoughts of chat completions"
 
 
 def write_task(file: Path) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def test_a_quantised_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, pol
     engine.close()
 
 
+@pytest.mark.slow
 def test_ranges_that_v03_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_kv_parameters(tmp_path, np.array([[0.5, 1, 0.25, 0]] * 2, np.float32))
     engine = build(tmp_path, quant_policy=4, num_blocks=2, tp=2)

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from jaxdeploy.config import ProxyConfig, ServerConfig
 from jaxdeploy.server import error_handlers
+from jaxdeploy.server.documentation import add_documentation
 from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.middleware import surround
 from jaxdeploy.server.proxy import operators, routes
@@ -32,21 +33,25 @@ def create_proxy_app(config: ProxyConfig, server_config: ServerConfig) -> FastAP
     """
     server_config = with_keys(server_config)
     proxy = Proxy(config)
-    hidden = ("docs_url", "redoc_url", "openapi_url") if server_config.disable_fastapi_docs else ()
     app = FastAPI(
         title="jaxdeploy proxy",
         version=version("jaxdeploy"),
         summary="Several servers at one address",
         lifespan=_running(proxy),
         redirect_slashes=False,  # a path with a slash too many is not a path of the proxy
-        **dict.fromkeys(hidden),  # type: ignore[arg-type]
+        docs_url=None,  # FastAPI's own pages load scripts from another host
+        redoc_url=None,
+        openapi_url=None if server_config.disable_fastapi_docs else "/openapi.json",
     )
     app.state.proxy = proxy
+    app.state.needs_keys = bool(server_config.api_keys)
     app.state.tenant_secret = secrets.token_bytes() if len(server_config.api_keys or ()) > 1 else None
     app.state.operators = Operators.of(config, server_config)
     error_handlers.install(app)
     for part in (operators.router, operators.abort, routes.router):
         app.include_router(part, responses=error_handlers.RESPONSES)
+    if not server_config.disable_fastapi_docs:
+        add_documentation(app)
     app.router.routes.append(Route("/{path:path}", _NotHere(), name="not_here"))
     surround(app, _with_operators(config, server_config))
     return app

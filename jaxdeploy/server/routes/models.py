@@ -19,7 +19,7 @@ async def models(served: Model) -> ModelList:
 
 @router.get("/v1/models/{name:path}")
 async def model(name: str, served: Model) -> ModelCard:
-    """One of them. Raises ``UnknownModelError``."""
+    """One model of the list; 404 if it is not there."""
     card = next((card for card in _cards(served) if card.id == name), None)
     if card is None:
         raise UnknownModelError(f"model={name!r:.80} is not served here; GET /v1/models lists what is")
