@@ -55,6 +55,9 @@ class _Job:
         self._counts = Counts(sum(len(prompt.ids) for prompt in prompts), n)
         self._echoes = [self._echo(prompt) for prompt in prompts for _ in range(n)]
         self._offsets = [0 if asked.scores_prompt else len(echo) for echo in self._echoes]
+        scored = [len(prompt.ids) if asked.scores_prompt else 0 for prompt in prompts for _ in range(n)]
+        self._prompt_tokens = scored
+        """Prompt tokens of each reply whose log-probabilities are still to be reported."""
         self._runs = asked.max_tokens != 0 or asked.scores_prompt
 
     async def whole(self) -> CompletionReply:
@@ -130,11 +133,13 @@ class _Job:
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob | int]) -> CompletionLogprobs:
         tokenizer = self._served.tokenizer
         scores = [None if isinstance(token, int) else token for token in tokens]
-        texts = [token_text(tokenizer, token if isinstance(token, int) else token.token_id) for token in tokens]
+        ids = [token if isinstance(token, int) else token.token_id for token in tokens]
+        texts = [token_text(tokenizer, token_id) for token_id in ids]
         offsets = []
-        for text in texts:
+        for token_id, text in zip(ids, texts, strict=True):
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(text)
+            if not self._hides(index, token_id):
+                self._offsets[index] += len(text)
         return CompletionLogprobs(
             tokens=texts,
             token_logprobs=[None if score is None else score.logprob for score in scores],
@@ -144,6 +149,13 @@ class _Job:
             ],
             text_offset=offsets,
         )
+
+    def _hides(self, index: int, token_id: int) -> bool:
+        """Return whether the next token of reply ``index`` is special and left out of the text."""
+        in_prompt = self._prompt_tokens[index] > 0
+        self._prompt_tokens[index] -= in_prompt
+        how = self._prompts[index // self._counts.n].how
+        return token_id in self._served.tokenizer.special_ids and (in_prompt or how.skip_special_tokens)
 
     def _echo(self, prompt: Prompt) -> str:
         return self._served.tokenizer.decode(prompt.ids) if self._asked.echo else ""
