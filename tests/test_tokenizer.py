@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from jaxdeploy.chat import bundled_model
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.tokenizer import Tokenizer
 
@@ -311,3 +312,24 @@ def test_an_unknown_decoder_is_named(tmp_path: Path) -> None:
     described.save(str(folder / "tokenizer.json"))
     with pytest.raises(CheckpointError, match="decoder=WordPiece is not supported"):
         Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+        {"model": {"continuing_subword_prefix": "##"}},
+    ],
+)
+def test_a_panic_of_the_library_prints_nothing_of_its_own(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    file = Path(bundled_model()) / "tokenizer.json"
+    description = json.loads(file.read_bytes())
+    for name, value in change.items():
+        merged = value if description[name] is None or name == "normalizer" else {**description[name], **value}
+        description[name] = merged
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"tokenizer"):
+        Tokenizer.load(tmp_path).encode("How do I start a chat?")
+    assert capfd.readouterr().err == ""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,3 +29,27 @@ def refusing(kind: type[JaxdeployError], fault: str, advice: str) -> Iterator[No
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise kind(f"{fault} ({reason:.300}); {advice}") from error
+
+
+@contextmanager
+def quiet_panics() -> Iterator[None]:
+    """Hold back what is written to file descriptor 2 in the body, and drop it if the body raises.
+
+    A panic in Rust prints its message and a backtrace there before it becomes a Python exception.
+    """
+    try:
+        saved = os.dup(2)
+    except OSError:  # the process has no stderr
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(saved, 2)
+            os.close(saved)
+        held.seek(0)
+        os.write(2, held.read())

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from jaxdeploy.errors import CheckpointError, RequestError
 from jaxdeploy.stored_file import exists, is_folder, read_bytes
-from jaxdeploy.tokenizer.boundary import refusing
+from jaxdeploy.tokenizer.boundary import quiet_panics, refusing
 from jaxdeploy.tokenizer.bounds import TokenBound
 from jaxdeploy.tokenizer.detokenizer import Detokenizer, TokenBytes, decode
 from jaxdeploy.tokenizer.huggingface_file import HuggingFaceFile, describe_byte_level, read_tokenizer_json
@@ -82,7 +82,8 @@ class Tokenizer:
         """
         path = Path(path)
         folder = path if is_folder(path) else path.parent
-        with refusing(CheckpointError, f"{path} holds a tokenizer that cannot be used", "download it again"):
+        fault = f"{path} holds a tokenizer that cannot be used"
+        with refusing(CheckpointError, fault, "download it again"), quiet_panics():
             settings = read_settings(folder)
             return cls(_open(path, folder, settings), settings)
 
