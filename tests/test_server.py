@@ -530,6 +530,15 @@ def test_some_call_is_made_where_any_will_do(tool_server: RunningServer) -> None
         with pytest.raises(openai.BadRequestError, match="names no function of tools"):
             chat(client, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "moon"}})
 
+        def allowed(name: str) -> Any:
+            tools = [{"type": "function", "function": {"name": name}}]
+            return {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": tools}}
+
+        (call,) = chat(client, tools=TOOLS, tool_choice=allowed("clock"), max_tokens=40).choices[0].message.tool_calls
+        assert call.function.name == "clock"
+        with pytest.raises(openai.BadRequestError, match="'moon' names no function of tools"):
+            chat(client, tools=TOOLS, tool_choice=allowed("moon"))
+
 
 def test_thoughts_are_told_apart(tool_server: RunningServer) -> None:
     thoughtful: Any = {"type": "grammar", "grammar": 'start: "<think>" /[ab]{3}/ "</think>\\n42"'}

@@ -90,6 +90,23 @@ class NamedChoice(Strict):
     function: FunctionName
 
 
+class AllowedFunctions(Strict):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=MOST_TOOLS)]
+
+
+class AllowedChoice(Strict):
+    """OpenAI's form of a choice among some of the tools. The model is shown no others."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
+ToolChoice = Annotated[NamedChoice | AllowedChoice, Field(discriminator="type")]
+
+
 class Message(Strict):
     """Something that was said."""
 
@@ -150,7 +167,7 @@ class ChatRequest(Sampling):
         None, description="form of the reply: text, json_object, json_schema, regex_schema, choice or grammar"
     )
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = Field(
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
         None, description="default auto; required, or a function's name, has calls made by a grammar"
     )
     parallel_tool_calls: bool | None = Field(None, description="false: one call at most")
@@ -189,11 +206,23 @@ class ChatRequest(Sampling):
         check_stream_options(self)
         if self.enable_thinking is not None:
             self.chat_template_kwargs = {"enable_thinking": self.enable_thinking, **(self.chat_template_kwargs or {})}
+        if isinstance(self.tool_choice, AllowedChoice):
+            self._allow(self.tool_choice.allowed_tools)
         if self.must_call and not self.functions_to_call:
             raise RequestError(f"tool_choice={self.tool_choice!r} names no function of tools; add it there")
         if self.must_call and self.response_format not in (None, {}, {"type": "text"}):
             raise RequestError("tool_choice has a call made, response_format another text; leave one of them out")
         return self
+
+    def _allow(self, allowed: AllowedFunctions) -> None:
+        """Keep the allowed tools, in the order of the choice. Raises ``RequestError`` for a name that no tool has."""
+        known = {tool.function.name: tool for tool in self.tools or []}
+        names = [tool.function.name for tool in allowed.tools]
+        for name in names:
+            if name not in known:
+                raise RequestError(f"tool_choice.allowed_tools: {name!r:.60} names no function of tools; add it there")
+        self.tools = [known[name] for name in names]
+        self.tool_choice = allowed.mode
 
     @property
     def ending(self) -> dict[str, bool | None]:
