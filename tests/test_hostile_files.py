@@ -85,6 +85,14 @@ def test_fields_out_of_range(changes: dict[str, Any], rule: str) -> None:
         read_config({**HF, **changes})
 
 
+@pytest.mark.parametrize(
+    "changes", [{"partial_rotary_factor": 0.5}, {"rope_scaling": {"type": "default", "partial_rotary_factor": 0.25}}]
+)
+def test_an_option_that_no_family_implements_is_refused(changes: dict[str, Any]) -> None:
+    assert "partial_rotary_factor=0." in complaint(*next(iter(changes.items())))
+    assert not complaint("partial_rotary_factor", 1.0)
+
+
 def test_null_is_absent_and_a_whole_float_is_whole() -> None:
     plain = {name: value for name, value in HF.items() if name != "max_position_embeddings"}
     assert read_config({**HF, "max_position_embeddings": None}) == read_config(plain)

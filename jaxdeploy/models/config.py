@@ -132,6 +132,10 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     stored = StoredFields(hf)
     scaling = {**stored.nested("rope_scaling").values, **stored.nested("rope_parameters").values}
     rope = StoredFields(scaling, "config.json: rope_scaling")
+    for fields in (stored, rope):
+        share = fields.number("partial_rotary_factor", 1.0, least=0.0, most=1.0)
+        if share != 1.0:
+            raise UnsupportedModelError(f"partial_rotary_factor={share:g} is not supported; supported is 1")
     kind = rope.text("rope_type", None) or rope.text("type", None) or "default"
     if kind not in ROPE_KINDS:
         raise UnsupportedModelError(f"rope_type={_word(kind)} is not supported; supported are {', '.join(ROPE_KINDS)}")
