@@ -65,7 +65,7 @@ def any_order(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def config_of(kind: type[T], value: Any, name: str) -> T:
-    """``value`` as a ``kind``: one, a mapping of its fields, or ``None`` for its defaults. Raises ``ConfigError``."""
+    """Return ``value`` as a ``kind``; a mapping has its fields, ``None`` its defaults. Raises ``ConfigError``."""
     if value is None:
         return kind()
     if isinstance(value, Mapping):
@@ -76,7 +76,7 @@ def config_of(kind: type[T], value: Any, name: str) -> T:
 
 
 def split_settings(given: Mapping[str, Any], *configs: Any) -> list[Any]:
-    """``configs`` with the settings ``given`` laid over those that have them.
+    """Return ``configs``, each with the settings of ``given`` that it has.
 
     Raises:
         ConfigError: none has a setting of a name, or a value is wrong.
@@ -93,7 +93,7 @@ def split_settings(given: Mapping[str, Any], *configs: Any) -> list[Any]:
 
 
 def without_unused(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given`` without LMDeploy's arguments that mean nothing here. Raises ``ConfigError`` for one with a value."""
+    """Return ``given`` without LMDeploy's arguments in ``UNUSED``. Raises ``ConfigError`` for one with a value."""
     for name, (advice, fine) in UNUSED.items():
         if name in given and given[name] not in (None, [], *fine):
             raise ConfigError(f"{name}={shown(given[name])} is not there; {advice}")
@@ -107,7 +107,7 @@ def check_backend(name: str | None) -> None:
 
 
 def _owner(name: str, value: Any) -> str:
-    """The argument that a value given as ``name`` is for."""
+    """Return the name of the argument that a value given as ``name`` is for."""
     for kind, owner in OWNERS.items():
         if isinstance(value, kind):
             return owner

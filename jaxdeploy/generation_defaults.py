@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON files say about generation, checked by the rules of ``GenerationConfig``."""
+"""Reads generation settings from a checkpoint's JSON files and checks them by the rules of ``GenerationConfig``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LARGEST_ID = 2**31 - 1
 
 
 def read_generation_defaults(folder: Path) -> dict[str, Any]:
-    """The fields of ``generation_config.json`` that are used; empty where there is no file.
+    """Return the fields of ``generation_config.json`` that are used; empty without a file.
 
     ``eos_token_id`` is a list of ids, ``stop_words`` has the file's ``stop_strings``. Absent and null fields are left
     out.
@@ -43,7 +43,7 @@ def read_generation_defaults(folder: Path) -> dict[str, Any]:
 
 
 def checked_defaults(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``generation_config.json``, checked. Raises as ``read_generation_defaults``."""
+    """Return the content of ``generation_config.json``, checked. Raises as ``read_generation_defaults``."""
     given: dict[str, Any] = {name: found[name] for name in FIELDS if found.get(name) is not None}
     if found.get("stop_strings") is not None:
         given["stop_words"] = found["stop_strings"]
@@ -67,7 +67,7 @@ def checked_defaults(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def token_ids(found: Mapping[str, Any], file: str) -> list[int]:
-    """The ids in the ``eos_token_id`` of a JSON file, which is one id, a list of ids, or absent.
+    """Return the ids in the ``eos_token_id`` of a JSON file, which is one id, a list of ids, or absent.
 
     Some files write -1 for no token; it is left out. Raises ``CheckpointError``: another value.
     """

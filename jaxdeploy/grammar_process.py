@@ -30,7 +30,7 @@ Answer = dict[str, str | None]
 
 
 def start(seconds: float = SECONDS) -> Popen[bytes]:
-    """A worker that takes jobs of ``seconds`` of CPU time at most. It ends when its stdin is closed."""
+    """Start a worker that takes jobs of ``seconds`` of CPU time at most. It ends when its stdin is closed."""
     command = [sys.executable, "-m", "jaxdeploy.grammar_worker", str(seconds)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=env)

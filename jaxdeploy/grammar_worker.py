@@ -26,7 +26,7 @@ def main() -> None:
     """Answer jobs until stdin is closed. The argument is the CPU time that a job may take, in seconds."""
     seconds = float(sys.argv[1])
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the library prints must not get between answers
+    os.dup2(2, 1)  # output of the library must not get between answers
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     threading.stack_size(STACK)
@@ -58,7 +58,7 @@ def _answer(response_format: Any, vocabulary: LLTokenizer) -> dict[str, str | No
 
 
 def _compile(grammar: str, vocabulary: LLTokenizer) -> None:
-    """Do what the engine will do. Raises ``RequestError`` where the library refuses."""
+    """Compile ``grammar`` as the engine will. Raises ``RequestError`` if the library refuses."""
     from llguidance import LLMatcher
 
     matcher = LLMatcher(vocabulary, grammar, log_level=0)

@@ -22,7 +22,7 @@ MIB = 2**20
 def progress(
     doing: str, done: str, total: int, unit: Literal["B", "program"], *, bar: bool
 ) -> Iterator[Callable[[int], object]]:
-    """A function to call with each amount that is done.
+    """Return a function to call with each amount that is done.
 
     Args:
         doing: the task, e.g. "loading weights": the label of the bar.
@@ -45,7 +45,7 @@ def progress(
 
 
 def counted(items: Sequence[T], doing: str, done: str, *, bar: bool) -> Iterable[T]:
-    """``items``, with a report each time that one of them is done."""
+    """Yield ``items``, with a report each time that one of them is done."""
     with progress(doing, done, len(items), "program", bar=bar) as update:
         for item in items:
             yield item

@@ -26,7 +26,7 @@ class StoredFields:
     file: str = "config.json"
 
     def whole(self, name: str, default: T, *, least: int = 1, most: int = MAX_WHOLE) -> int | T:
-        """A whole number from ``least`` to ``most``."""
+        """Return a whole number from ``least`` to ``most``."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -37,7 +37,7 @@ class StoredFields:
         return int(value)
 
     def number(self, name: str, default: T, *, least: float, most: float) -> float | T:
-        """A finite number from ``least`` to ``most``."""
+        """Return a finite number from ``least`` to ``most``."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -48,7 +48,7 @@ class StoredFields:
         return float(value)
 
     def flag(self, name: str, default: T) -> bool | T:
-        """True or false."""
+        """Return true or false."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -57,7 +57,7 @@ class StoredFields:
         return value
 
     def text(self, name: str, default: T, choices: Sequence[str] = ()) -> str | T:
-        """A text, one of ``choices`` where these are given."""
+        """Return a text, one of ``choices`` if these are given."""
         value = self.values.get(name)
         if value is None:
             return default
@@ -68,33 +68,33 @@ class StoredFields:
         return value
 
     def nested(self, name: str) -> StoredFields:
-        """The fields of an object inside this one; no fields where it is absent."""
+        """Return the fields of an object inside this one; no fields if it is absent."""
         value = self.values.get(name)
         if not isinstance(value, Mapping | None):
             raise self.fault(name, "must be an object")
         return StoredFields(value or {}, f"{self.file}: {name}")
 
     def items(self, name: str) -> list[Any]:
-        """A list; empty where it is absent."""
+        """Return a list; empty if the field is absent."""
         value = self.values.get(name)
         if not isinstance(value, list | tuple | None):
             raise self.fault(name, "must be a list")
         return list(value or ())
 
     def texts(self, name: str) -> list[str]:
-        """A list of texts; empty where it is absent."""
+        """Return a list of texts; empty if the field is absent."""
         found = self.items(name)
         if not all(isinstance(text, str) for text in found):
             raise self.fault(name, "must be a list of texts")
         return found
 
     def fault(self, name: str, rule: str) -> CheckpointError:
-        """The error for a field that breaks ``rule``."""
+        """Return the error for a field that breaks ``rule``."""
         return CheckpointError(f"{self.file}: {name}={shown(self.values.get(name))} {rule}; correct it or remove it")
 
 
 def is_whole(value: Any) -> bool:
-    """Whether ``value`` is a number without a fraction; true and false are no numbers."""
+    """Return whether ``value`` is a number without a fraction; true and false are no numbers."""
     if isinstance(value, float):
         return math.isfinite(value) and value.is_integer()
     return isinstance(value, int) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""Files of a model folder, read within limits: only regular files, only so many bytes and JSON values."""
+"""Reads files of a model folder: regular files only, with limits on bytes and JSON values."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:
-    """A short ``repr`` of ``value``, whatever its size and depth."""
+    """Return a short ``repr`` of ``value``, whatever its size and depth."""
     return _SHORT.repr(value)
 
 
 def check_regular(path: Path) -> int:
-    """The size of the file in bytes.
+    """Return the size of the file in bytes.
 
     Raises ``OSError``: the file is missing or inaccessible. ``CheckpointError``: it is a directory, a FIFO, a socket or
     a device, and opening it might block.
@@ -46,7 +46,7 @@ def check_regular(path: Path) -> int:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is anything at ``path``, regular file or not; a broken link counts."""
+    """Return whether ``path`` exists, as a regular file or not; a broken link counts."""
     try:
         return os.path.lexists(path)
     except ValueError:  # a NUL in the name
@@ -54,7 +54,7 @@ def exists(path: Path) -> bool:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether ``path`` is a directory; false also for names that the file system does not take."""
+    """Return whether ``path`` is a directory; false also for names that the file system does not take."""
     try:
         return path.is_dir()
     except OSError:
@@ -62,7 +62,7 @@ def is_folder(path: Path) -> bool:
 
 
 def user_path(text: str | Path) -> Path:
-    """The path that ``text`` names, ``~`` expanded where there is such a home."""
+    """Return the path that ``text`` names, with ``~`` expanded if that user has a home directory."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -70,7 +70,7 @@ def user_path(text: str | Path) -> Path:
 
 
 def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
-    """The content of a regular file.
+    """Return the content of a regular file.
 
     Raises ``FileNotFoundError``: there is none. ``CheckpointError``: it cannot be read, or has more than ``most``
     bytes.
@@ -87,7 +87,10 @@ def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MAX_BYTES) -> str:
-    """The content of a regular UTF-8 file. Raises as ``read_bytes``, and ``CheckpointError`` for other encodings."""
+    """Return the content of a regular UTF-8 file.
+
+    Raises as ``read_bytes``, and ``CheckpointError`` for other encodings.
+    """
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -95,7 +98,7 @@ def read_text(path: Path, most: int = MAX_BYTES) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises ``FileNotFoundError``: there is no file. ``CheckpointError``: it cannot be read, or holds something else.
     """
@@ -103,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, name: str) -> dict[str, Any]:
-    """The JSON object in ``content``; ``name`` is what error messages call it.
+    """Return the JSON object in ``content``; error messages call it ``name``.
 
     Raises ``CheckpointError``: it is not JSON, not an object, too large, or holds half of a surrogate pair.
     """

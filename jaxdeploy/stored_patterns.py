@@ -40,7 +40,7 @@ class StoredPatterns:
             raise CheckpointError(f"{field} holds what is not a regular expression ({error}); correct it") from error
 
     def first(self, text: str) -> int | None:
-        """The index of the first expression that matches the beginning of ``text``.
+        """Return the index of the first expression that matches the beginning of ``text``.
 
         Raises:
             CheckpointError: matching takes too long.

@@ -1,4 +1,4 @@
-"""Writing a file so that it appears whole or not at all."""
+"""Writes a file so that it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def put_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     A device or pipe, such as ``/dev/null``, is written directly.
 
-    Raises ``OSError``. The old file stays as it is if writing fails.
+    Raises ``OSError``. The old file stays unchanged if writing fails.
     """
     if file.exists() and not file.is_file():
         with file.open("wb") as handle:

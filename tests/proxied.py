@@ -58,7 +58,7 @@ class Running:
         return not any(node["in_flight"] for node in self.statuses().values())
 
     def asked_of(self, count: int = 1) -> list[FakeNode]:
-        """The nodes that were asked, as soon as so many are."""
+        """Return the nodes that were asked, after at least ``count`` answers."""
         assert until(lambda: sum(node.answered for node in self.nodes) >= count)
         return [node for node in self.nodes if node.answered]
 

@@ -13,7 +13,7 @@ Answer = Iterable[bytes] | Callable[[], Iterable[bytes]]
 
 
 def whole(body: Any, status: int = 200, kind: str = "application/json", *headers: str) -> list[bytes]:
-    """An answer with a right length. ``body``: bytes, or what is sent as JSON."""
+    """Return an answer with a right length. ``body``: bytes, or a value to send as JSON."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"HTTP/1.1 {status} X", f"Content-Type: {kind}", f"Content-Length: {len(content)}", *headers, "", ""]
     return ["\r\n".join(lines).encode("utf-8"), content]

@@ -1,4 +1,4 @@
-"""Other people's clients: what they put into requests passes, and what our replies hold may come back."""
+"""Third-party clients: their requests are accepted, and content of our replies can be sent back."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tests.tiny_text import LETTERS, text_of, tiny_generator
 
 HISTORIES = 10_000
 CLIENTS = 40
-"""Clients at a time. Each uses its own few names again and again."""
+"""Concurrent clients. Each uses its own few names again and again."""
 
 
 def asked(names: list[str], dice: random.Random) -> list[TextRequest]:

@@ -119,7 +119,7 @@ class Client:
 
 @pytest.fixture
 def keyed(engine: AsyncEngine, request: pytest.FixtureRequest) -> Iterator[tuple[Client, Client]]:
-    """Two clients of one server, each with a key of its own."""
+    """Yield two clients of one server with different keys."""
     with running(engine, api_keys=["one", "two"], separate_keys=request.param) as server:
         clients = Client(server, "one"), Client(server, "two")
         yield clients

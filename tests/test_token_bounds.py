@@ -1,4 +1,4 @@
-"""Lower bounds on the tokens of a text never exceed what the tokenizer gives."""
+"""Lower bounds on the tokens of a text never exceed the real number of tokens."""
 
 from __future__ import annotations
 

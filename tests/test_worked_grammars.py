@@ -1,4 +1,4 @@
-"""Grammars that crash or block the library end a worker process; other grammars go on."""
+"""Grammars that crash or block the library end a worker process; other grammars still compile."""
 
 from __future__ import annotations
 

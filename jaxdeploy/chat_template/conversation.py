@@ -10,16 +10,17 @@ from jaxdeploy.errors import RequestError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""Names of what an assistant thought before its reply; templates read the first, or gpt-oss's the second."""
+"""Fields that hold the reasoning of an assistant. Templates read the first; gpt-oss's template reads the second."""
 
 Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a prompt ends. At most one is true.
+    """The end of a prompt. At most one field is true.
 
-    ``begins``: with the header of a new reply. ``continues``: inside the last message, whose text goes on.
+    ``begins``: the prompt ends with the header of a new reply.
+    ``continues``: the prompt ends inside the last message, and the reply continues its text.
     """
 
     begins: bool
@@ -27,10 +28,10 @@ class Ending:
 
 
 def check_messages(messages: Any, more_roles: Iterable[str] = ()) -> list[Message]:
-    """Copies of ``messages`` without the keys that say nothing: null ones, ``content`` apart, and empty tool calls.
+    """Return copies of ``messages`` without empty tool calls and without null keys other than ``content``.
 
     Raises:
-        RequestError: a message breaks a rule; its place is named. ``more_roles`` are allowed beside ``ROLES``.
+        RequestError: a message breaks a rule; its place is named. ``more_roles`` are allowed in addition to ``ROLES``.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError(f"messages={messages!r:.60} must be a list of at least one message; add one")
@@ -39,7 +40,7 @@ def check_messages(messages: Any, more_roles: Iterable[str] = ()) -> list[Messag
 
 
 def ending(messages: Sequence[Message], begins: bool | None, continues: bool | None) -> Ending:
-    """How the prompt ends: a reply that comes last is continued, unless the request says otherwise.
+    """Return how the prompt ends. A reply that comes last is continued, unless the request says otherwise.
 
     ``begins`` and ``continues`` are the request's ``add_generation_prompt`` and ``continue_final_message``.
 
@@ -63,7 +64,7 @@ def ending(messages: Sequence[Message], begins: bool | None, continues: bool | N
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """What a message says, its text parts joined; empty for null.
+    """Return the text of a message with its parts joined; empty for null.
 
     Raises:
         RequestError: a part is no text.
@@ -116,7 +117,7 @@ def _checked_calls(place: str, calls: Any) -> list[Message]:
 
 
 def function_of(call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Name and arguments of a call, which some clients write without the object around them."""
+    """Return the name and the arguments of a call. Some clients write them without the object around them."""
     function = call.get("function")
     return function if isinstance(function, Mapping) else call
 

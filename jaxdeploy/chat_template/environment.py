@@ -61,7 +61,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
     @property
     def meter(self) -> Meter:
-        """The meter of this thread."""
+        """Return the meter of this thread."""
         meter: Meter = self._thread.meter
         return meter
 
@@ -70,7 +70,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return self._thread.meter.made(value)
 
     def tick(self, written: int = 0) -> bool:
-        """Count one operation that writes so many characters; true, to stand before an ``and``."""
+        """Count one operation that writes ``written`` characters. Return true, for use before an ``and``."""
         self._thread.meter.spend(1 + (written >> 10) if written else 1)
         return True
 
@@ -92,7 +92,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """``left operator right``."""
         meter = self._thread.meter
-        if operator != "+":  # a sum is at most twice as large as what is there
+        if operator != "+":  # a sum is at most twice as large as its larger operand
             meter.allow(growth.operator_growth(meter, operator, left, right))
         return meter.made(self.binop_table[operator](left, right))
 
@@ -126,7 +126,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return formatted
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter whose growth is checked before and whose result is counted after."""
+        """Return a filter that checks its growth before the call and counts its result after it."""
         bound = growth.FILTERS.get(name)
         first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
@@ -227,7 +227,7 @@ class CountingGenerator(CodeGenerator):
 
 
 class Generation(Extension):
-    """``{% generation %}`` marks what an assistant said, for training; the text is not changed by it."""
+    """``{% generation %}`` marks the text of an assistant for training and does not change it."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -239,9 +239,9 @@ class Generation(Extension):
 
 
 class SafeNamespace(Namespace):
-    """Stores no underscore names, behind which Python keeps its internals, and no other namespace.
+    """A namespace that refuses names with an underscore, which lead to Python's internals, and other namespaces.
 
-    Its text does not show what it stores: that can change after its size was computed.
+    Its text does not show its values, because they can change after its size was computed.
     """
 
     def __init__(*args: Any, **kwargs: Any) -> None:
@@ -271,12 +271,12 @@ class TemplateDict:
 
 
 def raise_exception(message: str) -> NoReturn:
-    """How a template refuses messages."""
+    """Refuse the messages; templates call this."""
     raise TemplateError(message)
 
 
 def strftime_now(form: str) -> str:
-    """The local time."""
+    """Return the local time."""
     if len(form) > growth.WIDEST:
         raise LimitError(f"it formats a date with more than {growth.WIDEST} characters")
     return datetime.now().strftime(form)
@@ -289,7 +289,7 @@ def to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """``value`` as JSON. Unlike jinja's own filter it escapes nothing for HTML."""
+    """Return ``value`` as JSON. Unlike jinja's own filter it escapes nothing for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -301,7 +301,7 @@ def _check_stored(name: str, value: Any) -> None:
 
 
 def _written(statement: nodes.Node) -> int:
-    """Characters of the texts in a statement."""
+    """Return the number of characters of the texts in a statement."""
     texts = [node.data for node in statement.find_all(nodes.TemplateData)]
     texts += [node.value for node in statement.find_all(nodes.Const) if isinstance(node.value, str)]
     return sum(map(len, texts))
@@ -310,7 +310,7 @@ def _written(statement: nodes.Node) -> int:
 def _bounded(
     meter: Meter, owner: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """The arguments of a method of a text, after a look at how much it would build.
+    """Return the arguments of a text's method after checking the size of its result.
 
     Jinja adds its own keywords, such as ``_loop_vars``. They are not passed to the check.
     """

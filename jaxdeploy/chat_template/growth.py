@@ -1,4 +1,4 @@
-"""Upper bounds for the size of what an operation, a method or a filter of a template will build.
+"""Upper bounds for the size of the results of operations, methods and filters in a template.
 
 They are computed before the operation runs: one call such as ``'x'.center(10**10)`` cannot be interrupted.
 """
@@ -27,7 +27,7 @@ _DIGITS = re.compile(r"\d+")
 
 
 def operator_growth(meter: Meter, operator: str, left: Any, right: Any) -> int:
-    """Bytes of ``left operator right``. Raises ``LimitError`` for what cannot be bounded."""
+    """Return the bytes of ``left operator right``. Raises ``LimitError`` if the result has no bound."""
     match operator:
         case "*" if isinstance(left, int) and isinstance(right, int):
             _check_bits(left.bit_length() + right.bit_length())
@@ -42,7 +42,7 @@ def operator_growth(meter: Meter, operator: str, left: Any, right: Any) -> int:
 
 
 def percent_growth(meter: Meter, form: str, *values: Any) -> int:
-    """Bytes of ``form % values``: every field may show all of the values."""
+    """Return the bytes of ``form % values``: every field may show all of the values."""
     _check_digits(form)
     if "*" in form and any(_widest(value) > WIDEST for value in values):
         raise LimitError(f"it pads a text to more than {WIDEST} characters")
@@ -90,7 +90,7 @@ def _translate(meter: Meter, text: str, table: Mapping[int, Any]) -> int:
 
 
 def _strip(meter: Meter, text: str, characters: str | None = None) -> int:
-    """Not the size but the time, which grows with both lengths."""
+    """Return a bound on the time, not on the size: the time grows with both lengths."""
     return meter.size(text) * len(characters or "")
 
 
@@ -113,7 +113,7 @@ METHODS: dict[str, Bound] = {
 
 
 def joined(meter: Meter, separator: str, items: list[Any]) -> int:
-    """Bytes of ``separator.join(items)``."""
+    """Return the bytes of ``separator.join(items)``."""
     return 4 * meter.size(items) + len(items) * str(separator).__sizeof__()
 
 

@@ -13,7 +13,7 @@ from jaxdeploy.errors import RequestError
 from jaxdeploy.tokenizer.settings import DEFAULT
 
 GOES_ON = "<|the reply goes on here|> "
-"""Stands after the last message while it is rendered. The space shows whether the template strips texts."""
+"""Follows the last message while it is rendered. The space shows whether the template strips texts."""
 TOOL_USE = "tool_use"
 
 Variables = Mapping[str, Any]
@@ -37,11 +37,11 @@ class JinjaTemplate:
         self._templates = {label: CompiledTemplate(source) for label, source in sources.items()}
 
     def reads(self, tools: Tools | None) -> frozenset[str]:
-        """Names of the variables that the template for ``tools`` reads. Raises ``RequestError`` if there is none."""
+        """Return the variables that the template for ``tools`` reads. Raises ``RequestError`` without a template."""
         return self._chosen(tools).reads
 
     def render(self, messages: Sequence[Message], tools: Tools | None, how: Ending, variables: Variables) -> str:
-        """The text of checked ``messages``.
+        """Return the text of checked ``messages``.
 
         Raises:
             RequestError: the template refuses them or fails, or it shows none of the tools, of the calls, or of the
@@ -72,7 +72,7 @@ class JinjaTemplate:
         return {**message, "role": "system"} if is_unknown else message
 
     def _rendered(self, template: CompiledTemplate, chat: list[Message], given: Variables) -> tuple[Shape, str]:
-        """The first form in which the template shows everything, else the first in which it does not fail."""
+        """Return the first rendering that shows everything, else the first that does not fail."""
         fault: TemplateError | None = None
         found: tuple[Shape, str] | None = None
         for shape in shapes(chat):
@@ -115,7 +115,7 @@ class JinjaTemplate:
 
 
 def _writes_null(template: CompiledTemplate, shape: Shape, chat: list[Message], given: Variables, text: str) -> bool:
-    """Whether null content is printed as ``None``."""
+    """Return whether null content is printed as ``None``."""
     if not any(message.get("content", "") is None for message in chat) or "None" not in text:
         return False
     empty = _renders(template, {**given, "messages": Shape("", shape.parts, shape.objects).of(chat)})
@@ -136,7 +136,7 @@ def _with_thought(message: Message) -> Message:
 
 
 def _marked(chat: list[Message]) -> tuple[str, list[Message]]:
-    """The text that goes on, and the messages with ``GOES_ON`` after it; without a text it is the thought."""
+    """Return the text to continue, or else the thought, and the messages with ``GOES_ON`` after it."""
     *before, last = chat
     content = last["content"]
     if isinstance(content, list):
@@ -151,7 +151,7 @@ def _marked(chat: list[Message]) -> tuple[str, list[Message]]:
 
 
 def _cut(text: str, said: str) -> str:
-    """The text up to ``GOES_ON``, as transformers' ``continue_final_message`` has it."""
+    """Return the text up to ``GOES_ON``, like transformers' ``continue_final_message``."""
     before, found, after = text.rpartition(GOES_ON.rstrip())
     if not found or said.strip() not in text:
         raise RequestError(

@@ -8,9 +8,9 @@ from itertools import chain
 from typing import Any
 
 LARGEST = 2**24
-"""Bytes of one value, beside 16 for each byte of the messages."""
+"""Bytes of one value, in addition to 16 for each byte of the messages."""
 STEPS = 250_000
-"""Operations, beside one for each byte of the messages. An operation on a large value counts once per KiB."""
+"""Operations, in addition to one for each byte of the messages. An operation on a large value counts once per KiB."""
 SECONDS = 4.0
 """Default CPU time of the rendering thread."""
 BETWEEN_CLOCKS = 1024
@@ -60,7 +60,7 @@ class Meter:
         return value
 
     def size(self, value: Any) -> int:
-        """Bytes of ``value`` with all that it contains."""
+        """Return the bytes of ``value`` and of all values that it contains."""
         if isinstance(value, str | bytes | int):
             return value.__sizeof__()
         return self._contained(value) if isinstance(value, _CONTAINERS) else 64

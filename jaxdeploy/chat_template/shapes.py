@@ -15,9 +15,11 @@ ABSENT = object()
 
 @dataclass(frozen=True)
 class Shape:
-    """One form: what the content of a message without text is, and whether text is in parts and arguments are objects.
+    """One form of the messages.
 
-    Without text is null, and beside calls also an empty text. ``parts`` None leaves content as the client wrote it.
+    ``null`` replaces the content of a message without text: null content, or an empty text next to calls.
+    ``parts``: whether text is in parts; ``None`` leaves the content as the client wrote it.
+    ``objects``: whether arguments of calls are objects.
     """
 
     null: Any = None
@@ -25,11 +27,11 @@ class Shape:
     objects: bool = True
 
     def of(self, messages: Sequence[Message]) -> list[Message]:
-        """Copies of ``messages`` in this form."""
+        """Return copies of ``messages`` in this form."""
         return [self._message(message) for message in messages]
 
     def shows(self, text: str, messages: Sequence[Message]) -> bool:
-        """Whether a rendering of this form has no Python in place of what the messages say.
+        """Return whether ``text`` shows the messages themselves and no Python values in their place.
 
         A template that expects text prints the ``repr`` of an object, and one that expects parts skips a text.
         """
@@ -66,7 +68,7 @@ class Shape:
 
 
 def shapes(messages: Sequence[Message]) -> Iterator[Shape]:
-    """The forms of ``messages`` that differ, in the order in which a template is offered them.
+    """Return the distinct forms of ``messages`` in the order in which a template gets them.
 
     First null stays null, content stays as it was written, and arguments are objects, as transformers documents them.
     """
@@ -81,18 +83,18 @@ def shapes(messages: Sequence[Message]) -> Iterator[Shape]:
 
 
 def called(messages: Sequence[Message]) -> list[str]:
-    """The names of all functions that were called."""
+    """Return the names of all functions that were called."""
     return [function_of(call)["name"] for message in messages for call in message.get("tool_calls", ())]
 
 
 def is_shown(said: str, text: str) -> bool:
-    """Whether ``text`` has ``said``, as it is or inside JSON."""
+    """Return whether ``text`` contains ``said``, unchanged or inside JSON."""
     said = said.strip()
     return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text
 
 
 def as_text(arguments: Any) -> str:
-    """Arguments of a call as JSON."""
+    """Return the arguments of a call as JSON."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
@@ -101,7 +103,7 @@ def _is_null(message: Message) -> bool:
 
 
 def _as_object(arguments: Any) -> Any:
-    """What arguments say; they stay as they are where they are no JSON object."""
+    """Return the JSON object in ``arguments``, or ``arguments`` unchanged if there is none."""
     if not isinstance(arguments, str):
         return arguments
     try:

@@ -1,4 +1,4 @@
-"""System prompts that LMDeploy's templates use where the messages bring none, word for word as in its 0.3 to 0.9.
+"""System prompts that LMDeploy's templates use if the messages have none, word for word as in its 0.3 to 0.9.
 
 They are part of the format that the models were trained on.
 """

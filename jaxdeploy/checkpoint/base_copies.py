@@ -1,8 +1,8 @@
-"""Tensors of the model itself that PEFT saves beside an adapter, and whether they are the model's own.
+"""Finds the copies of base-model tensors in a PEFT adapter and compares them with the base model.
 
 PEFT stores the weight under an adapted head or embedding as ``lm_head.base_layer.weight``, resized embeddings under
 their own names, and trained copies of whole modules (``modules_to_save``) under theirs. An adapter here changes linear
-maps by low-rank products only, so such a tensor must be equal to the model's.
+maps by low-rank products only, so these tensors must be equal to the model's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Tensors = Mapping[str, TensorRef]
 def without_copies(
     refs: Tensors, base: Tensors, whole_modules: Sequence[str]
 ) -> tuple[dict[str, TensorRef], list[str]]:
-    """``refs`` of an adapter without copies of tensors in ``base``, and a fault for each that differs.
+    """Return the adapter's ``refs`` without copies of tensors in ``base``, and a fault for each copy that differs.
 
     ``whole_modules`` are named in ``modules_to_save``; each must come with a tensor that can be compared.
     """
@@ -44,7 +44,7 @@ def without_copies(
 
 
 def _base_name(name: str) -> str | None:
-    """The tensor of the model that ``name`` is a copy of; ``None`` for a tensor of the adapter's own."""
+    """Return the name of the model's tensor that ``name`` copies; ``None`` for other tensors."""
     if not name.startswith(_PREFIX) or ".lora_" in name:
         return None
     for wrapper in _WRAPPERS:
@@ -53,7 +53,7 @@ def _base_name(name: str) -> str | None:
 
 
 def _difference(ref: TensorRef, own: str, base: Tensors) -> str | None:
-    """Why the copy ``ref`` of the tensor ``own`` cannot be ignored, if it cannot."""
+    """Return why the copy ``ref`` of the tensor ``own`` cannot be ignored; ``None`` if it can."""
     if own not in base:
         return f"unexpected; the model has no tensor {own} to compare it with"
     if ref.shape != base[own].shape:
@@ -64,7 +64,7 @@ def _difference(ref: TensorRef, own: str, base: Tensors) -> str | None:
 
 
 def _equal(copy: TensorRef, own: TensorRef) -> bool:
-    """Whether two tensors of one shape are equal in the coarser of their types."""
+    """Return whether two tensors of one shape are equal in the coarser of their types."""
     values, wanted = copy.read().reshape(-1), own.read().reshape(-1)
     dtype = min(copy.dtype, own.dtype, key=lambda each: each.itemsize)
     step = _ROWS_BYTES // max(copy.dtype.itemsize, own.dtype.itemsize)

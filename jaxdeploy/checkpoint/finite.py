@@ -1,4 +1,4 @@
-"""Whether an array of floats holds NaN or infinity, at about the speed of memory."""
+"""Detects NaN and infinity in arrays of floats, at about the speed of memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PER_THREAD = 2**22
 
 
 def is_finite(array: Array) -> bool:
-    """Whether every element is finite; true for integers. ``array`` is C-contiguous.
+    """Return whether every element is finite; true for integers. ``array`` is C-contiguous.
 
     For the types of weights this compares bit patterns in pieces that stay in the cache. ``numpy.isfinite`` takes four
     times as long for 16-bit types.
@@ -37,7 +37,7 @@ def is_finite(array: Array) -> bool:
 
 
 def _is_below(bits: np.ndarray[Any, Any], exponent: np.unsignedinteger[Any]) -> bool:
-    """Whether the bits without their sign are all below ``exponent``."""
+    """Return whether the bits without their sign are all below ``exponent``."""
     unsigned, scratch = bits.dtype.type(np.iinfo(bits.dtype).max >> 1), np.empty(_PIECE, bits.dtype)
     for at in range(0, len(bits), _PIECE):
         piece = bits[at : at + _PIECE]

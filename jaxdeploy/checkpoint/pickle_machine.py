@@ -46,7 +46,7 @@ class PickleMachine:
         self._memo: dict[int, Any] = {}
 
     def run(self, pickled: bytes) -> Any:
-        """The object that ``pickled`` describes.
+        """Return the object that ``pickled`` describes.
 
         Raises ``ValueError``: an instruction is unknown, has no place in a checkpoint or lacks its operands.
         """
@@ -130,13 +130,13 @@ class PickleMachine:
         return self._stack[-1]
 
     def _of(self, kind: type[Any]) -> Any:
-        """The object on top, which must be a ``kind``."""
+        """Return the object on top, which must be a ``kind``."""
         if not isinstance(self._top(), kind):
             raise ValueError(f"a {kind.__name__} is expected")
         return self._top()
 
     def _marked(self) -> list[Any]:
-        """What lies above the last mark; both are removed."""
+        """Remove the last mark and the objects above it; return these objects."""
         items = []
         while self._stack and self._stack[-1] is not Mark:
             items.append(self._stack.pop())
@@ -146,7 +146,7 @@ class PickleMachine:
         return items[::-1]
 
     def _set(self, items: list[Any]) -> None:
-        """Put keys and values, which take turns, into the dict on top; entries with other keys are left out."""
+        """Put alternating keys and values into the dict on top; leave out entries with other keys."""
         if len(items) % 2:
             raise ValueError("a key has no value")
         found = self._of(dict)

@@ -39,7 +39,7 @@ class ConversationWriter:
         return [*pieces, _piece(whole[start:], scored=False)]
 
     def _reply(self, messages: Sequence[Message], place: int) -> tuple[int, int]:
-        """Where the reply at ``place`` begins and ends in the whole text; (1, 0) if that cannot be said.
+        """Return the start and end of the reply at ``place`` in the whole text; (1, 0) if they are unknown.
 
         The white space after a reply belongs to the template, not to the reply.
         """

@@ -1,4 +1,4 @@
-"""Giving a folder the name of another."""
+"""Gives a folder the name of another."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class HubText(NamedTuple):
     """A data set on the hub.
 
     ``path`` is its repository and ``config`` its configuration.
-    ``calib_split`` is what calibration reads, ``eval_split`` what evaluation reads.
+    ``calib_split`` is the split for calibration, ``eval_split`` the split for evaluation.
     ``content`` returns the text or the messages of a row.
     ``converted`` is the pattern of the converted files, with ``{split}``; ``None`` if the repository has no script.
     """

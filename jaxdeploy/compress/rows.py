@@ -46,7 +46,7 @@ def pieces_of(value: Any, render: Render) -> list[Piece] | None:
 
 
 def _messages(value: Any) -> list[Message]:
-    """The messages of a conversation with their contents as text; none if ``value`` is anything else."""
+    """Return the messages of a conversation with their contents as text; none if ``value`` is anything else."""
     if not isinstance(value, list) or not all(isinstance(item, dict) and "role" in item for item in value):
         return []
     messages: list[Message] = [{**item, "content": _text_of(item.get("content"))} for item in value]
@@ -54,7 +54,7 @@ def _messages(value: Any) -> list[Message]:
 
 
 def _text_of(value: Any) -> str | None:
-    """A string itself; of messages and their parts those that have text; ``None`` for anything else."""
+    """Return a string unchanged, or the text of messages and their parts; ``None`` for anything else."""
     if isinstance(value, dict):
         return _text_of(value.get("content", value.get("text")))
     if not isinstance(value, list):

@@ -13,7 +13,7 @@ logger = logging.getLogger("jaxdeploy")
 def failure(request_id: str, error: Exception) -> JaxdeployError:
     """Log why ``request_id`` ends, and return the error for its caller. It pickles.
 
-    The log has the traceback of an error that no user can correct.
+    The log gets the traceback of an error that no user can correct.
     """
     if isinstance(error, JaxdeployError) and _pickles(error):
         logger.warning("request %s failed: %s", request_id, error)
@@ -23,7 +23,7 @@ def failure(request_id: str, error: Exception) -> JaxdeployError:
 
 
 def _pickles(error: Exception) -> bool:
-    """Whether ``error`` can be sent to another process."""
+    """Return whether ``error`` can be sent to another process."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # an error class may raise anything when it is built again

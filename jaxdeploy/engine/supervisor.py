@@ -21,9 +21,9 @@ from jaxdeploy.messages import FinishReason, Request, StepOutput
 logger = logging.getLogger("jaxdeploy")
 
 MAX_DEATHS = 3
-"""Deaths in a row after which the engine is not restarted."""
+"""Consecutive deaths after which the engine is not restarted."""
 SETTLED = 20.0
-"""Seconds of service after which a death starts a new row."""
+"""Seconds of service after which a death is counted as the first one again."""
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class Supervisor:
       third: it may be the cause;
     - new requests wait, and adapters that were loaded at run time are loaded again.
 
-    After ``MAX_DEATHS`` deaths in a row, each within ``SETTLED`` seconds of service, ``step`` raises
+    After ``MAX_DEATHS`` consecutive deaths, each within ``SETTLED`` seconds of service, ``step`` raises
     ``EngineDiedError``. A failure while the first process is built is raised by the constructor.
     """
 
@@ -65,33 +65,33 @@ class Supervisor:
         self._ended: list[StepOutput] = []
         """Outputs of requests that end here and not in the process."""
         self._adapters: dict[str, str | Path | None] = {}
-        """Changes since the start: name → folder, or ``None`` where the adapter was unloaded."""
+        """Changes since the start: name → folder, or ``None`` if the adapter was unloaded."""
         self._changes: list[tuple[str, Future[None]]] | None = None
         """The same changes while a new process makes them."""
         self._fault = ""
         """Why the engine is being restarted; empty while it serves."""
         self._end: EngineDiedError | None = None
-        """Why it is not restarted any more."""
+        """Why the engine is not restarted any more."""
         self._deaths = 0
         self._restarts = 0
         self._serves_since: float | None = time.monotonic()
         self._before = EngineStats()
-        """What earlier processes counted."""
+        """Counts of earlier processes."""
         self._stats = self._engine.stats
 
     @property
     def limits(self) -> RequestLimits:
-        """What it takes."""
+        """Return the limits of the engine."""
         return self._limits
 
     @property
     def has_work(self) -> bool:
-        """Whether outputs or answers are expected, or a restart."""
+        """Return whether outputs, answers or a restart are expected."""
         return bool(self._held or self._ended or self._fault or self._end or self._engine.has_work)
 
     @property
     def stats(self) -> EngineStats:
-        """The sums over all processes. ``fault`` is set during a restart."""
+        """Return the sums over all processes. ``fault`` is set during a restart."""
         if not self._fault:
             self._look()
         now = self._stats
@@ -134,7 +134,7 @@ class Supervisor:
         self._engine.wake()
 
     def step(self) -> list[StepOutput]:
-        """What has come since the last call, after a wait as in ``RemoteEngine.step``.
+        """Return the outputs since the last call, after a wait as in ``RemoteEngine.step``.
 
         Raises ``EngineDiedError`` when the engine is not restarted any more.
         """
@@ -150,7 +150,7 @@ class Supervisor:
         self._engine.close()
 
     def _outputs(self) -> list[StepOutput]:
-        """The engine's outputs; none when it has died."""
+        """Return the engine's outputs; none when it has died."""
         try:
             outputs = self._engine.step()
         except Exception as error:  # RemoteEngine is of no use afterwards, whatever went wrong
@@ -242,7 +242,7 @@ class Supervisor:
         return []
 
     def _has_adapters(self) -> bool:
-        """Whether the new process has made the changes since the start. One that fails is logged."""
+        """Return whether the new process has made the changes since the start. A change that fails is logged."""
         if self._changes is None:
             self._changes = [(name, self._told(name, folder)) for name, folder in self._adapters.items()]
         if not all(change.done() for _, change in self._changes):

@@ -27,7 +27,7 @@ SMALL = 2**14
 LONGEST_NUMBER = 20
 """Digits of a length."""
 DEEPEST = 200
-"""Arrays and objects inside one another."""
+"""Levels of nested arrays and objects."""
 
 MOST_QUOTES = 4 * (MOST_VALUES + MOST_OBJECTS)
 """Around names and texts."""
@@ -94,7 +94,7 @@ class BodyLimit:
         body += piece
 
     async def _checked(self, scope: Scope, body: bytes) -> bytes:
-        """``body``, if it is JSON as well-formed UTF-8. Raises ``BodyError`` for too many values or levels."""
+        """Return ``body`` if it is JSON as well-formed UTF-8. Raises ``BodyError`` for too many values or levels."""
         if "json" not in Headers(scope=scope).get("content-type", "json"):
             return body
         if len(body) <= SMALL:
@@ -118,7 +118,7 @@ def _checked_json(body: bytes) -> bytes:
 
 
 def _structure(text: bytes) -> bytes:
-    """JSON without its texts. Every step takes milliseconds, for other threads wait meanwhile."""
+    """Return JSON without its texts. Every step takes milliseconds, for other threads wait meanwhile."""
     if b"\\" in text:
         text = text.replace(rb"\\", b"").replace(rb"\"", b"")
     if text.count(b'"') > MOST_QUOTES:
@@ -139,7 +139,7 @@ def _check_structure(structure: bytes) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the whole ``body``, then what follows it."""
+    """Return a ``receive`` that gives the whole ``body``, then the messages that follow it."""
     first: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -47,7 +47,7 @@ def add_documentation(app: FastAPI) -> None:
 
 
 def page_of(schema: Schema, *, needs_keys: bool) -> str:
-    """The page of an OpenAPI schema. It leaves out the summary, which names the model."""
+    """Return the page of an OpenAPI schema. It leaves out the summary, which names the model."""
     source = files("jaxdeploy.server").joinpath("documentation.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["marked"] = marked
@@ -110,7 +110,7 @@ def _field(name: str, about: Schema, *, required: bool) -> dict[str, Any]:
 
 
 def _content_type(message: Schema) -> Markup:
-    """The types of a body, one for each media type."""
+    """Return the types of a body, one for each media type."""
     return _joined([type_of(content.get("schema", {"type": media})) for media, content in _contents(message)], " or ")
 
 
@@ -119,7 +119,7 @@ def _contents(message: Schema) -> Iterator[tuple[str, Schema]]:
 
 
 def type_of(schema: Schema) -> Markup:
-    """The type that a JSON schema describes, as HTML with links to objects."""
+    """Return the type that a JSON schema describes, as HTML with links to objects."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return Markup('<a href="#object-{}">{}</a>').format(name, _short(name))
@@ -139,12 +139,12 @@ def type_of(schema: Schema) -> Markup:
 
 
 def marked(text: str) -> Markup:
-    """``text`` as HTML, with the words that a docstring marks as code."""
+    """Return ``text`` as HTML, with the words that a docstring marks as code."""
     return Markup(CODE.sub(r"<code>\1</code>", str(Markup.escape(text))))
 
 
 def _short(name: str) -> str:
-    """The name of an object without the module that the schema puts before it where two have one name."""
+    """Return the name of an object without the module that the schema adds when two objects share a name."""
     return name.rpartition("__")[2]
 
 

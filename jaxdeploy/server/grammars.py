@@ -46,7 +46,7 @@ class WorkedGrammars:
         self._known: OrderedDict[bytes, Answer] = OrderedDict()
 
     async def of(self, response_format: Mapping[str, Any]) -> str | None:
-        """The grammar, which compiles in bounded time; ``None`` where any text will do.
+        """Return a grammar that compiles in bounded time; ``None`` if any text is valid.
 
         When the caller is cancelled, its compilation ends.
 
@@ -88,7 +88,7 @@ class _Lane:
         """Changed by the thread alone."""
 
     async def ask(self, job: bytes) -> Answer | None:
-        """The worker's answer; ``None`` if it died of the job or was too slow. Raises ``OverloadedError``."""
+        """Return the worker's answer; ``None`` if it died of the job or was too slow. Raises ``OverloadedError``."""
         async with self._turns.one(len(job)):
             return await self._ask(job)
 
@@ -132,7 +132,7 @@ class _Lane:
 
 
 class _Turns:
-    """One at a time, the smallest job first: a few large ones do not delay many small ones."""
+    """Runs one job after another, the smallest first, so that a few large ones do not delay many small ones."""
 
     def __init__(self) -> None:
         self._busy = False
@@ -141,7 +141,7 @@ class _Turns:
 
     @asynccontextmanager
     async def one(self, size: int) -> AsyncIterator[None]:
-        """Wait for a turn and hold it. Raises ``OverloadedError`` where too many wait."""
+        """Wait for a turn and hold it. Raises ``OverloadedError`` if too many requests wait."""
         if self._busy:
             await self._wait(size)
         self._busy = True
@@ -174,7 +174,7 @@ class _Turns:
 
 
 def _written(response_format: Mapping[str, Any]) -> bytes:
-    """As JSON. Raises ``RequestError`` as soon as it is certain to be too large."""
+    """Return the format as JSON. Raises ``RequestError`` as soon as the text exceeds its limit."""
     parts: list[str] = []
     room = LONGEST_ESCAPE * LARGEST
     for part in json.JSONEncoder().iterencode(response_format):

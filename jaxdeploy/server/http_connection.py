@@ -16,12 +16,12 @@ HEADER_SECONDS = 20.0
 """Time for the header of a request to arrive."""
 
 READ_SECONDS = 30.0
-"""Time in which a client has to read ``READ_BYTES``, or all that waits for it."""
+"""Time in which a client has to read ``READ_BYTES``, or all unread bytes if they are fewer."""
 READ_BYTES = 2**16
 
 MOST_CONNECTIONS = 2**13
 OTHER_FILES = 128
-"""Files and sockets that the server needs beside its connections."""
+"""Files and sockets that the server needs in addition to its connections."""
 
 
 class HttpConnection(H11Protocol):
@@ -35,7 +35,7 @@ class HttpConnection(H11Protocol):
 
     @property
     def serving(self) -> bool:
-        """Whether a whole request has come whose response is not complete."""
+        """Return whether a whole request has come whose response is not complete."""
         return self._in_request and not self.cycle.more_body
 
     @property
@@ -43,7 +43,7 @@ class HttpConnection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, or refuse: where there are too many connections, the one that is idle longest is closed."""
+        """Accept the connection; if there are too many, close the connection that has been idle longest."""
         super().connection_made(transport)
         self._expect_header()
         if len(self.connections) > _most_connections():
@@ -93,7 +93,7 @@ class HttpConnection(H11Protocol):
         self._abort_later()
 
     def _abort_later(self) -> None:
-        """A closed connection stays until the client has read what was written to it; it does not stay for ever."""
+        """Abort a closed connection after ``READ_SECONDS``, which give the client time to read the last bytes."""
         _cancel(self._read_timer)
         self._read_timer = self.loop.call_later(READ_SECONDS, self.transport.abort)
 
@@ -115,6 +115,6 @@ def _cancel(timer: asyncio.TimerHandle | None) -> None:
 
 
 def _most_connections() -> int:
-    """Connections for which the process may open files."""
+    """Return the number of connections for which the process may open files."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MOST_CONNECTIONS if files < 0 else max(1, min(MOST_CONNECTIONS, files - OTHER_FILES))

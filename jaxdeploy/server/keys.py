@@ -1,4 +1,4 @@
-"""Where the keys of a server come from: its settings, a file, or the environment."""
+"""Reads the keys of a server from its settings, a file, or the environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENVIRONMENT = "JAXDEPLOY_API_KEYS"
 
 
 def with_keys(config: ServerConfig) -> ServerConfig:
-    """``config`` with its keys in ``api_keys``: those given there, of its file, or of the environment.
+    """Return ``config`` with its keys in ``api_keys``: those given there, of its file, or of the environment.
 
     Raises:
         ConfigError: the file cannot be read, a key is empty, or a place that is named has no key.
@@ -34,7 +34,7 @@ def with_keys(config: ServerConfig) -> ServerConfig:
 
 
 def _in_file(path: Path) -> list[str]:
-    """Keys of a file, one on each line. Empty lines and those that begin with ``#`` are skipped."""
+    """Return the keys of a file, one on each line. Empty lines and those that begin with ``#`` are skipped."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -20,7 +20,7 @@ class Recent(Generic[K, V]):
         return len(self._known)
 
     def get(self, key: K) -> V | None:
-        """The value of ``key``, which counts as used."""
+        """Return the value of ``key`` and count it as used."""
         if key in self._known:
             self._known.move_to_end(key)
         return self._known.get(key)
@@ -33,5 +33,5 @@ class Recent(Generic[K, V]):
             self._known.popitem(last=False)
 
     def forget(self, key: K) -> None:
-        """Remove ``key`` if it is there."""
+        """Remove ``key`` if it is stored."""
         self._known.pop(key, None)

@@ -1,4 +1,4 @@
-"""Threads for work on texts. Long texts have threads of their own, so that they do not delay short ones."""
+"""Threads for work on texts. Long texts use separate threads, so that they do not delay short ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class TextThreads:
         self._long = ThreadPoolExecutor(LONG_THREADS, "jaxdeploy-long-text")
 
     async def run(self, work: Callable[[], T], size: int = 0) -> T:
-        """The result of ``work`` on ``size`` characters. If the caller is cancelled before it begins, it is dropped."""
+        """Return the result of ``work`` on ``size`` characters.
+
+        Work is dropped if its caller is cancelled before it begins.
+        """
         threads = self._long if size > LONG else self._short
         return await asyncio.get_running_loop().run_in_executor(threads, work)
 

@@ -1,4 +1,4 @@
-"""Where errors of the native tokenizer libraries become ours."""
+"""Converts errors of the native tokenizer libraries into errors of jaxdeploy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from jaxdeploy.errors import JaxdeployError
 
 _PANIC = "PanicException"
-"""What a panic in Rust becomes in Python; it is no ``Exception``, and its class cannot be imported."""
+"""Name of the class for a panic in Rust. The class is no ``Exception`` and cannot be imported."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A lower bound on the number of tokens of a text, found without tokenising it.
 
-A token stands for a limited number of bytes, as long as the tokenizer keeps every character. Where it may drop
+A token stands for a limited number of bytes, as long as the tokenizer keeps every character. If it may drop
 characters, or read a run of unknown ones as one token, there is no bound.
 """
 
@@ -16,7 +16,7 @@ NORMAL_FORM = 4
 """Bytes that a Unicode normal form, or lower case, may turn into one."""
 
 PIECE = 1 << 16
-"""Characters that are looked at in one go, so that other threads are not kept waiting."""
+"""Characters that are checked in one step, so that other threads do not wait long."""
 
 KEEPS = frozenset({"ByteLevel", "Metaspace", "Digits", "UnicodeScripts"})
 """Ways of cutting a text into words that keep all of it."""
@@ -29,16 +29,17 @@ PROBE = "A\x07\u200b\uff21\ufb01"
 
 @dataclass(frozen=True)
 class TokenBound:
-    """``longest``: the most bytes of text for which a token stands; 0: no bound is known.
+    """A lower bound on the number of tokens of a text.
 
-    ``spaces_count``: white space is kept.
+    ``longest``: the most bytes of text in one token; 0 if no bound is known.
+    ``spaces_count``: whether white space is kept.
     """
 
     longest: int = 0
     spaces_count: bool = True
 
     def least(self, text: str) -> int:
-        """The number of tokens that ``text`` has at least."""
+        """Return the smallest number of tokens that ``text`` can have."""
         if not self.longest:
             return 0
         pieces = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
@@ -52,7 +53,10 @@ class TokenBound:
 def bound_of_description(
     description: Mapping[str, Any], added: Iterable[Any], tokens: Iterable[bytes], texts: Iterable[str]
 ) -> TokenBound:
-    """The bound of a ``tokenizers`` description with ``added`` tokens; its vocabulary in bytes and as it is written."""
+    """Return the bound of a ``tokenizers`` description with ``added`` tokens.
+
+    ``tokens`` is the vocabulary in bytes, ``texts`` the vocabulary as written in the file.
+    """
     cuts = _steps(description.get("pre_tokenizer"), "pretokenizers")
     shrinks = _shrinks(_steps(description.get("normalizer"), "normalizers"))
     bytes_kept = any(step["type"] == "ByteLevel" for step in cuts)
@@ -67,7 +71,7 @@ def bound_of_description(
 
 
 def bound_of_sentencepiece(model: Any, added: Iterable[AddedToken]) -> TokenBound:
-    """The bound of a sentencepiece model with ``added`` tokens. It may drop white space."""
+    """Return the bound of a sentencepiece model with ``added`` tokens. It may drop white space."""
     if sum(map(model.is_byte, range(len(model)))) < 256 or PROBE not in model.normalize(PROBE):
         return TokenBound()
     texts = [*(str(model.id_to_piece(piece)) for piece in range(len(model))), *(token.content for token in added)]
@@ -83,7 +87,7 @@ def _steps(part: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]
 
 
 def _shrinks(steps: Iterable[Mapping[str, Any]]) -> int:
-    """Bytes of text that the normaliser may turn into one; 0: without limit."""
+    """Return how many bytes of text the normaliser may turn into one; 0 if without limit."""
     factor = 1
     for step in steps:
         shrinks = _SHRINKS.get(step["type"])
@@ -109,7 +113,7 @@ def _keeps_words(step: Mapping[str, Any]) -> bool:
 
 
 def _knows_all_bytes(model: Mapping[str, Any], byte_level: bool) -> bool:
-    """Whether no character is unknown."""
+    """Return whether no character is unknown."""
     if byte_level:
         return model.get("type", "BPE") == "BPE" and model.get("unk_token") is None
     return bool(model.get("byte_fallback"))

@@ -1,6 +1,6 @@
-"""How much longer a ``tokenizer.json`` may make a text.
+"""Limits how much longer a ``tokenizer.json`` may make a text.
 
-A normalizer or decoder that doubles a letter forty times in a row would need a terabyte for a text of one letter.
+A normalizer or decoder with forty steps that each double a letter would need a terabyte for one letter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_growth(description: Mapping[str, Any], path: Path) -> None:
 
 
 def _steps(part: Any, members: str) -> Iterator[Mapping[str, Any]]:
-    """The steps of a part in their order; sequences may be nested."""
+    """Return the steps of a part in their order; sequences may be nested."""
     waiting = [part]
     while waiting:
         step = waiting.pop()
@@ -42,7 +42,7 @@ def _steps(part: Any, members: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _factor(step: Mapping[str, Any]) -> float:
-    """How many bytes a step puts in place of one, at most."""
+    """Return the largest number of bytes that a step puts in place of one."""
     content, pattern = step.get("content"), step.get("pattern")
     if step.get("type") == "Prepend":
         content, pattern = step.get("prepend"), None

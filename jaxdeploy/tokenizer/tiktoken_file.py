@@ -47,12 +47,12 @@ class Rules:
 
 
 def is_tiktoken(content: bytes) -> bool:
-    """Whether a file with this ``content`` is in tiktoken's format."""
+    """Return whether a file with this ``content`` is in tiktoken's format."""
     return _LINE.fullmatch(content[:4096].split(b"\n", 1)[0].strip()) is not None
 
 
 def describe_tiktoken(path: Path) -> dict[str, Any]:
-    """The file as a description for the ``tokenizers`` library.
+    """Return the file as a description for the ``tokenizers`` library.
 
     Raises ``CheckpointError``: a line is damaged, a rank or a byte is missing.
     """
@@ -81,7 +81,7 @@ def describe_tiktoken(path: Path) -> dict[str, Any]:
 
 
 def _ranks(path: Path) -> dict[bytes, int]:
-    """Token → rank, in the order of ranks."""
+    """Return token → rank, in the order of ranks."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_bytes(path, _LARGEST_FILE).split(b"\n"), 1):
         if not (line := line.strip()):
@@ -105,7 +105,7 @@ def _ranks(path: Path) -> dict[bytes, int]:
 
 
 def _merges(ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """Every division of each token into two tokens, the lowest ranks first."""
+    """Return every division of each token into two tokens, the lowest ranks first."""
     for token in ranks:
         divisions = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         pairs = [(left, right) for left, right in divisions if left in ranks and right in ranks]
@@ -118,7 +118,7 @@ def _qwen() -> Rules:
 
 
 def _llama3(folder: Path) -> Rules:
-    """Llama 3.1 gave names to some of Llama 3's reserved tokens; ``params.json`` tells which of them it is."""
+    """Return the rules of Llama 3 or 3.1, which names some reserved tokens; ``params.json`` identifies the release."""
     names = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>"}
     names[9] = "<|eot_id|>"
     params = read_json(folder / "params.json") if exists(folder / "params.json") else {"use_scaled_rope": True}
@@ -135,7 +135,7 @@ def _special(content: str, token_id: int) -> dict[str, Any]:
 
 
 def _begins_with(token: str, token_id: int) -> dict[str, Any]:
-    """A post-processor that puts ``token`` in front of a text."""
+    """Return a post-processor that puts ``token`` in front of a text."""
     begin, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     return {
         "type": "TemplateProcessing",

@@ -1,4 +1,4 @@
-"""Keeps out of the page whoever has not logged in, and slows down those who guess keys."""
+"""Closes the page to visitors without a login and delays repeated wrong logins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxdeploy.server.recent import Recent
 LOGIN = frozenset({"/login", "/login/"})
 OPEN_PATHS = LOGIN | {"/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
 OPEN_FOLDERS = ("/assets/", "/static/")
-"""What the login page needs; everything else is closed without a login."""
+"""Paths that the login page needs; all others are closed without a login."""
 MOST_OF_LOGIN = 8192
 """Bytes of a form with a name and a key."""
 
@@ -41,7 +41,7 @@ class Attempts:
         """A minute, and how many wrong logins there were in it."""
 
     def wait(self, host: str) -> float:
-        """Seconds until ``host`` may try again; 0: now."""
+        """Return the seconds until ``host`` may try again; 0 if it may try now."""
         now = time.monotonic()
         minute, count = self._minute
         if minute == now // 60 and count >= MOST_A_MINUTE:
@@ -52,7 +52,7 @@ class Attempts:
         return max(0.0, last + min(LONGEST_WAIT, 2.0 ** (wrong - FREE)) - now)
 
     def note(self, host: str) -> None:
-        """``host`` tries. It counts as wrong until ``forgive``, so that many tries at a time are counted too."""
+        """Record a try of ``host``. It counts as wrong until ``forgive``, so that concurrent tries count too."""
         now = time.monotonic()
         wrong, last = self._wrong.get(_address(host)) or (0, now)
         self._wrong.put(_address(host), (1 if now - last > FORGET_SECONDS else wrong + 1, now))
@@ -60,14 +60,14 @@ class Attempts:
         self._minute = (int(now // 60), count + 1 if minute == now // 60 else 1)
 
     def forgive(self, host: str) -> None:
-        """``host`` had a right key."""
+        """Record that ``host`` had a right key."""
         self._wrong.forget(_address(host))
         minute, count = self._minute
         self._minute = (minute, max(0, count - 1))
 
 
 class LoginGate:
-    """Answers 401 to whoever is not ``logged_in``, 429 to logins that come too soon after wrong ones."""
+    """Answers 401 to requests that are not ``logged_in``, 429 to logins that come too soon after wrong ones."""
 
     def __init__(self, app: ASGIApp, logged_in: Callable[[HTTPConnection], bool]) -> None:
         self._app = app

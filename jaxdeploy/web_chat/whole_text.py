@@ -1,4 +1,4 @@
-"""Replaces halves of surrogate pairs, which JSON can carry and UTF-8 cannot, in what browsers send."""
+"""Replaces halves of surrogate pairs, which JSON can carry and UTF-8 cannot, in requests of browsers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class WholeText:
-    """Mends the JSON that browsers send, before the page's library puts it into a stream of events."""
+    """Corrects the JSON that browsers send, before the page's library puts it into a stream of events."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -46,7 +46,7 @@ class WholeText:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """All of the body; ``None`` if the client left."""
+    """Return the whole body; ``None`` if the client left."""
     body = bytearray()
     while True:
         message = await receive()
@@ -58,7 +58,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _mended(body: bytes) -> bytes:
-    """``body`` unless it has surrogates. Raises ``ValueError`` if it is not JSON."""
+    """Return ``body`` with its surrogates replaced. Raises ``ValueError`` if it is not JSON."""
     if not _SURROGATE.search(body):
         body.decode()
         return body

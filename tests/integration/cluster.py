@@ -1,4 +1,4 @@
-"""A proxy and two servers that register with it, each a process of its own."""
+"""A proxy and two servers that register with it, each in a separate process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.integration.test_server_process import launched
 from tests.served import until
 
 RUNNING = 4
-"""Replies that a server generates at a time."""
+"""Replies that a server generates concurrently."""
 SMALL = ("--max-batch-size", str(RUNNING), "--session-len", "512", "--no-warmup")
 PATIENCE = 10
 """Seconds that a node may be silent: the machine may be busy."""

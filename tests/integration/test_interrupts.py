@@ -24,7 +24,7 @@ SMALL = ("--session-len", "256", "--max-batch-size", "2")
 
 @contextmanager
 def in_a_terminal(log: Path, *argv: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A program with a process group of its own, as a shell starts it, and nothing compiled yet."""
+    """Start a program in a separate process group, as a shell does, with an empty compilation cache."""
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(log.parent / "cache")}
     reset = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code = reset + "from jaxdeploy.cli import program; program(sys.argv[1:])"

@@ -184,7 +184,7 @@ def stop_word(text: str, mixed: random.Random) -> str:
 
 
 async def ask_all(url: str, count: int) -> int:
-    """Ask ``count`` times, each with a stop word of its own; how many replies were right."""
+    """Send ``count`` requests with different stop words and return how many replies were right."""
     async with httpx2.AsyncClient(base_url=url, timeout=300) as http:
         pairs = [(route, question) for route in ROUTES for question in QUESTIONS]
         whole = {

@@ -9,7 +9,7 @@ from pydantic import BaseModel, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 MOST_KEYS = 1024
-"""Members of an object whose values are checked one by one."""
+"""Largest number of members of an object whose values have a schema."""
 
 
 _LEAVES = frozenset({"metadata", "serialization", "cls", "config", "default"})
@@ -18,7 +18,7 @@ _ANY = {"type": "any"}
 
 
 def _bounded(schema: Any) -> Any:
-    """``schema`` with bounds on every list and dictionary within it."""
+    """Return ``schema`` with bounds on every list and dictionary within it."""
     if isinstance(schema, list | tuple):
         return type(schema)(map(_bounded, schema))
     if not isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""What of a node's answer reaches the client: a few headers, JSON or a stream, errors of a bounded size."""
+"""Selects the parts of a node's answer that reach the client: a few headers, JSON or a stream, bounded errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMS = frozenset({JSON, "text/event-stream", "application/x-ndjson"})
 """Media types of replies. A browser could run a reply of another type as a page of the proxy."""
 
 FORWARDED_HEADERS = frozenset({"cache-control", "openai-processing-ms", "openai-version", "x-accel-buffering"})
-"""Response headers that a client receives beside Content-Type and Retry-After."""
+"""Response headers that a client receives in addition to Content-Type and Retry-After."""
 LONGEST_HEADER = 256
 _RETRY_AFTER = re.compile(r"\d{1,6}", re.ASCII)
 
@@ -40,7 +40,7 @@ class Refusal:
 
     @property
     def retry_after(self) -> float:
-        """Seconds after which the node may take the request; infinite if it does not say."""
+        """Return the seconds after which the node may take the request; infinite if it does not say."""
         return float(dict(self.headers).get("retry-after", "inf"))
 
     @property
@@ -50,12 +50,12 @@ class Refusal:
 
     @property
     def may_be_death(self) -> bool:
-        """Whether the node may have run the request and died of it: it says neither that it is full nor until when."""
+        """Return whether the request may have killed the node: the answer reports neither a full node nor a time."""
         return self.status != FULL and self.retry_after == float("inf")
 
 
 def stream_headers(response: httpx2.Response) -> Headers:
-    """The headers of a reply. Raises ``NotTheApiError`` if its form is none of ``FORMS``."""
+    """Return the headers of a reply. Raises ``NotTheApiError`` if its form is none of ``FORMS``."""
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in FORMS:
         raise NotTheApiError(f"the node answers with Content-Type {clipped(kind)!r}, which no reply has")
@@ -63,7 +63,7 @@ def stream_headers(response: httpx2.Response) -> Headers:
 
 
 async def error_answer(response: httpx2.Response) -> Refusal:
-    """An answer whose status is an error. What is too large, or not JSON, is replaced by a message with the status."""
+    """Return an answer with an error status. A message replaces a body that is too large or not JSON."""
     status, headers = response.status_code, [*_kept(response), ("content-type", JSON)]
     try:
         body = await body_of(response, MOST_OF_ERROR)
@@ -77,7 +77,7 @@ async def error_answer(response: httpx2.Response) -> Refusal:
 
 
 async def whole_answer(body: bytes) -> bytes:
-    """``body``. Raises ``BadAnswerError`` if it is not JSON."""
+    """Return ``body``. Raises ``BadAnswerError`` if it is not JSON."""
     try:
         if len(body) > LARGE:
             await asyncio.to_thread(json.loads, body)

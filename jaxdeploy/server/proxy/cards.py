@@ -1,4 +1,4 @@
-"""What a node says of its models, checked before the proxy repeats it."""
+"""Checks the model list of a node before the proxy repeats it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Card = dict[str, Any]
 
 
 def read_cards(body: bytes) -> dict[str, Card]:
-    """Name of a model → its card in ``/v1/models``, without members that are objects or lists.
+    """Return model name → card in ``/v1/models``, without members that are objects or lists.
 
-    Raises ``BadAnswerError`` for whatever is not a list of models.
+    Raises ``BadAnswerError`` if the answer is not a list of models.
     """
     try:
         listed = read_json(body)["data"]

@@ -18,7 +18,7 @@ _FINAL = frozenset({200, *range(400, 600)})
 
 
 def client(**settings: Any) -> httpx2.AsyncClient:
-    """An HTTP client that stores no cookies, follows no redirects and ignores the environment's proxies."""
+    """Return an HTTP client that stores no cookies, follows no redirects and ignores the environment's proxies."""
     no_cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[]))
     return httpx2.AsyncClient(cookies=no_cookies, follow_redirects=False, trust_env=False, **settings)
 
@@ -35,7 +35,7 @@ def check_head(response: httpx2.Response) -> None:
 
 
 async def body_of(response: httpx2.Response, most: int) -> bytes:
-    """The body of ``response``. Raises ``BadAnswerError`` if it has more than ``most`` bytes."""
+    """Return the body of ``response``. Raises ``BadAnswerError`` if it has more than ``most`` bytes."""
     body = bytearray()
     async for chunk in response.aiter_raw():
         body += chunk
@@ -45,7 +45,7 @@ async def body_of(response: httpx2.Response, most: int) -> bytes:
 
 
 async def fetch(http: httpx2.AsyncClient, request: httpx2.Request, most: int) -> tuple[int, bytes]:
-    """Status and body of the answer to ``request``.
+    """Return status and body of the answer to ``request``.
 
     Raises ``BadAnswerError`` if it breaks a rule or has more than ``most`` bytes, ``httpx2.TransportError``.
     """
@@ -58,7 +58,7 @@ async def fetch(http: httpx2.AsyncClient, request: httpx2.Request, most: int) ->
 
 
 def read_json(body: bytes) -> Any:
-    """``body`` as JSON. Raises ``ValueError`` for anything that is not, ``NaN`` and ``Infinity`` included."""
+    """Return ``body`` as JSON. Raises ``ValueError`` for anything that is not, ``NaN`` and ``Infinity`` included."""
     try:
         return json.loads(body, parse_constant=_refuse)
     except RecursionError:

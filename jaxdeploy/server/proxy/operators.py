@@ -62,7 +62,7 @@ class NodeAddress(BaseModel):
 
 
 class NodeStatus(BaseModel):
-    """How a node is; ``latency`` and ``heartbeat_age`` are in seconds, ``None`` where there was none yet."""
+    """State of a node; ``latency`` and ``heartbeat_age`` are in seconds, ``None`` before the first measurement."""
 
     up: bool
     why_down: str | None
@@ -74,7 +74,7 @@ class NodeStatus(BaseModel):
 
 @router.post("/nodes/add", tags=["nodes"])
 async def add_node(asked: NodeAddress, proxy: TheProxy) -> dict[str, NodeStatus]:
-    """Send requests to a server, from now on or as soon as it is up. Again for one that is known: look at it now."""
+    """Send requests to a server once it answers. A known server is checked again at once."""
     node = await proxy.register(asked.url, asked.api_key)
     return {node.url: _status(node)}
 
@@ -92,7 +92,7 @@ async def remove_node(
 
 @router.get("/nodes/status", tags=["nodes"])
 async def nodes_status(proxy: TheProxy) -> dict[str, NodeStatus]:
-    """All nodes by their address."""
+    """Return all nodes by their address."""
     return {node.url: _status(node) for node in proxy.nodes}
 
 
@@ -107,7 +107,7 @@ abort = APIRouter()
 
 @abort.post("/abort_request", tags=["operation"])
 async def abort_request(request: Request, proxy: TheProxy) -> dict[str, int]:
-    """Tell all nodes to end a request. To end all of them needs an operator's key."""
+    """Send the abort to all nodes. Ending all requests needs an operator's key."""
     asked = await Asked.read(request, "/abort_request")
     if asked.fields.get("abort_all"):
         _check(request)

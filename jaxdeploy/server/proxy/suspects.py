@@ -23,16 +23,16 @@ class Suspects:
         self._known: Recent[bytes, tuple[frozenset[str], float]] = Recent(MOST)
 
     def note(self, asked: Asked, url: str) -> None:
-        """The node at ``url`` died while it ran ``asked``."""
+        """Record that the node at ``url`` died while it ran ``asked``."""
         self._known.put(asked.digest, (self._nodes(asked) | {url}, time.monotonic()))
 
     def clear(self, asked: Asked) -> None:
-        """A node has answered ``asked``."""
+        """Clear ``asked``: a node has answered it."""
         if self._known:
             self._known.forget(asked.digest)
 
     def deaths(self, asked: Asked) -> int:
-        """How many nodes died with ``asked``, or with the same request sent before."""
+        """Return how many nodes died with ``asked``, or with the same request sent before."""
         return len(self._nodes(asked)) if self._known else 0
 
     def _nodes(self, asked: Asked) -> frozenset[str]:
