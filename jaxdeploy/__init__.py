@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxdeploy.api.pipeline import Pipeline, pipeline
+from jaxdeploy.api.response import Response, Session
 from jaxdeploy.arguments import any_order, check_backend, config_of, split_settings, without_unused
 from jaxdeploy.config import (
     ChatTemplateConfig,
@@ -16,11 +18,9 @@ from jaxdeploy.config import (
     SpeculativeConfig,
     TurbomindEngineConfig,
 )
-from jaxdeploy.pipeline import Pipeline, pipeline
-from jaxdeploy.response import Response, Session
 
 if TYPE_CHECKING:
-    from jaxdeploy.api_client import ApiClient
+    from jaxdeploy.api.client import ApiClient
 
 __all__ = [
     "ChatTemplateConfig",
@@ -126,7 +126,7 @@ def client(api_server_url: str = "http://127.0.0.1:23333", api_key: str | None =
     Raises:
         JaxdeployError: the server cannot be reached, or refuses the key.
     """
-    from jaxdeploy.api_client import ApiClient
+    from jaxdeploy.api.client import ApiClient
 
     return ApiClient(api_server_url, api_key)
 

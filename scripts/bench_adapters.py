@@ -20,13 +20,13 @@ from bench_generation import SHAPES, write_shape
 from bench_record import result_path, spread, write_result
 from tqdm import tqdm
 
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.checkpoint.adapter import adaptable
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.build import build_engine
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.front.build import build_engine
+from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.messages import Request, SamplingParams
 from jaxdeploy.models.lora import HEAD
 from jaxdeploy.models.registry import family_of

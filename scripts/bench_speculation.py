@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import jaxdeploy.compress
 from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.messages import SpeculationCounts
 from jaxdeploy.tokenizer import Tokenizer

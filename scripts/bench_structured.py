@@ -28,7 +28,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, pipeline
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.errors import RequestError
 from jaxdeploy.response_format import grammar_of
 from jaxdeploy.tokenizer import Tokenizer

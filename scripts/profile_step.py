@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.build import build_engine
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.front.build import build_engine
+from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.messages import Request, SamplingParams
 
 HOST = ("schedule", "admit", "build", "dispatch", "commit")

@@ -19,11 +19,11 @@ from typing import Any
 from bench_record import result_path, write_result
 from tqdm import tqdm
 
-from jaxdeploy.engine.block_manager import BlockManager
-from jaxdeploy.engine.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduler import Scheduler
-from jaxdeploy.engine.sequence import Sequence
-from jaxdeploy.engine.waiting import PROMPT_COST, REPLY_COST
+from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
+from jaxdeploy.engine.scheduling.sequence import Sequence
+from jaxdeploy.engine.scheduling.waiting import PROMPT_COST, REPLY_COST
 from jaxdeploy.messages import Request, SamplingParams
 
 BLOCKS, HOST_BLOCKS, BLOCK_SIZE = 1200, 2000, 16

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from jaxdeploy.checkpoint.adapter import adaptable
 from jaxdeploy.checkpoint.quantized import hold_quantized
 from jaxdeploy.checkpoint.tensors import TensorFiles
-from jaxdeploy.engine.batch import StepShape, packed_size, padding_inputs
-from jaxdeploy.engine.model_runner import LOOP_IN_GRAPH, flat_step
+from jaxdeploy.engine.device.batch import StepShape, packed_size, padding_inputs
+from jaxdeploy.engine.device.runner import LOOP_IN_GRAPH, flat_step
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import abstract_params, decoder_from
 from jaxdeploy.models.families import llama

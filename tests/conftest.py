@@ -29,7 +29,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 if TYPE_CHECKING:
-    from jaxdeploy.engine.async_engine import AsyncEngine
+    from jaxdeploy.engine.front.async_engine import AsyncEngine
     from tests.served import RunningServer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from jaxdeploy.api.pipeline import Pipeline
 from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
-from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
 from jaxdeploy.errors import ContextLengthError
 from jaxdeploy.messages import FinishReason, TokenLogprob
-from jaxdeploy.pipeline import Pipeline
 from jaxdeploy.tokenizer import Tokenizer
 
 BOS, EOS = 1, 2

@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import uvicorn
 
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.chat_template.jinja import JinjaTemplate
 from jaxdeploy.config import EngineConfig, ServerConfig
-from jaxdeploy.engine.async_engine import AsyncEngine
-from jaxdeploy.engine.generator import Generator
+from jaxdeploy.engine.front.async_engine import AsyncEngine
+from jaxdeploy.engine.front.generator import Generator
 from jaxdeploy.server.app import create_app
 from jaxdeploy.server.http_connection import HttpConnection
 from jaxdeploy.server.served import Served

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from hypothesis.strategies import data, integers
 
-from jaxdeploy.engine.adapters import Adapter, Adapters
+from jaxdeploy.engine.scheduling.adapters import Adapter, Adapters
 from jaxdeploy.errors import UnknownAdapterError
 
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 import pytest
 
-from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
-from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
+from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ContextLengthError, RequestError
 from jaxdeploy.messages import FinishReason

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdeploy.engine.batch import (
+from jaxdeploy.engine.device.batch import (
     ROW_LENGTH,
     SAMPLING_FLOATS,
     StepShape,
@@ -19,8 +19,8 @@ from jaxdeploy.engine.batch import (
     step_shapes,
     unpack,
 )
-from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
-from jaxdeploy.engine.sequence import Block, Sequence
+from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.sequence import Block, Sequence
 from jaxdeploy.messages import Request, SamplingParams
 
 VOCAB = 96

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdeploy.engine.block_manager import BlockManager, OutOfBlocksError
-from jaxdeploy.engine.sequence import Block
+from jaxdeploy.engine.scheduling.block_manager import BlockManager, OutOfBlocksError
+from jaxdeploy.engine.scheduling.sequence import Block
 
 
 def indices(blocks: list[Block]) -> list[int]:

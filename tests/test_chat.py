@@ -16,13 +16,19 @@ import jax
 import pytest
 
 from jaxdeploy import EngineConfig, GenerationConfig
-from jaxdeploy.chat import Chat, bundled_model, main
-from jaxdeploy.chat_input import _key_bindings, read_lines
-from jaxdeploy.chat_session import Conversation, Reply, stream_reply
+from jaxdeploy.bundled import bundled_model
+from jaxdeploy.chat.input import _key_bindings, read_lines
+from jaxdeploy.chat.session import Conversation, Reply, stream_reply
+from jaxdeploy.chat.terminal import Chat
+from jaxdeploy.cli import main as command
 from jaxdeploy.errors import ModelNotFoundError
 from jaxdeploy.messages import FinishReason
 from pallas_kernels.dispatch import ENVIRONMENT
 from tests.fake_generator import FakeGenerator, fake_pipeline
+
+
+def main(argv: list[str]) -> int:
+    return command(["chat", *argv])
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[FakeGenerator]:
         made.append(FakeGenerator(template=chat_template, config=config))
         return made[-1]
 
-    monkeypatch.setattr("jaxdeploy.engine.generator.Generator.from_pretrained", load, raising=False)
+    monkeypatch.setattr("jaxdeploy.engine.front.generator.Generator.from_pretrained", load, raising=False)
     return made
 
 
@@ -238,7 +244,7 @@ def test_keys_on_a_terminal(keys: str, text: str) -> None:
 
 
 def test_without_the_bundled_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("jaxdeploy.chat.DEMO", tmp_path)
+    monkeypatch.setattr("jaxdeploy.bundled.DEMO", tmp_path)
     with pytest.raises(ModelNotFoundError, match="name a MODEL"):
         bundled_model()
 

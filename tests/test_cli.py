@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import write_cli_docs
 
-from jaxdeploy.chat_input import given_prompt
+from jaxdeploy.chat.input import given_prompt
 from jaxdeploy.cli import COMMANDS, command_parser, main
 from jaxdeploy.cli.chat import ChatOptions, template_config
 from jaxdeploy.cli.flags import read_settings

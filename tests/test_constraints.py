@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.constraints import forbid
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.device.constraints import forbid
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.messages import Request, SamplingParams
 
 WORDS = 3

@@ -196,7 +196,7 @@ def test_no_fact_says_that_a_feature_is_missing(demo: Any) -> None:
 
 
 def test_commands_in_the_answers_exist(demo: Any) -> None:
-    from jaxdeploy.chat import HELP
+    from jaxdeploy.chat.terminal import HELP
     from jaxdeploy.cli import COMMANDS
     from jaxdeploy.cli.lite import METHODS
     from jaxdeploy.cli.serve import PROGRAMS

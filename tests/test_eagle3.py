@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from jaxdeploy import GenerationConfig, pipeline
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.checkpoint.eagle3 import load_eagle3
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.batch import draft_shapes
-from jaxdeploy.engine.engine import Engine
-from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.model_runner import Features, ModelRunner
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.device.batch import draft_shapes
+from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
+from jaxdeploy.engine.device.runner import Features, ModelRunner
+from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.speculation import Speculation

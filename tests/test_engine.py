@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.errors import ContextLengthError, RequestError
 from jaxdeploy.messages import FinishReason, Request
 from tests.tiny_models import (

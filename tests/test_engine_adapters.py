@@ -17,13 +17,13 @@ import pytest
 from jaxdeploy.checkpoint.adapter import AdapterWeights
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.adapter_reader import AdapterReader
-from jaxdeploy.engine.adapters import Adapters
-from jaxdeploy.engine.batch import StepShape, padding_inputs
-from jaxdeploy.engine.build import build_engine
-from jaxdeploy.engine.engine import Engine
-from jaxdeploy.engine.model_runner import ModelRunner
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.device.adapter_reader import AdapterReader
+from jaxdeploy.engine.device.batch import StepShape, padding_inputs
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.front.build import build_engine
+from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.scheduling.adapters import Adapters
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.errors import CheckpointError, ConfigError, NonFiniteError, UnknownAdapterError
 from jaxdeploy.messages import FinishReason, Request, SamplingParams

@@ -16,8 +16,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from jaxdeploy.engine.async_engine import AsyncEngine
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.front.async_engine import AsyncEngine
+from jaxdeploy.engine.front.engine import Engine
 from tests.served import RunningServer, running, until, with_tools
 
 VICTIM = "VICTIM"
@@ -67,37 +67,41 @@ POINTS = [
     Point("check room", f"{SERVER}.served:Served.check_room", early=True),
     Point("watch times", f"{SERVER}.metrics:Metrics.watch", early=True),
     Point("note times", f"{SERVER}.metrics:ReplyTimes.note"),
-    Point("submit", f"{ENGINE}.generator:Generator.submit"),
+    Point("submit", f"{ENGINE}.front.generator:Generator.submit"),
     Point("make a detokenizer", "jaxdeploy.tokenizer:Tokenizer.detokenizer", early=True),
-    Point("make a text stream", f"{ENGINE}.generator:TextStream", early=True),
-    Point("add", f"{ENGINE}.engine:Engine.add"),
-    Point("make a sequence", f"{ENGINE}.engine:Sequence"),
-    Point("lay out settings", f"{ENGINE}.engine:settings_of"),
-    Point("queue", f"{ENGINE}.scheduler:Scheduler.add"),
+    Point("make a text stream", f"{ENGINE}.front.generator:TextStream", early=True),
+    Point("add", f"{ENGINE}.front.engine:Engine.add"),
+    Point("make a sequence", f"{ENGINE}.front.engine:Sequence"),
+    Point("lay out settings", f"{ENGINE}.front.engine:settings_of"),
+    Point("queue", f"{ENGINE}.scheduling.scheduler:Scheduler.add"),
     Point("compile the grammar", f"{ENGINE}.grammar:Grammars.matcher", FORMED, early=True),
-    Point("prepare to read the prompt", f"{ENGINE}.engine:PromptReader", ECHO, path="/v1/completions"),
-    Point("admit", f"{ENGINE}.scheduler:Scheduler._admit"),
-    Point("find prefixes", f"{ENGINE}.prefix_cache:PrefixCache.find"),
-    Point("schedule its prompt", f"{ENGINE}.scheduler:Scheduler._chunk"),
-    Point("note its blocks", f"{ENGINE}.prefix_cache:PrefixCache.note"),
-    Point("make room", f"{ENGINE}.scheduler:Scheduler._make_room"),
-    Point("schedule its decode", f"{ENGINE}.scheduler:Scheduler._decode"),
-    Point("build its row", f"{ENGINE}.batch:forbid", SCORED),
+    Point("prepare to read the prompt", f"{ENGINE}.front.engine:PromptReader", ECHO, path="/v1/completions"),
+    Point("admit", f"{ENGINE}.scheduling.scheduler:Scheduler._admit"),
+    Point("find prefixes", f"{ENGINE}.scheduling.prefix_cache:PrefixCache.find"),
+    Point("schedule its prompt", f"{ENGINE}.scheduling.scheduler:Scheduler._chunk"),
+    Point("note its blocks", f"{ENGINE}.scheduling.prefix_cache:PrefixCache.note"),
+    Point("make room", f"{ENGINE}.scheduling.scheduler:Scheduler._make_room"),
+    Point("schedule its decode", f"{ENGINE}.scheduling.scheduler:Scheduler._decode"),
+    Point("build its row", f"{ENGINE}.device.batch:forbid", SCORED),
     Point("follow the grammar: mask", f"{ENGINE}.grammar:Matcher.allow", FORMED, early=True),
     Point("follow the grammar: take", f"{ENGINE}.grammar:Matcher.take", FORMED, early=True),
-    Point("read the prompt", f"{ENGINE}.prompt_reading:PromptReader.add", ECHO, True, path="/v1/completions"),
+    Point("read the prompt", f"{ENGINE}.device.prompt_reading:PromptReader.add", ECHO, True, path="/v1/completions"),
     Point(
-        "put the reading together", f"{ENGINE}.prompt_reading:PromptReader.reading", ECHO, True, path="/v1/completions"
+        "put the reading together",
+        f"{ENGINE}.device.prompt_reading:PromptReader.reading",
+        ECHO,
+        True,
+        path="/v1/completions",
     ),
-    Point("accept tokens", f"{ENGINE}.engine:Engine._accepted"),
-    Point("append tokens", f"{ENGINE}.sequence:Sequence.append"),
-    Point("extract log-probabilities", f"{ENGINE}.engine:_logprob", SCORED, early=True),
-    Point("make the output", f"{ENGINE}.engine:Engine._output"),
-    Point("leave the session", f"{ENGINE}.sessions:Sessions.leave", harmless=True),
-    Point("make the text", f"{ENGINE}.generator:Generator._text_output"),
-    Point("detokenise", f"{ENGINE}.text_stream:TextStream.push"),
-    Point("match stop words", f"{ENGINE}.text_stream:TextStream._take"),
-    Point("finish the text", f"{ENGINE}.text_stream:TextStream.finish"),
+    Point("accept tokens", f"{ENGINE}.front.engine:Engine._accepted"),
+    Point("append tokens", f"{ENGINE}.scheduling.sequence:Sequence.append"),
+    Point("extract log-probabilities", f"{ENGINE}.front.engine:_logprob", SCORED, early=True),
+    Point("make the output", f"{ENGINE}.front.engine:Engine._output"),
+    Point("leave the session", f"{ENGINE}.scheduling.sessions:Sessions.leave", harmless=True),
+    Point("make the text", f"{ENGINE}.front.generator:Generator._text_output"),
+    Point("detokenise", f"{ENGINE}.front.text_stream:TextStream.push"),
+    Point("match stop words", f"{ENGINE}.front.text_stream:TextStream._take"),
+    Point("finish the text", f"{ENGINE}.front.text_stream:TextStream.finish"),
     Point("count", f"{SERVER}.collected:Counts.add", ECHO, path="/v1/completions"),
     Point("parse thoughts", f"{SERVER}.parsers.think:Think.push", early=True),
     Point("parse calls", f"{SERVER}.parsers.marked_calls:MarkedCalls.push", CALLING, early=True),
@@ -232,10 +236,10 @@ def check_nothing_is_lost(server: RunningServer) -> None:
 @pytest.mark.parametrize(
     "where",
     [
-        f"{ENGINE}.model_runner:ModelRunner.write_tokens",
-        f"{ENGINE}.engine:choose_shape",
-        f"{ENGINE}.engine:build_inputs",
-        f"{ENGINE}.model_runner:ModelRunner.run",
+        f"{ENGINE}.device.runner:ModelRunner.write_tokens",
+        f"{ENGINE}.front.engine:choose_shape",
+        f"{ENGINE}.front.engine:build_inputs",
+        f"{ENGINE}.device.runner:ModelRunner.run",
     ],
 )
 def test_a_fault_of_a_whole_step_costs_its_requests_and_not_the_engine(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.messages import Request, SamplingParams
 from tests.tiny_models import IN_A_ROW, SHAPES_IN_A_ROW, guessing, prompt, run, tiny_engine
 

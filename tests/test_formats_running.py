@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
+from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.mesh import make_mesh

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.generator import Generator, TextRequest
+from jaxdeploy.engine.front.generator import Generator, TextRequest
 from jaxdeploy.errors import CheckpointError, ContextLengthError
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
 from tests.test_text_stream import cut

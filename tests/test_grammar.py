@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.engine import GRAMMAR_THREADS, Engine
+from jaxdeploy.engine.front.engine import GRAMMAR_THREADS, Engine
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason, Request
 from tests.tiny_models import SHAPES_IN_A_ROW, guessing, outputs_of, prompt, reasons, request, run, tiny_engine

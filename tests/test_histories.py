@@ -8,10 +8,10 @@ import threading
 from contextlib import aclosing
 from typing import Any
 
-from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
-from jaxdeploy.engine.generator import TextOutput, TextRequest
+from jaxdeploy.api.streams import Streams
+from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
+from jaxdeploy.engine.front.generator import TextOutput, TextRequest
 from jaxdeploy.messages import FinishReason, Request
-from jaxdeploy.streams import Streams
 from tests.fake_engine import UNREADABLE, BurstEngine, how_it_ends
 from tests.test_text_stream import cut
 from tests.tiny_text import LETTERS, text_of, tiny_generator

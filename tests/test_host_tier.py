@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.host_blocks import GROUP, HostBlocks
-from jaxdeploy.engine.host_tier import Transfer
-from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.engine.device.host_blocks import GROUP, HostBlocks
+from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
+from jaxdeploy.engine.scheduling.host_tier import Transfer
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.parallel.mesh import make_mesh
 from tests.test_prefix_cache import TEXT, ask, ran
 from tests.test_scheduler import FakeModel, make_scheduler, run, sequence

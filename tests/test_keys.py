@@ -9,10 +9,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from jaxdeploy.api_client import ApiClient
+from jaxdeploy.api.client import ApiClient
 from jaxdeploy.cli import main
 from jaxdeploy.config import ProxyConfig, ServerConfig
-from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.engine.front.async_engine import AsyncEngine
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.proxy.app import create_proxy_app

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine import kv_cache
-from jaxdeploy.engine.kv_cache import CPU_LIMIT, CachePlan, allocate_pools, plan_cache
+from jaxdeploy.engine.device import kv_cache
+from jaxdeploy.engine.device.kv_cache import CPU_LIMIT, CachePlan, allocate_pools, plan_cache
 from jaxdeploy.errors import CacheTooSmallError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.parallel.mesh import make_mesh

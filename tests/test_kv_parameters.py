@@ -12,7 +12,7 @@ import pytest
 
 from jaxdeploy.checkpoint.kv_parameters import read_kv_parameters, write_kv_parameters
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.kv_policy import as_ranges, kv_policy
+from jaxdeploy.engine.device.kv_policy import as_ranges, kv_policy
 from jaxdeploy.errors import CheckpointError, ConfigError
 from tests.tiny_models import CONFIG
 

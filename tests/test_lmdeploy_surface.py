@@ -20,7 +20,7 @@ from jaxdeploy import (
     TurbomindEngineConfig,
     pipeline,
 )
-from jaxdeploy.engine.generator import Generator
+from jaxdeploy.engine.front.generator import Generator
 from jaxdeploy.errors import ConfigError, JaxdeployError, RequestError
 from tests.fake_generator import FakeGenerator, fake_pipeline
 
@@ -203,7 +203,14 @@ def test_names_of_lmdeploys_that_are_not_there() -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [jaxdeploy.pipeline, jaxdeploy.serve, jaxdeploy.client, Pipeline.__call__, Pipeline.stream_infer, Pipeline.chat],
+    [
+        jaxdeploy.pipeline,
+        jaxdeploy.serve,
+        jaxdeploy.client,
+        Pipeline.__call__,
+        Pipeline.stream_infer,
+        Pipeline.chat,
+    ],
 )
 def test_help_shows_arguments(function: Any) -> None:
     kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]

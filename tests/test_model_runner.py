@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.batch import StepShape, padding_inputs
-from jaxdeploy.engine.model_runner import ModelRunner
+from jaxdeploy.engine.device.batch import StepShape, padding_inputs
+from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.config import RopeConfig
 from jaxdeploy.models.decoder import decoder_from

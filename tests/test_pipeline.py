@@ -277,7 +277,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"model": model, "config": config, **kwargs})
         return FakeGenerator()
 
-    monkeypatch.setattr("jaxdeploy.engine.generator.Generator.from_pretrained", load)
+    monkeypatch.setattr("jaxdeploy.engine.front.generator.Generator.from_pretrained", load)
     return calls
 
 

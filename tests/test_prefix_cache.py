@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.build import longest_shared
-from jaxdeploy.engine.scheduler import Scheduler
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.front.build import longest_shared
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.messages import Request, SamplingParams
 from jaxdeploy.models.config import RopeConfig
 from tests import test_quantized_kv as quantized

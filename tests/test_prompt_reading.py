@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.batch import reading_shapes, step_shapes
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.device.batch import reading_shapes, step_shapes
+from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import PromptReading, Request, StepOutput
 from jaxdeploy.models.attention import DenseContext

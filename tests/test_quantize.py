@@ -19,7 +19,7 @@ import quantize as script
 from flax import nnx
 
 from jaxdeploy import QuantConfig, Response, TurbomindEngineConfig, pipeline
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.checkpoint import writing
 from jaxdeploy.checkpoint.kv_parameters import read_kv_parameters
 from jaxdeploy.checkpoint.marker import NAME, read_marker

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, padding_inputs
-from jaxdeploy.engine.block_manager import BlockManager
-from jaxdeploy.engine.engine import Engine
-from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.kv_policy import Ranges, as_ranges
-from jaxdeploy.engine.model_runner import ModelRunner
-from jaxdeploy.engine.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, padding_inputs
+from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
+from jaxdeploy.engine.device.kv_policy import Ranges, as_ranges
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.messages import Request
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models.attention import PagedContext, Rows, dense_attention

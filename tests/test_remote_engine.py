@@ -20,13 +20,13 @@ from typing import Any, cast
 import pytest
 from numpy.testing import assert_allclose
 
-from jaxdeploy.engine.adapters import Adapters
-from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.checks import RequestLimits
-from jaxdeploy.engine.engine import Engine
-from jaxdeploy.engine.engine_like import EngineLike
-from jaxdeploy.engine.generator import TextRequest
-from jaxdeploy.engine.remote import PATIENCE, EngineDiedError, RemoteEngine, _Calls, _obey
+from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
+from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.front.engine_like import EngineLike
+from jaxdeploy.engine.front.generator import TextRequest
+from jaxdeploy.engine.front.remote import PATIENCE, EngineDiedError, RemoteEngine, _Calls, _obey
+from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import (
     CheckpointError,
@@ -457,7 +457,7 @@ def test_loading_through_the_asynchronous_engine() -> None:
 SLOW_START = """
 import threading, time, sys
 from functools import partial
-from jaxdeploy.engine.remote import RemoteEngine
+from jaxdeploy.engine.front.remote import RemoteEngine
 
 if __name__ == "__main__":
     engines = []
@@ -494,10 +494,10 @@ def alive(pid: int) -> bool:
 
 SERVES = """
 from jaxdeploy import ServerConfig, serve
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 serve(bundled_model(), server_config=ServerConfig(server_name="127.0.0.1", server_port=0))
 """
-STARTS = "from jaxdeploy.engine.remote import RemoteEngine; RemoteEngine(print)"
+STARTS = "from jaxdeploy.engine.front.remote import RemoteEngine; RemoteEngine(print)"
 
 
 @pytest.mark.parametrize("call", [STARTS, pytest.param(SERVES, marks=pytest.mark.slow)])

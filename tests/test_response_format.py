@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.grammar import FORCED, Grammars, _Vocabulary
 from jaxdeploy.errors import RequestError

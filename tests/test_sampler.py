@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdeploy.engine.checks import MAX_LOGPROBS
-from jaxdeploy.engine.sampler import CANDIDATES, Sampled, SamplingRows, _threshold, greedy, sample
+from jaxdeploy.engine.device.sampler import CANDIDATES, Sampled, SamplingRows, _threshold, greedy, sample
 
 Array = np.ndarray[Any, Any]
 

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdeploy.engine.batch import ROW_LENGTH, choose_shape, step_shapes
-from jaxdeploy.engine.block_manager import BlockManager
-from jaxdeploy.engine.host_tier import Transfer
-from jaxdeploy.engine.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduler import MOST_PARTIAL, Chunk, ScheduledBatch, Scheduler
-from jaxdeploy.engine.sequence import Sequence
-from jaxdeploy.engine.waiting import MOST_TENANTS
+from jaxdeploy.engine.device.batch import ROW_LENGTH, choose_shape, step_shapes
+from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.host_tier import Transfer
+from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
+from jaxdeploy.engine.scheduling.scheduler import MOST_PARTIAL, Chunk, ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduling.sequence import Sequence
+from jaxdeploy.engine.scheduling.waiting import MOST_TENANTS
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
 
 BLOCK_SIZE = 4

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import jaxdeploy
-from jaxdeploy.api_client import base_url, is_url, sampling_fields
+from jaxdeploy.api.client import base_url, is_url, sampling_fields
 from jaxdeploy.cli import main, serve
 from jaxdeploy.cli.serve import NEEDS, PROGRAMS, ServeOptions
 from jaxdeploy.config import EngineConfig, GenerationConfig, ProxyConfig, ServerConfig

@@ -16,12 +16,12 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from jaxdeploy.api_client import ApiClient, ServerError
-from jaxdeploy.chat import Chat
-from jaxdeploy.chat_session import Conversation
+from jaxdeploy.api.client import ApiClient, ServerError
+from jaxdeploy.chat.session import Conversation
+from jaxdeploy.chat.terminal import Chat
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.engine.async_engine import AsyncEngine, EngineStoppedError
-from jaxdeploy.engine.generator import TextOutput
+from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
+from jaxdeploy.engine.front.generator import TextOutput
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason
 from tests.served import MOST, NAME, SESSION_LEN, RunningServer, running, until, with_tools

@@ -15,15 +15,15 @@ import httpx2
 import openai
 import pytest
 
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.api.pipeline import Pipeline, pipeline
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import EngineConfig, ProxyConfig, ServerConfig
-from jaxdeploy.engine.async_engine import AsyncEngine
-from jaxdeploy.engine.generator import TextOutput, TextRequest
+from jaxdeploy.engine.front.async_engine import AsyncEngine
+from jaxdeploy.engine.front.generator import TextOutput, TextRequest
 from jaxdeploy.errors import ConfigError, RequestError, UnknownAdapterError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.models.registry import read_config
-from jaxdeploy.pipeline import Pipeline, pipeline
 from jaxdeploy.server.proxy.app import create_proxy_app
 from jaxdeploy.server.run import load
 from tests.served import NAME, RunningApp, RunningServer, demo_config, demo_engine, running, until

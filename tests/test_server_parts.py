@@ -19,7 +19,7 @@ from jaxdeploy.cli import command_parser
 from jaxdeploy.cli.flags import read_settings
 from jaxdeploy.cli.serve import ServeOptions
 from jaxdeploy.config import EngineConfig, ProxyConfig, ServerConfig
-from jaxdeploy.engine.generator import TextOutput
+from jaxdeploy.engine.front.generator import TextOutput
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason, SpeculationCounts

@@ -14,7 +14,7 @@ from openai.types.responses import ResponseStreamEvent
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import BaseModel, TypeAdapter
 
-from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.engine.front.async_engine import AsyncEngine
 from jaxdeploy.server.protocol.responses import Response, ResponsesRequest
 from jaxdeploy.server.stored_responses import StoredResponse, StoredResponses, UnknownResponseError
 from tests.served import NAME, SESSION_LEN, RunningServer, running, until, with_tools

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from jaxdeploy.engine.engine import Engine
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.messages import Request, SamplingParams
 from tests.test_prefix_cache import TEXT
 from tests.test_scheduler import BLOCK_SIZE, FakeModel, make_scheduler, run

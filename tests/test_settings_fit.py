@@ -12,12 +12,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.batch import ModelInputs, build_inputs, choose_shape, draft_shapes, reading_of, reading_shapes
-from jaxdeploy.engine.block_manager import BlockManager
-from jaxdeploy.engine.build import longest_shared, make_scheduler, resolve_limits, shapes_of
-from jaxdeploy.engine.kv_cache import CachePlan
-from jaxdeploy.engine.scheduler import ScheduledBatch, Scheduler
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.device.batch import (
+    ModelInputs,
+    build_inputs,
+    choose_shape,
+    draft_shapes,
+    reading_of,
+    reading_shapes,
+)
+from jaxdeploy.engine.device.kv_cache import CachePlan
+from jaxdeploy.engine.front.build import longest_shared, make_scheduler, resolve_limits, shapes_of
+from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.scheduler import ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation

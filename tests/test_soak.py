@@ -8,8 +8,8 @@ import random
 import pytest
 from simulate_traffic import BLOCKS, HOST_BLOCKS, HOUR, Device, new_scheduler, simulate
 
-from jaxdeploy.engine.scheduler import Scheduler
-from jaxdeploy.engine.sequence import Node, Sequence
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
+from jaxdeploy.engine.scheduling.sequence import Node, Sequence
 from jaxdeploy.messages import Request, SamplingParams
 from tests.test_scheduler import SESSION_LEN, FakeModel, make_scheduler
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.batch import ROW_LENGTH, StepShape
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.gate import FEW, PATIENCE, Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.messages import FinishReason, Request, SamplingParams, SpeculationCounts, StepOutput

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, Response, SpeculativeConfig, pipeline
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.engine.speculation.gate import Gate

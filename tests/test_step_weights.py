@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdeploy.engine.step_weights import flatten
+from jaxdeploy.engine.device.step_weights import flatten
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.unstack import unstack, unstack_in_one_launch

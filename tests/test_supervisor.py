@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from jaxdeploy.engine import supervisor
 from jaxdeploy.engine.checks import RequestLimits
-from jaxdeploy.engine.remote import EngineDiedError
+from jaxdeploy.engine.front import supervisor
+from jaxdeploy.engine.front.remote import EngineDiedError
+from jaxdeploy.engine.front.supervisor import MAX_DEATHS, Supervisor
 from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.engine.supervisor import MAX_DEATHS, Supervisor
 from jaxdeploy.errors import CheckpointError, ConfigError, RequestError, UnknownAdapterError
 from jaxdeploy.messages import FinishReason, Request, SpeculationCounts, StepOutput
 from tests.test_remote_engine import Echo

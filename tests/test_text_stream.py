@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxdeploy.engine.text_stream import TextStream
+from jaxdeploy.engine.front.text_stream import TextStream
 
 
 class Pieces:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.tokenizer import Tokenizer
 from jaxdeploy.tokenizer.bounds import TokenBound, bound_of_description
 

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.tokenizer import Tokenizer
 

@@ -9,10 +9,10 @@ import httpx2
 import pytest
 
 from jaxdeploy import GenerationConfig
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.api.prompts import encode
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.generation_config import resolve
-from jaxdeploy.prompts import encode
 from jaxdeploy.server.body_text import well_formed_body
 from jaxdeploy.tokenizer import Tokenizer
 from jaxdeploy.unicode_text import well_formed, well_formed_values

@@ -16,11 +16,11 @@ import pytest
 from starlette.requests import Request as StarletteRequest
 from starlette.responses import PlainTextResponse
 
-from jaxdeploy.api_client import ServerError
-from jaxdeploy.chat_session import Reply
+from jaxdeploy.api.client import ServerError
+from jaxdeploy.chat.session import Reply
 from jaxdeploy.cli import main
 from jaxdeploy.config import GenerationConfig, ServerConfig
-from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.engine.front.async_engine import AsyncEngine
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.local import LocalServer
 from jaxdeploy.server.served import Served

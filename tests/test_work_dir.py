@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bench_record import result_path, save_figure, write_result
 
-from jaxdeploy.chat_session import Conversation
+from jaxdeploy.chat.session import Conversation
 from jaxdeploy.checkpoint.marker import NAME, Marker, foreign_files, read_marker, remove_ours
 from jaxdeploy.cli import check_env
 from jaxdeploy.compress import folder_swap

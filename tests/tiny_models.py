@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.adapters import Adapters
-from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, draft_shapes
-from jaxdeploy.engine.block_manager import BlockManager
-from jaxdeploy.engine.engine import Engine
-from jaxdeploy.engine.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.model_runner import ModelRunner
-from jaxdeploy.engine.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, draft_shapes
+from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.scheduling.adapters import Adapters
+from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from jaxdeploy.chat_template import ChatTemplate
-from jaxdeploy.engine.engine import Engine
-from jaxdeploy.engine.engine_like import EngineLike
-from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.front.engine_like import EngineLike
+from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
 from jaxdeploy.tokenizer import Tokenizer
 from tests.tiny_models import VOCAB, tiny_engine
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxdeploy.chat_input import given_prompt, line_reader
+from jaxdeploy.chat.input import given_prompt, line_reader
 from jaxdeploy.cli.flags import Namespace, Parser, add_settings, read_settings
 from jaxdeploy.config import LOG_LEVELS, ChatTemplateConfig, EngineConfig, GenerationConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.settings import ignored, setting, settings
 
 if TYPE_CHECKING:
-    from jaxdeploy.pipeline import Pipeline
+    from jaxdeploy.api.pipeline import Pipeline
 
 
 @settings
@@ -72,8 +72,8 @@ def _adapter(name: str | None, config: EngineConfig) -> str | None:
 
 def _load(model: str | None, options: ChatOptions, config: EngineConfig) -> Pipeline:
     template = template_config(options.chat_template, options.cap)  # the system prompt is a message of the conversation
-    from jaxdeploy.chat import bundled_model
-    from jaxdeploy.pipeline import pipeline
+    from jaxdeploy.api.pipeline import pipeline
+    from jaxdeploy.bundled import bundled_model
 
     return pipeline(
         model or bundled_model(),
@@ -91,8 +91,8 @@ def _chat(
     prompt: str | None,
     model: str | None,
 ) -> int:
-    from jaxdeploy.chat import Chat
-    from jaxdeploy.chat_session import Conversation, WithAdapter
+    from jaxdeploy.chat.session import Conversation, WithAdapter
+    from jaxdeploy.chat.terminal import Chat
     from jaxdeploy.cli import INTERRUPTED
 
     remembers = pipe.chat_template.capability == "chat"

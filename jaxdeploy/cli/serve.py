@@ -165,7 +165,7 @@ def _api_client(url: str | None, given: Given) -> int:
 
 
 def _gradio(what: str | None, given: Given) -> int:
-    from jaxdeploy.api_client import is_url
+    from jaxdeploy.api.client import is_url
 
     given.without("api_server", *OF_AN_API)
     given.without("api_client", "adapter_name")
@@ -193,7 +193,7 @@ def _stand_in_front(what: str | None, options: ServeOptions, server_config: Serv
 
 
 def _serve(model: str | None, options: ServeOptions, config: ServerConfig, engine: EngineConfig) -> None:
-    from jaxdeploy.chat import bundled_model
+    from jaxdeploy.bundled import bundled_model
     from jaxdeploy.server import serve
 
     serve(
@@ -207,11 +207,11 @@ def _serve(model: str | None, options: ServeOptions, config: ServerConfig, engin
 
 
 def _talk(url: str, options: ServeOptions, generation: GenerationConfig) -> int:
-    from jaxdeploy.api_client import ApiClient
-    from jaxdeploy.chat import Chat
-    from jaxdeploy.chat_input import line_reader
-    from jaxdeploy.chat_session import Conversation
-    from jaxdeploy.pipeline import set_log_level
+    from jaxdeploy.api.client import ApiClient
+    from jaxdeploy.api.pipeline import set_log_level
+    from jaxdeploy.chat.input import line_reader
+    from jaxdeploy.chat.session import Conversation
+    from jaxdeploy.chat.terminal import Chat
 
     set_log_level(options.log_level)
     client = ApiClient(url, options.api_key, options.adapter_name)
@@ -223,7 +223,7 @@ def _talk(url: str, options: ServeOptions, generation: GenerationConfig) -> int:
 def _show(
     what: str | None, options: ServeOptions, config: ServerConfig, engine: EngineConfig, generation: GenerationConfig
 ) -> int:
-    from jaxdeploy.chat import bundled_model
+    from jaxdeploy.bundled import bundled_model
 
     try:
         from jaxdeploy.web_chat.dialogue import Manner

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ProxyConfig, ServerConfig
-from jaxdeploy.engine.process import exit_if_imported_again
+from jaxdeploy.engine.front.process import exit_if_imported_again
 from jaxdeploy.errors import ConfigError
 
 __all__ = ["serve", "serve_proxy"]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.engine.front.async_engine import AsyncEngine
 from jaxdeploy.errors import CheckpointError, RequestError
 
 logger = logging.getLogger("jaxdeploy.server")

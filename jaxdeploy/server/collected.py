@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from jaxdeploy.engine.generator import TextOutput
+from jaxdeploy.engine.front.generator import TextOutput
 from jaxdeploy.messages import FinishReason, PromptReading, SpeculationCounts, TokenLogprob
 from jaxdeploy.server.protocol.chat import ChoiceLogprobs, ChosenLogprob, LogprobOf
 from jaxdeploy.server.protocol.usage import Usage

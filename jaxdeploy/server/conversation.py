@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from jaxdeploy.chat_template.conversation import text_of
-from jaxdeploy.engine.generator import TextOutput
+from jaxdeploy.engine.front.generator import TextOutput
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason, TokenLogprob
 from jaxdeploy.server.call_grammar import call_grammar

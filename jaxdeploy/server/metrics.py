@@ -20,7 +20,7 @@ from prometheus_client import (
 from jaxdeploy.engine.stats import EngineStats
 
 if TYPE_CHECKING:
-    from jaxdeploy.engine.generator import TextOutput
+    from jaxdeploy.engine.front.generator import TextOutput
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
-from jaxdeploy.engine.async_engine import AsyncEngine
+from jaxdeploy.engine.front.async_engine import AsyncEngine
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.server.app import create_app
 from jaxdeploy.server.keys import with_keys

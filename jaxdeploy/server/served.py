@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.engine.async_engine import AsyncEngine
-from jaxdeploy.engine.generator import TextOutput, TextRequest
+from jaxdeploy.engine.front.async_engine import AsyncEngine
+from jaxdeploy.engine.front.generator import TextOutput, TextRequest
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ContextLengthError, JaxdeployError, RequestError
 from jaxdeploy.generation_config import ResolvedGeneration, resolve

@@ -11,8 +11,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jaxdeploy.api_client import REASONS, ServerError
-from jaxdeploy.chat_session import Reply
+from jaxdeploy.api.client import REASONS, ServerError
+from jaxdeploy.chat.session import Reply
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ContextLengthError, JaxdeployError
 from jaxdeploy.messages import FinishReason

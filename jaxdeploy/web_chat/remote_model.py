@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx2
 
-from jaxdeploy.api_client import (
+from jaxdeploy.api.client import (
     ApiClient,
     base_url,
     does_not_answer,

@@ -12,7 +12,7 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.requests import HTTPConnection
 
-from jaxdeploy.api_client import is_url
+from jaxdeploy.api.client import is_url
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, ServerConfig
 from jaxdeploy.server.body_limit import BodyLimit
 from jaxdeploy.server.keys import with_keys

@@ -19,7 +19,7 @@ import pytest
 from pydantic import BaseModel
 
 from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, Response, pipeline
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from tests.integration.test_server_process import started
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ import httpx2
 import pytest
 
 import jaxdeploy
-from jaxdeploy.chat import bundled_model
+from jaxdeploy.bundled import bundled_model
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import ServerConfig
 from jaxdeploy.errors import ConfigError

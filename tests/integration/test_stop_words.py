@@ -28,7 +28,7 @@ LENGTH = 40
 DELAYED = """
 import time
 from jaxdeploy.cli import program
-from jaxdeploy.engine.generator import Generator
+from jaxdeploy.engine.front.generator import Generator
 
 step = Generator.step
 

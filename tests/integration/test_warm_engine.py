@@ -14,8 +14,8 @@ import pytest
 
 from jaxdeploy.checkpoint.kv_parameters import write_kv_parameters
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.build import build_engine, resolve_limits
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.front.build import build_engine, resolve_limits
+from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.errors import CacheTooSmallError, CheckpointError, ConfigError
 from jaxdeploy.models.registry import read_config
 from jaxdeploy.parallel.mesh import make_mesh

@@ -15,7 +15,7 @@ from jaxdeploy.checkpoint.loader import load_params
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.build import build_engine
+from jaxdeploy.engine.front.build import build_engine
 from jaxdeploy.messages import Request, SamplingParams
 from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.config import ModelConfig

@@ -15,13 +15,13 @@ from jaxdeploy.checkpoint.eagle3 import load_eagle3
 from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.batch import draft_shapes
-from jaxdeploy.engine.kv_cache import CachePlan, allocate_pools, block_bytes
-from jaxdeploy.engine.model_runner import Features, ModelRunner
+from jaxdeploy.engine.device.batch import draft_shapes
+from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, block_bytes
+from jaxdeploy.engine.device.runner import Features, ModelRunner
+from jaxdeploy.engine.device.step_weights import StepModel
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
-from jaxdeploy.engine.step_weights import StepModel
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder

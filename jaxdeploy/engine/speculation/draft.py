@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, build_inputs, choose_shape
-from jaxdeploy.engine.model_runner import ModelRunner
-from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, build_inputs, choose_shape
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.sequence import Sequence
 
 Array = np.ndarray[Any, Any]
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.scheduling.sequence import Sequence
 
 LEAST = 2
 """Tokens that must agree."""

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.messages import SpeculationCounts
 

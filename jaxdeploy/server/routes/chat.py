@@ -10,7 +10,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from jaxdeploy.engine.generator import TextOutput
+from jaxdeploy.engine.front.generator import TextOutput
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.collected import chat_logprobs
 from jaxdeploy.server.conversation import Replies, WholeReply, chat_prompt

@@ -9,7 +9,7 @@ from contextlib import aclosing
 import numpy as np
 from fastapi import APIRouter, Request
 
-from jaxdeploy.embedding import pooled
+from jaxdeploy.api.embedding import pooled
 from jaxdeploy.messages import PromptReading
 from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.embeddings import Embedding, EmbeddingsReply, EmbeddingsRequest, EmbeddingsUsage

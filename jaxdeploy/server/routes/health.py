@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
-from jaxdeploy.engine.async_engine import EngineStoppedError
+from jaxdeploy.engine.front.async_engine import EngineStoppedError
 from jaxdeploy.server.dependencies import Model
 from jaxdeploy.server.metrics import CONTENT_TYPE
 

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from jaxdeploy.engine.generator import TextOutput
+from jaxdeploy.engine.front.generator import TextOutput
 from jaxdeploy.errors import ContextLengthError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.collected import Collected

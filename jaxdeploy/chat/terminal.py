@@ -1,20 +1,18 @@
-"""Talk with a model in the terminal: ``python -m jaxdeploy.chat [MODEL] [flags]``, or ``jaxdeploy chat``."""
+"""The conversation loop of the terminal chat."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from jaxdeploy.chat_session import Conversation, Reply, Speaker, stream_reply
+from jaxdeploy.chat.session import Conversation, Reply, Speaker, stream_reply
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.errors import ContextLengthError, JaxdeployError, ModelNotFoundError, RequestError
+from jaxdeploy.errors import ContextLengthError, JaxdeployError, RequestError
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.settings import nearest
 
-DEMO = Path(__file__).parent / "demo"
 HELP = """\
 /help          show this
 /reset         forget the conversation (also: end)
@@ -116,20 +114,6 @@ class Chat:
         return False
 
 
-def bundled_model() -> str:
-    """The folder of the model that comes with jaxdeploy. Raises ``ModelNotFoundError``."""
-    if not (DEMO / "config.json").is_file():
-        raise ModelNotFoundError(f"the bundled model is missing from {DEMO}; name a MODEL, a folder or a hub id")
-    return str(DEMO)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``jaxdeploy chat`` with ``argv``; its exit code."""
-    from jaxdeploy.cli import main as command
-
-    return command(["chat", *(sys.argv[1:] if argv is None else argv)])
-
-
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
@@ -137,9 +121,3 @@ def _write(text: str) -> None:
 
 def _unknown_command(word: str, known: Any) -> str:
     return "; ".join(filter(None, [f"command={word} is unknown", nearest(word, known), "/help lists them"]))
-
-
-if __name__ == "__main__":
-    from jaxdeploy.cli import program
-
-    program(["chat", *sys.argv[1:]])

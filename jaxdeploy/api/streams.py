@@ -11,7 +11,7 @@ from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason
 
 if TYPE_CHECKING:
-    from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
+    from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
 
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class Streams:
                 box.append(output)
 
     def _end(self, request_id: str) -> None:
-        from jaxdeploy.engine.generator import TextOutput
+        from jaxdeploy.engine.front.generator import TextOutput
 
         box = self._boxes.pop(request_id, None)
         if box is not None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from jaxdeploy.api.response import Response
 from jaxdeploy.generation_config import ResolvedGeneration
 from jaxdeploy.messages import Request, TokenLogprob
-from jaxdeploy.response import Response
 
 if TYPE_CHECKING:
-    from jaxdeploy.engine.generator import TextOutput, TextRequest
+    from jaxdeploy.engine.front.generator import TextOutput, TextRequest
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Job:
 
     def request(self, request_id: str, *, embed: bool = False) -> TextRequest:
         """What the generator is asked for."""
-        from jaxdeploy.engine.generator import TextRequest
+        from jaxdeploy.engine.front.generator import TextRequest
 
         request = Request(
             request_id,

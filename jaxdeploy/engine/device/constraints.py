@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.scheduling.sequence import Sequence
 
 Mask = np.ndarray[Any, np.dtype[np.uint32]]
 

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdeploy.engine.adapter_reader import AdapterReader
-from jaxdeploy.engine.adapters import Adapters
-from jaxdeploy.engine.batch import (
+from jaxdeploy.engine.checks import RequestLimits, check_name
+from jaxdeploy.engine.device.adapter_reader import AdapterReader
+from jaxdeploy.engine.device.batch import (
     ModelInputs,
     StepShape,
     build_inputs,
@@ -33,14 +33,14 @@ from jaxdeploy.engine.batch import (
     unpack,
     with_adapters,
 )
-from jaxdeploy.engine.checks import RequestLimits, check_name
+from jaxdeploy.engine.device.prompt_reading import PromptReader
+from jaxdeploy.engine.device.runner import ModelRunner, StepResult
+from jaxdeploy.engine.device.sampler import NOT_FINITE
 from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.grammar import Grammars, Matcher
-from jaxdeploy.engine.model_runner import ModelRunner, StepResult
-from jaxdeploy.engine.prompt_reading import PromptReader
-from jaxdeploy.engine.sampler import NOT_FINITE
-from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch, Scheduler
-from jaxdeploy.engine.sequence import Reading, Sequence
+from jaxdeploy.engine.scheduling.adapters import Adapters
+from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduling.sequence import Reading, Sequence
 from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats

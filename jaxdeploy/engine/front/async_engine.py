@@ -14,8 +14,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
-from jaxdeploy.engine.generator import Generator, TextOutput, TextRequest
-from jaxdeploy.engine.remote import EngineDiedError
+from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.front.remote import EngineDiedError
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 

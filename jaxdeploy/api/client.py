@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxdeploy.api.prompts import Prompt
+from jaxdeploy.api.response import Response, Session
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ConfigError, ContextLengthError, JaxdeployError, RequestError
 from jaxdeploy.messages import FinishReason
-from jaxdeploy.prompts import Prompt
-from jaxdeploy.response import Response, Session
 
 OTHER_NAMES = {"max_new_tokens": "max_tokens", "stop_words": "stop", "random_seed": "seed"}
 SAME_NAMES = (

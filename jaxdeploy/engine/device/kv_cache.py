@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.kv_policy import Ranges
+from jaxdeploy.engine.device.kv_policy import Ranges
 from jaxdeploy.errors import CacheTooSmallError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from jaxdeploy.engine.sequence import Block, Sequence, Start
+from jaxdeploy.engine.scheduling.sequence import Block, Sequence, Start
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.scheduling.sequence import Sequence
 
 PROMPT_COST, REPLY_COST = 1, 2
 """What a token of a prompt and one of a reply count for; a reply's takes a step of its own."""

@@ -19,17 +19,17 @@ from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.tensor_ref import TensorRef
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.adapter_reader import EngineAdapters, adapters_of
-from jaxdeploy.engine.adapters import Adapters
-from jaxdeploy.engine.batch import ROW_LENGTH, StepShape, step_shapes
-from jaxdeploy.engine.block_manager import BlockManager
-from jaxdeploy.engine.engine import Engine
+from jaxdeploy.engine.device.adapter_reader import EngineAdapters, adapters_of
+from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, step_shapes
+from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, plan_cache
+from jaxdeploy.engine.device.kv_policy import Ranges, kv_policy
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.grammar import Grammars
-from jaxdeploy.engine.kv_cache import CachePlan, allocate_pools, plan_cache
-from jaxdeploy.engine.kv_policy import Ranges, kv_policy
-from jaxdeploy.engine.model_runner import ModelRunner
-from jaxdeploy.engine.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduler import Scheduler
+from jaxdeploy.engine.scheduling.adapters import Adapters
+from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models import fused_decode

@@ -15,15 +15,23 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.engine.adapters import Adapter
-from jaxdeploy.engine.batch import ONLY_LAST, SAMPLING_FLOATS, Choice, ModelInputs, StepShape, padding_inputs, unpack
-from jaxdeploy.engine.host_blocks import GROUP, HostBlocks
-from jaxdeploy.engine.host_tier import Transfer
-from jaxdeploy.engine.kv_cache import UNIT_RANGE
-from jaxdeploy.engine.prompt_reading import PromptRows, read
-from jaxdeploy.engine.sampler import Sampled, SamplingRows, greedy, sample
-from jaxdeploy.engine.sequence import Reading
-from jaxdeploy.engine.step_weights import StepModel, StepWeights, flatten
+from jaxdeploy.engine.device.batch import (
+    ONLY_LAST,
+    SAMPLING_FLOATS,
+    Choice,
+    ModelInputs,
+    StepShape,
+    padding_inputs,
+    unpack,
+)
+from jaxdeploy.engine.device.host_blocks import GROUP, HostBlocks
+from jaxdeploy.engine.device.kv_cache import UNIT_RANGE
+from jaxdeploy.engine.device.prompt_reading import PromptRows, read
+from jaxdeploy.engine.device.sampler import Sampled, SamplingRows, greedy, sample
+from jaxdeploy.engine.device.step_weights import StepModel, StepWeights, flatten
+from jaxdeploy.engine.scheduling.adapters import Adapter
+from jaxdeploy.engine.scheduling.host_tier import Transfer
+from jaxdeploy.engine.scheduling.sequence import Reading
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.eagle3 import put_features

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from jaxdeploy.engine.checks import RequestLimits, check_adapter, check_name
-from jaxdeploy.engine.engine_like import EngineLike
-from jaxdeploy.engine.remote import PATIENCE, EngineDiedError, RemoteEngine
+from jaxdeploy.engine.front.engine_like import EngineLike
+from jaxdeploy.engine.front.remote import PATIENCE, EngineDiedError, RemoteEngine
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import FinishReason, Request, StepOutput

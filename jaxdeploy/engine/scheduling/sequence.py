@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
 
-from jaxdeploy.engine.adapters import Adapter, Root
+from jaxdeploy.engine.scheduling.adapters import Adapter, Root
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, SamplingParams, SpeculationCounts
 

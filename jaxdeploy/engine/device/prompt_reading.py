@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdeploy.engine.batch import Place
 from jaxdeploy.engine.checks import MAX_LOGPROBS
-from jaxdeploy.engine.sequence import Sequence
+from jaxdeploy.engine.device.batch import Place
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.errors import NonFiniteError
 from jaxdeploy.messages import PromptReading, TokenLogprob
 

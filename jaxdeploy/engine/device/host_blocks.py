@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdeploy.engine.host_tier import Transfer
+from jaxdeploy.engine.scheduling.host_tier import Transfer
 from pallas_kernels.kv_pool import Pool, stored
 
 GROUP = 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from jaxdeploy.engine.block_manager import BlockManager
-from jaxdeploy.engine.host_tier import HostTier, Transfer
-from jaxdeploy.engine.sequence import Block, Node, Sequence, Start
+from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.host_tier import HostTier, Transfer
+from jaxdeploy.engine.scheduling.sequence import Block, Node, Sequence, Start
 
 _Key = tuple[Node | Start, tuple[int, ...]]
 """The block before, and the tokens in this one. A key stands for a salt, an adapter and all tokens from the first."""

@@ -13,10 +13,10 @@ from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
 from jaxdeploy.engine.checks import check_name
-from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.failure import failure
-from jaxdeploy.engine.supervisor import Supervisor
-from jaxdeploy.engine.text_stream import TextStream
+from jaxdeploy.engine.front.engine_like import EngineLike
+from jaxdeploy.engine.front.supervisor import Supervisor
+from jaxdeploy.engine.front.text_stream import TextStream
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
 from jaxdeploy.generation_defaults import read_generation_defaults
@@ -237,6 +237,6 @@ def _build(
     folder: Path, hf: Mapping[str, Any], config: EngineConfig, ends: frozenset[int], progress: bool
 ) -> EngineLike:
     """``build_engine``. Its import of JAX takes seconds: errors before it are reported at once."""
-    from jaxdeploy.engine.build import build_engine
+    from jaxdeploy.engine.front.build import build_engine
 
     return build_engine(folder, hf, config, ends=ends, progress=progress)

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jaxdeploy.api.prompts import Prompt
+from jaxdeploy.api.response import Response, Session
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason
-from jaxdeploy.prompts import Prompt
-from jaxdeploy.response import Response, Session
 from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 if TYPE_CHECKING:
-    from jaxdeploy.pipeline import Pipeline
+    from jaxdeploy.api.pipeline import Pipeline
 
 
 class Speaker(Protocol):

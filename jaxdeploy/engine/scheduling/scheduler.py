@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxdeploy.engine.adapters import Adapters
-from jaxdeploy.engine.block_manager import BlockManager
-from jaxdeploy.engine.prefix_cache import PrefixCache
-from jaxdeploy.engine.sequence import Sequence
-from jaxdeploy.engine.sessions import Sessions
-from jaxdeploy.engine.waiting import PROMPT_COST, REPLY_COST, WaitingQueue
+from jaxdeploy.engine.scheduling.adapters import Adapters
+from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
+from jaxdeploy.engine.scheduling.sequence import Sequence
+from jaxdeploy.engine.scheduling.sessions import Sessions
+from jaxdeploy.engine.scheduling.waiting import PROMPT_COST, REPLY_COST, WaitingQueue
 from jaxdeploy.messages import FinishReason
 
 MOST_PARTIAL = 4

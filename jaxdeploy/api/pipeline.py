@@ -11,21 +11,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from jaxdeploy.api.embedding import pooled
+from jaxdeploy.api.jobs import Job
+from jaxdeploy.api.prompts import Prompt, Prompts, as_list, encode
+from jaxdeploy.api.response import Response, Session
+from jaxdeploy.api.streams import Streams
 from jaxdeploy.arguments import any_order, config_of, split_settings, without_unused
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, SpeculativeConfig
-from jaxdeploy.embedding import pooled
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.generation_config import resolve
-from jaxdeploy.jobs import Job
 from jaxdeploy.messages import PromptReading
-from jaxdeploy.prompts import Prompt, Prompts, as_list, encode
-from jaxdeploy.response import Response, Session
 from jaxdeploy.stored_file import shown
-from jaxdeploy.streams import Streams
 
 if TYPE_CHECKING:
     from jaxdeploy.chat_template import ChatTemplate
-    from jaxdeploy.engine.generator import Generator
+    from jaxdeploy.engine.front.generator import Generator
     from jaxdeploy.tokenizer import Tokenizer
 
 logger = logging.getLogger("jaxdeploy")
@@ -71,7 +71,7 @@ def pipeline(
     Raises:
         JaxdeployError: a setting, the checkpoint or the memory does not fit; the message says what to do.
     """
-    from jaxdeploy.engine.generator import Generator
+    from jaxdeploy.engine.front.generator import Generator
 
     set_log_level(log_level)
     if isinstance(chat_template_config, Mapping):

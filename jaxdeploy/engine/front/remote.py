@@ -19,10 +19,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from jaxdeploy.engine import process
 from jaxdeploy.engine.checks import RequestLimits, check_adapter, check_name
-from jaxdeploy.engine.engine_like import EngineLike
 from jaxdeploy.engine.failure import failure
+from jaxdeploy.engine.front import process
+from jaxdeploy.engine.front.engine_like import EngineLike
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import FinishReason, Request, StepOutput

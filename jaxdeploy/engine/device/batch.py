@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxdeploy.engine.checks import MAX_BIASES
-from jaxdeploy.engine.constraints import forbid
-from jaxdeploy.engine.scheduler import Chunk, ScheduledBatch
-from jaxdeploy.engine.sequence import Reading, Sequence
+from jaxdeploy.engine.device.constraints import forbid
+from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.sequence import Reading, Sequence
 
 ROW_LENGTH = 32
 """Most tokens in a row of a prompt chunk; the smallest bucket of prefill tokens."""

@@ -1,0 +1,1 @@
+"""Chat in the terminal: ``python -m jaxdeploy.chat [MODEL] [flags]``."""
