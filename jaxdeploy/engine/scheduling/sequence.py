@@ -13,7 +13,7 @@ from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, SamplingPa
 
 
 class MatcherLike(Protocol):
-    """What is needed of a ``jaxdeploy.engine.grammar.Matcher``."""
+    """What is needed of a ``jaxdeploy.grammar.matcher.Matcher``."""
 
     def allow(self, words: Any, drafts: tuple[int, ...] = ()) -> None:
         """Clear the bits of tokens that cannot come next; in further rows, behind so many of ``drafts``."""
