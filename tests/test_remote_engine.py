@@ -24,7 +24,6 @@ from jaxdeploy.engine.checks import RequestLimits
 from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.front.engine_like import EngineLike
-from jaxdeploy.engine.front.generator import TextRequest
 from jaxdeploy.engine.front.remote import PATIENCE, EngineDiedError, RemoteEngine, _Calls, _obey
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.stats import EngineStats
@@ -36,7 +35,7 @@ from jaxdeploy.errors import (
     RequestFailedError,
     UnknownAdapterError,
 )
-from jaxdeploy.messages import FinishReason, Request, StepOutput
+from jaxdeploy.messages import FinishReason, Request, StepOutput, TextOptions
 from tests.served import until as eventually
 from tests.tiny_models import SESSION_LEN, VOCAB, outputs_of, prompt, request, tiny_engine
 from tests.tiny_text import generate, joined, tiny_generator
@@ -189,7 +188,7 @@ def test_its_outputs_are_those_of_an_engine(remote: RemoteEngine) -> None:
 
 
 def test_with_text_around_it(remote: RemoteEngine) -> None:
-    items = [TextRequest(request(f"{n}", prompt(n)), stop_words=("never",)) for n in (5, 20)]
+    items = [replace(request(f"{n}", prompt(n)), text=TextOptions(("never",))) for n in (5, 20)]
     seen, expected = generate(tiny_generator(remote), items), generate(tiny_generator(), items)
     assert {name: joined(outputs) for name, outputs in seen.items()} == {
         name: joined(outputs) for name, outputs in expected.items()
@@ -197,10 +196,10 @@ def test_with_text_around_it(remote: RemoteEngine) -> None:
 
 
 def test_an_asynchronous_engine_over_it(remote: RemoteEngine) -> None:
-    expected = {f"{n}": joined(generate(tiny_generator(), [TextRequest(request("a", prompt(n)))])["a"]) for n in (5, 9)}
+    expected = {f"{n}": joined(generate(tiny_generator(), [request("a", prompt(n))])["a"]) for n in (5, 9)}
 
     async def ask(engine: AsyncEngine, length: int) -> tuple[str, list[int]]:
-        return joined([output async for output in engine.generate(TextRequest(request(f"{length}", prompt(length))))])
+        return joined([output async for output in engine.generate(request(f"{length}", prompt(length)))])
 
     async def both(engine: AsyncEngine) -> Any:
         return await asyncio.wait_for(asyncio.gather(ask(engine, 5), ask(engine, 9)), 60)
@@ -340,7 +339,7 @@ def test_who_waits_for_a_dead_process_hears_of_it(caplog: pytest.LogCaptureFixtu
     engine = AsyncEngine(tiny_generator(RemoteEngine(partial(echo, 5))))
 
     async def ask() -> None:
-        async for _ in engine.generate(TextRequest(request("a", (1,) * 90))):
+        async for _ in engine.generate(request("a", (1,) * 90)):
             pass
 
     with pytest.raises(EngineStoppedError):
@@ -428,7 +427,7 @@ def test_loading_through_the_asynchronous_engine() -> None:
     engine = AsyncEngine(tiny_generator(RemoteEngine(echo)))
 
     async def ask(name: str) -> list[int]:
-        asked = TextRequest(request("a", (1, 2, 3)))
+        asked = request("a", (1, 2, 3))
         asked = replace(asked, request=replace(asked.request, adapter=name))
         return [token async for output in engine.generate(asked) for token in output.token_ids]
 

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.checks import MAX_LOGPROBS
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.fields import (
@@ -251,20 +250,21 @@ class ChatRequest(Sampling):
         """Whose request it is, as far as it says."""
         return self.safety_identifier or self.user or ""
 
-    def generation(self, calls: str | None) -> GenerationConfig:
-        """How the reply is generated; as long as there is room where no length is given. It follows ``calls``, if any.
+    def generation(self, calls: str | None) -> dict[str, Any]:
+        """Return the settings of the reply, as fields of ``GenerationConfig``.
 
-        Where calls may be made, special tokens are shown: some forms of calls have them.
+        Without a limit the reply may be as long as there is room. It follows the grammar ``calls``, if any. Where calls
+        may be made, special tokens are shown: some forms of calls contain them.
         """
-        longest = self.max_completion_tokens or self.max_tokens or 2**31 - 1
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
         form = self.response_format
         if calls is not None:
             form = {"type": "grammar", "grammar": calls, "tools": self.functions_to_call}
-        config = self.generation_config(longest, logprobs, response_format=form)
-        if self.may_call:
-            config.skip_special_tokens = False
-        return config
+        fields = self.generation_fields(
+            max_new_tokens=self.max_completion_tokens or self.max_tokens or 2**31 - 1,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            response_format=form,
+        )
+        return {**fields, "skip_special_tokens": False} if self.may_call else fields
 
 
 class LogprobOf(BaseModel):

@@ -1,137 +1,17 @@
-"""``/v1/responses``: OpenAI's request and reply as items, for a model that writes text and calls functions."""
+"""``/v1/responses``: OpenAI's request of items, for a model that writes text and calls functions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import Field, model_validator
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.grammar.response_format import nested_form
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
-from jaxdeploy.server.protocol.fields import Arguments, Sampling, Strict, TemplateVariables, echoed, refused
-
-ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
-
-
-class TextPart(Strict):
-    """Text that was said by either side."""
-
-    type: Literal["input_text", "output_text"]
-    text: str
-    annotations: Any = echoed("notes on the text")
-    logprobs: Any = echoed("log-probabilities of the text")
-    parsed: Any = echoed("text, as OpenAI's client parsed it")
-    prompt_cache_breakpoint: Any = Field(None, description="of no need: prompts that begin alike always share")
-
-
-class RefusalPart(Strict):
-    """What the model said in place of a reply."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        """The same as text."""
-        return self.refusal
-
-
-class ReasoningPart(Strict):
-    """A thought, or what it comes to."""
-
-    type: Literal["reasoning_text", "summary_text"]
-    text: str
-
-
-Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
-def _as_items(given: Any) -> Any:
-    return [{"role": "user", "content": given}] if isinstance(given, str) else given
-
-
-def _kind(item: Any) -> str | None:
-    """The tag of an item, which is no identifier, for it has no place in the path to a field that is wrong."""
-    if not isinstance(item, dict):
-        return None
-    return f"type={item.get('type') or 'message'}"
-
-
-Content = Annotated[list[Part], BeforeValidator(_as_parts, json_schema_input_type=str | list[Part])]
-
-
-class MessageItem(Strict):
-    """Something that was said."""
-
-    type: Literal["message"] | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    id: str | None = None
-    status: ItemStatus | None = None
-    phase: Any = refused("leave it out")
-
-
-class CallItem(Strict):
-    """A call that the model made in an earlier reply."""
-
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: Arguments
-    parsed_arguments: Any = echoed("arguments, as OpenAI's client parsed them")
-    id: str | None = None
-    status: ItemStatus | None = None
-    namespace: Any = refused("leave it out")
-    caller: Any = refused("the model calls by itself", {"type": "direct"})
-
-
-class CallOutputItem(Strict):
-    """What came of a call."""
-
-    type: Literal["function_call_output"]
-    call_id: str
-    output: Content
-    id: str | None = None
-    status: ItemStatus | None = None
-    name: str | None = None
-    namespace: Any = refused("leave it out")
-    caller: Any = refused("the model calls by itself", {"type": "direct"})
-
-
-class ReasoningItem(Strict):
-    """What the model said to itself in an earlier reply."""
-
-    type: Literal["reasoning"]
-    id: str | None = None
-    summary: list[ReasoningPart] = Field([])
-    content: list[ReasoningPart] | None = None
-    status: ItemStatus | None = None
-    encrypted_content: Any = refused("this server cannot read it; send content")
-
-
-Item = Annotated[
-    Annotated[MessageItem, Tag("type=message")]
-    | Annotated[CallItem, Tag("type=function_call")]
-    | Annotated[CallOutputItem, Tag("type=function_call_output")]
-    | Annotated[ReasoningItem, Tag("type=reasoning")],
-    Discriminator(
-        _kind,
-        custom_error_type="item",
-        custom_error_message="It is no message, function_call, function_call_output or reasoning; leave it out",
-    ),
-]
-Items = Annotated[
-    list[Item],
-    Field(min_length=1, max_length=MOST_MESSAGES),
-    BeforeValidator(_as_items, json_schema_input_type=str | list[Item]),
-]
-_ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
+from jaxdeploy.server.protocol.fields import Sampling, Strict, TemplateVariables, refused
+from jaxdeploy.server.protocol.response_items import Item, Items, messages_of
 
 
 class FunctionTool(Strict):
@@ -251,7 +131,7 @@ class ResponsesRequest(Sampling):
 
     def chat_request(self, before: Sequence[Item]) -> ChatRequest:
         """The same, after the items of earlier responses, in the form of a chat. Raises ``RequestError``."""
-        messages = _messages([*before, *self.input])
+        messages = messages_of([*before, *self.input])
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         if len(messages) > MOST_MESSAGES:
@@ -280,133 +160,6 @@ class ResponsesRequest(Sampling):
         }
 
 
-class OutputText(BaseModel):
-    """Text of the reply."""
-
-    type: Literal["output_text"] = "output_text"
-    text: str = ""
-    annotations: list[None] = []
-    logprobs: list[None] = []
-
-
-class OutputThought(BaseModel):
-    """A thought."""
-
-    type: Literal["reasoning_text"] = "reasoning_text"
-    text: str = ""
-
-
-class OutputMessage(BaseModel):
-    """What the model says."""
-
-    id: str
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
-    status: ItemStatus = "in_progress"
-    content: list[OutputText] = []
-
-
-class OutputReasoning(BaseModel):
-    """What the model says to itself."""
-
-    id: str
-    type: Literal["reasoning"] = "reasoning"
-    status: ItemStatus = "in_progress"
-    summary: list[None] = []
-    content: list[OutputThought] = []
-
-
-class OutputCall(BaseModel):
-    """A call that the model makes; ``arguments`` are JSON."""
-
-    id: str
-    type: Literal["function_call"] = "function_call"
-    status: ItemStatus = "in_progress"
-    call_id: str
-    name: str
-    arguments: str = ""
-
-
-OutputItem = Annotated[OutputMessage | OutputReasoning | OutputCall, Field(discriminator="type")]
-
-
-class InputTokensDetails(BaseModel):
-    """Tokens of the prompt that were found in the cache."""
-
-    cached_tokens: int
-    cache_write_tokens: int = 0
-
-
-class OutputTokensDetails(BaseModel):
-    """Tokens of the reply that were thoughts."""
-
-    reasoning_tokens: int
-
-
-class ResponsesUsage(BaseModel):
-    """Tokens of the prompt and of the reply."""
-
-    input_tokens: int
-    input_tokens_details: InputTokensDetails
-    output_tokens: int
-    output_tokens_details: OutputTokensDetails
-    total_tokens: int
-
-
-class IncompleteDetails(BaseModel):
-    """Why a response is not complete."""
-
-    reason: Literal["max_output_tokens"]
-
-
-class ResponseError(BaseModel):
-    """Why a response failed."""
-
-    code: str
-    message: str
-
-
-class Response(BaseModel):
-    """The whole reply, and what was asked for."""
-
-    id: str
-    object: Literal["response"] = "response"
-    created_at: int
-    completed_at: int | None = None
-    status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
-    error: ResponseError | None = None
-    incomplete_details: IncompleteDetails | None = None
-    model: str
-    output: list[OutputItem] = []
-    usage: ResponsesUsage | None = None
-
-    background: bool = False
-    instructions: str | None
-    max_output_tokens: int | None
-    max_tool_calls: None = None
-    metadata: dict[str, str]
-    parallel_tool_calls: bool
-    previous_response_id: str | None
-    prompt_cache_key: str | None
-    reasoning: dict[str, None] = {"effort": None, "summary": None}
-    safety_identifier: str | None
-    service_tier: Literal["default"] = "default"
-    store: bool
-    temperature: float
-    text: dict[str, Any]
-    tool_choice: Any
-    tools: list[dict[str, Any]]
-    top_logprobs: int = 0
-    top_p: float
-    truncation: Literal["disabled"] = "disabled"
-    user: str | None
-
-    @property
-    def items(self) -> list[Item]:
-        """The output as items of a later request."""
-        return _ITEMS.validate_python([item.model_dump() for item in self.output])
-
-
 class RetrieveQuery(Strict):
     """How a stored response is asked for."""
 
@@ -414,50 +167,6 @@ class RetrieveQuery(Strict):
     starting_after: Any = refused("only whole responses are kept")
     include: Any = refused("a response has all there is")
     include_obfuscation: Any = refused("leave it out", "false")
-
-
-class DeletedResponse(BaseModel):
-    """It is gone."""
-
-    id: str
-    object: Literal["response"] = "response"
-    deleted: Literal[True] = True
-
-
-def _messages(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Items as messages of a chat, where the thoughts, text and calls of one reply stand together."""
-    messages: list[dict[str, Any]] = []
-    for item in items:
-        match item:
-            case MessageItem(role="assistant"):
-                _reply(messages, "content", "tool_calls")["content"] = _text(item.content)
-            case MessageItem():
-                messages.append({"role": item.role, "content": _text(item.content)})
-            case ReasoningItem():
-                reply = _reply(messages, "content", "tool_calls")
-                reply["reasoning_content"] = reply.get("reasoning_content", "") + _text(item.content or item.summary)
-            case CallItem():
-                function = {"name": item.name, "arguments": item.arguments}
-                call = {"id": item.call_id, "type": "function", "function": function}
-                _reply(messages).setdefault("tool_calls", []).append(call)
-            case CallOutputItem():
-                name = {"name": item.name} if item.name else {}
-                messages.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output), **name})
-    for message in messages:
-        if "tool_calls" not in message:
-            message.setdefault("content", "")
-    return messages
-
-
-def _reply(messages: list[dict[str, Any]], *ending: str) -> dict[str, Any]:
-    """The model's message at the end, which has none of the fields ``ending``; a new one if there is none."""
-    if not messages or messages[-1]["role"] != "assistant" or any(name in messages[-1] for name in ending):
-        messages.append({"role": "assistant"})
-    return messages[-1]
-
-
-def _text(parts: Iterable[TextPart | RefusalPart | ReasoningPart]) -> str:
-    return "".join(part.text for part in parts)
 
 
 def _allowed(tools: list[FunctionTool], choice: AllowedTools) -> list[FunctionTool]:
