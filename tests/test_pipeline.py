@@ -98,7 +98,7 @@ def test_chat_template_and_do_preprocess() -> None:
     pipe, generator = fake_pipeline(template="chatml")
     assert "<|im_start|>user\nhi<|im_end|>" in only(pipe("hi")).text
     assert only(pipe("hi", do_preprocess=False)).text == "hi"
-    assert [request.stop_words for request in generator.submitted] == [("<|im_end|>",), ()]
+    assert [request.text.stop_words for request in generator.submitted] == [("<|im_end|>",), ()]
 
 
 def test_empty_text_begins_with_bos() -> None:

@@ -22,9 +22,11 @@ from numpy.testing import assert_allclose
 
 from jaxdeploy.engine.checks import RequestLimits
 from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
+from jaxdeploy.engine.front.child import Calls, Commands
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.front.engine_like import EngineLike
-from jaxdeploy.engine.front.remote import PATIENCE, EngineDiedError, RemoteEngine, _Calls, _obey
+from jaxdeploy.engine.front.process import EngineDiedError
+from jaxdeploy.engine.front.remote import STEP_TIMEOUT, RemoteEngine
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import (
@@ -258,13 +260,25 @@ def test_how_it_stands() -> None:
 def test_a_request_that_the_process_refuses_ends_with_the_reason() -> None:
     """A fault of any kind in its ``add``; the others and the process go on."""
     here, there = multiprocessing.Pipe()
-    engine, refused = Refusing(), list[StepOutput]()
+    engine = Refusing()
+    commands = Commands(there, engine, Calls(engine))
     for name, tokens in (("bad", (1, 2)), ("good", (2, 3))):
         here.send(("add", Request(name, tokens)))
-    assert _obey(there, engine, _Calls(engine), refused)
-    assert refused == [StepOutput("bad", (), FinishReason.ERROR)]
-    assert isinstance(refused[0].error, RequestFailedError)
+    assert commands.handle()
+    assert commands.refused == [StepOutput("bad", (), FinishReason.ERROR)]
+    assert isinstance(commands.refused[0].error, RequestFailedError)
     assert [output.request_id for output in engine.step()] == ["good"]
+
+
+def test_a_refused_request_that_is_aborted_says_nothing_to_the_next_of_its_name() -> None:
+    here, there = multiprocessing.Pipe()
+    engine = Refusing()
+    commands = Commands(there, engine, Calls(engine))
+    for command in (("add", Request("a", (1, 2))), ("abort", "a"), ("add", Request("a", (2, 3)))):
+        here.send(command)
+    assert commands.handle()
+    assert (commands.refused, commands.aborted) == ([], ["a"])
+    assert [output.request_id for output in engine.step()] == ["a"]
 
 
 def test_looking_loses_no_output() -> None:
@@ -361,7 +375,7 @@ def test_adapters_come_and_go_while_others_run() -> None:
     loading = engine.load_adapter("x", "fine")
     begun = time.monotonic()
     assert engine.step() == [], "the answer wakes whoever waits"
-    assert time.monotonic() - begun < PATIENCE - 0.05
+    assert time.monotonic() - begun < STEP_TIMEOUT - 0.05
     answered(engine, loading)
     assert engine.stats == EngineStats(running=1, adapters=("x",))
     engine.add(Request("b", (1,), adapter="x"))

@@ -46,6 +46,10 @@ async def chunks(*numbers: int, pause: float = 0.0, fault: Exception | None = No
 
 
 def body_of(response: StreamingResponse) -> str:
+    return asyncio.run(sent_by(response))
+
+
+async def sent_by(response: StreamingResponse) -> str:
     sent: list[bytes] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:
@@ -55,7 +59,7 @@ def body_of(response: StreamingResponse) -> str:
         await asyncio.Event().wait()
         raise AssertionError
 
-    asyncio.run(response({"type": "http"}, stays, send))
+    await response({"type": "http"}, stays, send)
     return b"".join(sent).decode()
 
 
@@ -101,7 +105,7 @@ def test_lines_fail_before_the_first_one_or_after() -> None:
 
     async def lines() -> list[str]:
         response = await line_stream(chunks(1, 2, fault=RequestError("x; y")))
-        return [str(part) async for part in response.body_iterator]
+        return (await sent_by(response)).splitlines()
 
     *good, bad = asyncio.run(lines())
     assert [json.loads(line) for line in good] == [{"number": 1}, {"number": 2}]

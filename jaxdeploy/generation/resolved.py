@@ -13,6 +13,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import itemgetter
 from typing import Any, Protocol, TypeAlias
 
 from jaxdeploy.config import GenerationConfig
@@ -22,11 +24,19 @@ from jaxdeploy.grammar.response_format import grammar_of
 from jaxdeploy.messages import SamplingParams, TextOptions
 from jaxdeploy.unicode_text import well_formed, well_formed_values
 
-SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
+DRAW_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
 MAX_NEW_TOKENS = 512
-PENALTY_DEFAULTS = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-LENGTH_DEFAULTS = {"max_new_tokens": MAX_NEW_TOKENS, "min_new_tokens": 0}
+SETTING_DEFAULTS = {
+    **DRAW_DEFAULTS,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "max_new_tokens": MAX_NEW_TOKENS,
+    "min_new_tokens": 0,
+}
 _SEEDS = 2**32
+_BAD = frozenset({"bad_words", "bad_token_ids"})
+_DRAW = itemgetter(*DRAW_DEFAULTS)
 
 
 class Vocabulary(Protocol):
@@ -72,6 +82,7 @@ def resolve(
     eos_token_ids: Iterable[int] = (),
     template_stops: Sequence[str] = (),
     to_grammar: Callable[[Mapping[str, Any]], str | None] = grammar_of,
+    encode_word: Callable[[str], Sequence[int]] | None = None,
 ) -> ResolvedGeneration:
     """Fill in defaults and translate texts to token ids.
 
@@ -84,23 +95,33 @@ def resolve(
         eos_token_ids: result of ``eos_token_ids``.
         template_stops: words with which the chat template ends a reply.
         to_grammar: checks and translates ``response_format``.
+        encode_word: returns the ids of a stop word, possibly from a cache; default: ``tokenizer.encode``.
 
     Raises:
         RequestError: ``response_format`` cannot be followed, or does not go with another setting.
     """
     given = _set_fields(settings)
+    merged = {**SETTING_DEFAULTS, **defaults, **given}
     ignore_eos = bool(given.get("ignore_eos"))
     model_ids = frozenset() if ignore_eos else frozenset(eos_token_ids)
     model_stops = () if ignore_eos else (*template_stops, *defaults.get("stop_words", ()))
-    stop_ids, stop_words = _split_stops(given.get("stop_words", ()), model_stops, tokenizer)
+    stop_ids, stop_words = _split_stops(
+        given.get("stop_words", ()),
+        model_stops,
+        tokenizer.special_ids,
+        encode_word or partial(tokenizer.encode, add_bos=False),
+    )
     return ResolvedGeneration(
         sampling=SamplingParams(
-            **_draw(given, defaults),
-            **{name: float(given.get(name, defaults.get(name, value))) for name, value in PENALTY_DEFAULTS.items()},
-            **{name: given.get(name, defaults.get(name, value)) for name, value in LENGTH_DEFAULTS.items()},
+            **_draw(given, merged),
+            repetition_penalty=float(merged["repetition_penalty"]),
+            presence_penalty=float(merged["presence_penalty"]),
+            frequency_penalty=float(merged["frequency_penalty"]),
+            max_new_tokens=merged["max_new_tokens"],
+            min_new_tokens=merged["min_new_tokens"],
             seed=given["random_seed"] % _SEEDS if "random_seed" in given else secrets.randbelow(_SEEDS),
             stop_token_ids=model_ids.union(stop_ids, given.get("stop_token_ids", ())),
-            bad_token_sequences=_bad_sequences(given, tokenizer),
+            bad_token_sequences=() if given.keys().isdisjoint(_BAD) else _bad_sequences(given, tokenizer),
             logprobs=given.get("logprobs"),
             prompt_logprobs=given.get("prompt_logprobs"),
             logit_bias=_biases(given["logit_bias"]) if given.get("logit_bias") else (),
@@ -124,14 +145,6 @@ def eos_token_ids(tokenizer: Vocabulary, *configs: Mapping[str, Any]) -> frozens
     """
     named = [token for config in configs for token in token_ids(config, "config.json")]
     return frozenset(named if tokenizer.eos_token_id is None else [tokenizer.eos_token_id, *named])
-
-
-def samples(settings: Settings, defaults: Mapping[str, Any]) -> bool:
-    """Return whether tokens are drawn at random, without a look at temperature 0 and the like."""
-    given = _set_fields(settings)
-    if "do_sample" in given:
-        return bool(given["do_sample"])
-    return not given.keys().isdisjoint(SAMPLING_DEFAULTS) or bool(defaults.get("do_sample"))
 
 
 def bad_token_sequences(words: Iterable[str], tokenizer: Vocabulary) -> tuple[tuple[int, ...], ...]:
@@ -171,23 +184,26 @@ def _grammar(given: Mapping[str, Any], to_grammar: Callable[[Mapping[str, Any]],
     return to_grammar(well_formed_values(given["response_format"]))
 
 
-def _draw(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a random draw; none for greedy decoding."""
-    if not samples(given, defaults):
+def _draw(given: Mapping[str, Any], merged: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a random draw; none for greedy decoding. ``merged`` has the defaults too."""
+    asked = not given.keys().isdisjoint(DRAW_DEFAULTS) or bool(merged.get("do_sample"))
+    if not given.get("do_sample", asked):
         return {}
-    draw = {name: given.get(name, defaults.get(name, value)) for name, value in SAMPLING_DEFAULTS.items()}
-    greedy = draw["temperature"] == 0 or draw["top_k"] == 1 or draw["top_p"] == 0
-    return {} if greedy else draw
+    greedy = merged["temperature"] == 0 or merged["top_k"] == 1 or merged["top_p"] == 0
+    return {} if greedy else dict(zip(DRAW_DEFAULTS, _DRAW(merged), strict=True))
 
 
 def _split_stops(
-    asked: Sequence[str], of_template: Sequence[str], tokenizer: Vocabulary
+    asked: Sequence[str],
+    of_template: Sequence[str],
+    special_ids: frozenset[int],
+    encode: Callable[[str], Sequence[int]],
 ) -> tuple[frozenset[int], tuple[str, ...]]:
     """Ids and texts. A user's word is an id only where it is a special token: others may hide inside longer tokens."""
     ids, words = set(), {}
     for word in map(well_formed, filter(None, (*asked, *of_template))):
-        encoded = tokenizer.encode(word, add_bos=False)
-        if len(encoded) == 1 and (word in of_template or encoded[0] in tokenizer.special_ids):
+        encoded = encode(word)
+        if len(encoded) == 1 and (word in of_template or encoded[0] in special_ids):
             ids.add(encoded[0])
         else:
             words[word] = True

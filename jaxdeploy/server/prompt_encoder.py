@@ -33,7 +33,7 @@ class PromptEncoder:
 
         ``variables`` are those of ``ChatTemplate.render``: tools, how the prompt ends, and those of the template.
         """
-        return tuple(await self._prompt_ids(partial(self._generator.template.render, messages, **variables)))
+        return await self._prompt_ids(partial(self._generator.template.render, messages, **variables))
 
     async def text_ids(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a raw text, with the token that texts begin with.
@@ -65,15 +65,15 @@ class PromptEncoder:
         """End the threads."""
         self._threads.close()
 
-    async def _prompt_ids(self, make_text: Callable[[], str]) -> list[int]:
+    async def _prompt_ids(self, make_text: Callable[[], str]) -> tuple[int, ...]:
         """Return the token ids of a text that ``make_text`` returns.
 
         One visit to a thread is enough for a short text. A long one is encoded by the threads for long texts.
         """
         found = await self._threads.run(partial(self._short_ids, make_text))
         if isinstance(found, str):
-            return await self._threads.run(partial(self._encoded, found), len(found))
-        return found
+            found = await self._threads.run(partial(self._encoded, found), len(found))
+        return tuple(found)
 
     def _short_ids(self, make_text: Callable[[], str]) -> list[int] | str:
         """Return the ids of a short text, or a long text. Raises ``ContextLengthError`` if they cannot fit."""

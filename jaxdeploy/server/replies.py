@@ -22,6 +22,7 @@ class Replies(Generic[R]):
     requests: one for each reply; the alternatives of a prompt are adjacent.
     context: the sender.
     n: number of alternatives of each prompt.
+    model: name of the model that replies.
     replies: one ``make_reply()`` for each request.
     """
 
@@ -37,12 +38,8 @@ class Replies(Generic[R]):
         self.requests = requests
         self.context = context
         self.n = n
+        self.model = service.model_of(context)
         self.replies = [make_reply() for _ in requests]
-
-    @property
-    def model(self) -> str:
-        """The name of the model that replies."""
-        return self.service.model_of(self.context)
 
     @property
     def usage(self) -> Usage:

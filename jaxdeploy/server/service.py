@@ -138,11 +138,12 @@ class ModelService:
             text=resolved.text,
         )
         generator.engine.limits.check(request)
-        others = [
+        if resolved.n == 1:
+            return [request]
+        return [
             replace(request, request_id=f"{context.request_id}-{index}", sampling=sampling)
-            for index, sampling in enumerate(resolved.alternatives()[1:], first + 1)
+            for index, sampling in enumerate(resolved.alternatives(), first)
         ]
-        return [request, *others]
 
     async def embedding_request(self, ids: tuple[int, ...], context: RequestContext, index: int) -> Request:
         """Make a request for the hidden states of a prompt. Raises ``RequestError``."""
@@ -151,7 +152,8 @@ class ModelService:
 
     def check_room(self, count: int) -> None:
         """Raise ``OverloadedError`` if ``count`` more replies are too many now, ``RequestError`` if always."""
-        self.check_number(count)
+        if count > self.max_replies:
+            self.check_number(count)
         if self.num_replies + count > self.max_replies:
             raise OverloadedError(
                 f"{self.num_replies} replies are generated or wait, {self.max_replies} at most; try again later",

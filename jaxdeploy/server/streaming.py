@@ -39,13 +39,16 @@ LINES: dict[int | str, dict[str, Any]] = {
 
 
 def event_stream(
-    chunks: AsyncGenerator[BaseModel], ping_seconds: float = PING_SECONDS, *, ping: BaseModel | None = None
+    chunks: AsyncGenerator[BaseModel],
+    ping_seconds: float = PING_SECONDS,
+    *,
+    ping: Callable[[], BaseModel] | None = None,
 ) -> StreamingResponse:
     """Return ``chunks`` as events, then ``[DONE]``. A failure on the way is the last event, in the form of an error.
 
-    ``ping`` is a chunk without content, for clients that cannot read comments (LMDeploy's).
+    ``ping`` makes a chunk without content, for clients that cannot read comments (LMDeploy's).
     """
-    return _Stream(chunks, _EVENTS, PING if ping is None else event(ping), ping_seconds)
+    return _Stream(chunks, _EVENTS, PING if ping is None else ping, ping_seconds)
 
 
 def named_event_stream(
@@ -123,7 +126,7 @@ class _Stream(StreamingResponse):
         self,
         chunks: AsyncGenerator[Any],
         framing: _Framing,
-        ping: str = "",
+        ping: str | Callable[[], BaseModel] = "",
         ping_seconds: float = math.inf,
         first: str = "",
     ) -> None:
@@ -172,5 +175,6 @@ class _Stream(StreamingResponse):
             await asyncio.sleep(left)
             left = self._sent_at + self._ping_seconds - time.monotonic()
             if left <= 0:
-                await send({"type": "http.response.body", "body": self._ping.encode(), "more_body": True})
+                text = self._ping if isinstance(self._ping, str) else event(self._ping())
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
                 left = self._ping_seconds

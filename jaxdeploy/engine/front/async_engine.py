@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
 from jaxdeploy.engine.front.generator import Generator
-from jaxdeploy.engine.front.remote import EngineDiedError
+from jaxdeploy.engine.front.process import EngineDiedError
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import Request, TextOutput

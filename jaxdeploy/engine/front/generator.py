@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +27,9 @@ from jaxdeploy.messages import (
 )
 from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.tokenizer import Tokenizer
+
+MAX_CACHED_WORDS = 256
+"""Stop words whose token ids are kept."""
 
 
 class Generator:
@@ -91,7 +94,7 @@ class Generator:
         chat: bool,
         to_grammar: Callable[[Mapping[str, Any]], str | None] = grammar_of,
     ) -> ResolvedGeneration:
-        """Fill in the defaults of the model, and the stop words of its template for a ``chat``. Raises as ``resolve``."""
+        """Fill in the defaults of the model, for a ``chat`` also its stop words. Raises as ``resolve``."""
         return resolve(
             settings,
             self.generation_defaults,
@@ -99,7 +102,13 @@ class Generator:
             eos_token_ids=self.eos_token_ids,
             template_stops=self.template.stop_words if chat else (),
             to_grammar=to_grammar,
+            encode_word=self._encode_word,
         )
+
+    @cached_property
+    def _encode_word(self) -> Callable[[str], Sequence[int]]:
+        """Encodes stop words, which are often the same."""
+        return lru_cache(MAX_CACHED_WORDS)(partial(self.tokenizer.encode, add_bos=False))
 
     @property
     def has_work(self) -> bool:
@@ -108,7 +117,8 @@ class Generator:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ``ContextLengthError`` and other ``RequestError``s; nothing is queued then."""
-        check_name(request, request.request_id in self._streams)
+        if request.request_id in self._streams:
+            check_name(request, True)
         stream = self._stream_of(request)
         self.engine.add(request)
         self._streams[request.request_id] = (request, stream)

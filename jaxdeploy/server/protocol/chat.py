@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -202,16 +203,22 @@ class ChatRequest(Sampling):
     def _belongs_together(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise RequestError(f"top_logprobs={self.top_logprobs} needs logprobs=true; add it")
-        check_stream_options(self)
+        if self.stream_options is not None:
+            check_stream_options(self)
         if self.enable_thinking is not None:
             self.chat_template_kwargs = {"enable_thinking": self.enable_thinking, **(self.chat_template_kwargs or {})}
         if isinstance(self.tool_choice, AllowedChoice):
             self._allow(self.tool_choice.allowed_tools)
-        if self.must_call and not self.functions_to_call:
-            raise RequestError(f"tool_choice={self.tool_choice!r} names no function of tools; add it there")
-        if self.must_call and self.response_format not in (None, {}, {"type": "text"}):
-            raise RequestError("tool_choice has a call made, response_format another text; leave one of them out")
+        if self.must_call:
+            self._check_call()
         return self
+
+    def _check_call(self) -> None:
+        """Raise ``RequestError`` if the call that must be made cannot be."""
+        if not self.functions_to_call:
+            raise RequestError(f"tool_choice={self.tool_choice!r} names no function of tools; add it there")
+        if self.response_format not in (None, {}, {"type": "text"}):
+            raise RequestError("tool_choice has a call made, response_format another text; leave one of them out")
 
     def _allow(self, allowed: AllowedFunctions) -> None:
         """Keep the allowed tools, in the order of the choice. Raises ``RequestError`` for a name that no tool has."""
@@ -226,9 +233,12 @@ class ChatRequest(Sampling):
     @property
     def ending(self) -> dict[str, bool | None]:
         """How the prompt ends."""
-        return {name: getattr(self, name) for name in ("add_generation_prompt", "continue_final_message")}
+        return {
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+        }
 
-    @property
+    @cached_property
     def may_call(self) -> bool:
         """Whether calls are looked for in the reply."""
         return bool(self.tools) and self.tool_choice != "none"

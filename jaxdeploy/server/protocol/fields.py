@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
@@ -125,6 +126,9 @@ SAME_NAMES = (
 )
 """Fields of a request that ``GenerationConfig`` has by the same names."""
 
+_SAME_FIELDS = attrgetter(*SAME_NAMES)
+"""Returns their values."""
+
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogitBias = Annotated[dict[int, Bias], Field(max_length=MAX_BIASES)]
@@ -184,9 +188,10 @@ class Sampling(Unpacked):
 
         The values were checked when the request was read. As OpenAI has it, a reply is drawn at random by default.
         """
-        fields = {name: getattr(self, name) for name in SAME_NAMES}
-        fields.update(more, random_seed=self.seed, stop_words=self.stop_words)
-        return {"do_sample": True, **set_fields(fields)}
+        fields = dict(zip(SAME_NAMES, _SAME_FIELDS(self), strict=True))
+        stops = as_stops(self.stop)
+        fields.update(more, do_sample=True, random_seed=self.seed, stop_words=stops)
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 def set_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +201,9 @@ def set_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_stops(stop: str | list[str] | None) -> list[str]:
     """The words of a ``stop`` field; an empty text is none."""
-    words = [stop] if isinstance(stop, str) else stop or []
+    if not stop:
+        return []
+    words = [stop] if isinstance(stop, str) else stop
     return [word for word in words if word]
 
 

@@ -51,7 +51,7 @@ async def chat_completions(
     job = _Job(asked, chat_replies(served, asked, requests, context, stream=bool(asked.stream)))
     if asked.stream:
         job.replies.check_room()
-        return event_stream(job.chunks(), ping=job.silence())
+        return event_stream(job.chunks(), ping=job.silence)
     return await while_connected(request, job.whole())
 
 

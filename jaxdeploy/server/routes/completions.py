@@ -42,7 +42,7 @@ async def completions(
     job = _Job(asked, Replies(served, requests, context, make_reply, asked.n or 1))
     if asked.stream:
         job.replies.check_room()
-        return event_stream(job.chunks(), ping=job.silence())
+        return event_stream(job.chunks(), ping=job.silence)
     return await while_connected(request, job.whole())
 
 
