@@ -20,7 +20,8 @@ from bench_record import result_path, write_result
 from rich.console import Console
 from static_programs import SLOTS, STEP_BATCH, TABLE_LENGTH, llama_8b
 
-from jaxdeploy.engine.device.batch import StepShape, packed_size
+from jaxdeploy.engine.device.buckets import StepShape
+from jaxdeploy.engine.device.inputs import packed_size
 from jaxdeploy.parallel.mesh import make_mesh
 
 LAYERS = 32

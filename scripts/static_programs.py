@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jaxdeploy.checkpoint.adapter import adaptable
 from jaxdeploy.checkpoint.quantized import hold_quantized
 from jaxdeploy.checkpoint.tensors import TensorFiles
-from jaxdeploy.engine.device.batch import StepShape, packed_size, padding_inputs
+from jaxdeploy.engine.device.buckets import StepShape
+from jaxdeploy.engine.device.inputs import packed_size, padding_inputs
 from jaxdeploy.engine.device.runner import LOOP_IN_GRAPH, flat_step
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import abstract_params, decoder_from
@@ -274,7 +275,7 @@ def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) 
     step, weights = llama_8b(layers, mesh, small=small, adapted=shape.adapted)
     inputs = [jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32)]
     if sampling:
-        inputs.append(jax.eval_shape(lambda: padding_inputs(shape, VOCAB, full_sampler=True).choice))
+        inputs.append(jax.eval_shape(lambda: padding_inputs(shape, VOCAB, full_sampler=True).constraints))
     options = LOOP_IN_GRAPH if shape.repeats > 1 else None
     held = _held(layers, small)
     return compile_for("h200", partial(step, shape), weights, *held, *inputs, donate=(1, 2), options=options)

@@ -17,7 +17,7 @@ from jaxdeploy.checkpoint.eagle3 import load_eagle3
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import draft_shapes
+from jaxdeploy.engine.device.buckets import draft_shapes
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import Features, ModelRunner
 from jaxdeploy.engine.front.engine import Engine

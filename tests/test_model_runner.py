@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.device.batch import StepShape, padding_inputs
+from jaxdeploy.engine.device.buckets import StepShape
+from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.config import RopeConfig

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.device.batch import reading_shapes, step_shapes
+from jaxdeploy.engine.device.buckets import prompt_output_shapes, step_shapes
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import PromptReading, Request, StepOutput
@@ -128,7 +128,7 @@ def test_too_many_alternatives_are_refused() -> None:
 @pytest.mark.parametrize("sizes", [(16, 512, 128), (1, 2048, 2048), (128, 8192, 2048), (8, 32, 32)])
 def test_few_shapes_read_prompts_and_hold_every_batch(sizes: tuple[int, int, int]) -> None:
     shapes = step_shapes(*sizes, 4)
-    few = reading_shapes(shapes)
+    few = prompt_output_shapes(shapes)
     assert len(few) <= 3
     assert max(shape.prefill_tokens for shape in few) == max(shape.prefill_tokens for shape in shapes)
     beside = [shape for shape in shapes if shape.decodes and shape.prefill_tokens]

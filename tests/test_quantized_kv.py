@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, padding_inputs
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape
+from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.kv_policy import Ranges, as_ranges
 from jaxdeploy.engine.device.runner import ModelRunner

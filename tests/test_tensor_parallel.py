@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import padding_inputs
+from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.decoder import abstract_params

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, draft_shapes
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, draft_shapes
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.front.engine import Engine

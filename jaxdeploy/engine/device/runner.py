@@ -15,23 +15,23 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.engine.device.batch import (
-    ONLY_LAST,
-    SAMPLING_FLOATS,
-    Choice,
-    ModelInputs,
-    StepShape,
-    padding_inputs,
-    unpack,
-)
+from jaxdeploy.engine.device.buckets import StepShape
 from jaxdeploy.engine.device.host_blocks import GROUP, HostBlocks
+from jaxdeploy.engine.device.inputs import (
+    LAST_SAMPLE,
+    SAMPLING_FLOATS,
+    ModelInputs,
+    SamplingConstraints,
+    StepFields,
+    padding_inputs,
+)
 from jaxdeploy.engine.device.kv_cache import UNIT_RANGE
 from jaxdeploy.engine.device.prompt_reading import PromptRows, read
 from jaxdeploy.engine.device.sampler import Sampled, SamplingRows, greedy, sample
 from jaxdeploy.engine.device.step_weights import StepModel, StepWeights, flatten
+from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.adapters import Adapter
 from jaxdeploy.engine.scheduling.host_tier import Transfer
-from jaxdeploy.engine.scheduling.sequence import Reading
 from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.eagle3 import put_features
@@ -168,10 +168,10 @@ class ModelRunner:
                 jax.block_until_ready(self.run(inputs))
         self._warm = True
 
-    def prepare(self, shapes: list[StepShape], reading: Reading) -> None:
+    def prepare(self, shapes: list[StepShape], reading: PromptOutputs) -> None:
         """Compile the steps of ``shapes`` that read prompts, unless they are there. Any thread may call it."""
         for shape in shapes:
-            inputs = padding_inputs(shape, self._vocab_size, full_sampler=True, reading=reading)
+            inputs = padding_inputs(shape, self._vocab_size, full_sampler=True, prompt_outputs=reading)
             variant = _variant(inputs)
             if variant not in self._steps:
                 self._steps[variant] = self.compiled(inputs)
@@ -241,16 +241,16 @@ class _Variant(NamedTuple):
 
     shape: StepShape
     full_sampler: bool
-    reading: Reading
+    reading: PromptOutputs
 
 
 def _variant(inputs: ModelInputs) -> _Variant:
-    return _Variant(inputs.shape, inputs.choice is not None, inputs.reading)
+    return _Variant(inputs.shape, inputs.constraints is not None, inputs.prompt_outputs)
 
 
 def _arrays(inputs: ModelInputs) -> tuple[Any, ...]:
     """What a step takes beside weights, pools and buffer."""
-    return (inputs.packed,) if inputs.choice is None else (inputs.packed, inputs.choice)
+    return (inputs.packed,) if inputs.constraints is None else (inputs.packed, inputs.constraints)
 
 
 def flat_step(
@@ -258,7 +258,7 @@ def flat_step(
 ) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
     """A step as a pure function of arrays, and the decoder's weights as the tuple that it takes.
 
-    The function takes ``(shape, weights, pools, buffer, packed[, choice])`` and gives ``(result, pools, buffer)``;
+    The function takes ``(shape, weights, pools, buffer, packed[, constraints])`` and gives ``(result, pools, buffer)``;
     donate pools and buffer. In an adapted step the arrays of ``bank`` stand behind the weights. With ``taps`` features
     are written: their pool is the last, what fuses them stands right behind the weights.
     """
@@ -310,21 +310,21 @@ def _forward(
     pools: Pools,
     buffer: jax.Array,
     packed: jax.Array,
-    choice: Choice | None = None,
+    constraints: SamplingConstraints | None = None,
     *,
-    reading: Reading = Reading.NOTHING,
+    reading: PromptOutputs = PromptOutputs.NONE,
 ) -> tuple[StepResult, Pools, jax.Array]:
     """One step; or several in a row, whose samples are stacked."""
-    fields = unpack(packed, shape)
+    fields = StepFields.of(packed, shape)
     adapters = _Adapters(bank, arrays[-bank.arrays :]) if bank is not None and shape.adapted else None
     fuse = None if fusion is None else _Fuse(fusion.taps, arrays[fusion.place])
-    one = partial(_once, weights.decoder(arrays), adapters, fuse, weights.mesh, shape, choice, reading)
+    one = partial(_once, weights.decoder(arrays), adapters, fuse, weights.mesh, shape, constraints, reading)
     if shape.repeats == 1:
         return one(fields, pools, buffer)
 
     def step(carry: _Carry) -> _Carry:
         index, results, pools, buffer = carry
-        new, pools, buffer = one({**fields, "length": fields["length"] + index}, pools, buffer)
+        new, pools, buffer = one(fields._replace(length=fields.length + index), pools, buffer)
         return index + 1, jax.tree.map(lambda all_, row: all_.at[index].set(row), results, new), pools, buffer
 
     result = jax.eval_shape(one, fields, pools, buffer)[0]
@@ -368,9 +368,9 @@ def _once(
     fuse: _Fuse | None,
     mesh: Mesh,
     shape: StepShape,
-    choice: Choice | None,
-    reading: Reading,
-    fields: Mapping[str, jax.Array],
+    constraints: SamplingConstraints | None,
+    reading: PromptOutputs,
+    fields: StepFields,
     pools: Pools,
     buffer: jax.Array,
 ) -> tuple[StepResult, Pools, jax.Array]:
@@ -378,13 +378,13 @@ def _once(
     layout = _layout(fields, shape, pools[0], mesh)
     if shape.drafts:
         buffer = _write_drafts(buffer, fields, shape)
-    tokens = buffer[fields["slot"][layout.sequence], layout.positions]
-    lengths = fields["prompt_length"][layout.sequence]
-    last = fields["last_token"] if shape.prefill_tokens else None  # of single tokens each is the last
+    tokens = buffer[fields.slot[layout.sequence], layout.positions]
+    lengths = fields.prompt_length[layout.sequence]
+    last = fields.last_token if shape.prefill_tokens else None  # of single tokens each is the last
     wanted = None if reading else last
     own, logits_of = decoder, _logits_of(decoder, adapters)
     if adapters is not None:
-        own = adapters.bank.adapted(decoder, adapters.arrays, fields["adapter"][layout.sequence], wanted)
+        own = adapters.bank.adapted(decoder, adapters.arrays, fields.adapter[layout.sequence], wanted)
     where = tokens, layout.positions, lengths, layout.context
     if fuse is None:
         hidden, new_pools = own.hidden(*where, pools, wanted)
@@ -396,11 +396,11 @@ def _once(
     if reading:
         prompts = _read(logits_of, shape, layout, fields, buffer, hidden, reading)
         hidden = hidden[last]
-    rows = _row_for_each_token(fields, layout) if shape.drafts else fields
-    logits = logits_of(hidden, rows.get("adapter"))
-    sampled = greedy(logits) if choice is None else sample(logits, _sampling_rows(rows, buffer, choice))
-    slot = jnp.where(rows["samples"] > 0, rows["slot"], buffer.shape[0])
-    buffer = buffer.at[slot, rows["length"]].set(sampled.tokens, mode="drop")
+    rows = _row_for_each_token(fields, layout, adapted=shape.adapted) if shape.drafts else fields
+    logits = logits_of(hidden, rows.adapter if shape.adapted else None)
+    sampled = greedy(logits) if constraints is None else sample(logits, _sampling_rows(rows, buffer, constraints))
+    slot = jnp.where(rows.samples > 0, rows.slot, buffer.shape[0])
+    buffer = buffer.at[slot, rows.length].set(sampled.tokens, mode="drop")
     return StepResult(sampled, prompts), cast(Pools, tuple(new_pools)), buffer
 
 
@@ -415,22 +415,24 @@ def _logits_of(decoder: Decoder, adapters: _Adapters | None) -> Callable[[jax.Ar
     return logits_of
 
 
-def _write_drafts(buffer: jax.Array, fields: Mapping[str, jax.Array], shape: StepShape) -> jax.Array:
+def _write_drafts(buffer: jax.Array, fields: StepFields, shape: StepShape) -> jax.Array:
     """Drafts behind the last known token of each decode, where the step reads its tokens."""
     behind = jnp.arange(shape.drafts, dtype=jnp.int32)
-    real = behind + 1 < fields["decode_lengths"][:, None]
-    slot = jnp.where(real, fields["slot"][:, None], buffer.shape[0])
-    return buffer.at[slot, fields["length"][:, None] + behind].set(fields["drafts"], mode="drop")
+    real = behind + 1 < fields.decode_lengths[:, None]
+    slot = jnp.where(real, fields.slot[:, None], buffer.shape[0])
+    return buffer.at[slot, fields.length[:, None] + behind].set(fields.drafts, mode="drop")
 
 
-def _row_for_each_token(fields: Mapping[str, jax.Array], layout: _Layout) -> dict[str, jax.Array]:
-    """The fields for samples behind every token of the step, as if each were the last of its sequence."""
-    of_sequences = ("slot", "prompt_length", "top_k", "seed", *SAMPLING_FLOATS, "adapter")
-    rows = {name: fields[name][layout.sequence] for name in of_sequences if name in fields}
+def _row_for_each_token(fields: StepFields, layout: _Layout, *, adapted: bool) -> StepFields:
+    """The fields for samples after every token of the step, as if each were the last of its sequence."""
+    per_sequence = ("slot", "prompt_length", "top_k", "seed", *SAMPLING_FLOATS)
+    rows = {name: getattr(fields, name)[layout.sequence] for name in per_sequence}
+    if adapted:
+        rows["adapter"] = fields.adapter[layout.sequence]
     behind = layout.positions + 1
-    last = behind == (fields["length"] + fields["decode_lengths"] - 1)[layout.sequence]
-    counts = layout.real & (last | (fields["samples"][layout.sequence] != ONLY_LAST))
-    return rows | {"samples": counts.astype(jnp.int32), "length": behind}
+    last = behind == (fields.length + fields.decode_lengths - 1)[layout.sequence]
+    counts = layout.real & (last | (fields.samples[layout.sequence] != LAST_SAMPLE))
+    return fields._replace(samples=counts.astype(jnp.int32), length=behind, **rows)
 
 
 class _Layout(NamedTuple):
@@ -445,7 +447,7 @@ class _Layout(NamedTuple):
     context: PagedContext
 
 
-def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: Pool, mesh: Mesh) -> _Layout:
+def _layout(fields: StepFields, shape: StepShape, pool: Pool, mesh: Mesh) -> _Layout:
     blocks, size = stored(pool).shape[0], block_size(pool)
     regions, sequences, positions, real = [], [], [], []
     for rows, sequence in _regions(fields, shape):
@@ -455,7 +457,7 @@ def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: Pool, mesh:
         positions.append((rows.first_positions[:, None] + offsets).reshape(-1))
         real.append((offsets < rows.lengths[:, None]).reshape(-1))
     sequence, position, is_real = jnp.concatenate(sequences), jnp.concatenate(positions), jnp.concatenate(real)
-    block = fields["block_tables"][sequence, position // size]
+    block = fields.block_tables[sequence, position // size]
     slots = jnp.where(is_real, block * size + position % size, blocks * size)
     return _Layout(sequence, position, is_real, PagedContext(tuple(regions), slots, mesh))
 
@@ -464,10 +466,10 @@ def _read(
     logits_of: Callable[[jax.Array, jax.Array | None], jax.Array],
     shape: StepShape,
     layout: _Layout,
-    fields: Mapping[str, jax.Array],
+    fields: StepFields,
     buffer: jax.Array,
     hidden: jax.Array,
-    reading: Reading,
+    reading: PromptOutputs,
 ) -> PromptRows:
     """Of the prompts alone, which stand behind the decodes."""
     first = shape.decodes
@@ -477,36 +479,36 @@ def _read(
         hidden[first:],
         prompt=sequence - first,
         real=layout.real[first:],
-        last_token=fields["last_token"][first:] - first,
-        next_token=buffer[fields["slot"][sequence], behind],
-        logits=logits_of if reading is Reading.LOGPROBS else None,
-        adapter=fields["adapter"][sequence] if shape.adapted else None,
+        last_token=fields.last_token[first:] - first,
+        next_token=buffer[fields.slot[sequence], behind],
+        logits=logits_of if reading is PromptOutputs.LOGPROBS else None,
+        adapter=fields.adapter[sequence] if shape.adapted else None,
     )
 
 
-def _regions(fields: Mapping[str, jax.Array], shape: StepShape) -> Iterator[tuple[Rows, jax.Array]]:
+def _regions(fields: StepFields, shape: StepShape) -> Iterator[tuple[Rows, jax.Array]]:
     """Decode rows, then prefill rows, each with the sequence of every row."""
-    tables = fields["block_tables"]
+    tables = fields.block_tables
     if shape.decodes:
-        lengths = fields["decode_lengths"]
-        first = jnp.maximum(fields["length"][: shape.decodes] - 1, 0)
+        lengths = fields.decode_lengths
+        first = jnp.maximum(fields.length[: shape.decodes] - 1, 0)
         sequence = jnp.arange(shape.decodes, dtype=jnp.int32)
         yield Rows(tables[: shape.decodes], first, lengths, shape.decode_length), sequence
     if shape.prefill_tokens:
-        sequence = fields["row_sequence"]
-        yield Rows(tables[sequence], fields["row_start"], fields["row_tokens"], shape.row_length), sequence
+        sequence = fields.row_sequence
+        yield Rows(tables[sequence], fields.row_start, fields.row_tokens, shape.row_length), sequence
 
 
-def _sampling_rows(fields: Mapping[str, jax.Array], buffer: jax.Array, choice: Choice) -> SamplingRows:
-    floats = {name: jax.lax.bitcast_convert_type(fields[name], jnp.float32) for name in SAMPLING_FLOATS}
+def _sampling_rows(fields: StepFields, buffer: jax.Array, constraints: SamplingConstraints) -> SamplingRows:
+    floats = {name: jax.lax.bitcast_convert_type(getattr(fields, name), jnp.float32) for name in SAMPLING_FLOATS}
     return SamplingRows(
         **floats,
-        top_k=fields["top_k"],
-        seed=jax.lax.bitcast_convert_type(fields["seed"], jnp.uint32),
-        history=buffer[fields["slot"]],
-        length=fields["length"],
-        prompt_length=fields["prompt_length"],
-        allowed=choice.allowed,
-        biased=choice.bias[:, 0],
-        bias=jax.lax.bitcast_convert_type(choice.bias[:, 1], jnp.float32),
+        top_k=fields.top_k,
+        seed=jax.lax.bitcast_convert_type(fields.seed, jnp.uint32),
+        history=buffer[fields.slot],
+        length=fields.length,
+        prompt_length=fields.prompt_length,
+        allowed=constraints.allowed,
+        biased=constraints.bias[:, 0],
+        bias=jax.lax.bitcast_convert_type(constraints.bias[:, 1], jnp.float32),
     )

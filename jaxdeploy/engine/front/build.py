@@ -20,7 +20,7 @@ from jaxdeploy.checkpoint.tensor_ref import TensorRef
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.adapter_reader import EngineAdapters, adapters_of
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, step_shapes
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, step_shapes
 from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, plan_cache
 from jaxdeploy.engine.device.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner

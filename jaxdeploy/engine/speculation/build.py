@@ -15,7 +15,7 @@ from jaxdeploy.checkpoint.eagle3 import load_eagle3
 from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import draft_shapes
+from jaxdeploy.engine.device.buckets import draft_shapes
 from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, block_bytes
 from jaxdeploy.engine.device.runner import Features, ModelRunner
 from jaxdeploy.engine.device.step_weights import StepModel
