@@ -79,7 +79,7 @@ POINTS = [
     Point("admit", f"{ENGINE}.scheduling.scheduler:Scheduler._admit"),
     Point("find prefixes", f"{ENGINE}.scheduling.prefix_cache:PrefixCache.find"),
     Point("schedule its prompt", f"{ENGINE}.scheduling.scheduler:Scheduler._chunk"),
-    Point("note its blocks", f"{ENGINE}.scheduling.prefix_cache:PrefixCache.note"),
+    Point("note its blocks", f"{ENGINE}.scheduling.prefix_cache:PrefixCache.add"),
     Point("make room", f"{ENGINE}.scheduling.scheduler:Scheduler._make_room"),
     Point("schedule its decode", f"{ENGINE}.scheduling.scheduler:Scheduler._decode"),
     Point("build its row", f"{ENGINE}.device.packing:forbid", SCORED),
@@ -228,7 +228,7 @@ def check_nothing_is_lost(server: RunningServer) -> None:
     assert isinstance(engine, Engine)
     held = (generator._streams, engine._sequences, engine._readers, engine._compiling, engine._failed)
     assert not any((*held, server.served.engine._streams, server.served._running))
-    assert len(engine.scheduler._slots) == 8
+    assert engine.scheduler._running.free_slots == 8
     engine.scheduler.blocks.check()
     engine.scheduler.prefixes.check()
 

@@ -34,7 +34,7 @@ def ran(scheduler: Scheduler, *sequences: Sequence) -> list[int]:
     model = FakeModel(scheduler)
     for sequence in sequences:
         run(scheduler, [sequence], model)
-    return [sequence.cached for sequence in sequences]
+    return [sequence.placement.cached_tokens for sequence in sequences]
 
 
 @pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (19, 16), (20, 16), (21, 20)])
@@ -65,7 +65,7 @@ def test_a_prompt_that_is_still_being_computed_is_shared_as_far_as_it_is() -> No
     scheduler.add(later)
     while scheduler.has_work:
         model.step()
-    assert later.cached == 56
+    assert later.placement.cached_tokens == 56
 
 
 def test_the_next_turn_finds_the_reply_too() -> None:
@@ -74,7 +74,7 @@ def test_the_next_turn_finds_the_reply_too() -> None:
     run(scheduler, [first], model)
     second = ask("b", (*first.token_ids, 1, 2, 3))
     run(scheduler, [second], model)
-    assert second.cached == 20
+    assert second.placement.cached_tokens == 20
 
 
 def test_what_was_evicted_is_computed_again() -> None:
@@ -84,7 +84,7 @@ def test_what_was_evicted_is_computed_again() -> None:
 
 
 def test_prompts_that_are_too_long_do_not_share() -> None:
-    scheduler = make_scheduler(longest_prompt=20)
+    scheduler = make_scheduler(max_prompt_len=20)
     asked = [ask(name, TEXT[:length]) for name, length in (("a", 21), ("b", 20), ("c", 21), ("d", 20))]
     assert ran(scheduler, *asked) == [0, 0, 0, 16]
 
@@ -98,7 +98,7 @@ def test_aborted_sequences_leave_what_they_computed() -> None:
     assert scheduler.blocks.active == 0
     again = ask("b", TEXT[:70])
     run(scheduler, [again], model)
-    assert again.cached == 32
+    assert again.placement.cached_tokens == 32
 
 
 LIKE = st.tuples(
@@ -144,7 +144,7 @@ def test_shared_blocks_hold_what_everybody_expects(
         scheduler.prefixes.check()
     assert not scheduler.has_work
     assert (scheduler.blocks.active, scheduler.blocks.available) == (0, blocks)
-    assert scheduler.prefixes.found == sum(item.cached for item in items)
+    assert scheduler.prefixes.found == sum(item.placement.cached_tokens for item in items)
 
 
 def alike(**sampling: Any) -> list[Request]:

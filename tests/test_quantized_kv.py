@@ -23,7 +23,7 @@ from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduling.scheduler import Scheduler
+from jaxdeploy.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from jaxdeploy.messages import Request
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models.attention import PagedContext, Rows, dense_attention
@@ -97,13 +97,15 @@ def short_engine(bits: int | None) -> Any:
     scheduler = Scheduler(
         blocks,
         PrefixCache(blocks, block_size, 0, 0),
-        block_size=block_size,
-        max_batch_size=2,
-        max_prefill_tokens=32,
-        max_mixed_tokens=32,
-        chunk_multiple=ROW_LENGTH,
-        session_len=session_len,
-        decode_steps=1,
+        SchedulerLimits(
+            block_size=block_size,
+            max_batch_size=2,
+            max_prefill_tokens=32,
+            max_mixed_tokens=32,
+            row_length=ROW_LENGTH,
+            session_len=session_len,
+            decode_steps=1,
+        ),
     )
     shapes = [StepShape(2, prefill, plan.blocks_for(session_len), 2) for prefill in (0, 32)]
     return Engine(scheduler, runner, shapes, VOCAB)

@@ -20,7 +20,7 @@ from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduling.scheduler import Scheduler
+from jaxdeploy.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer
@@ -153,14 +153,16 @@ def tiny_engine(
     scheduler = Scheduler(
         manager,
         PrefixCache(manager, BLOCK_SIZE, SESSION_LEN if sharing else 0, host_blocks),
-        block_size=BLOCK_SIZE,
-        max_batch_size=batch,
-        max_prefill_tokens=max_prefill,
-        max_mixed_tokens=max_prefill + batch,
-        chunk_multiple=ROW_LENGTH,
-        session_len=SESSION_LEN,
-        decode_steps=decode_steps,
-        adapters=adapters,
+        SchedulerLimits(
+            block_size=BLOCK_SIZE,
+            max_batch_size=batch,
+            max_prefill_tokens=max_prefill,
+            max_mixed_tokens=max_prefill + batch,
+            row_length=ROW_LENGTH,
+            session_len=SESSION_LEN,
+            decode_steps=decode_steps,
+        ),
+        adapters,
     )
     every = [*shapes, *GUESSING] if speculation else shapes
     return Engine(scheduler, runner or lasting_runner(tp), every, VOCAB, grammars, speculation, reader)

@@ -23,7 +23,7 @@ from jaxdeploy.engine.device.inputs import (
     packed_size,
 )
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
-from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.sequence import Sequence
 
 
@@ -171,8 +171,10 @@ def _fill_sequences(fields: StepFields, first: int, chunks: tuple[Chunk, ...]) -
     for name, column in zip(SETTINGS, settings.T, strict=True):
         getattr(fields, name)[rows] = column
     tables = fields.block_tables[rows]
-    lengths = np.array([len(sequence.block_table) for sequence in sequences], np.int32)
-    tables[np.arange(tables.shape[1]) < lengths[:, None]] = _joined(sequence.block_table for sequence in sequences)
+    lengths = np.array([len(sequence.placement.block_table) for sequence in sequences], np.int32)
+    tables[np.arange(tables.shape[1]) < lengths[:, None]] = _joined(
+        sequence.placement.block_table for sequence in sequences
+    )
 
 
 def _fill_adapters(fields: StepFields, shape: StepShape, batch: ScheduledBatch) -> None:
@@ -207,8 +209,8 @@ def _joined(parts: Iterable[array[int]]) -> Array:
 
 
 def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None, "a scheduled sequence has a slot"
-    return sequence.slot
+    assert sequence.placement.slot is not None, "a scheduled sequence has a slot"
+    return sequence.placement.slot
 
 
 def _adapter_slot(chunk: Chunk) -> int:

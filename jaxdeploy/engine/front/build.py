@@ -29,7 +29,7 @@ from jaxdeploy.engine.grammar import Grammars
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduling.scheduler import Scheduler
+from jaxdeploy.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models import fused_decode
@@ -240,14 +240,16 @@ def make_scheduler(
     return Scheduler(
         blocks,
         PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
-        block_size=plan.block_size,
-        max_batch_size=limits.max_batch_size,
-        max_prefill_tokens=limits.max_prefill_tokens,
-        max_mixed_tokens=limits.max_mixed_tokens,
-        chunk_multiple=ROW_LENGTH,
-        session_len=limits.session_len,
-        decode_steps=limits.decode_steps,
-        adapters=adapters,
+        SchedulerLimits(
+            block_size=plan.block_size,
+            max_batch_size=limits.max_batch_size,
+            max_prefill_tokens=limits.max_prefill_tokens,
+            max_mixed_tokens=limits.max_mixed_tokens,
+            row_length=ROW_LENGTH,
+            session_len=limits.session_len,
+            decode_steps=limits.decode_steps,
+        ),
+        adapters,
     )
 
 

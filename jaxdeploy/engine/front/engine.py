@@ -38,7 +38,8 @@ from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.grammar import Grammars, Matcher
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.adapters import Adapters
-from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.speculation.speculation import Speculation
@@ -113,7 +114,7 @@ class Engine:
         self._prompt_output_shapes = prompt_output_shapes(shapes)
         self._buckets = BucketTable(shapes)
         self._prompt_output_buckets = BucketTable(self._prompt_output_shapes)
-        self.limits = RequestLimits(scheduler.session_len, vocab_size)
+        self.limits = RequestLimits(scheduler.limits.session_len, vocab_size)
         self._sequences: dict[str, Sequence] = {}
         self._failed: list[StepOutput] = []
         """Outputs of sequences that a fault has ended since ``step`` returned."""
@@ -206,7 +207,7 @@ class Engine:
             compiling.cancel()
             return
         if self._flight is not None:  # what it writes has not been looked at
-            self.scheduler.blocks.suspect(block.index for block in sequence.blocks)
+            self.scheduler.blocks.suspect(block.index for block in sequence.placement.blocks)
         self.scheduler.abort(sequence)
 
     @property
@@ -280,7 +281,7 @@ class Engine:
     def _weigh_host_memory(self) -> None:
         """Do without it where a block is computed again in less time than it takes to bring it back."""
         largest = max(self._shapes, key=lambda shape: (shape.prefill_tokens, -shape.decodes))
-        again = self._runner.seconds_to_compute(largest) * self.scheduler.block_size
+        again = self._runner.seconds_to_compute(largest) * self.scheduler.limits.block_size
         back = self._runner.seconds_to_restore()
         logger.info(
             "a KV block comes back from host memory in %.3f ms, and is computed in %.3f ms", 1e3 * back, 1e3 * again
@@ -320,12 +321,12 @@ class Engine:
             sequence = self._sequences.get(name)
             if sequence is not None and sequence.deadline == deadline:  # else it is another of that name
                 self.abort(name)
-                outputs.append(StepOutput(name, (), FinishReason.ABORT, cached_tokens=sequence.cached))
+                outputs.append(StepOutput(name, (), FinishReason.ABORT, cached_tokens=sequence.placement.cached_tokens))
         return outputs
 
     def _must_see_tokens(self) -> bool:
         """Whether a sequence's next token depends on one in flight in a way that only the host can tell."""
-        return self._flight is not None and any(chunk.sequence.reads_tokens for _, chunk in self._flight.packed.rows)
+        return self._flight is not None and any(chunk.sequence.needs_host_sync for _, chunk in self._flight.packed.rows)
 
     def _drafter(self) -> Speculation | None:
         """Who is to guess in the next step, if it should be tried."""
@@ -375,8 +376,8 @@ class Engine:
 
     def _write_tokens(self, admitted: Iterable[Sequence]) -> None:
         for sequence in admitted:
-            assert sequence.slot is not None, "an admitted sequence has a slot"
-            self._runner.write_tokens(sequence.slot, sequence.token_ids)
+            assert sequence.placement.slot is not None, "an admitted sequence has a slot"
+            self._runner.write_tokens(sequence.placement.slot, sequence.token_ids)
 
     def _fail(self, sequence: Sequence, error: Exception, trusted: int | None = None) -> None:
         """End a sequence with an error. ``trusted`` as in ``Scheduler.fail``."""
@@ -387,13 +388,15 @@ class Engine:
         if sequence.finish_reason is None:
             self.scheduler.fail(sequence, trusted)
         reason = failure(name, error)
-        self._failed.append(StepOutput(name, (), FinishReason.ERROR, cached_tokens=sequence.cached, error=reason))
+        self._failed.append(
+            StepOutput(name, (), FinishReason.ERROR, cached_tokens=sequence.placement.cached_tokens, error=reason)
+        )
 
     def _fail_batch(self, batch: ScheduledBatch, error: Exception) -> None:
         """End the sequences of a step that was not launched. Nobody may find what it was to compute."""
         for chunk in (*batch.decodes, *batch.chunks):
             if chunk.sequence.finish_reason is None:
-                self._fail(chunk.sequence, error, trusted=chunk.start // self.scheduler.block_size)
+                self._fail(chunk.sequence, error, trusted=chunk.start // self.scheduler.limits.block_size)
 
     def _fail_scheduled(self) -> None:
         """End the sequences for which something failed while the step was scheduled."""
@@ -460,7 +463,7 @@ class Engine:
             mine, sequence = tokens[:, row : row + 1 + len(chunk.drafts)], chunk.sequence
             if sequence.finish_reason is FinishReason.ERROR or not (mine == NOT_FINITE).any():
                 continue
-            held = tables[index, : self.scheduler.blocks_for(chunk.end)].tolist()
+            held = tables[index, : self.scheduler.limits.blocks_for(chunk.end)].tolist()
             self.scheduler.distrust(sequence, held)
             if sequence.finish_reason is None:
                 self._fail(sequence, NonFiniteError(_NOT_FINITE), trusted=0)
@@ -504,7 +507,7 @@ class Engine:
             prompt = self._readers.pop(sequence).reading()
         if sequence.finish_reason is not None:
             del self._sequences[sequence.request_id]
-        reason, cached, guesses = sequence.finish_reason, sequence.cached, sequence.speculation
+        reason, cached, guesses = sequence.finish_reason, sequence.placement.cached_tokens, sequence.draft.counts
         error = None if sequence.fault is None else failure(sequence.request_id, sequence.fault)
         return StepOutput(sequence.request_id, tokens, reason, logprobs, cached, prompt, guesses, error)
 

@@ -18,7 +18,7 @@ from jaxdeploy.messages import SpeculationCounts
 
 logger = logging.getLogger("jaxdeploy")
 
-MOST_FAULTS = 3
+MAX_FAULTS = 3
 
 
 class Proposer(Protocol):
@@ -57,27 +57,27 @@ class Speculation:
 
     def wanted(self, running: Iterable[Sequence]) -> bool:
         """Whether the next step for these sequences should have drafts."""
-        if self._faults >= MOST_FAULTS:
+        if self._faults >= MAX_FAULTS:
             return False
         batch = list(running)
-        return any(self.most(sequence) for sequence in batch) and self.gate.is_open(len(batch))
+        return any(self.max_drafts(sequence) for sequence in batch) and self.gate.is_open(len(batch))
 
-    def most(self, sequence: Sequence) -> int:
-        """Tokens to have room for when drafts of a sequence are made; its request may want fewer."""
+    def max_drafts(self, sequence: Sequence) -> int:
+        """Return the number of tokens to reserve room for; 0 if the request wants no drafts."""
         return 0 if sequence.sampling.num_speculative_tokens == 0 else self.count
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
         """Drafts, as many as each request wants; none behind a token that ends the reply.
 
-        A fault costs the drafts of this step and no request. After ``MOST_FAULTS`` there are no more drafts.
+        A fault costs the drafts of this step and no request. After ``MAX_FAULTS`` there are no more drafts.
         """
         try:
             proposed = self._proposer.propose(room)
         except Exception:  # replies are the same without drafts
             self._faults += 1
-            logger.exception("drafting failed (%d of %d times until it is turned off)", self._faults, MOST_FAULTS)
+            logger.exception("drafting failed (%d of %d times until it is turned off)", self._faults, MAX_FAULTS)
             for sequence in room:
-                sequence.drafted = 0
+                sequence.draft.computed = 0
             return {}
         return {sequence: _wanted(drafts, sequence) for sequence, drafts in proposed.items()}
 
@@ -86,7 +86,7 @@ class Speculation:
         right = 0
         while right < len(drafts) and drafts[right] == sampled[right]:
             right += 1
-        sequence.speculation = sequence.speculation.plus(len(drafts), right)
+        sequence.draft.counts = sequence.draft.counts.plus(len(drafts), right)
         self.counts = self.counts.plus(len(drafts), right)
         return sampled[: right + 1]
 
