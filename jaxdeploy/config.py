@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxdeploy.errors import CheckpointError, ConfigError
+from jaxdeploy.files.atomic import check_replaceable, is_json, put_text
+from jaxdeploy.files.stored import read_text, shown
 from jaxdeploy.settings import alias, ignored, missing, secret, setting, settings
-from jaxdeploy.stored_file import read_text, shown
-from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 _XLA = "XLA chooses how the work is laid out"
 _ONE_ENGINE = "there is one engine, for every device"
@@ -308,7 +308,7 @@ def _penalty(help: str) -> Any:
 class GenerationConfig:
     """How one reply is generated.
 
-    ``None`` means not set: ``jaxdeploy.generation_config`` says what then holds.
+    ``None`` means not set: ``jaxdeploy.generation.resolved`` says what then holds.
 
     Raises:
         ConfigError: a value breaks its rule, or a name is unknown.
@@ -371,7 +371,7 @@ class GenerationConfig:
         flag=False,
     )
     response_format: dict[str, Any] | None = setting(
-        None, "form that the reply has to have; see jaxdeploy.response_format", flag=False
+        None, "form that the reply has to have; see jaxdeploy.grammar.response_format", flag=False
     )
 
     logits_processors: list[Any] | None = missing("bad_words and the penalties change logits")

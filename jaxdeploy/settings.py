@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jaxdeploy.errors import CheckpointError, ConfigError
-from jaxdeploy.stored_file import read_text, shown
+from jaxdeploy.files.stored import read_text, shown
 
 T = TypeVar("T")
 logger = logging.getLogger("jaxdeploy")

@@ -35,11 +35,11 @@ from jaxdeploy.compress.quantize import quantize
 from jaxdeploy.compress.report import Report
 from jaxdeploy.compress.texts import OWN_TEXT
 from jaxdeploy.errors import CheckpointError, JaxdeployError
+from jaxdeploy.files.atomic import put_file
 from jaxdeploy.models.families import llama
 from jaxdeploy.models.quantized import Int4Weight, Int8Weight
 from jaxdeploy.models.registry import FAMILIES, family_of
 from jaxdeploy.models.weights import ParamPath, decoder_weights, less
-from jaxdeploy.whole_file import put_file
 from pallas_kernels.w4a16_matmul.packing import unpack
 from tests.selection import every_other
 from tests.tiny_models import Array

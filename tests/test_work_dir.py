@@ -20,7 +20,7 @@ from jaxdeploy.compress.beside_model import BesideModel
 from jaxdeploy.compress.work_dir import WorkDir
 from jaxdeploy.config import ChatTemplateConfig
 from jaxdeploy.errors import ConfigError, JaxdeployError
-from jaxdeploy.whole_file import put_file, put_text
+from jaxdeploy.files.atomic import put_file, put_text
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -17,8 +17,8 @@ from jaxdeploy.api.prompts import Prompt
 from jaxdeploy.api.response import Response, Session
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
+from jaxdeploy.files.atomic import check_replaceable, is_json, put_text
 from jaxdeploy.messages import FinishReason
-from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 if TYPE_CHECKING:
     from jaxdeploy.api.pipeline import Pipeline

@@ -13,8 +13,8 @@ from jaxdeploy.checkpoint.marker import add_to_marker, foreign_among
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.writing import put_json, write_tensors
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.files.atomic import put_file
 from jaxdeploy.models.weights import ParamPath, WeightTable
-from jaxdeploy.whole_file import put_file
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.whole_file import put_file
+from jaxdeploy.files.atomic import put_file
 
 FOLDERS = ("", "triton_models/weights")
 """Where the files lie, below a model's folder."""

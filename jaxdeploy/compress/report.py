@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from jaxdeploy.whole_file import put_file
+from jaxdeploy.files.atomic import put_file
 
 if TYPE_CHECKING:
     from rich.console import Console

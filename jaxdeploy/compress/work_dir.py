@@ -24,7 +24,7 @@ from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.compress.folder_swap import swap
 from jaxdeploy.compress.texts import OWN_TEXT
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.whole_file import put_file
+from jaxdeploy.files.atomic import put_file
 
 INDEX = "model.safetensors.index.json"
 _COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", OWN_TEXT)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.files.fields import StoredFields, is_whole
 from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext, Rows
 from jaxdeploy.models.config import ModelConfig, read_decoder
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm, Weight, parameter
@@ -30,7 +31,6 @@ from jaxdeploy.models.weights import (
     separate_qkv,
     whole,
 )
-from jaxdeploy.stored_fields import StoredFields, is_whole
 from pallas_kernels.kv_pool import Pool, block_size
 
 

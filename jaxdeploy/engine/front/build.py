@@ -25,13 +25,13 @@ from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, plan_cac
 from jaxdeploy.engine.device.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.front.engine import Engine
-from jaxdeploy.engine.grammar import Grammars
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.grammar.matcher import Grammars
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder

@@ -35,7 +35,6 @@ from jaxdeploy.engine.device.prompt_reading import PromptReader
 from jaxdeploy.engine.device.runner import ModelRunner, StepResult
 from jaxdeploy.engine.device.sampler import NOT_FINITE
 from jaxdeploy.engine.failure import failure
-from jaxdeploy.engine.grammar import Grammars, Matcher
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
@@ -45,6 +44,7 @@ from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ConfigError, NonFiniteError, RequestError, UnknownAdapterError
+from jaxdeploy.grammar.matcher import Grammars, Matcher
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, StepOutput, TokenLogprob
 
 logger = logging.getLogger("jaxdeploy")
