@@ -25,15 +25,15 @@ from jaxdeploy.stored_file import read_text, shown
 T = TypeVar("T")
 logger = logging.getLogger("jaxdeploy")
 
-CLOSE = 0.7
-"""How much alike two names are of which one is suggested for the other; 1: the same."""
+MIN_SIMILARITY = 0.7
+"""Similarity of two names from which one is suggested for the other, from 0 to 1."""
 
 _EMPTY: tuple[Any, ...] = (False, "", [], {})
-_LARGEST = 1e308
+_MAX_NUMBER = 1e308
 """Whole numbers beyond it have no float; infinity and NaN fail the comparison."""
-_LONGEST_YAML = 256 * 2**10
-"""Bytes; more would take minutes to parse."""
-_DEEPEST_YAML = 50
+_MAX_YAML_SIZE = 256 * 2**10
+"""Bytes. Longer files could take minutes to parse."""
+_MAX_YAML_DEPTH = 50
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
@@ -150,7 +150,7 @@ def unknown_setting(name: str, value: Any, names: Iterable[str], owner: str) -> 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """``the nearest one is NAME`` for the one of ``names`` that is spelt almost like ``name``; empty without one."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=CLOSE)
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=MIN_SIMILARITY)
     return f"the nearest one is {near[0]}" if near else ""
 
 
@@ -204,9 +204,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        text = read_text(Path(path), _LONGEST_YAML)
-        if _flow_depth(text) > _DEEPEST_YAML:
-            raise ConfigError(f"config={path!r} nests more than {_DEEPEST_YAML} lists and mappings; mend the file")
+        text = read_text(Path(path), _MAX_YAML_SIZE)
+        if _flow_depth(text) > _MAX_YAML_DEPTH:
+            raise ConfigError(f"config={path!r} nests more than {_MAX_YAML_DEPTH} lists and mappings; mend the file")
         content = yaml.safe_load(text) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"config={path!r} cannot be read ({error.strerror}); name a YAML file") from None
@@ -285,7 +285,7 @@ def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
     if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        if -_LARGEST < value < _LARGEST and (kind is float or value == int(value)):
+        if -_MAX_NUMBER < value < _MAX_NUMBER and (kind is float or value == int(value)):
             return value if kind is float else int(value)
     elif kind not in (bool, int, float) and isinstance(value, kind):
         return value
