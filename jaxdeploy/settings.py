@@ -37,23 +37,31 @@ _MAX_YAML_DEPTH = 50
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 
 
+class Rule(NamedTuple):
+    """A condition on values: its text, and a function that checks it."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What is known about one field beside its name, type and default.
+    """Everything known about a field except its name, type and default. See ``setting`` for the first six fields.
 
-    At most one of these is set: ``ignored``, why the field means nothing here (its values are dropped and one line
-    is logged); ``missing``, what to do as long as the feature is not there (its values raise, but for those in
-    ``fine`` and empty ones); ``alias``, the field that this is another name of.
+    Attributes:
+        secret: values are never shown, and an empty one raises.
+        ignored: why values are dropped, with one line logged; empty: they are not.
+        missing: advice for users of a feature that does not exist yet. Values raise, except empty ones and ``fine``.
+        fine: the values of a missing feature that do not raise.
+        alias: the field that this one is another name of.
 
-    ``secret``: values are never shown, and an empty one raises.
+    At most one of ``ignored``, ``missing`` and ``alias`` is set.
     """
 
     help: str = ""
     choices: tuple[Any, ...] = ()
-    rule: str = ""
-    holds: Callable[[Any], bool] | None = None
+    rule: Rule | None = None
     advice: str = ""
-    words: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads: Callable[[Any], Any] | None = None
     flag: bool = True
     secret: bool = False
@@ -82,20 +90,29 @@ def setting(
     help: str,
     *,
     choices: tuple[Any, ...] = (),
-    rule: str = "",
-    holds: Callable[[Any], bool] | None = None,
+    rule: Rule | None = None,
     advice: str = "",
-    words: Mapping[str, Any] | None = None,
     reads: Callable[[Any], Any] | None = None,
     flag: bool = True,
 ) -> Any:
-    """A field: ``rule`` says in words what ``holds`` checks, ``advice`` what to do when it does not.
+    """Return a dataclass field.
 
-    ``words`` are texts accepted in place of values, e.g. ``int8`` for 8; ``reads`` makes a value of other forms that
-    are accepted; ``flag`` False keeps it off command lines.
+    Args:
+        default: its default.
+        help: what it does, for command lines and documentation.
+        choices: the values that it takes; empty: any.
+        rule: a condition on its values.
+        advice: what to do about a value that breaks ``rule`` or is not in ``choices``.
+        reads: converts other accepted forms to a value, e.g. ``spelled``.
+        flag: whether command lines have it.
     """
-    about = Setting(help, choices, rule, holds, advice, words or {}, reads, flag)
+    about = Setting(help, choices, rule, advice, reads, flag)
     return dataclasses.field(default=default, metadata={"setting": about})
+
+
+def spelled(words: Mapping[str, Any]) -> Callable[[Any], Any]:
+    """Return a function that replaces texts by values, e.g. ``int8`` by 8, and returns other values unchanged."""
+    return lambda value: words.get(value, value) if isinstance(value, str) else value
 
 
 def ignored(reason: str) -> Any:
@@ -180,8 +197,6 @@ def checked(cls: type[Any], name: str, value: Any) -> Any:
         return None
     if about.secret:
         _check_secret(name, value)
-    if isinstance(value, str):
-        value = about.words.get(value, value)
     if about.reads is not None:
         value = about.reads(value)
     value = _as_list(name, kind, value) if is_list else _as_kind(name, kind, value, value)
@@ -191,9 +206,7 @@ def checked(cls: type[Any], name: str, value: Any) -> Any:
 
 def parse_text(cls: type[Any], name: str, text: str) -> Any:
     """The value that ``text``, from a command line, means for the field ``name``. Raises ``ConfigError``."""
-    _, about, kind, _ = describe(cls)[name]
-    if text in about.words:
-        return about.words[text]
+    kind = describe(cls)[name].kind
     if kind is bool and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     return _number(text) if kind in (int, float) else text
@@ -298,8 +311,8 @@ def _check_rule(name: str, about: Setting, value: Any) -> None:
     if about.choices and value not in about.choices:
         names = ", ".join(str(choice) for choice in about.choices)
         raise ConfigError(f"{name}={shown(value)} is not one of {names}; {about.advice or 'take one of these'}")
-    if about.holds is not None and not about.holds(value):
-        raise ConfigError(f"{name}={shown(value)} {about.rule}; {about.advice or 'correct it or leave it out'}")
+    if about.rule is not None and not about.rule.holds(value):
+        raise ConfigError(f"{name}={shown(value)} {about.rule.text}; {about.advice or 'correct it or leave it out'}")
 
 
 def _number(text: str) -> int | float | str:

@@ -10,7 +10,7 @@ from typing import Any
 from jaxdeploy.config.fields import FLOAT_TYPES, positive
 from jaxdeploy.config.speculative import MAX_DRAFTS, SPECULATIVE_METHODS
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.settings import alias, ignored, missing, setting, settings
+from jaxdeploy.settings import Rule, alias, ignored, missing, setting, settings, spelled
 
 _ONE_ENGINE = "there is one engine, for every device"
 _ONLY_TP = "tp spreads a model over devices"
@@ -71,8 +71,7 @@ class EngineConfig:
     cache_max_entry_count: float = setting(
         0.8,
         "share of the device memory free after the weights that the KV cache takes; a whole number: that many blocks",
-        holds=_valid_cache_share,
-        rule="must be a share above 0 and at most 1.0, or a whole number of blocks",
+        rule=Rule("must be a share above 0 and at most 1.0, or a whole number of blocks", _valid_cache_share),
         advice="0.8 is usual",
     )
     num_blocks: int | None = positive(
@@ -87,8 +86,7 @@ class EngineConfig:
     block_size: int = setting(
         64,
         "tokens in a KV cache block",
-        holds=lambda value: value >= 1 and value & (value - 1) == 0,
-        rule="must be a power of two",
+        rule=Rule("must be a power of two", lambda value: value >= 1 and value & (value - 1) == 0),
         advice="64 is usual",
     )
     enable_prefix_caching: bool = setting(
@@ -98,7 +96,7 @@ class EngineConfig:
         0,
         "KV cache: 0 as dtype says, 8 int8, 4 int4 (int8 where the model folder has KV parameters of LMDeploy 0.3)",
         choices=(0, 4, 8),
-        words={"none": 0, "int4": 4, "int8": 8},
+        reads=spelled({"none": 0, "int4": 4, "int8": 8}),
         advice="8 halves the KV cache of a 16-bit model",
     )
     model_format: str | None = setting(
@@ -142,15 +140,13 @@ class EngineConfig:
     num_speculative_tokens: int | None = setting(
         None,
         "tokens guessed at a time; default: 7 for ngram, 3 for the others",
-        holds=lambda value: 1 <= value <= MAX_DRAFTS,
-        rule=f"must lie between 1 and {MAX_DRAFTS}",
+        rule=Rule(f"must lie between 1 and {MAX_DRAFTS}", lambda value: 1 <= value <= MAX_DRAFTS),
         advice="3 and 7 are usual: with the token before them they fill up what is computed together",
     )
     adapters: dict[str, str] | None = setting(
         None,
         "LoRA adapters that requests may ask for: NAME=PATH for each, or PATH, whose name is then its last part",
-        holds=_names_folders,
-        rule="must be names with folders, none of them empty",
+        rule=Rule("must be names with folders, none of them empty", _names_folders),
         advice="give NAME=PATH, the folder that PEFT saved an adapter to",
         reads=_named_folders,
     )
@@ -168,8 +164,7 @@ class EngineConfig:
     rope_scaling_factor: float = setting(
         0.0,
         "stretch positions by this factor (dynamic NTK); 0: as the model's config.json says",
-        holds=lambda value: value >= 0,
-        rule="must be at least 0",
+        rule=Rule("must be at least 0", lambda value: value >= 0),
         advice="0 leaves positions alone",
     )
     revision: str | None = setting(None, "branch, tag or commit of a model on the hub")

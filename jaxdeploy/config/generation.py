@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from jaxdeploy.config.fields import positive
-from jaxdeploy.settings import ignored, missing, setting, settings
+from jaxdeploy.settings import Rule, ignored, missing, setting, settings
 
 
 def _share(help: str, *, flag: bool = True) -> Any:
-    return setting(None, help, holds=lambda value: 0 <= value <= 1, rule="must lie between 0 and 1", flag=flag)
+    return setting(None, help, rule=Rule("must lie between 0 and 1", lambda value: 0 <= value <= 1), flag=flag)
 
 
 def _penalty(help: str) -> Any:
-    return setting(None, help, holds=lambda value: -2 <= value <= 2, rule="must lie between -2 and 2")
+    return setting(None, help, rule=Rule("must lie between -2 and 2", lambda value: -2 <= value <= 2))
 
 
 @settings
@@ -37,15 +37,13 @@ class GenerationConfig:
     temperature: float | None = setting(
         None,
         "spread of the draw; 0: greedy",
-        holds=lambda value: 0 <= value <= 100,
-        rule="must lie between 0 and 100",
+        rule=Rule("must lie between 0 and 100", lambda value: 0 <= value <= 100),
         advice="0 is greedy, 1 leaves the model's distribution as it is",
     )
     repetition_penalty: float | None = setting(
         None,
         "make tokens of prompt and reply less likely (above 1)",
-        holds=lambda value: 0 < value <= 100,
-        rule="must be above 0 and at most 100",
+        rule=Rule("must be above 0 and at most 100", lambda value: 0 < value <= 100),
         advice="1 changes nothing",
     )
     presence_penalty: float | None = _penalty("subtract this from the logit of each token already in the reply")

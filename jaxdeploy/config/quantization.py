@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxdeploy.config.fields import FLOAT_TYPES, positive
-from jaxdeploy.settings import ignored, setting, settings
+from jaxdeploy.settings import Rule, ignored, setting, settings
 
 
 @settings
@@ -54,8 +54,7 @@ class QuantConfig:
     damp: float = setting(
         0.01,
         "gptq: added to the diagonal of the Hessian, as a share of its mean",
-        holds=lambda value: 0 < value < 1,
-        rule="must lie between 0 and 1",
+        rule=Rule("must lie between 0 and 1", lambda value: 0 < value < 1),
         advice="0.01 is usual",
     )
     kv_bits: int = setting(8, "calibrate: bits of a cached key or value that the report is about", choices=(4, 8))

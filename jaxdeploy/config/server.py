@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxdeploy.config.fields import positive
-from jaxdeploy.settings import secret, setting, settings
+from jaxdeploy.settings import Rule, secret, setting, settings
 
 
 @settings
@@ -18,8 +18,7 @@ class ServerConfig:
     server_port: int = setting(
         23333,
         "port to listen on; a proxy's default is 8000",
-        holds=lambda value: 0 <= value < 65536,
-        rule="must lie between 0 and 65535",
+        rule=Rule("must lie between 0 and 65535", lambda value: 0 <= value < 65536),
     )
     api_keys: list[str] | None = secret(
         "keys of which every request must bring one; default: those of the environment's JAXDEPLOY_API_KEYS, with "
