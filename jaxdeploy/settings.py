@@ -62,7 +62,7 @@ class Setting:
     choices: tuple[Any, ...] = ()
     rule: Rule | None = None
     advice: str = ""
-    reads: Callable[[Any], Any] | None = None
+    reads: Mapping[str, Any] | Callable[[Any], Any] | None = None
     flag: bool = True
     secret: bool = False
     ignored: str = ""
@@ -92,7 +92,7 @@ def setting(
     choices: tuple[Any, ...] = (),
     rule: Rule | None = None,
     advice: str = "",
-    reads: Callable[[Any], Any] | None = None,
+    reads: Mapping[str, Any] | Callable[[Any], Any] | None = None,
     flag: bool = True,
 ) -> Any:
     """Return a dataclass field.
@@ -103,16 +103,11 @@ def setting(
         choices: the values that it takes; empty: any.
         rule: a condition on its values.
         advice: what to do about a value that breaks ``rule`` or is not in ``choices``.
-        reads: converts other accepted forms to a value, e.g. ``spelled``.
+        reads: texts and their values, e.g. ``int8`` and 8; or a function that converts other forms to a value.
         flag: whether command lines have it.
     """
     about = Setting(help, choices, rule, advice, reads, flag)
     return dataclasses.field(default=default, metadata={"setting": about})
-
-
-def spelled(words: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Return a function that replaces texts by values, e.g. ``int8`` by 8, and returns other values unchanged."""
-    return lambda value: words.get(value, value) if isinstance(value, str) else value
 
 
 def ignored(reason: str) -> Any:
@@ -197,7 +192,9 @@ def checked(cls: type[Any], name: str, value: Any) -> Any:
         return None
     if about.secret:
         _check_secret(name, value)
-    if about.reads is not None:
+    if isinstance(about.reads, Mapping):
+        value = about.reads.get(value, value) if isinstance(value, str) else value
+    elif about.reads is not None:
         value = about.reads(value)
     value = _as_list(name, kind, value) if is_list else _as_kind(name, kind, value, value)
     _check_rule(name, about, value)
@@ -206,7 +203,9 @@ def checked(cls: type[Any], name: str, value: Any) -> Any:
 
 def parse_text(cls: type[Any], name: str, text: str) -> Any:
     """The value that ``text``, from a command line, means for the field ``name``. Raises ``ConfigError``."""
-    kind = describe(cls)[name].kind
+    _, about, kind, _ = describe(cls)[name]
+    if isinstance(about.reads, Mapping) and text in about.reads:
+        return about.reads[text]
     if kind is bool and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     return _number(text) if kind in (int, float) else text

@@ -10,7 +10,7 @@ from typing import Any
 from jaxdeploy.config.fields import FLOAT_TYPES, positive
 from jaxdeploy.config.speculative import MAX_DRAFTS, SPECULATIVE_METHODS
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.settings import Rule, alias, ignored, missing, setting, settings, spelled
+from jaxdeploy.settings import Rule, alias, ignored, missing, setting, settings
 
 _ONE_ENGINE = "there is one engine, for every device"
 _ONLY_TP = "tp spreads a model over devices"
@@ -96,7 +96,7 @@ class EngineConfig:
         0,
         "KV cache: 0 as dtype says, 8 int8, 4 int4 (int8 where the model folder has KV parameters of LMDeploy 0.3)",
         choices=(0, 4, 8),
-        reads=spelled({"none": 0, "int4": 4, "int8": 8}),
+        reads={"none": 0, "int4": 4, "int8": 8},
         advice="8 halves the KV cache of a 16-bit model",
     )
     model_format: str | None = setting(

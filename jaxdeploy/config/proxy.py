@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jaxdeploy.config.fields import positive, seconds
-from jaxdeploy.settings import secret, setting, settings, spelled
+from jaxdeploy.settings import secret, setting, settings
 
 PROXY_PORT = 8000
 """Default port of a proxy, as in LMDeploy."""
@@ -31,7 +31,7 @@ class ProxyConfig:
         "prompt that begins alike went, unless that node is much busier; random. LMDeploy's min_expected_latency is "
         "least_loaded, its min_observed_latency is latency",
         choices=("least_loaded", "latency", "prefix", "random"),
-        reads=spelled({"min_expected_latency": "least_loaded", "min_observed_latency": "latency"}),
+        reads={"min_expected_latency": "least_loaded", "min_observed_latency": "latency"},
     )
     heartbeat_interval: float = seconds(2.0, "seconds between two looks at a node")
     heartbeat_timeout: float = seconds(20.0, "seconds after which a node that gives no sign of life is given up")
