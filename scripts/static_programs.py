@@ -26,6 +26,7 @@ from jaxdeploy.models.decoder import abstract_params, decoder_from
 from jaxdeploy.models.families import llama
 from jaxdeploy.models.lora import bank_of
 from jaxdeploy.models.registry import family_of
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 from pallas_kernels.decode_layer.step import compile_llama_8b
 from pallas_kernels.dispatch import OPS, NoBackendError
 from pallas_kernels.kv_pool import QuantizedPool
@@ -249,7 +250,7 @@ def llama_8b(
     )
     params = abstract_params(config, jnp.dtype(jnp.bfloat16))
     if small:
-        params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, mesh.size)
+        params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, axis_size(mesh, TP_AXIS))
     values: Any = {path: param.get_value() for path, param in params.items()}
     decoder = decoder_from(config, values, mesh)
     if not adapted:

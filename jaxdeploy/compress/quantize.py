@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxdeploy.checkpoint.kv_parameters import file_names, write_kv_parameters
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
-from jaxdeploy.compress import report as reports
+from jaxdeploy.compress import report_files
 from jaxdeploy.compress.beside_model import BesideModel
 from jaxdeploy.compress.calibration import Calibration, calibration_ids
 from jaxdeploy.compress.layout import Layout
@@ -142,7 +142,7 @@ class _Run:
         )
         if work is not None:
             with work.disk():
-                reports.write(report, work.partial)
+                report_files.write(report, work.partial)
             work.take_name()
         if beside is not None:
             beside.write(report, self._kv_parameters(passage))
@@ -181,7 +181,7 @@ class _Run:
             layers=layers,
             command=f"lite {self.config.method}",
             run=run,
-            extra=(reports.JSON_NAME, reports.PNG_NAME, *file_names(layers)),
+            extra=(report_files.JSON_NAME, report_files.PNG_NAME, *file_names(layers)),
             overwrite=self.config.overwrite,
         )
         work.check_room(self.layout.expected_bytes(self.model))

@@ -19,7 +19,7 @@ from jaxdeploy.models.layers import RMSNorm, Weight, value_of
 from jaxdeploy.models.mlp import MLP
 from jaxdeploy.models.quantized import Int4Weight
 from jaxdeploy.models.rope import Rotary
-from jaxdeploy.parallel.mesh import TP_AXIS
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
 from pallas_kernels.decode_layer import LayerWeights, decode_layer, padded_rows
 from pallas_kernels.decode_layer.weights import is_packed
@@ -144,7 +144,7 @@ class _Options:
 
 def _options(layer: Layer, mesh: Mesh) -> _Options:
     attention = layer.attention
-    heads = attention.num_heads // mesh.size
+    heads = attention.num_heads // axis_size(mesh, TP_AXIS)
     return _Options(heads, 1.0 / math.sqrt(attention.head_dim), layer.mlp_norm.eps, attention.window, mesh)
 
 
@@ -212,7 +212,7 @@ def _layer(
         scale=options.scale,
         eps=options.eps,
         window=options.window,
-        axis_name=TP_AXIS if options.mesh.size > 1 else None,
+        axis_name=TP_AXIS if axis_size(options.mesh, TP_AXIS) > 1 else None,
         backend=KERNELS,
     )
 

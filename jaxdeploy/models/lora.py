@@ -25,7 +25,7 @@ from jaxdeploy.models.decoder import Decoder, abstract_params
 from jaxdeploy.models.layers import Weight, linear
 from jaxdeploy.models.leaves import Axes, axes_of
 from jaxdeploy.models.weights import Linear, ParamPath
-from jaxdeploy.parallel.sharding import product_per_device, replicated, sharding_of, spec
+from jaxdeploy.parallel.sharding import device_bytes, mesh_axis, product_per_device, replicated, sharding_of, spec
 from pallas_kernels.lora_matmul import lora_matmul
 
 Array = np.ndarray[Any, Any]
@@ -131,10 +131,13 @@ class AdapterBank:
         return 2 * len(self.kinds) + 1
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays but the ranks, on all devices together."""
-        sizes = (math.prod(shape) for kind in self.kinds for shape in self._shapes(kind))
-        return sum(sizes) * self.dtype.itemsize
+    def device_bytes(self) -> int:
+        """Bytes of all arrays except the ranks, on one device."""
+        return sum(
+            device_bytes(sharding, shape, self.dtype)
+            for kind in self.kinds
+            for shape, sharding in zip(self._shapes(kind), self._shardings(kind), strict=True)
+        )
 
     def zeros(self) -> Arrays:
         """The arrays of a bank without adapters, on their devices."""
@@ -255,7 +258,7 @@ def bank_of(
     for path in first:
         shape, axes, inputs = params[path].get_value().shape, axes_of(params[path]), len(linears[path].inputs)
         outputs = tuple(
-            axis if axis is not None and size % mesh.size == 0 else None
+            axis if mesh_axis(mesh, axis, size) else None
             for axis, size in zip(axes[inputs:], shape[inputs:], strict=True)
         )
         count, joined = 1 if path == HEAD else model.num_layers, linears[path].outputs

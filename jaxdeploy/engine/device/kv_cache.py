@@ -16,6 +16,7 @@ from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.kv_policy import Ranges
 from jaxdeploy.errors import CacheTooSmallError
 from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
 from pallas_kernels.kv_pool import Pool, QuantizedPool
 
@@ -86,7 +87,7 @@ def plan_cache(
         CacheTooSmallError: one sequence of ``session_len`` tokens does not fit; the message shows the arithmetic.
     """
     whole = block_bytes(model, config.block_size, dtype, bits)
-    size = (whole + beside) // mesh.size
+    size = (whole + beside) // axis_size(mesh, TP_AXIS)
     per_sequence = -(-session_len // config.block_size)
     count, reason = _count_blocks(config, mesh, size, per_sequence * max_batch_size)
     if count < per_sequence:
