@@ -27,7 +27,9 @@ from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.attention import DenseContext
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_config
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
@@ -119,14 +121,12 @@ def load(folder: Path, model: ModelConfig = CONFIG, tp: int = 1) -> tuple[Eagle3
 def runners(folder: Path, tp: int) -> tuple[ModelRunner, ModelRunner]:
     """The model's, and that of the head in ``folder``; all engines share them."""
     head, config = load(folder, tp=tp)
-    mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
-    plan = plan_cache(
-        CONFIG, EngineConfig(block_size=BLOCK_SIZE), mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype
-    )
-    zeros = jnp.zeros((plan.num_blocks, BLOCK_SIZE, config.layer.hidden_size))
-    features = Features(jax.device_put(zeros, replicated(mesh)), head.fuse[...], config.taps)
-    pools = allocate_pools(config.layer, plan, mesh, dtype)
-    guesses = LastingRunner(head, pools, mesh, slots=SLOTS, session_len=SESSION_LEN, features=features)
+    mesh, sizes, dtype = make_mesh(tp), EngineConfig(block_size=BLOCK_SIZE), CacheDtype(jnp.dtype(jnp.float32))
+    layouts = cache_layouts(CONFIG)
+    plan = plan_cache(layouts, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
+    *pools, array = allocate_pools(head.cache_layouts, plan, mesh, dtype)
+    features = Features(array, head.fuse[...], config.taps)
+    guesses = LastingRunner(head, tuple(pools), mesh, slots=SLOTS, session_len=SESSION_LEN, features=features)
     return runner_of(LastingRunner, tp, features=features), guesses
 
 

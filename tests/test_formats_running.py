@@ -16,6 +16,7 @@ from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.models import fused_decode
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.mesh import make_mesh
 from tests import test_fused_decode as fused_steps
@@ -114,10 +115,10 @@ STEPS = [tiny_models.SHAPES[2], tiny_models.SHAPES[4]]
 
 
 def runner_over(decoder: Decoder) -> ModelRunner:
-    mesh, dtype, length = make_mesh(1), jnp.dtype(jnp.float32), tiny_models.SESSION_LEN
-    sizes = EngineConfig(block_size=tiny_models.BLOCK_SIZE)
-    plan = plan_cache(decoder.config, sizes, mesh, session_len=length, max_batch_size=tiny_models.SLOTS, dtype=dtype)
-    pools = allocate_pools(decoder.config, plan, mesh, dtype)
+    mesh, dtype, length = make_mesh(1), CacheDtype(jnp.dtype(jnp.float32)), tiny_models.SESSION_LEN
+    sizes, layouts = EngineConfig(block_size=tiny_models.BLOCK_SIZE), decoder.cache_layouts
+    plan = plan_cache(layouts, sizes, mesh, session_len=length, max_batch_size=tiny_models.SLOTS, dtype=dtype)
+    pools = allocate_pools(layouts, plan, mesh, dtype)
     return tiny_models.LastingRunner(decoder, pools, mesh, slots=tiny_models.SLOTS, session_len=length)
 
 

@@ -15,12 +15,13 @@ from flax import nnx
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import PagedContext, Rows
+from jaxdeploy.models.cache_layout import HeadsLayout
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, Layer, abstract_params, decoder_from
 from jaxdeploy.models.layers import RMSNorm
 from jaxdeploy.models.mlp import MLP
 from jaxdeploy.parallel.mesh import make_mesh
-from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
+from jaxdeploy.parallel.sharding import sharding_of
 from pallas_kernels.dispatch import ENVIRONMENT
 
 BLOCKS, BLOCK_SIZE, ENTRIES, ROWS = 24, 16, 4, 5
@@ -60,7 +61,7 @@ def step(backend: str, tp: int = 1, dtype: str = "bfloat16", shift: int = 0) -> 
     mesh, random = make_mesh(tp), np.random.default_rng(1)
     decoder = decoder_on(tp, dtype)
     shape = (BLOCKS, 2, CONFIG.num_kv_heads, BLOCK_SIZE, CONFIG.head_dim)
-    place = sharding_of(mesh, POOL_AXES, shape)
+    place = sharding_of(mesh, HeadsLayout.AXES, shape)
     pools = [jax.device_put(random.standard_normal(shape).astype(dtype), place) for _ in range(CONFIG.num_layers)]
     tables = random.permutation(BLOCKS)[: ROWS * ENTRIES].reshape(ROWS, ENTRIES).astype(np.int32)
     tokens = random.integers(0, CONFIG.vocab_size, ROWS, np.int32)

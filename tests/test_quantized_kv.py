@@ -17,7 +17,6 @@ import pytest
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.device.kv_policy import Ranges, as_ranges
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
@@ -26,8 +25,9 @@ from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.messages import Request
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models.attention import PagedContext, Rows, dense_attention
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig, RopeConfig
-from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.decoder import Decoder, abstract_params, cache_layouts, decoder_from
 from jaxdeploy.models.rope import Rotary, apply_rotary
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import ENVIRONMENT
@@ -54,6 +54,8 @@ from tests.tiny_models import (
     tiny_engine,
 )
 
+LAYOUTS = cache_layouts(CONFIG)
+
 FEW_SHAPES = [SHAPES[2], SHAPES[4]]
 """One to prefill, one to decode, so that few programs are compiled."""
 
@@ -66,11 +68,11 @@ Sums in another order now and then land on the other side of a rounding: one q o
 """
 
 
-def new_runner(kind: type[ModelRunner], bits: int, tp: int = 1, ranges: Ranges | None = None) -> ModelRunner:
-    mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
+def new_runner(kind: type[ModelRunner], bits: int, tp: int = 1, ranges: Any = None) -> ModelRunner:
+    mesh, dtype = make_mesh(tp), CacheDtype(jnp.dtype(jnp.float32), bits)
     sizes = EngineConfig(block_size=BLOCK_SIZE)
-    plan = plan_cache(CONFIG, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype, bits=bits)
-    pools = allocate_pools(CONFIG, plan, mesh, dtype, ranges)
+    plan = plan_cache(LAYOUTS, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
+    pools = allocate_pools(LAYOUTS, plan, mesh, dtype, ranges)
     return kind(decoder_from(CONFIG, params(CONFIG, tp)), pools, mesh, slots=SLOTS, session_len=SESSION_LEN)
 
 
@@ -86,10 +88,10 @@ INTERPRETED = replace(CONFIG, num_layers=1, windows=(None,), num_heads=2, num_kv
 def short_engine(bits: int | None) -> Any:
     """An engine with blocks of the default size, so that most of a sequence's last block was never written."""
     block_size, session_len = EngineConfig().block_size, 96
-    mesh, dtype = make_mesh(1), jnp.dtype(jnp.float32)
-    sizes = EngineConfig(block_size=block_size)
-    plan = plan_cache(INTERPRETED, sizes, mesh, session_len=session_len, max_batch_size=2, dtype=dtype, bits=bits)
-    pools = allocate_pools(INTERPRETED, plan, mesh, dtype)
+    mesh, dtype = make_mesh(1), CacheDtype(jnp.dtype(jnp.float32), bits)
+    sizes, layouts = EngineConfig(block_size=block_size), cache_layouts(INTERPRETED)
+    plan = plan_cache(layouts, sizes, mesh, session_len=session_len, max_batch_size=2, dtype=dtype)
+    pools = allocate_pools(layouts, plan, mesh, dtype)
     decoder = decoder_from(INTERPRETED, params(INTERPRETED))
     runner = ModelRunner(decoder, pools, mesh, slots=2, session_len=session_len)
     blocks = BlockManager(plan.num_blocks)
@@ -157,7 +159,7 @@ def _rounded(bits: int) -> Any:
     return jax.jit(logits)
 
 
-def rounded_logits(token_ids: Sequence[int], bits: int, ranges: Ranges | None = None) -> Array:
+def rounded_logits(token_ids: Sequence[int], bits: int, ranges: Array | None = None) -> Array:
     padded = np.zeros(SESSION_LEN, np.int32)
     padded[: len(token_ids)] = token_ids
     layers = [None] * CONFIG.num_layers if ranges is None else [jnp.asarray(layer) for layer in ranges]
@@ -289,9 +291,14 @@ def own_ranges() -> tuple[Array, Array]:
     return ranges, np.repeat(layers, CONFIG.num_kv_heads, axis=1).astype(np.float32)
 
 
+def ranges_of(parameters: Array) -> Array:
+    """Scale and zero for each layer, [L, 2, K, 2]."""
+    return np.stack([layout.ranges(rows) for layout, rows in zip(LAYOUTS, parameters, strict=True)])
+
+
 def test_ranges_reach_from_the_lowest_to_the_highest() -> None:
     true, parameters = own_ranges()
-    ranges = as_ranges(parameters).astype(np.float64)
+    ranges = ranges_of(parameters).astype(np.float64)
     assert ranges.shape == (CONFIG.num_layers, 2, CONFIG.num_kv_heads, 2)
     scale, zero = ranges[..., 0], ranges[..., 1]
     # The middle of a range is 0, so that of its 256 integers the first lies half a step outside, and the last inside.
@@ -306,7 +313,7 @@ def test_calibrated_ranges(tp: int) -> None:
     absurd = parameters * np.array([0.02, 1, 0.02, 1], np.float32)
     worst = {}
     for name, given in (("own", parameters), ("absurd", absurd)):
-        ranges = as_ranges(given)
+        ranges = ranges_of(given)
         runner = new_runner(ModelRunner, 8, tp, ranges)
         before = [np.asarray(pool.scales) for pool in runner._pools if isinstance(pool, QuantizedPool)]
         engine = tiny_engine(runner=runner, shapes=FEW_SHAPES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import Attention, AttentionContext, DenseContext
+from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
 from jaxdeploy.models.mlp import MLP
@@ -39,6 +40,11 @@ class Layer(nnx.Module):
         self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What the layer keeps in the cache."""
+        return self.attention.cache_layout
 
     def __call__(
         self,
@@ -65,6 +71,11 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         if not config.tie_embeddings:
             self.head = Head(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
+
+    @property
+    def cache_layouts(self) -> tuple[CacheLayout, ...]:
+        """What each layer keeps in the cache."""
+        return tuple(layer.cache_layout for layer in self.layers)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Whole sequences without a cache: ``tokens`` int32 [B, T] → logits float32 [B, T, V]."""
@@ -126,6 +137,18 @@ def _run_layer(
 ) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
     return nnx.merge(graph, weights)(x, rotary, context, pool, wanted)
+
+
+@cache
+def cache_layouts(config: ModelConfig) -> tuple[CacheLayout, ...]:
+    """Return what each layer of a decoder keeps in the cache. Builds one layer of each kind, without arrays."""
+
+    def layout(window: int | None) -> CacheLayout:
+        layer = nnx.eval_shape(lambda: Layer(config, window, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
+        return layer.cache_layout
+
+    kinds = {window: layout(window) for window in set(config.windows)}
+    return tuple(kinds[window] for window in config.windows)
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:

@@ -17,6 +17,7 @@ from flax import nnx
 
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext, Rows
+from jaxdeploy.models.cache_layout import CacheLayout, FeaturesLayout
 from jaxdeploy.models.config import ModelConfig, read_decoder
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm, Weight, parameter
 from jaxdeploy.models.mlp import MLP
@@ -31,7 +32,6 @@ from jaxdeploy.models.weights import (
     whole,
 )
 from jaxdeploy.stored_fields import StoredFields, is_whole
-from pallas_kernels.kv_pool import Pool, block_size
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,11 @@ class Eagle3(nnx.Module):
         self.head = Head(config.draft_vocab_size, size, rngs=rngs, dtype=dtype)
         self.tokens = nnx.Param(jnp.arange(config.draft_vocab_size, dtype=jnp.int32), axes=(None,))
 
+    @property
+    def cache_layouts(self) -> tuple[CacheLayout, ...]:
+        """Keys and values, and the features of tokens."""
+        return (self.attention.cache_layout, FeaturesLayout(self.config.hidden_size))
+
     def hidden(
         self,
         tokens: jax.Array,
@@ -118,7 +123,7 @@ class Eagle3(nnx.Module):
         """
         assert isinstance(context, PagedContext), "features are found by the tables of blocks"
         kv, features = pools
-        before = _one_back(context, kv)
+        before = _one_back(context, self.attention.cache_layout.block_size(kv))
         given = features.reshape(-1, features.shape[-1]).at[before.slots].get(mode="clip")
         normed = self.hidden_norm(given)
         both = jnp.concatenate([self.attention_norm(self.embed(tokens)), normed], axis=-1)
@@ -143,9 +148,9 @@ def put_features(features: jax.Array, values: jax.Array, slots: jax.Array) -> ja
     return flat.at[slots].set(values.astype(flat.dtype), mode="drop").reshape(features.shape)
 
 
-def _one_back(context: PagedContext, pool: Pool) -> PagedContext:
+def _one_back(context: PagedContext, size: int) -> PagedContext:
     """The same for the token before each."""
-    size, regions, slots = block_size(pool), [], []
+    regions, slots = [], []
     for rows in context.regions:
         first = rows.first_positions - 1
         positions = first[:, None] + jnp.arange(rows.query_length, dtype=jnp.int32)

@@ -15,12 +15,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext
+from jaxdeploy.models.cache_layout import HeadsLayout
 from jaxdeploy.models.layers import RMSNorm, Weight, value_of
 from jaxdeploy.models.mlp import MLP
 from jaxdeploy.models.quantized import Int4Weight
 from jaxdeploy.models.rope import Rotary
 from jaxdeploy.parallel.mesh import TP_AXIS
-from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
+from jaxdeploy.parallel.sharding import per_device, spec
 from pallas_kernels.decode_layer import LayerWeights, decode_layer, padded_rows
 from pallas_kernels.decode_layer.weights import is_packed
 from pallas_kernels.dispatch import preferred
@@ -53,7 +54,10 @@ _INPUT_AXES = {"wo": 2}
 
 _PARTS: dict[str, tuple[type[nnx.Module], frozenset[str]]] = {
     "attention_norm": (RMSNorm, frozenset({"scale", "eps"})),
-    "attention": (Attention, frozenset({"num_heads", "head_dim", "window", "wqkv", "bqkv", "wo", "bo"})),
+    "attention": (
+        Attention,
+        frozenset({"num_heads", "head_dim", "window", "cache_layout", "wqkv", "bqkv", "wo", "bo"}),
+    ),
     "mlp_norm": (RMSNorm, frozenset({"scale", "eps"})),
     "mlp": (MLP, frozenset({"gate_up", "gate_up_bias", "down", "down_bias"})),
 }
@@ -180,7 +184,7 @@ def _specs(weights: LayerWeights) -> LayerWeights:
 @partial(jax.jit, static_argnums=0)
 def _run_layer(options: _Options, *args: Any) -> tuple[jax.Array, jax.Array, Pool]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
-    whole, pool = spec(), spec(*POOL_AXES)
+    whole, pool = spec(), spec(*HeadsLayout.AXES)
     ins = (whole, whole, _specs(args[2]), whole, pool, whole, whole, whole, whole)
     layer = per_device(options.mesh, partial(_layer, options), ins, (whole, whole, pool))
     out: tuple[jax.Array, jax.Array, Pool] = layer(*args)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.kv_policy import Ranges
 from jaxdeploy.errors import CacheTooSmallError
-from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
-from pallas_kernels.kv_pool import Pool, QuantizedPool
+from jaxdeploy.models.cache_layout import CacheDtype, CacheLayout, PoolArray
+from jaxdeploy.parallel.sharding import sharding_of
 
 CPU_LIMIT = 1 << 30
 """Most bytes of KV cache on a CPU unless a block count is given: free memory says little there."""
@@ -28,8 +26,7 @@ HOST_SHARE = 0.25
 MOST_ON_HOST = 4
 """Most blocks there for each on the device: what is found in more is rarely asked for again."""
 
-UNIT_RANGE = np.array([[1], [0]], np.float16)
-"""Scale and zero of a token that was never written, [2, 1]."""
+Pools = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -65,19 +62,18 @@ class CachePlan:
 
 
 def plan_cache(
-    model: ModelConfig,
+    layouts: Sequence[CacheLayout],
     config: EngineConfig,
     mesh: Mesh,
     *,
     session_len: int,
     max_batch_size: int,
-    dtype: jnp.dtype,
-    bits: int | None = None,
-    beside: int = 0,
+    dtype: CacheDtype,
+    draft_layouts: Sequence[CacheLayout] = (),
 ) -> CachePlan:
-    """Decide the number of blocks, of floats of ``dtype`` or of integers of ``bits``.
+    """Return the number of blocks and their bytes, for pools of ``layouts`` and ``dtype``.
 
-    A block holds ``beside`` bytes more, for a model that guesses.
+    Blocks of the draft model (``draft_layouts``) have the same numbers and no copy in host memory.
 
     An explicit count wins; else ``cache_max_entry_count`` of the device memory that is free now (the weights are
     loaded); on CPU what ``max_batch_size`` sequences of ``session_len`` tokens need, up to ``CPU_LIMIT`` bytes.
@@ -85,8 +81,9 @@ def plan_cache(
     Raises:
         CacheTooSmallError: one sequence of ``session_len`` tokens does not fit; the message shows the arithmetic.
     """
-    whole = block_bytes(model, config.block_size, dtype, bits)
-    size = (whole + beside) // mesh.size
+    whole = sum(layout.bytes_per_block(config.block_size, dtype) for layout in layouts)
+    every = (*layouts, *draft_layouts)
+    size = sum(layout.bytes_per_block(config.block_size, dtype, mesh) for layout in every)
     per_sequence = -(-session_len // config.block_size)
     count, reason = _count_blocks(config, mesh, size, per_sequence * max_batch_size)
     if count < per_sequence:
@@ -95,51 +92,38 @@ def plan_cache(
             f"({per_sequence} x {_size(size)} = {_size(per_sequence * size)}), but there are {count} "
             f"({reason}); lower session_len, or give the cache more room with cache_max_entry_count or num_blocks"
         )
-    return CachePlan(
-        count, config.block_size, size, reason, bits, _count_host_blocks(config, mesh, whole, count), whole
-    )
+    host_blocks = _count_host_blocks(config, mesh, whole, count)
+    return CachePlan(count, config.block_size, size, reason, dtype.bits, host_blocks, whole)
 
 
 def allocate_pools(
-    model: ModelConfig, plan: CachePlan, mesh: Mesh, dtype: jnp.dtype, ranges: Ranges | None = None
-) -> tuple[Pool, ...]:
-    """Return one pool [P, 2, K, S, H] per layer, cut along K: of ``dtype``, or quantised to ``plan.bits``.
+    layouts: Sequence[CacheLayout],
+    plan: CachePlan,
+    mesh: Mesh,
+    dtype: CacheDtype,
+    ranges: Sequence[Any] | None = None,
+) -> Pools:
+    """Return the pool of each layer, with its initial content.
 
-    Elements and zeros are 0. Scales are 1: kernels divide by the scale of every token of a block, also of tokens
-    that were never written. With ``ranges`` the pools are calibrated and hold these scales and zeros.
+    ``ranges`` holds a result of ``CacheLayout.ranges`` for each layer: the pools are then calibrated.
     """
-    shape = (plan.num_blocks, 2, model.num_kv_heads, plan.block_size, model.head_dim)
-    if plan.bits is None:
-        zeros = _filled(shape, dtype, mesh)
-        return tuple(zeros(0) for _ in range(model.num_layers))
-    values = _filled((*shape[:-1], _stored_width(model, plan.bits)), jnp.dtype(jnp.uint8), mesh)
-    scales = _filled((*shape[:3], 2, plan.block_size), jnp.dtype(jnp.float16), mesh)
-    filling = [UNIT_RANGE] * model.num_layers
-    if ranges is not None:
-        filling = [layer[None, ..., None] for layer in ranges]
-    return tuple(QuantizedPool(values(0), scales(fill), calibrated=ranges is not None) for fill in filling)
 
+    @cache
+    def program(shape: tuple[int, ...], dtype: jnp.dtype, axes: tuple[str | None, ...]) -> Callable[[Any], jax.Array]:
+        return jax.jit(
+            lambda fill: jnp.broadcast_to(jnp.asarray(fill).astype(dtype), shape),
+            out_shardings=sharding_of(mesh, axes, shape),
+        )
 
-def _filled(shape: tuple[int, ...], dtype: jnp.dtype, mesh: Mesh) -> Callable[[Any], jax.Array]:
-    """From a value, or what broadcasts to ``shape``, to an array of it that lies where pools do."""
-    return jax.jit(
-        lambda fill: jnp.broadcast_to(jnp.asarray(fill).astype(dtype), shape),
-        out_shardings=sharding_of(mesh, POOL_AXES, shape),
-    )
+    def allocated(array: PoolArray) -> jax.Array:
+        return program(array.shape, array.dtype, array.axes)(array.fill)
 
-
-def block_bytes(model: ModelConfig, block_size: int, dtype: jnp.dtype, bits: int | None = None) -> int:
-    """Keys and values of ``block_size`` tokens in every layer, on all devices together.
-
-    A vector of ``bits`` has a float16 scale and zero beside it.
-    """
-    vector = model.head_dim * dtype.itemsize if bits is None else _stored_width(model, bits) + 2 * 2
-    return 2 * model.num_layers * model.num_kv_heads * block_size * vector
-
-
-def _stored_width(model: ModelConfig, bits: int) -> int:
-    """Bytes of a quantised vector."""
-    return model.head_dim * bits // 8
+    each = [None] * len(layouts) if ranges is None else ranges
+    pools = [
+        layout.pool(plan.num_blocks, plan.block_size, dtype, of_layer)
+        for layout, of_layer in zip(layouts, each, strict=True)
+    ]
+    return tuple(jax.tree.map(allocated, pool) for pool in pools)
 
 
 def _count_blocks(config: EngineConfig, mesh: Mesh, size: int, wanted: int) -> tuple[int, str]:

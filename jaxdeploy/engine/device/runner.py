@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jaxdeploy.engine.device.batch import (
     unpack,
 )
 from jaxdeploy.engine.device.host_blocks import GROUP, HostBlocks
-from jaxdeploy.engine.device.kv_cache import UNIT_RANGE
+from jaxdeploy.engine.device.kv_cache import Pools
 from jaxdeploy.engine.device.prompt_reading import PromptRows, read
 from jaxdeploy.engine.device.sampler import Sampled, SamplingRows, greedy, sample
 from jaxdeploy.engine.device.step_weights import StepModel, StepWeights, flatten
@@ -33,16 +33,13 @@ from jaxdeploy.engine.scheduling.adapters import Adapter
 from jaxdeploy.engine.scheduling.host_tier import Transfer
 from jaxdeploy.engine.scheduling.sequence import Reading
 from jaxdeploy.models.attention import PagedContext, Rows
+from jaxdeploy.models.cache_layout import CacheLayout, FeaturesLayout, num_blocks
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.eagle3 import put_features
 from jaxdeploy.models.lora import AdapterBank
 from jaxdeploy.parallel.sharding import replicated
-from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, stored
 
 logger = logging.getLogger("jaxdeploy")
-
-Pools = tuple[Pool, ...]
-
 
 CLEARED = 16
 """Blocks that one launch clears. The rest of a smaller group is padding."""
@@ -102,7 +99,10 @@ class ModelRunner:
         self._pools = pools
         self._host_blocks = HostBlocks(pools)
         self._pool_shardings = jax.tree.map(lambda array: array.sharding, self._all_pools)
-        self._clear = jax.jit(_cleared, donate_argnums=0, out_shardings=self._pool_shardings)
+        layouts = decoder.cache_layouts
+        if taps and features is not None:
+            layouts += (FeaturesLayout(features.array.shape[-1]),)
+        self._clear = jax.jit(partial(_cleared, layouts), donate_argnums=0, out_shardings=self._pool_shardings)
         self._replicated = replicated(mesh)
         self._on_gpu = mesh.devices.flat[0].platform != "cpu"
         self._vocab_size = decoder.config.vocab_size
@@ -124,7 +124,7 @@ class ModelRunner:
 
     def clear_blocks(self, blocks: list[int]) -> None:
         """Launch a program that overwrites the content of KV blocks, so that nothing in them is NaN or infinite."""
-        nowhere = stored(self._all_pools[0]).shape[0]
+        nowhere = num_blocks(self._all_pools[0])
         for start in range(0, max(len(blocks), 1), CLEARED):
             some = blocks[start : start + CLEARED]
             padded = np.array(some + [nowhere] * (CLEARED - len(some)), np.int32)
@@ -282,18 +282,9 @@ def _seconds(work: Callable[[], Any]) -> float:
     return min(timeit.repeat(work, number=1, repeat=3))
 
 
-def _cleared(pools: Pools, blocks: jax.Array) -> Pools:
-    """``pools`` with new content in ``blocks`` int32 [CLEARED]; one that is beyond the pools is nowhere."""
-
-    def cleared(pool: Pool) -> Pool:
-        if not isinstance(pool, QuantizedPool):
-            return pool.at[blocks].set(0, mode="drop")
-        values = pool.values.at[blocks].set(0, mode="drop")
-        if pool.calibrated:
-            return replace(pool, values=values)
-        return replace(pool, values=values, scales=pool.scales.at[blocks].set(UNIT_RANGE, mode="drop"))
-
-    return tuple(map(cleared, pools))
+def _cleared(layouts: tuple[CacheLayout, ...], pools: Pools, blocks: jax.Array) -> Pools:
+    """Return ``pools`` without the content of ``blocks``, int32 [CLEARED]. Blocks beyond the pools are ignored."""
+    return tuple(layout.cleared(pool, blocks) for layout, pool in zip(layouts, pools, strict=True))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -375,7 +366,8 @@ def _once(
     buffer: jax.Array,
 ) -> tuple[StepResult, Pools, jax.Array]:
     """Embed → layers → logits of the last tokens → sample → note the tokens in the buffer."""
-    layout = _layout(fields, shape, pools[0], mesh)
+    block_size = decoder.cache_layouts[0].block_size(pools[0])
+    layout = _layout(fields, shape, num_blocks(pools[0]), block_size, mesh)
     if shape.drafts:
         buffer = _write_drafts(buffer, fields, shape)
     tokens = buffer[fields["slot"][layout.sequence], layout.positions]
@@ -391,7 +383,7 @@ def _once(
     else:
         noted: dict[int, Any] = dict.fromkeys(fuse.taps)
         hidden, new_pools = own.hidden(*where, pools[:-1], wanted, noted)
-        new_pools.append(put_features(stored(pools[-1]), fuse(noted), layout.context.slots))
+        new_pools.append(put_features(pools[-1], fuse(noted), layout.context.slots))
     prompts = None
     if reading:
         prompts = _read(logits_of, shape, layout, fields, buffer, hidden, reading)
@@ -401,7 +393,7 @@ def _once(
     sampled = greedy(logits) if choice is None else sample(logits, _sampling_rows(rows, buffer, choice))
     slot = jnp.where(rows["samples"] > 0, rows["slot"], buffer.shape[0])
     buffer = buffer.at[slot, rows["length"]].set(sampled.tokens, mode="drop")
-    return StepResult(sampled, prompts), cast(Pools, tuple(new_pools)), buffer
+    return StepResult(sampled, prompts), tuple(new_pools), buffer
 
 
 def _logits_of(decoder: Decoder, adapters: _Adapters | None) -> Callable[[jax.Array, jax.Array | None], jax.Array]:
@@ -445,8 +437,7 @@ class _Layout(NamedTuple):
     context: PagedContext
 
 
-def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: Pool, mesh: Mesh) -> _Layout:
-    blocks, size = stored(pool).shape[0], block_size(pool)
+def _layout(fields: Mapping[str, jax.Array], shape: StepShape, blocks: int, size: int, mesh: Mesh) -> _Layout:
     regions, sequences, positions, real = [], [], [], []
     for rows, sequence in _regions(fields, shape):
         regions.append(rows)

@@ -21,8 +21,8 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.adapter_reader import EngineAdapters, adapters_of
 from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, step_shapes
-from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, plan_cache
-from jaxdeploy.engine.device.kv_policy import Ranges, kv_policy
+from jaxdeploy.engine.device.kv_cache import CachePlan, Pools, allocate_pools, plan_cache
+from jaxdeploy.engine.device.kv_policy import kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.grammar import Grammars
@@ -33,8 +33,9 @@ from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models import fused_decode
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.decoder import Decoder, cache_layouts
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
@@ -92,7 +93,8 @@ def _build(
     )
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
-    policy = kv_policy(folder, model, config)
+    policy = kv_policy(folder, cache_layouts(model), config, biased_keys=model.qkv_bias)
+    cache_dtype = CacheDtype(limits.dtype, policy.bits)
     adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype, partial(_stored_tensors, folder, config))
     draft = find_draft_model(folder, model, config)
     decoder = load_model(
@@ -110,14 +112,13 @@ def _build(
         draft, decoder, config, mesh, limits.dtype, outputs_first=_outputs_first(mesh), progress=progress
     )
     plan = plan_cache(
-        model,
+        decoder.cache_layouts,
         config,
         mesh,
         session_len=limits.session_len,
         max_batch_size=limits.max_batch_size,
-        dtype=limits.dtype,
-        bits=policy.bits,
-        beside=draft.block_bytes(config.block_size, limits.dtype, policy.bits) if draft else 0,
+        dtype=cache_dtype,
+        draft_layouts=draft_model.cache_layouts if draft_model else (),
     )
     logger.info("%s", plan)
     guessing = build_speculation(
@@ -126,14 +127,15 @@ def _build(
         draft_model,
         plan,
         mesh,
-        limits.dtype,
+        cache_dtype,
         slots=limits.max_batch_size,
         session_len=limits.session_len,
         max_prefill_tokens=limits.max_prefill_tokens,
     )
     grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
     shared = longest_shared(model, config)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, guessing, adapters)
+    pools = allocate_pools(decoder.cache_layouts, plan, mesh, cache_dtype, policy.ranges)
+    engine = _assemble(decoder, pools, plan, limits, mesh, shared, grammars, guessing, adapters)
     if config.warmup:
         engine.warm_up(partial(counted, doing="compiling", done="compiled", bar=progress))
     return engine
@@ -201,10 +203,10 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
 
 def _assemble(
     decoder: Decoder,
+    pools: Pools,
     plan: CachePlan,
     limits: Limits,
     mesh: Mesh,
-    ranges: Ranges | None,
     longest_shared: int,
     grammars: Grammars,
     guessing: Guessing,
@@ -215,7 +217,6 @@ def _assemble(
     for name, content in ({} if adapters is None else adapters.contents).items():
         held.load(name, content)
     scheduler = make_scheduler(blocks, plan, limits, longest_shared, held)
-    pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
     bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
     runner = ModelRunner(
         decoder,

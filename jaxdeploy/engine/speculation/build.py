@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -16,18 +15,19 @@ from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.batch import draft_shapes
-from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, block_bytes
+from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools
 from jaxdeploy.engine.device.runner import Features, ModelRunner
 from jaxdeploy.engine.device.step_weights import StepModel
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_config
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.parallel.sharding import check_divisible, replicated
+from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.tokenizer import Tokenizer
 
 USUAL = {"ngram": 7, "draft": 3, "eagle3": 3}
@@ -42,11 +42,6 @@ class DraftModel:
     hf: Mapping[str, Any]
     config: ModelConfig
     eagle3: Eagle3Config | None = None
-
-    def block_bytes(self, block_size: int, dtype: jnp.dtype, bits: int | None) -> int:
-        """What a block has to hold for it, on all devices together: keys and values, and features for a head."""
-        features = self.config.hidden_size * dtype.itemsize if self.eagle3 else 0
-        return block_bytes(self.config, block_size, dtype, bits) + block_size * features
 
 
 class Guessing(NamedTuple):
@@ -127,7 +122,7 @@ def build_speculation(
     model: StepModel | None,
     plan: CachePlan,
     mesh: Mesh,
-    dtype: jnp.dtype,
+    dtype: CacheDtype,
     *,
     slots: int,
     session_len: int,
@@ -140,20 +135,15 @@ def build_speculation(
     count = config.num_speculative_tokens or USUAL[method]
     if draft is None or model is None:
         return Guessing(Speculation(NgramProposer(), count))
-    features = _features(draft, model, plan, mesh, dtype)
-    pools = allocate_pools(draft.config, plan, mesh, dtype)
+    pools = allocate_pools(model.cache_layouts, plan, mesh, dtype)
+    features = None
+    if draft.eagle3 is not None and isinstance(model, Eagle3):
+        *pools_of_layers, array = pools
+        pools, features = tuple(pools_of_layers), Features(array, model.fuse[...], draft.eagle3.taps)
     runner = ModelRunner(model, pools, mesh, slots=slots, session_len=session_len, features=features)
     shapes = draft_shapes(slots, max_prefill_tokens, plan.blocks_for(session_len), count)
     proposer: Proposer = DraftProposer(runner, shapes, draft.config.vocab_size, count, first=1 if features else 0)
     return Guessing(Speculation(proposer, count), features)
-
-
-def _features(draft: DraftModel, model: StepModel, plan: CachePlan, mesh: Mesh, dtype: jnp.dtype) -> Features | None:
-    if draft.eagle3 is None or not isinstance(model, Eagle3):
-        return None
-    shape = (plan.num_blocks, plan.block_size, draft.config.hidden_size)
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=replicated(mesh))()
-    return Features(zeros, model.fuse[...], draft.eagle3.taps)
 
 
 def _tokens(folder: Path) -> list[str]:
