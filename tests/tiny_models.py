@@ -28,7 +28,7 @@ from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
 from jaxdeploy.messages import FinishReason, Request, SamplingParams, StepOutput
 from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig, RopeConfig
-from jaxdeploy.models.decoder import Decoder, abstract_params, cache_layouts, decoder_from
+from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import sharding_of
@@ -97,14 +97,19 @@ def _matrix(random: np.random.Generator, path: ParamPath, shape: Sequence[int]) 
 
 
 def runner_of(
-    kind: type[ModelRunner], tp: int = 1, config: ModelConfig = CONFIG, bits: int | None = None, **options: Any
+    kind: type[ModelRunner],
+    tp: int = 1,
+    config: ModelConfig = CONFIG,
+    bits: int | None = None,
+    model: Decoder | None = None,
+    **options: Any,
 ) -> ModelRunner:
-    """A new runner with weights of its own and pools for whole sessions in every slot."""
-    mesh, layouts, dtype = make_mesh(tp), cache_layouts(config), CacheDtype(jnp.dtype(jnp.float32), bits)
+    """A new runner of ``model`` (default: a new decoder of ``config``) with pools for whole sessions in every slot."""
+    decoder = model or decoder_from(config, params(config, tp))
+    mesh, layouts, dtype = make_mesh(tp), decoder.cache_layouts, CacheDtype(jnp.dtype(jnp.float32), bits)
     sizes = EngineConfig(block_size=BLOCK_SIZE)
     plan = plan_cache(layouts, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
     pools = allocate_pools(layouts, plan, mesh, dtype)
-    decoder = decoder_from(config, params(config, tp))
     return kind(decoder, pools, mesh, slots=SLOTS, session_len=SESSION_LEN, **options)
 
 

@@ -31,7 +31,7 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def read_kv_parameters(folder: Path, layouts: Sequence[CacheLayout]) -> tuple[Any, ...] | None:
-    """Return the ranges of each layer, as ``CacheLayout.ranges`` gives them, or ``None`` without such files.
+    """Return the ranges of each layer, as ``CacheLayout.ranges`` gives them, or ``None`` if the folder has no files.
 
     Raises:
         CheckpointError: lists every file that is missing, has the wrong size, or holds numbers out of range, and

@@ -22,7 +22,7 @@ class KVPolicy(NamedTuple):
 
     Attributes:
         bits: bits of an element, ``None`` for floats.
-        ranges: calibrated ranges of each layer, ``None`` if each vector has its own.
+        ranges: calibrated ranges of each layer, ``None`` if each vector is quantised by its own range.
     """
 
     bits: int | None
@@ -37,7 +37,7 @@ def kv_policy(
     4 is int8 with calibrated ranges if ``folder`` holds KV parameters of LMDeploy v0.3, and int4 otherwise.
 
     Raises:
-        ConfigError: a layer has no such quantised form.
+        ConfigError: the layout of a layer has no form of these bits.
         CheckpointError: the KV parameters do not fit the model.
     """
     bits = config.quant_policy or None
