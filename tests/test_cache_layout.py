@@ -189,7 +189,7 @@ def test_host_copies_of_unequal_layers_are_exact(tp: int) -> None:
     before = [np.asarray(array).copy() for array in jax.tree.leaves(pools)]
     out = [Transfer(block, block, to_device=False) for block in range(count)]
     back = [Transfer(count + block, block, to_device=True) for block in range(count)]
-    pools = HostBlocks(pools).carry_out(pools, [*out, *back])
+    pools = HostBlocks(pools).copy(pools, [*out, *back])
     for old, array in zip(before, jax.tree.leaves(pools), strict=True):
         np.testing.assert_array_equal(array, np.concatenate([old[:count], old[:count]]))
 

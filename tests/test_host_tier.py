@@ -123,7 +123,7 @@ def test_copies_are_exact(bits: int | None, tp: int) -> None:
     places = random.permutation(2 * count)
     there = [Transfer(int(block), here, to_device=False) for here, block in enumerate(places[:count])]
     back = [Transfer(int(block), here, to_device=True) for here, block in enumerate(places[count:])]
-    pools = host.carry_out(pools, [*there, *back])
+    pools = host.copy(pools, [*there, *back])
     assert all(held.sharding.memory_kind == "pinned_host" for held in jax.tree.leaves(host._held))
     for old, array in zip(before, jax.tree.leaves(pools), strict=True):
         new = np.asarray(array)

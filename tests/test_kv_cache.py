@@ -13,7 +13,7 @@ import pytest
 
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device import kv_cache
-from jaxdeploy.engine.device.kv_cache import CPU_LIMIT, CachePlan, allocate_pools, plan_cache
+from jaxdeploy.engine.device.kv_cache import MAX_CPU_BYTES, CachePlan, allocate_pools, plan_cache
 from jaxdeploy.errors import CacheTooSmallError
 from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
@@ -58,7 +58,7 @@ def test_on_cpu_one_gib_is_the_limit() -> None:
     large = replace(CONFIG, num_layers=64, num_heads=32, num_kv_heads=32, head_dim=128, windows=(None,) * 64)
     made = plan(large, session_len=512, batch=8)
     assert made.block_bytes == 2 * 64 * 32 * 128 * 16 * 4
-    assert made.num_blocks == CPU_LIMIT // made.block_bytes < 8 * 32
+    assert made.num_blocks == MAX_CPU_BYTES // made.block_bytes < 8 * 32
 
 
 def test_an_explicit_number_of_blocks_wins() -> None:

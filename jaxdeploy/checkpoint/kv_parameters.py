@@ -21,11 +21,12 @@ from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.whole_file import put_file
 
 FOLDERS = ("", "triton_models/weights")
-"""Where the files lie, below a model's folder."""
+"""Places of the files, relative to the folder of a model."""
 
 _NAME = re.compile(r"layers\.(\d+)\.past_kv_scale\.(\d+)\.weight")
-_LEAST, _MOST = 6e-8, 65504.0
-"""What a scale may be: the KV cache has float16 ones."""
+_MIN_SCALE = 6e-8
+_MAX_FLOAT16 = 65504.0
+"""Limits of a scale. The KV cache stores float16."""
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -105,7 +106,7 @@ def _read_file(path: Path) -> Array:
     values = np.frombuffer(raw, "<f4").reshape(2, -1)
     k, v = (np.pad(half, (0, 2 - len(half))) for half in values)
     for scale, zero_point in (k, v):
-        if not (_LEAST <= scale <= _MOST and abs(zero_point) + 128 * scale <= _MOST):
+        if not (_MIN_SCALE <= scale <= _MAX_FLOAT16 and abs(zero_point) + 128 * scale <= _MAX_FLOAT16):
             raise CheckpointError(
                 f"{path.name}: scale {scale:g} with zero point {zero_point:g} does not fit float16; calibrate again"
             )

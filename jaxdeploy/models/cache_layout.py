@@ -108,7 +108,7 @@ class CacheLayout(Protocol):
         elements from −128 to 127; each rank has an equal share of the heads.
 
         Raises:
-            CheckpointError: this layout has no such ranges.
+            CheckpointError: this layout has no calibrated ranges, or the ranks do not fit it.
         """
         raise CheckpointError(f"{type(self).__name__} has no calibrated ranges; remove the files")
 

@@ -1,4 +1,4 @@
-"""The content of evicted KV blocks in host memory, and the programs that copy it there and back."""
+"""The content of evicted KV blocks in host memory, and the programs that copy it from and to the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxdeploy.engine.scheduling.host_tier import Transfer
 from jaxdeploy.models.cache_layout import num_blocks
 
 GROUP = 8
-"""Blocks that one launch copies. The rest of a smaller group is padding."""
+"""Blocks that one launch copies. Smaller groups are padded."""
 
 Pools = tuple[Any, ...]
 
@@ -39,10 +39,10 @@ class HostBlocks:
         self._gather = jax.jit(partial(_gather, groups), out_shardings=(self._on_device,) * GROUP)
         self._scatter = jax.jit(partial(_scatter, groups), donate_argnums=0, out_shardings=of_pools)
 
-    def carry_out(self, pools: Pools, transfers: Iterable[Transfer]) -> Pools:
-        """Launch copies in their order; returns the pools, which were donated."""
-        for to_device, group in groupby(transfers, key=lambda transfer: transfer.to_device):
-            copies = list(group)
+    def copy(self, pools: Pools, transfers: Iterable[Transfer]) -> Pools:
+        """Launch the copies in their order. ``pools`` are donated; returns the new ones."""
+        for to_device, run in groupby(transfers, key=lambda transfer: transfer.to_device):
+            copies = list(run)
             for start in range(0, len(copies), GROUP):
                 if to_device:
                     pools = self._restore(pools, copies[start : start + GROUP])
@@ -51,7 +51,7 @@ class HostBlocks:
         return pools
 
     def clear(self) -> None:
-        """Give the host memory back."""
+        """Free the host memory."""
         self._held.clear()
 
     def _save(self, pools: Pools, copies: list[Transfer]) -> None:

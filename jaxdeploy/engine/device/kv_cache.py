@@ -1,4 +1,4 @@
-"""How many KV blocks there are, with the arithmetic to print, and the pools that hold them."""
+"""The memory plan of the KV cache, and the allocation of its pools."""
 
 from __future__ import annotations
 
@@ -17,24 +17,31 @@ from jaxdeploy.errors import CacheTooSmallError
 from jaxdeploy.models.cache_layout import CacheDtype, CacheLayout, PoolArray
 from jaxdeploy.parallel.sharding import sharding_of
 
-CPU_LIMIT = 1 << 30
-"""Most bytes of KV cache on a CPU unless a block count is given: free memory says little there."""
+MAX_CPU_BYTES = 1 << 30
+"""Maximum bytes of KV cache on a CPU without an explicit block count. Free memory is no measure there."""
 
 MEMINFO = Path("/proc/meminfo")
 HOST_SHARE = 0.25
-"""Share of the host memory free at start that evicted blocks may take, unless a count is given."""
-MOST_ON_HOST = 4
-"""Most blocks there for each on the device: what is found in more is rarely asked for again."""
+"""Share of the free host memory that evicted blocks may take, without an explicit count."""
+MAX_HOST_RATIO = 4
+"""Maximum host blocks for each device block. Older blocks are rarely used again."""
 
 Pools = tuple[Any, ...]
+"""The pool of each layer."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """``num_blocks`` blocks of ``block_size`` tokens, ``block_bytes`` bytes each on one device, and why so many.
+    """The number of KV blocks and their bytes.
 
-    ``bits`` are those of a quantised element, 8 or 4; ``None`` stores floats. ``host_blocks`` more are kept in host
-    memory, ``host_block_bytes`` bytes each.
+    Attributes:
+        num_blocks: blocks on the device.
+        block_size: tokens in a block.
+        block_bytes: bytes of a block on each device.
+        reason: how ``num_blocks`` was found, for the log.
+        bits: bits of a quantised element, ``None`` for floats.
+        host_blocks: blocks in host memory.
+        host_block_bytes: bytes of a block in host memory.
     """
 
     num_blocks: int
@@ -46,15 +53,15 @@ class CachePlan:
     host_block_bytes: int = 0
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that so many tokens take up."""
+        """Return the number of blocks that ``tokens`` tokens need."""
         return -(-tokens // self.block_size)
 
     def __str__(self) -> str:
         size = _size(self.num_blocks * self.block_bytes)
         tokens = self.num_blocks * self.block_size
         kind = f"int{self.bits} KV cache" if self.bits else "KV cache"
-        there = _size(self.host_blocks * self.host_block_bytes)
-        host = f"; {self.host_blocks} more on the host, {there}" if self.host_blocks else ""
+        host_size = _size(self.host_blocks * self.host_block_bytes)
+        host = f"; {self.host_blocks} more on the host, {host_size}" if self.host_blocks else ""
         return (
             f"{kind}: {self.num_blocks} blocks of {self.block_size} tokens = {tokens} tokens, "
             f"{_size(self.block_bytes)} a block, {size} in all ({self.reason}){host}"
@@ -75,11 +82,12 @@ def plan_cache(
 
     Blocks of the draft model (``draft_layouts``) have the same numbers and no copy in host memory.
 
-    An explicit count wins; else ``cache_max_entry_count`` of the device memory that is free now (the weights are
-    loaded); on CPU what ``max_batch_size`` sequences of ``session_len`` tokens need, up to ``CPU_LIMIT`` bytes.
+    An explicit count wins. Otherwise a GPU gives the share ``cache_max_entry_count`` of the memory that is free after
+    the weights. A CPU gives the blocks of ``max_batch_size`` sequences of ``session_len`` tokens, at most
+    ``MAX_CPU_BYTES`` bytes.
 
     Raises:
-        CacheTooSmallError: one sequence of ``session_len`` tokens does not fit; the message shows the arithmetic.
+        CacheTooSmallError: one sequence of ``session_len`` tokens does not fit.
     """
     whole = sum(layout.bytes_per_block(config.block_size, dtype) for layout in layouts)
     every = (*layouts, *draft_layouts)
@@ -126,36 +134,36 @@ def allocate_pools(
     return tuple(jax.tree.map(allocated, pool) for pool in pools)
 
 
-def _count_blocks(config: EngineConfig, mesh: Mesh, size: int, wanted: int) -> tuple[int, str]:
+def _count_blocks(config: EngineConfig, mesh: Mesh, size: int, full_batch: int) -> tuple[int, str]:
     if config.num_blocks:
         return config.num_blocks, "num_blocks, as asked"
     if isinstance(config.cache_max_entry_count, int):
         return config.cache_max_entry_count, "cache_max_entry_count, as asked"
     free = [_free_bytes(device) for device in mesh.local_devices]
     if None in free:
-        count = min(wanted, CPU_LIMIT // size)
-        return count, f"max_batch_size x session_len = {wanted} blocks, at most {_size(CPU_LIMIT)} on CPU"
+        count = min(full_batch, MAX_CPU_BYTES // size)
+        return count, f"max_batch_size x session_len = {full_batch} blocks, at most {_size(MAX_CPU_BYTES)} on CPU"
     least = min(left for left in free if left is not None)
     share = config.cache_max_entry_count
     return int(least * share) // size, f"{share:g} of {_size(least)} free after weights on each device"
 
 
 def _count_host_blocks(config: EngineConfig, mesh: Mesh, size: int, num_blocks: int) -> int:
-    """Blocks of ``size`` bytes that the host keeps beside ``num_blocks`` on the device."""
+    """Return the number of host blocks of ``size`` bytes for ``num_blocks`` device blocks."""
     if config.num_cpu_blocks is not None:
         return config.num_cpu_blocks
     if not config.enable_prefix_caching or _on_cpu(mesh):
         return 0
-    return min(int(_free_host_bytes() * HOST_SHARE) // size, MOST_ON_HOST * num_blocks)
+    return min(int(_free_host_bytes() * HOST_SHARE) // size, MAX_HOST_RATIO * num_blocks)
 
 
 def _on_cpu(mesh: Mesh) -> bool:
-    """Where the device's memory is the host's."""
+    """Return whether device and host share their memory."""
     return bool(mesh.devices.flat[0].platform == "cpu")
 
 
 def _free_host_bytes() -> int:
-    """Host memory that is free now, in bytes; 0 where the system does not say."""
+    """Return the free host memory in bytes, or 0 if the system does not report it."""
     if not MEMINFO.is_file():
         return 0
     entries = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
@@ -163,7 +171,7 @@ def _free_host_bytes() -> int:
 
 
 def _free_bytes(device: jax.Device) -> int | None:
-    """Device memory that is free now, in bytes; ``None`` where the platform does not say (CPU)."""
+    """Return the free device memory in bytes, or ``None`` if the platform does not report it (CPU)."""
     if device.platform == "cpu":
         return None
     stats = device.memory_stats()

@@ -137,7 +137,7 @@ class ModelRunner:
 
     def copy_blocks(self, transfers: Iterable[Transfer]) -> None:
         """Launch copies of blocks between device and host, in their order."""
-        self._pools = self._host_blocks.carry_out(self._pools, transfers)
+        self._pools = self._host_blocks.copy(self._pools, transfers)
 
     def upload(self, uploads: Iterable[tuple[int, Adapter]]) -> None:
         """Launch copies of adapters into slots, in their order."""
