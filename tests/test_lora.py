@@ -82,7 +82,7 @@ def with_adapters(decoder: Decoder, bank: AdapterBank, arrays: tuple[jax.Array, 
         positions = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), len(SLOTS))
         lengths, context = jnp.full_like(positions, LENGTH), DenseContext(len(SLOTS))
         pools = [None] * len(adapted.layers)
-        x, _ = adapted.hidden(tokens.reshape(-1), positions, lengths, context, pools, wanted)
+        x = adapted.hidden(tokens.reshape(-1), positions, lengths, context, pools, wanted).states
         return bank.logits(adapted, arrays, x, slots if wanted is None else slots[wanted])
 
     logits = np.asarray(run(arrays, jnp.asarray(TOKENS)))

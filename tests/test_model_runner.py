@@ -54,7 +54,7 @@ def test_dynamic_rope_goes_by_the_prompt() -> None:
     positions = jnp.arange(len(tokens), dtype=jnp.int32)
     for prompt_length, same in ((50, True), (len(tokens), False)):
         lengths = jnp.full_like(positions, prompt_length)
-        x, _ = decoder.hidden(jnp.array(tokens), positions, lengths, DenseContext(1), [None, None])
+        x = decoder.hidden(jnp.array(tokens), positions, lengths, DenseContext(1), [None, None]).states
         assert (np.asarray(decoder.logits(x)).argmax(axis=-1)[49:-1].tolist() == tokens[50:]) == same
     engine.close()
 
@@ -104,9 +104,9 @@ def test_only_what_is_wanted_passes_the_last_layer() -> None:
     decoder, tokens = decoder_from(CONFIG, params()), jnp.array(prompt(12))
     wanted, positions = jnp.array([11, 3]), jnp.arange(12, dtype=jnp.int32)
     step = (tokens, positions, jnp.full_like(positions, 12), DenseContext(1), [None, None])
-    every, _ = decoder.hidden(*step)
-    some, _ = decoder.hidden(*step, wanted)
+    every = decoder.hidden(*step).states
+    some = decoder.hidden(*step, wanted).states
     np.testing.assert_allclose(some, every[wanted], rtol=0, atol=2e-5)
     for rows, narrow in ((None, False), (wanted, True)):
-        traced = str(jax.make_jaxpr(lambda rows=rows: decoder.hidden(*step, rows)[0])())
+        traced = str(jax.make_jaxpr(lambda rows=rows: decoder.hidden(*step, rows).states)())
         assert (f"f32[2,2,{CONFIG.intermediate_size}]" in traced) == narrow, "the feed-forward of two tokens"

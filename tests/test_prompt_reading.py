@@ -39,7 +39,7 @@ def dense_hidden_function() -> Any:
     def hidden(tokens: jax.Array) -> jax.Array:
         positions = jnp.arange(SESSION_LEN, dtype=jnp.int32)
         lengths, pools = jnp.full_like(positions, SESSION_LEN), [None] * CONFIG.num_layers
-        return decoder.hidden(tokens, positions, lengths, DenseContext(1), pools)[0]
+        return decoder.hidden(tokens, positions, lengths, DenseContext(1), pools).states
 
     return jax.jit(hidden)
 

@@ -152,7 +152,7 @@ def _rounded(bits: int) -> Any:
 
     def logits(tokens: jax.Array, ranges: Any) -> jax.Array:
         positions = jnp.arange(SESSION_LEN, dtype=jnp.int32)
-        x, _ = decoder.hidden(tokens, positions, positions, Rounded(bits), ranges)
+        x = decoder.hidden(tokens, positions, positions, Rounded(bits), ranges).states
         return decoder.logits(x)
 
     return jax.jit(logits)
@@ -359,7 +359,7 @@ def test_fused_decode_steps_leave_calibrated_pools_alone(
         return decoder.hidden(one, one, one, context, [pool])
 
     with caplog.at_level(logging.INFO, "jaxdeploy"):
-        _, (updated,) = jax.eval_shape(step, weights, pool)
+        (updated,) = jax.eval_shape(step, weights, pool).pools
     assert updated.calibrated == calibrated
     refused = "run op by op: decode_layer: pallas_triton takes each key's and value's own range, not one that was"
     assert (refused in caplog.text) == calibrated

@@ -310,5 +310,5 @@ def _hidden(graph: nnx.GraphDef[Decoder], weights: Any, ids: jax.Array, kv_bits:
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
     context: AttentionContext = DenseContext(sequences) if kv_bits is None else FakeQuantizedKV(sequences, kv_bits)
     pools = [None] * len(decoder.layers)
-    x, _ = decoder.hidden(ids.reshape(-1), positions, jnp.full_like(positions, length), context, pools)
+    x = decoder.hidden(ids.reshape(-1), positions, jnp.full_like(positions, length), context, pools).states
     return x.reshape(sequences, length, -1)

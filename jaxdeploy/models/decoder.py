@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxdeploy.models.attention import Attention, AttentionContext, DenseContext
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
 from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.model import Hidden, Pools
 from jaxdeploy.models.quantized import weight_like
 from jaxdeploy.models.rope import Rotary, rotary
 from jaxdeploy.models.weights import ParamPath
@@ -28,7 +29,6 @@ from pallas_kernels.kv_pool import Pool
 logger = logging.getLogger("jaxdeploy")
 
 Params = Mapping[ParamPath, jax.Array]
-Pools = Sequence[Pool | None]
 
 
 class Layer(nnx.Module):
@@ -72,8 +72,8 @@ class Decoder(nnx.Module):
         positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
         lengths = jnp.full_like(positions, length)
         pools = [None] * len(self.layers)
-        x, _ = self.hidden(tokens.reshape(-1), positions, lengths, DenseContext(sequences), pools)
-        return self.logits(x).reshape(sequences, length, -1)
+        hidden = self.hidden(tokens.reshape(-1), positions, lengths, DenseContext(sequences), pools)
+        return self.logits(hidden.states).reshape(sequences, length, -1)
 
     def hidden(
         self,
@@ -83,31 +83,29 @@ class Decoder(nnx.Module):
         context: AttentionContext,
         pools: Pools,
         wanted: jax.Array | None = None,
-        noted: dict[int, jax.Array] | None = None,
-    ) -> tuple[jax.Array, list[Pool | None]]:
+        taps: tuple[int, ...] = (),
+    ) -> Hidden:
         """The normed hidden state of every token, or of those at ``wanted``, int32 [B].
 
         ``tokens``, ``positions`` and ``lengths`` (prompt length of the token's sequence) are int32 [T], ``pools`` one
-        KV pool a layer. Returns [T, D] or [B, D], and the updated pools. Beyond its keys and values the last layer is
-        computed only for what is wanted: of a prompt that is one token. ``noted`` gets the residual stream [T, D]
-        before each layer whose index is one of its keys.
+        KV pool a layer. Beyond its keys and values the last layer is computed only for what is wanted: of a prompt that
+        is one token. ``taps`` are indices of layers; the residual stream before each of them is returned.
         """
         x = self.embed(tokens)
         angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
         if wanted is None and fused_decode.serves(context, self.layers, self.norm):
             try:
-                return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools, noted)
+                return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools, taps)
             except NoBackendError as refusal:
                 logger.info("decode steps run op by op: %s", refusal)
-        updated = []
+        updated, residuals = [], []
         for index, (layer, pool) in enumerate(zip(self.layers, pools, strict=True), 1):
             graph, weights = nnx.split(layer)
             rows = wanted if index == len(self.layers) else None
-            if noted is not None and index - 1 in noted:
-                noted[index - 1] = x
+            residuals.append(x)
             x, pool = _run_layer(graph, weights, x, angles, context, pool, rows)
             updated.append(pool)
-        return self.norm(x), updated
+        return Hidden(self.norm(x), updated, tuple(residuals[index] for index in taps))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``x`` [T, D] → float32 [T, V]."""

@@ -20,6 +20,7 @@ from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext
 from jaxdeploy.models.config import ModelConfig, read_decoder
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm, Weight, parameter
 from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.model import Hidden
 from jaxdeploy.models.rope import rotary
 from jaxdeploy.models.weights import (
     ParamPath,
@@ -110,8 +111,8 @@ class Eagle3(nnx.Module):
         context: AttentionContext,
         pools: Sequence[Any],
         wanted: jax.Array | None = None,
-    ) -> tuple[jax.Array, list[Any]]:
-        """The normed hidden state of every token, or of those ``wanted``, and the updated pools; as ``Decoder.hidden``.
+    ) -> Hidden:
+        """The normed hidden state of every token, or of those ``wanted``; see ``Decoder.hidden``.
 
         No token is the first of its sequence. Keys and values of a pair stand where its feature does, one token back.
         Where all are wanted, the last token of each row has no feature of the model yet, and gets this one's.
@@ -128,7 +129,7 @@ class Eagle3(nnx.Module):
         x = x + self.mlp(normed)
         if wanted is None:
             features = put_features(features, x, _last_of_rows(context, features))
-        return self.norm(x if wanted is None else x[wanted]), [kv, features]
+        return Hidden(self.norm(x if wanted is None else x[wanted]), [kv, features])
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``x`` [T, D] → float32 [T, V]; tokens that it does not know have none."""

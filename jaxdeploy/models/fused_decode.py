@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext
 from jaxdeploy.models.layers import RMSNorm, Weight, value_of
 from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.model import Hidden
 from jaxdeploy.models.quantized import Int4Weight
 from jaxdeploy.models.rope import Rotary
 from jaxdeploy.parallel.mesh import TP_AXIS
@@ -108,11 +109,9 @@ def decode_hidden(
     rotary: Rotary,
     context: PagedContext,
     pools: Sequence[Any],
-    noted: dict[int, jax.Array] | None = None,
-) -> tuple[jax.Array, list[Any]]:
-    """The normed hidden state [B, D] of B new tokens whose embeddings are ``x``, and the updated pools.
-
-    ``noted`` is that of ``Decoder.hidden``.
+    taps: tuple[int, ...] = (),
+) -> Hidden:
+    """Return what ``Decoder.hidden`` returns, for B new tokens with the embeddings ``x``.
 
     Raises ``NoBackendError`` where the kernels do not do such a model: its sizes, its dtype.
     """
@@ -120,15 +119,15 @@ def decode_hidden(
     tokens = x.shape[0]
     where = (rows.block_tables, jnp.where(rows.lengths > 0, rows.first_positions, -1), *rotary)
     x = jnp.pad(x, ((0, padded_rows(tokens) - tokens), (0, 0)))
-    normed, updated = layers[0].attention_norm(x), []
+    normed = layers[0].attention_norm(x)
+    updated, residuals = [], []
     norms = [*(layer.attention_norm for layer in layers[1:]), norm]
-    for index, (layer, next_norm, pool) in enumerate(zip(layers, norms, pools, strict=True)):
-        if noted is not None and index in noted:
-            noted[index] = x[:tokens]
+    for layer, next_norm, pool in zip(layers, norms, pools, strict=True):
+        residuals.append(x)
         options = _options(layer, context.mesh)
         x, normed, pool = _run_layer(options, x, normed, _weights(layer), next_norm.scale[...], pool, *where)
         updated.append(pool)
-    return normed[:tokens], updated
+    return Hidden(normed[:tokens], updated, tuple(residuals[index][:tokens] for index in taps))
 
 
 @dataclass(frozen=True)

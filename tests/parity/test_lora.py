@@ -115,7 +115,7 @@ def test_logits(made: Made) -> None:
         slots, positions = jnp.full((length,), slot), jnp.arange(length, dtype=jnp.int32)
         adapted = bank.adapted(decoder, arrays, slots)
         lengths, pools = jnp.full_like(positions, length), [None] * len(adapted.layers)
-        x, _ = adapted.hidden(jnp.asarray(TOKENS), positions, lengths, DenseContext(1), pools)
+        x = adapted.hidden(jnp.asarray(TOKENS), positions, lengths, DenseContext(1), pools).states
         return bank.logits(adapted, arrays, x, slots)
 
     assert relative_error(np.asarray(logits(jnp.int32(1))), made.logits) < TOLERANCE

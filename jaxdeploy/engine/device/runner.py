@@ -351,8 +351,8 @@ class _Fuse:
     taps: tuple[int, ...]
     weight: jax.Array
 
-    def __call__(self, noted: Mapping[int, jax.Array]) -> jax.Array:
-        return jnp.concatenate([noted[index] for index in self.taps], axis=-1) @ self.weight
+    def __call__(self, tapped: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.concatenate(tapped, axis=-1) @ self.weight
 
 
 class _Adapters(NamedTuple):
@@ -387,11 +387,10 @@ def _once(
         own = adapters.bank.adapted(decoder, adapters.arrays, fields.adapter[layout.sequence], wanted)
     where = tokens, layout.positions, lengths, layout.context
     if fuse is None:
-        hidden, new_pools = own.hidden(*where, pools, wanted)
+        hidden, new_pools, _ = own.hidden(*where, pools, wanted)
     else:
-        noted: dict[int, Any] = dict.fromkeys(fuse.taps)
-        hidden, new_pools = own.hidden(*where, pools[:-1], wanted, noted)
-        new_pools.append(put_features(stored(pools[-1]), fuse(noted), layout.context.slots))
+        hidden, new_pools, tapped = own.hidden(*where, pools[:-1], wanted, fuse.taps)
+        new_pools = (*new_pools, put_features(stored(pools[-1]), fuse(tapped), layout.context.slots))
     prompts = None
     if reading:
         prompts = _read(logits_of, shape, layout, fields, buffer, hidden, reading)
