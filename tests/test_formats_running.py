@@ -15,6 +15,7 @@ import pytest
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.mesh import make_mesh
@@ -118,7 +119,7 @@ def runner_over(decoder: Decoder) -> ModelRunner:
     sizes = EngineConfig(block_size=tiny_models.BLOCK_SIZE)
     plan = plan_cache(decoder.config, sizes, mesh, session_len=length, max_batch_size=tiny_models.SLOTS, dtype=dtype)
     pools = allocate_pools(decoder.config, plan, mesh, dtype)
-    return tiny_models.LastingRunner(decoder, pools, mesh, slots=tiny_models.SLOTS, session_len=length)
+    return tiny_models.LastingRunner(decoder, pools, mesh, StepPlan(), slots=tiny_models.SLOTS, session_len=length)
 
 
 def test_decode_steps_through_the_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

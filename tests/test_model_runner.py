@@ -17,6 +17,7 @@ from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.config import RopeConfig
 from jaxdeploy.models.decoder import decoder_from
+from jaxdeploy.models.model import Positions
 from tests.tiny_models import (
     CONFIG,
     SHAPES,
@@ -51,10 +52,10 @@ def test_dynamic_rope_goes_by_the_prompt() -> None:
     runner, decoder = runner_of(ModelRunner, config=config), decoder_from(config, params(config))
     engine = tiny_engine(runner=runner, shapes=[SHAPES[0], SHAPES[3]], batch=1, max_prefill=32)
     tokens = [*prompt(50), *run_one(engine, prompt(50))]
-    positions = jnp.arange(len(tokens), dtype=jnp.int32)
+    values = jnp.arange(len(tokens), dtype=jnp.int32)
     for prompt_length, same in ((50, True), (len(tokens), False)):
-        lengths = jnp.full_like(positions, prompt_length)
-        x = decoder.hidden(jnp.array(tokens), positions, lengths, DenseContext(1), [None, None]).states
+        positions = Positions(values, jnp.full_like(values, prompt_length))
+        x = decoder.hidden(decoder.embed(jnp.array(tokens)), positions, DenseContext(1), [None, None]).states
         assert (np.asarray(decoder.logits(x)).argmax(axis=-1)[49:-1].tolist() == tokens[50:]) == same
     engine.close()
 
@@ -102,8 +103,8 @@ def test_a_cpu_computes_angles_once_a_step() -> None:
 
 def test_only_what_is_wanted_passes_the_last_layer() -> None:
     decoder, tokens = decoder_from(CONFIG, params()), jnp.array(prompt(12))
-    wanted, positions = jnp.array([11, 3]), jnp.arange(12, dtype=jnp.int32)
-    step = (tokens, positions, jnp.full_like(positions, 12), DenseContext(1), [None, None])
+    wanted = jnp.array([11, 3])
+    step = (decoder.embed(tokens), Positions.of_prompts(1, 12), DenseContext(1), [None, None])
     every = decoder.hidden(*step).states
     some = decoder.hidden(*step, wanted).states
     np.testing.assert_allclose(some, every[wanted], rtol=0, atol=2e-5)

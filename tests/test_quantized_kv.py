@@ -20,6 +20,7 @@ from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.kv_policy import Ranges, as_ranges
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step_plan import StepPlan, plan_steps
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
@@ -29,6 +30,7 @@ from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models.attention import PagedContext, Rows, dense_attention
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.model import Positions
 from jaxdeploy.models.rope import Rotary, apply_rotary
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import ENVIRONMENT
@@ -72,7 +74,7 @@ def new_runner(kind: type[ModelRunner], bits: int, tp: int = 1, ranges: Ranges |
     sizes = EngineConfig(block_size=BLOCK_SIZE)
     plan = plan_cache(CONFIG, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype, bits=bits)
     pools = allocate_pools(CONFIG, plan, mesh, dtype, ranges)
-    return kind(decoder_from(CONFIG, params(CONFIG, tp)), pools, mesh, slots=SLOTS, session_len=SESSION_LEN)
+    return kind(decoder_from(CONFIG, params(CONFIG, tp)), pools, mesh, StepPlan(), slots=SLOTS, session_len=SESSION_LEN)
 
 
 @functools.cache
@@ -92,7 +94,7 @@ def short_engine(bits: int | None) -> Any:
     plan = plan_cache(INTERPRETED, sizes, mesh, session_len=session_len, max_batch_size=2, dtype=dtype, bits=bits)
     pools = allocate_pools(INTERPRETED, plan, mesh, dtype)
     decoder = decoder_from(INTERPRETED, params(INTERPRETED))
-    runner = ModelRunner(decoder, pools, mesh, slots=2, session_len=session_len)
+    runner = ModelRunner(decoder, pools, mesh, StepPlan(), slots=2, session_len=session_len)
     blocks = BlockManager(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
@@ -152,7 +154,8 @@ def _rounded(bits: int) -> Any:
 
     def logits(tokens: jax.Array, ranges: Any) -> jax.Array:
         positions = jnp.arange(SESSION_LEN, dtype=jnp.int32)
-        x = decoder.hidden(tokens, positions, positions, Rounded(bits), ranges).states
+        x = decoder.embed(tokens)
+        x = decoder.hidden(x, Positions(positions, positions), Rounded(bits), ranges).states
         return decoder.logits(x)
 
     return jax.jit(logits)
@@ -352,14 +355,18 @@ def test_fused_decode_steps_leave_calibrated_pools_alone(
     values, scales = jnp.zeros((4, 2, 2, 16, 64), jnp.uint8), jnp.zeros((4, 2, 2, 2, 16), jnp.float16)
     pool = QuantizedPool(values, scales, calibrated)
 
+    shape = StepShape(1, 0, 2, 1)
+
     def step(weights: Any, pool: Any) -> Any:
         decoder: Decoder = decoder_from(WIDE, weights)
         one = jnp.zeros(1, jnp.int32)
         context = PagedContext((Rows(jnp.zeros((1, 2), jnp.int32), one, one + 1, 1),), one, make_mesh(1))
-        return decoder.hidden(one, one, one, context, [pool])
+        return plan.forward(decoder, shape)(decoder.embed(one), Positions(one, one), context, [pool])
 
     with caplog.at_level(logging.INFO, "jaxdeploy"):
-        (updated,) = jax.eval_shape(step, weights, pool).pools
+        plan = plan_steps(decoder_from(WIDE, weights), make_mesh(1), [pool], [shape])
+    assert plan.is_fused(shape) != calibrated
+    (updated,) = jax.eval_shape(step, weights, pool).pools
     assert updated.calibrated == calibrated
     refused = "run op by op: decode_layer: pallas_triton takes each key's and value's own range, not one that was"
     assert (refused in caplog.text) == calibrated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import timeit
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -28,14 +28,15 @@ from jaxdeploy.engine.device.inputs import (
 from jaxdeploy.engine.device.kv_cache import UNIT_RANGE
 from jaxdeploy.engine.device.prompt_reading import PromptRows, read
 from jaxdeploy.engine.device.sampler import Sampled, SamplingRows, greedy, sample
-from jaxdeploy.engine.device.step_weights import StepModel, StepWeights, flatten
+from jaxdeploy.engine.device.step_plan import StepPlan
+from jaxdeploy.engine.device.step_weights import StepWeights, flatten
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.adapters import Adapter
 from jaxdeploy.engine.scheduling.host_tier import Transfer
 from jaxdeploy.models.attention import PagedContext, Rows
-from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.eagle3 import put_features
 from jaxdeploy.models.lora import AdapterBank
+from jaxdeploy.models.model import Model, Positions
 from jaxdeploy.parallel.sharding import replicated
 from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, stored
 
@@ -56,12 +57,23 @@ LOOP_IN_GRAPH = {
 class Features:
     """Features of tokens [P, S, D], found by the tables of blocks: a model's steps write them for its head.
 
-    They are made by ``fuse`` [taps · D, D] of the residual stream before the layers ``taps``. Several runners hold
-    them: the device runs their steps in the order of their launch.
+    Several runners hold them: the device runs their steps in the order of their launch.
     """
 
-    def __init__(self, array: jax.Array, fuse: jax.Array, taps: tuple[int, ...]) -> None:
-        self.array, self.fuse, self.taps = array, fuse, taps
+    def __init__(self, array: jax.Array) -> None:
+        self.array = array
+
+
+class FeatureTap(NamedTuple):
+    """How the steps of a model make features for its head.
+
+    Attributes:
+        taps: the layers before which the residual stream is taken.
+        fuse: [taps · D, D], the matrix that makes features of it.
+    """
+
+    taps: tuple[int, ...]
+    fuse: jax.Array
 
 
 class StepResult(NamedTuple):
@@ -77,35 +89,37 @@ class ModelRunner:
     The token buffer int32 [slots, L] holds the tokens of every running sequence: a step reads its inputs there and
     writes what it sampled, so the next step needs no token from the host. ``weight_bytes`` is what a step reads of the
     weights, on all devices together: all but the embeddings, of which it takes a few rows. ``adapters`` is a
-    bank and its arrays, where there are to be any; ``features`` are written by a decoder, and a head's last pool.
+    bank and its arrays, where there are to be any; ``features`` are the last pool of a head, and written by a model
+    with a ``tap``.
     """
 
     def __init__(
         self,
-        decoder: StepModel,
+        model: Model,
         pools: Pools,
         mesh: Mesh,
+        plan: StepPlan,
         *,
         slots: int,
         session_len: int,
         adapters: tuple[AdapterBank, tuple[jax.Array, ...]] | None = None,
         features: Features | None = None,
+        tap: FeatureTap | None = None,
     ) -> None:
         self._bank = adapters[0] if adapters else None
         self._adapters = adapters[1] if adapters else ()
-        taps = features.taps if features is not None and isinstance(decoder, Decoder) else ()
-        self._forward, self._leaves = flat_step(decoder, mesh, self._bank, taps)
-        if taps and features is not None:
-            self._leaves += (features.fuse,)
+        self._forward, self._leaves = flat_step(model, mesh, plan, self._bank, tap.taps if tap else ())
+        if tap is not None:
+            self._leaves += (tap.fuse,)
         self._features = features
-        self.weight_bytes = _bytes_read(decoder)
+        self.weight_bytes = _bytes_read(model)
         self._pools = pools
         self._host_blocks = HostBlocks(pools)
         self._pool_shardings = jax.tree.map(lambda array: array.sharding, self._all_pools)
         self._clear = jax.jit(_cleared, donate_argnums=0, out_shardings=self._pool_shardings)
         self._replicated = replicated(mesh)
         self._on_gpu = mesh.devices.flat[0].platform != "cpu"
-        self._vocab_size = decoder.config.vocab_size
+        self._vocab_size = model.config.vocab_size
         self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
         self._held = jax.tree.map(_shape, (self._all_pools, self._buffer))
         self._steps: dict[_Variant, Any] = {}
@@ -254,20 +268,20 @@ def _arrays(inputs: ModelInputs) -> tuple[Any, ...]:
 
 
 def flat_step(
-    decoder: StepModel, mesh: Mesh, bank: AdapterBank | None = None, taps: tuple[int, ...] = ()
+    model: Model, mesh: Mesh, plan: StepPlan, bank: AdapterBank | None = None, taps: tuple[int, ...] = ()
 ) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
-    """A step as a pure function of arrays, and the decoder's weights as the tuple that it takes.
+    """A step as a pure function of arrays, and the model's weights as the tuple that it takes.
 
     The function takes ``(shape, weights, pools, buffer, packed[, constraints])`` and gives ``(result, pools, buffer)``;
     donate pools and buffer. In an adapted step the arrays of ``bank`` stand behind the weights. With ``taps`` features
     are written: their pool is the last, what fuses them stands right behind the weights.
     """
-    weights, arrays = flatten(decoder, mesh)
-    return partial(_forward, weights, bank, _Fusion(taps, len(arrays)) if taps else None), arrays
+    weights, arrays = flatten(model, mesh)
+    return partial(_forward, weights, plan, bank, _Fusion(taps, len(arrays)) if taps else None), arrays
 
 
-def _bytes_read(decoder: StepModel) -> int:
-    parts = [decoder] if decoder.config.tie_embeddings else [decoder, decoder.embed]
+def _bytes_read(model: Model) -> int:
+    parts = [model] if model.config.tie_embeddings else [model, model.embedding]
     everything, *rows_of = (sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(part))) for part in parts)
     return int(everything - sum(rows_of))
 
@@ -303,6 +317,7 @@ def _write_row(buffer: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
 
 def _forward(
     weights: StepWeights,
+    plan: StepPlan,
     bank: AdapterBank | None,
     fusion: _Fusion | None,
     shape: StepShape,
@@ -318,7 +333,7 @@ def _forward(
     fields = StepFields.of(packed, shape)
     adapters = _Adapters(bank, arrays[-bank.arrays :]) if bank is not None and shape.adapted else None
     fuse = None if fusion is None else _Fuse(fusion.taps, arrays[fusion.place])
-    one = partial(_once, weights.decoder(arrays), adapters, fuse, weights.mesh, shape, constraints, reading)
+    one = partial(_once, weights.model(arrays), plan, adapters, fuse, weights.mesh, shape, constraints, reading)
     if shape.repeats == 1:
         return one(fields, pools, buffer)
 
@@ -363,7 +378,8 @@ class _Adapters(NamedTuple):
 
 
 def _once(
-    decoder: Decoder,
+    model: Model,
+    plan: StepPlan,
     adapters: _Adapters | None,
     fuse: _Fuse | None,
     mesh: Mesh,
@@ -382,14 +398,15 @@ def _once(
     lengths = fields.prompt_length[layout.sequence]
     last = fields.last_token if shape.prefill_tokens else None  # of single tokens each is the last
     wanted = None if reading else last
-    own, logits_of = decoder, _logits_of(decoder, adapters)
+    own, logits_of = model, _logits_of(model, adapters)
     if adapters is not None:
-        own = adapters.bank.adapted(decoder, adapters.arrays, fields.adapter[layout.sequence], wanted)
-    where = tokens, layout.positions, lengths, layout.context
+        own = adapters.bank.adapted(model, adapters.arrays, fields.adapter[layout.sequence], wanted)
+    where = model.embed(tokens), Positions(layout.positions, lengths), layout.context
+    forward = plan.forward(own, shape)
     if fuse is None:
-        hidden, new_pools, _ = own.hidden(*where, pools, wanted)
+        hidden, new_pools, _ = forward(*where, pools, wanted)
     else:
-        hidden, new_pools, tapped = own.hidden(*where, pools[:-1], wanted, fuse.taps)
+        hidden, new_pools, tapped = forward(*where, pools[:-1], wanted, fuse.taps)
         new_pools = (*new_pools, put_features(stored(pools[-1]), fuse(tapped), layout.context.slots))
     prompts = None
     if reading:
@@ -403,13 +420,13 @@ def _once(
     return StepResult(sampled, prompts), cast(Pools, tuple(new_pools)), buffer
 
 
-def _logits_of(decoder: Decoder, adapters: _Adapters | None) -> Callable[[jax.Array, jax.Array | None], jax.Array]:
+def _logits_of(model: Model, adapters: _Adapters | None) -> Callable[[jax.Array, jax.Array | None], jax.Array]:
     """Hidden states [T, D], and the slots int32 [T] of their adapters if there are any → logits float32 [T, V]."""
 
     def logits_of(hidden: jax.Array, slots: jax.Array | None) -> jax.Array:
         if adapters is None or slots is None:
-            return decoder.logits(hidden)
-        return adapters.bank.logits(decoder, adapters.arrays, hidden, slots)
+            return model.logits(hidden)
+        return adapters.bank.logits(model, adapters.arrays, hidden, slots)
 
     return logits_of
 

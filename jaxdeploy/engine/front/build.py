@@ -24,6 +24,7 @@ from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, step_shapes
 from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, plan_cache
 from jaxdeploy.engine.device.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.grammar import Grammars
 from jaxdeploy.engine.scheduling.adapters import Adapters
@@ -34,7 +35,7 @@ from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
@@ -200,7 +201,7 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
 
 
 def _assemble(
-    decoder: Decoder,
+    model: Model,
     plan: CachePlan,
     limits: Limits,
     mesh: Mesh,
@@ -215,22 +216,24 @@ def _assemble(
     for name, content in ({} if adapters is None else adapters.contents).items():
         held.load(name, content)
     scheduler = make_scheduler(blocks, plan, limits, longest_shared, held)
-    pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
+    pools = allocate_pools(model.config, plan, mesh, limits.dtype, ranges)
     bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
+    speculation = guessing.speculation
+    shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
+    logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     runner = ModelRunner(
-        decoder,
+        model,
         pools,
         mesh,
+        plan_steps(model, mesh, pools, shapes),
         slots=limits.max_batch_size,
         session_len=limits.session_len,
         adapters=bank,
         features=guessing.features,
+        tap=guessing.tap,
     )
-    speculation = guessing.speculation
-    shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
-    logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     reader = None if adapters is None else adapters.reader
-    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, speculation, reader)
+    return Engine(scheduler, runner, shapes, model.config.vocab_size, grammars, speculation, reader)
 
 
 def make_scheduler(
