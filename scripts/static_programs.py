@@ -20,7 +20,8 @@ from jaxdeploy.checkpoint.quantized import hold_quantized
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.engine.device.buckets import StepShape
 from jaxdeploy.engine.device.inputs import packed_size, padding_inputs
-from jaxdeploy.engine.device.runner import LOOP_IN_GRAPH, flat_step
+from jaxdeploy.engine.device.runner import LOOP_IN_GRAPH
+from jaxdeploy.engine.device.step import DeviceState, StepArrays, StepProgram, run_step
 from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
@@ -223,7 +224,7 @@ def _measure_engine_step(name: str, shape: StepShape, *, small: bool, sampling: 
         "temp_bytes": more.memory.temp_size_in_bytes,
         "pool_copies": more.copies(f"{'u8' if small else 'bf16'}[{','.join(map(str, ENGINE_POOL))}]"),
         "bytes_in_place": more.memory.alias_size_in_bytes,
-        "bytes_held": sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(_held(2, small))),
+        "bytes_held": sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(_state(2, small))),
         "host_callbacks": more.hlo.count("callback"),
     }
 
@@ -256,10 +257,11 @@ def _bank(config: ModelConfig, mesh: Mesh) -> AdapterBank:
     return bank_of(config, linears, mesh, slots=ADAPTERS, max_rank=16, dtype=jnp.dtype(jnp.bfloat16))
 
 
-def _held(layers: int, small: bool) -> tuple[Any, Any]:
-    """What the engine hands from step to step: pools and token buffer."""
-    pool = _pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16)
-    return (pool,) * layers, jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
+def _state(layers: int, small: bool) -> DeviceState:
+    """Return what the engine hands from step to step, as shapes."""
+    pool: Any = _pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16)
+    token_buffer: Any = jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
+    return DeviceState((pool,) * layers, token_buffer)
 
 
 def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) -> Program:
@@ -268,18 +270,18 @@ def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) 
     ``small``: with weights in 4 bits and a KV cache in 8. ``sampling``: with the full sampler.
     """
     mesh = Mesh(np.array(offline_devices("h200")), ("tp",))
-    model, held = llama_8b(layers, mesh, small=small), _held(layers, small)
+    model, state = llama_8b(layers, mesh, small=small), _state(layers, small)
     bank = _bank(model.config, mesh) if shape.adapted else None
     with jax.default_device(mesh.devices.flat[0]):
-        plan = plan_steps(model, mesh, held[0], [shape])
-    step, weights = flat_step(model, mesh, plan, bank)
-    if bank is not None:
-        weights = (*weights, *jax.eval_shape(bank.zeros))
+        plan = plan_steps(model, mesh, state.pools, [shape])
+    program, weights = StepProgram.of(model, plan, bank)
+    arrays = StepArrays(weights, adapters=() if bank is None else jax.eval_shape(bank.zeros))
     inputs = [jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32)]
     if sampling:
         inputs.append(jax.eval_shape(lambda: padding_inputs(shape, VOCAB, full_sampler=True).constraints))
     options = LOOP_IN_GRAPH if shape.repeats > 1 else None
-    return compile_for("h200", partial(step, shape), weights, *held, *inputs, donate=(1, 2), options=options)
+    step = partial(run_step, program, shape)
+    return compile_for("h200", step, arrays, state, *inputs, donate=(1,), options=options)
 
 
 def _pool_in_8_bits() -> QuantizedPool:

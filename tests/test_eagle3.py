@@ -18,8 +18,10 @@ from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.buckets import draft_shapes
+from jaxdeploy.engine.device.features import Features, FeatureTap
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.device.runner import Features, FeatureTap, ModelRunner
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.sequence import Sequence
@@ -128,7 +130,7 @@ def runners(folder: Path, tp: int) -> tuple[ModelRunner, ModelRunner]:
     zeros = jnp.zeros((plan.num_blocks, BLOCK_SIZE, config.layer.hidden_size))
     features, tap = Features(jax.device_put(zeros, replicated(mesh))), FeatureTap(config.taps, head.fuse[...])
     pools = allocate_pools(config.layer, plan, mesh, dtype)
-    guesses = LastingRunner(head, pools, mesh, StepPlan(), slots=SLOTS, session_len=SESSION_LEN, features=features)
+    guesses = LastingRunner(head, StepPlan(mesh), DeviceState.of(pools, SLOTS, SESSION_LEN, mesh), features=features)
     return runner_of(LastingRunner, tp, features=features, tap=tap), guesses
 
 

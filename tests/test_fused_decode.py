@@ -73,20 +73,20 @@ def step(backend: str, tp: int = 1, dtype: str = "bfloat16", shift: int = 0) -> 
     slots = tables[np.arange(ROWS), positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     slots = np.where(REAL, slots, BLOCKS * BLOCK_SIZE).astype(np.int32)
 
-    shape = StepShape(ROWS, 0, ENTRIES, ROWS)
+    decodes = StepShape(ROWS, 0, ENTRIES, ROWS)
 
     def hidden(pools: list[jax.Array], tokens: Array, positions: Array, tables: Array, slots: Array) -> Any:
         rows = Rows(jnp.asarray(tables), jnp.asarray(positions), jnp.array(REAL, jnp.int32), 1)
         context = PagedContext((rows,), jnp.asarray(slots), mesh)
         places = Positions(jnp.asarray(positions), jnp.asarray(positions))
-        return plan.forward(decoder, shape)(decoder.embed(jnp.asarray(tokens)), places, context, pools)
+        return plan.forward(decoder, decodes)(decoder.embed(jnp.asarray(tokens)), places, context, pools)
 
     jitted: list[Any] = [decoder_module._run_layer, fused_decode._run_layer]
     for layer in jitted:
         layer.clear_cache()  # of what was traced for another backend
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENVIRONMENT, backend)
-        plan = plan_steps(decoder, mesh, pools, [shape])
+        plan = plan_steps(decoder, mesh, pools, [decodes])
         x, new_pools, _ = jax.jit(hidden)(pools, tokens, positions, tables, slots)
     return np.asarray(x, np.float32), np.stack([np.asarray(pool, np.float32) for pool in new_pools])
 

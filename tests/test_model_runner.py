@@ -42,7 +42,7 @@ def test_the_device_knows_the_tokens_that_the_host_knows() -> None:
     for _ in range(9):
         engine.step()
         for sequence in engine.scheduler._running:
-            known = np.asarray(runner._buffer)[sequence.slot, : len(sequence.token_ids)]
+            known = np.asarray(runner._own_state.token_buffer)[sequence.slot, : len(sequence.token_ids)]
             assert known.tolist() == sequence.token_ids
 
 
@@ -65,7 +65,7 @@ def test_pools_and_buffer_are_donated() -> None:
     engine, runner = tiny_engine(), lasting_runner(1)
     engine.add(request("a", prompt(5)))
     for _ in range(2):
-        before = (*runner._pools, runner._buffer)
+        before = jax.tree.leaves(runner._own_state)
         engine.step()
         assert all(array.is_deleted() for array in before)
     engine.abort("a")
@@ -76,7 +76,7 @@ def test_pools_and_buffer_are_donated() -> None:
 def test_no_step_copies_a_pool(shape: StepShape, full_sampler: bool) -> None:
     """XLA may find a copy handy, and then every step would move the whole cache; pools are updated in place."""
     compiled = lasting_runner(1).compiled(padding_inputs(shape, VOCAB, full_sampler=full_sampler))
-    pools = jax.tree.leaves(lasting_runner(1)._pools)
+    pools = jax.tree.leaves(lasting_runner(1)._own_state.pools)
     dims = ",".join(map(str, pools[0].shape))
     assert not re.findall(rf"f32\[{dims}\]\S* copy\(", str(compiled.as_text()))
     memory: Any = compiled.memory_analysis()

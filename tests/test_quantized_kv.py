@@ -20,6 +20,7 @@ from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.kv_policy import Ranges, as_ranges
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import StepPlan, plan_steps
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
@@ -74,7 +75,8 @@ def new_runner(kind: type[ModelRunner], bits: int, tp: int = 1, ranges: Ranges |
     sizes = EngineConfig(block_size=BLOCK_SIZE)
     plan = plan_cache(CONFIG, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype, bits=bits)
     pools = allocate_pools(CONFIG, plan, mesh, dtype, ranges)
-    return kind(decoder_from(CONFIG, params(CONFIG, tp)), pools, mesh, StepPlan(), slots=SLOTS, session_len=SESSION_LEN)
+    state = DeviceState.of(pools, SLOTS, SESSION_LEN, mesh)
+    return kind(decoder_from(CONFIG, params(CONFIG, tp)), StepPlan(mesh), state)
 
 
 @functools.cache
@@ -94,7 +96,7 @@ def short_engine(bits: int | None) -> Any:
     plan = plan_cache(INTERPRETED, sizes, mesh, session_len=session_len, max_batch_size=2, dtype=dtype, bits=bits)
     pools = allocate_pools(INTERPRETED, plan, mesh, dtype)
     decoder = decoder_from(INTERPRETED, params(INTERPRETED))
-    runner = ModelRunner(decoder, pools, mesh, StepPlan(), slots=2, session_len=session_len)
+    runner = ModelRunner(decoder, StepPlan(mesh), DeviceState.of(pools, 2, session_len, mesh))
     blocks = BlockManager(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
@@ -239,7 +241,7 @@ def test_several_devices_generate_what_one_does(tp: int, bits: int) -> None:
     whole = [*item.prompt_token_ids, *tokens]
     effect = chosen(dense_logits(whole), tokens) - chosen(rounded_logits(whole, bits), tokens)
     assert np.abs(logprobs - truth).max() < ROUNDING * np.abs(effect).max()
-    for pool in runner_of(bits, tp)._pools:
+    for pool in runner_of(bits, tp)._own_state.pools:
         for array in jax.tree.leaves(pool):
             share = (*array.shape[:2], CONFIG.num_kv_heads // tp, *array.shape[3:])
             assert [shard.data.shape for shard in array.addressable_shards] == [share] * tp
@@ -250,7 +252,10 @@ def test_several_devices_generate_what_one_does(tp: int, bits: int) -> None:
 def test_no_step_copies_a_pool(shape: StepShape, bits: int) -> None:
     """Values and scales are updated in place, and donated."""
     runner = runner_of(bits, 1)
-    compiled, arrays = runner.compiled(padding_inputs(shape, VOCAB, full_sampler=False)), jax.tree.leaves(runner._pools)
+    compiled, arrays = (
+        runner.compiled(padding_inputs(shape, VOCAB, full_sampler=False)),
+        jax.tree.leaves(runner._own_state.pools),
+    )
     for array in arrays[:2]:
         dims = ",".join(map(str, array.shape))
         assert re.findall(rf"\[{dims}\]\S* parameter\(", str(compiled.as_text()))
@@ -285,7 +290,7 @@ def own_ranges() -> tuple[Array, Array]:
     runner = lasting_runner(1)
     run(tiny_engine(), [request(f"{length}", prompt(length), max_new_tokens=1) for length in (90, 100, 111)])
     low_high = []
-    for pool in runner._pools:
+    for pool in runner._own_state.pools:
         both = np.moveaxis(np.asarray(pool, np.float64), 1, 0).reshape(2, -1)
         low_high.append(np.stack([both.min(axis=1), both.max(axis=1)], axis=-1))
     ranges = np.stack(low_high)
@@ -312,7 +317,7 @@ def test_calibrated_ranges(tp: int) -> None:
     for name, given in (("own", parameters), ("absurd", absurd)):
         ranges = as_ranges(given)
         runner = new_runner(ModelRunner, 8, tp, ranges)
-        before = [np.asarray(pool.scales) for pool in runner._pools if isinstance(pool, QuantizedPool)]
+        before = [np.asarray(pool.scales) for pool in runner._own_state.pools if isinstance(pool, QuantizedPool)]
         engine = tiny_engine(runner=runner, shapes=FEW_SHAPES)
         item = request("a", prompt(100), logprobs=0, max_new_tokens=8)
         tokens, logprobs = generated(engine, item)
@@ -321,7 +326,7 @@ def test_calibrated_ranges(tp: int) -> None:
         worst[name] = np.abs(logprobs - floats).max()
         worst[f"int4 of {name}"] = np.abs(chosen(rounded_logits(whole, 4), tokens) - floats).max()
         assert np.abs(logprobs - truth).max() < ROUNDING * worst[name]
-        after = [np.asarray(pool.scales) for pool in runner._pools if isinstance(pool, QuantizedPool)]
+        after = [np.asarray(pool.scales) for pool in runner._own_state.pools if isinstance(pool, QuantizedPool)]
         np.testing.assert_array_equal(np.stack(after), np.stack(before))
         assert len(after) == CONFIG.num_layers
         engine.close()

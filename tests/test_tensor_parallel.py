@@ -78,7 +78,7 @@ def test_pools_stay_cut_along_kv_heads(tp: int) -> None:
     runner = lasting_runner(tp)
     outputs_of(tiny_engine(tp=tp, shapes=TP_SHAPES), [request("a", prompt(3), logprobs=0, max_new_tokens=2)])
     shape = (128, 2, CONFIG.num_kv_heads // tp, BLOCK_SIZE, CONFIG.head_dim)
-    for pool in jax.tree.leaves(runner._pools):
+    for pool in jax.tree.leaves(runner._own_state.pools):
         assert {shard.data.shape for shard in pool.addressable_shards} == {shape}
         assert len({shard.device for shard in pool.addressable_shards}) == tp
 

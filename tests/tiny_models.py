@@ -16,6 +16,7 @@ from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, draft_shapes
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.adapters import Adapters
@@ -105,7 +106,7 @@ def runner_of(
     plan = plan_cache(config, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype, bits=bits)
     pools = allocate_pools(config, plan, mesh, dtype)
     decoder = decoder_from(config, params(config, tp))
-    return kind(decoder, pools, mesh, StepPlan(), slots=SLOTS, session_len=SESSION_LEN, **options)
+    return kind(decoder, StepPlan(mesh), DeviceState.of(pools, SLOTS, SESSION_LEN, mesh), **options)
 
 
 @functools.cache

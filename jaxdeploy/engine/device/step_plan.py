@@ -22,9 +22,11 @@ class StepPlan:
     """Which steps run through the fused decode kernels. All others run op by op.
 
     Attributes:
+        mesh: the devices that run the steps.
         fused_decodes: sizes of decode steps, in sequences, that are fused.
     """
 
+    mesh: Mesh
     fused_decodes: frozenset[int] = frozenset()
 
     def is_fused(self, shape: StepShape) -> bool:
@@ -44,7 +46,7 @@ def plan_steps(model: Model, mesh: Mesh, pools: Sequence[Pool], shapes: Iterable
     reason = fused_decode.refusal_of(model)
     if reason:
         logger.info("decode steps run op by op: %s", reason)
-        return StepPlan()
+        return StepPlan(mesh)
     fused, table_lengths = [], {shape.decodes: shape.table_length for shape in shapes if _may_fuse(shape)}
     for decodes, table_length in sorted(table_lengths.items()):
         reason = fused_decode.refusal_of_call(model, mesh, pools, decodes, table_length)
@@ -54,7 +56,7 @@ def plan_steps(model: Model, mesh: Mesh, pools: Sequence[Pool], shapes: Iterable
             logger.info("decode steps of %d sequences run op by op: %s", decodes, reason)
     if fused:
         logger.info("decode steps of %s sequences run through fused kernels", ", ".join(map(str, fused)))
-    return StepPlan(frozenset(fused))
+    return StepPlan(mesh, frozenset(fused))
 
 
 def _may_fuse(shape: StepShape) -> bool:

@@ -24,6 +24,7 @@ from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, step_shapes
 from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, plan_cache
 from jaxdeploy.engine.device.kv_policy import Ranges, kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.grammar import Grammars
@@ -223,11 +224,8 @@ def _assemble(
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     runner = ModelRunner(
         model,
-        pools,
-        mesh,
         plan_steps(model, mesh, pools, shapes),
-        slots=limits.max_batch_size,
-        session_len=limits.session_len,
+        DeviceState.of(pools, limits.max_batch_size, limits.session_len, mesh),
         adapters=bank,
         features=guessing.features,
         tap=guessing.tap,

@@ -16,8 +16,10 @@ from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.buckets import draft_shapes
+from jaxdeploy.engine.device.features import Features, FeatureTap
 from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, block_bytes
-from jaxdeploy.engine.device.runner import Features, FeatureTap, ModelRunner
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
@@ -151,7 +153,8 @@ def build_speculation(
     pools = allocate_pools(draft.config, plan, mesh, dtype)
     shapes = draft_shapes(slots, max_prefill_tokens, plan.blocks_for(session_len), count)
     steps = plan_steps(model, mesh, pools, shapes)
-    runner = ModelRunner(model, pools, mesh, steps, slots=slots, session_len=session_len, features=features)
+    state = DeviceState.of(pools, slots, session_len, mesh)
+    runner = ModelRunner(model, steps, state, features=features)
     proposer: Proposer = DraftProposer(runner, shapes, draft.config.vocab_size, count, first=1 if features else 0)
     return Guessing(Speculation(proposer, count), features, tap)
 
