@@ -195,10 +195,10 @@ def test_host_copies_of_unequal_layers_are_exact(tp: int) -> None:
 
 
 def test_cleared_blocks_are_zero_in_every_layer() -> None:
-    pools = runner(1)._pools
+    pools = runner(1)._own_state.pools
     held = [np.asarray(array).copy() for array in jax.tree.leaves(pools)]
     runner(1).clear_blocks([3, 5])
-    for old, array in zip(held, jax.tree.leaves(runner(1)._pools), strict=True):
+    for old, array in zip(held, jax.tree.leaves(runner(1)._own_state.pools), strict=True):
         old[[3, 5]] = 0
         np.testing.assert_array_equal(array, old)
 

@@ -82,7 +82,7 @@ POINTS = [
     Point("note its blocks", f"{ENGINE}.scheduling.prefix_cache:PrefixCache.note"),
     Point("make room", f"{ENGINE}.scheduling.scheduler:Scheduler._make_room"),
     Point("schedule its decode", f"{ENGINE}.scheduling.scheduler:Scheduler._decode"),
-    Point("build its row", f"{ENGINE}.device.batch:forbid", SCORED),
+    Point("build its row", f"{ENGINE}.device.packing:forbid", SCORED),
     Point("follow the grammar: mask", f"{ENGINE}.grammar:Matcher.allow", FORMED, early=True),
     Point("follow the grammar: take", f"{ENGINE}.grammar:Matcher.take", FORMED, early=True),
     Point("read the prompt", f"{ENGINE}.device.prompt_reading:PromptReader.add", ECHO, True, path="/v1/completions"),
@@ -237,8 +237,8 @@ def check_nothing_is_lost(server: RunningServer) -> None:
     "where",
     [
         f"{ENGINE}.device.runner:ModelRunner.write_tokens",
-        f"{ENGINE}.front.engine:choose_shape",
-        f"{ENGINE}.front.engine:build_inputs",
+        f"{ENGINE}.front.engine:choose_bucket",
+        f"{ENGINE}.front.engine:pack",
         f"{ENGINE}.device.runner:ModelRunner.run",
     ],
 )

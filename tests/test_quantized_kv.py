@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, padding_inputs
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape
+from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import StepPlan, plan_steps
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
@@ -28,6 +31,7 @@ from jaxdeploy.models.attention import PagedContext, Rows, dense_attention
 from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, cache_layouts, decoder_from
+from jaxdeploy.models.model import Positions
 from jaxdeploy.models.rope import Rotary, apply_rotary
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import ENVIRONMENT
@@ -73,7 +77,8 @@ def new_runner(kind: type[ModelRunner], bits: int, tp: int = 1, ranges: Any = No
     sizes = EngineConfig(block_size=BLOCK_SIZE)
     plan = plan_cache(LAYOUTS, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
     pools = allocate_pools(LAYOUTS, plan, mesh, dtype, ranges)
-    return kind(decoder_from(CONFIG, params(CONFIG, tp)), pools, mesh, slots=SLOTS, session_len=SESSION_LEN)
+    state = DeviceState.of(pools, SLOTS, SESSION_LEN, mesh)
+    return kind(decoder_from(CONFIG, params(CONFIG, tp)), StepPlan(mesh), state)
 
 
 @functools.cache
@@ -93,7 +98,7 @@ def short_engine(bits: int | None) -> Any:
     plan = plan_cache(layouts, sizes, mesh, session_len=session_len, max_batch_size=2, dtype=dtype)
     pools = allocate_pools(layouts, plan, mesh, dtype)
     decoder = decoder_from(INTERPRETED, params(INTERPRETED))
-    runner = ModelRunner(decoder, pools, mesh, slots=2, session_len=session_len)
+    runner = ModelRunner(decoder, StepPlan(mesh), DeviceState.of(pools, 2, session_len, mesh))
     blocks = BlockManager(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
@@ -153,7 +158,8 @@ def _rounded(bits: int) -> Any:
 
     def logits(tokens: jax.Array, ranges: Any) -> jax.Array:
         positions = jnp.arange(SESSION_LEN, dtype=jnp.int32)
-        x, _ = decoder.hidden(tokens, positions, positions, Rounded(bits), ranges)
+        x = decoder.embed(tokens)
+        x = decoder.hidden(x, Positions(positions, positions), Rounded(bits), ranges).states
         return decoder.logits(x)
 
     return jax.jit(logits)
@@ -237,7 +243,7 @@ def test_several_devices_generate_what_one_does(tp: int, bits: int) -> None:
     whole = [*item.prompt_token_ids, *tokens]
     effect = chosen(dense_logits(whole), tokens) - chosen(rounded_logits(whole, bits), tokens)
     assert np.abs(logprobs - truth).max() < ROUNDING * np.abs(effect).max()
-    for pool in runner_of(bits, tp)._pools:
+    for pool in runner_of(bits, tp)._own_state.pools:
         for array in jax.tree.leaves(pool):
             share = (*array.shape[:2], CONFIG.num_kv_heads // tp, *array.shape[3:])
             assert [shard.data.shape for shard in array.addressable_shards] == [share] * tp
@@ -248,7 +254,10 @@ def test_several_devices_generate_what_one_does(tp: int, bits: int) -> None:
 def test_no_step_copies_a_pool(shape: StepShape, bits: int) -> None:
     """Values and scales are updated in place, and donated."""
     runner = runner_of(bits, 1)
-    compiled, arrays = runner.compiled(padding_inputs(shape, VOCAB, full_sampler=False)), jax.tree.leaves(runner._pools)
+    compiled, arrays = (
+        runner.compiled(padding_inputs(shape, VOCAB, full_sampler=False)),
+        jax.tree.leaves(runner._own_state.pools),
+    )
     for array in arrays[:2]:
         dims = ",".join(map(str, array.shape))
         assert re.findall(rf"\[{dims}\]\S* parameter\(", str(compiled.as_text()))
@@ -283,7 +292,7 @@ def own_ranges() -> tuple[Array, Array]:
     runner = lasting_runner(1)
     run(tiny_engine(), [request(f"{length}", prompt(length), max_new_tokens=1) for length in (90, 100, 111)])
     low_high = []
-    for pool in runner._pools:
+    for pool in runner._own_state.pools:
         both = np.moveaxis(np.asarray(pool, np.float64), 1, 0).reshape(2, -1)
         low_high.append(np.stack([both.min(axis=1), both.max(axis=1)], axis=-1))
     ranges = np.stack(low_high)
@@ -315,7 +324,7 @@ def test_calibrated_ranges(tp: int) -> None:
     for name, given in (("own", parameters), ("absurd", absurd)):
         ranges = ranges_of(given)
         runner = new_runner(ModelRunner, 8, tp, ranges)
-        before = [np.asarray(pool.scales) for pool in runner._pools if isinstance(pool, QuantizedPool)]
+        before = [np.asarray(pool.scales) for pool in runner._own_state.pools if isinstance(pool, QuantizedPool)]
         engine = tiny_engine(runner=runner, shapes=FEW_SHAPES)
         item = request("a", prompt(100), logprobs=0, max_new_tokens=8)
         tokens, logprobs = generated(engine, item)
@@ -324,7 +333,7 @@ def test_calibrated_ranges(tp: int) -> None:
         worst[name] = np.abs(logprobs - floats).max()
         worst[f"int4 of {name}"] = np.abs(chosen(rounded_logits(whole, 4), tokens) - floats).max()
         assert np.abs(logprobs - truth).max() < ROUNDING * worst[name]
-        after = [np.asarray(pool.scales) for pool in runner._pools if isinstance(pool, QuantizedPool)]
+        after = [np.asarray(pool.scales) for pool in runner._own_state.pools if isinstance(pool, QuantizedPool)]
         np.testing.assert_array_equal(np.stack(after), np.stack(before))
         assert len(after) == CONFIG.num_layers
         engine.close()
@@ -358,14 +367,18 @@ def test_fused_decode_steps_leave_calibrated_pools_alone(
     values, scales = jnp.zeros((4, 2, 2, 16, 64), jnp.uint8), jnp.zeros((4, 2, 2, 2, 16), jnp.float16)
     pool = QuantizedPool(values, scales, calibrated)
 
+    shape = StepShape(1, 0, 2, 1)
+
     def step(weights: Any, pool: Any) -> Any:
         decoder: Decoder = decoder_from(WIDE, weights)
         one = jnp.zeros(1, jnp.int32)
         context = PagedContext((Rows(jnp.zeros((1, 2), jnp.int32), one, one + 1, 1),), one, make_mesh(1))
-        return decoder.hidden(one, one, one, context, [pool])
+        return plan.forward(decoder, shape)(decoder.embed(one), Positions(one, one), context, [pool])
 
     with caplog.at_level(logging.INFO, "jaxdeploy"):
-        _, (updated,) = jax.eval_shape(step, weights, pool)
+        plan = plan_steps(decoder_from(WIDE, weights), make_mesh(1), [pool], [shape])
+    assert plan.is_fused(shape) != calibrated
+    (updated,) = jax.eval_shape(step, weights, pool).pools
     assert updated.calibrated == calibrated
     refused = "run op by op: decode_layer: pallas_triton takes each key's and value's own range, not one that was"
     assert (refused in caplog.text) == calibrated

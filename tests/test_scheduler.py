@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdeploy.engine.device.batch import ROW_LENGTH, choose_shape, step_shapes
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, BucketTable, step_shapes
+from jaxdeploy.engine.device.packing import choose_bucket
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.host_tier import Transfer
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
@@ -484,6 +485,7 @@ def test_every_request_finishes_in_order_and_within_bounds(
 ) -> None:
     scheduler = make_scheduler(blocks, batch, budget, host_blocks=host_blocks, decode_steps=decode_steps)
     shapes = step_shapes(batch, budget, scheduler.max_mixed_tokens, scheduler.blocks_for(SESSION_LEN), decode_steps)
+    buckets = BucketTable(shapes)
     model = FakeModel(scheduler, ahead=ahead)
     items = [sequence(f"{index:03}", length, new) for index, (length, new, _, _) in enumerate(requests)]
     arrival = sorted(range(len(items)), key=lambda index: requests[index][2])
@@ -500,7 +502,7 @@ def test_every_request_finishes_in_order_and_within_bounds(
             break
         done = model.step()
         if done:
-            choose_shape(shapes, done)  # asserts that one fits
+            choose_bucket(buckets, done)  # asserts that one fits
         queue = [position[item] for item in (*scheduler._running, *scheduler._waiting)]
         assert queue == sorted(queue), "who came first runs first, preempted or not"
         admitted += [position[item] for item in done.admitted if position[item] not in admitted]

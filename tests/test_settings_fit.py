@@ -12,16 +12,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import (
-    ModelInputs,
-    build_inputs,
-    choose_shape,
-    draft_shapes,
-    reading_of,
-    reading_shapes,
-)
+from jaxdeploy.engine.device.buckets import BucketTable, draft_shapes, prompt_output_shapes
+from jaxdeploy.engine.device.inputs import ModelInputs
 from jaxdeploy.engine.device.kv_cache import CachePlan
+from jaxdeploy.engine.device.packing import choose_bucket, pack, prompt_outputs_of
 from jaxdeploy.engine.front.build import longest_shared, make_scheduler, resolve_limits, shapes_of
+from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.scheduler import ScheduledBatch, Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
@@ -129,12 +125,12 @@ def run(scheduler: Scheduler, shapes: Any, speculation: Speculation | None, dice
         scheduler.prefixes.transfers()
         assert not scheduler.faults
         if batch:
-            of_kind = reading_shapes(shapes) if reading_of(batch) else shapes
-            build_inputs(choose_shape(of_kind, batch), batch, VOCAB)
+            of_kind = prompt_output_shapes(shapes) if prompt_outputs_of(batch) else shapes
+            pack(choose_bucket(BucketTable(of_kind), batch), batch, VOCAB)
             scheduler.commit(new_tokens(batch, speculation, dice))
             for chunk in batch.chunks:
                 if chunk.samples:
-                    chunk.sequence.reading = type(chunk.sequence.reading).NOTHING
+                    chunk.sequence.prompt_outputs = PromptOutputs.NONE
 
 
 @pytest.mark.parametrize(

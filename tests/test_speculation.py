@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.gate import FEW, PATIENCE, Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import padding_inputs
+from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.cache_layout import CacheDtype, HeadsLayout
@@ -79,7 +79,7 @@ def test_pools_stay_cut_along_kv_heads(tp: int) -> None:
     runner = lasting_runner(tp)
     outputs_of(tiny_engine(tp=tp, shapes=TP_SHAPES), [request("a", prompt(3), logprobs=0, max_new_tokens=2)])
     shape = (128, 2, CONFIG.num_kv_heads // tp, BLOCK_SIZE, CONFIG.head_dim)
-    for pool in jax.tree.leaves(runner._pools):
+    for pool in jax.tree.leaves(runner._own_state.pools):
         assert {shard.data.shape for shard in pool.addressable_shards} == {shape}
         assert len({shard.device for shard in pool.addressable_shards}) == tp
 

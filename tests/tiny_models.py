@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, draft_shapes
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, draft_shapes
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
@@ -91,7 +93,7 @@ def params(config: ModelConfig = CONFIG, tp: int = 1) -> dict[ParamPath, jax.Arr
 
 
 def _matrix(random: np.random.Generator, path: ParamPath, shape: Sequence[int]) -> Array:
-    inputs = {"wo": CONFIG.num_heads * CONFIG.head_dim, "embedding": 1}.get(str(path[-1]), shape[0])
+    inputs = {"wo": CONFIG.num_heads * CONFIG.head_dim, "table": 1}.get(str(path[-1]), shape[0])
     matrix: Array = random.standard_normal(shape) * 2.0 / np.sqrt(inputs)
     return matrix
 
@@ -110,7 +112,7 @@ def runner_of(
     sizes = EngineConfig(block_size=BLOCK_SIZE)
     plan = plan_cache(layouts, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
     pools = allocate_pools(layouts, plan, mesh, dtype)
-    return kind(decoder, pools, mesh, slots=SLOTS, session_len=SESSION_LEN, **options)
+    return kind(decoder, StepPlan(mesh), DeviceState.of(pools, SLOTS, SESSION_LEN, mesh), **options)
 
 
 @functools.cache

@@ -122,7 +122,7 @@ class _Run:
         start, mesh = time.perf_counter(), make_mesh(self.config.tp)
         beside, work = self._beside(), self._work_dir()
         outer = self.model.outer()
-        passage = Passage(self.model, self.config, self.layout, work, self.data, outer["embed", "embedding"], mesh)
+        passage = Passage(self.model, self.config, self.layout, work, self.data, outer["embedding", "table"], mesh)
         for index in self._layers():
             passage.layer(index)
         quality = passage.quality(Outer.of(self.model.config, outer))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdeploy.engine.checks import MAX_LOGPROBS
-from jaxdeploy.engine.device.batch import Place
+from jaxdeploy.engine.device.packing import PromptPlace
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.errors import NonFiniteError
 from jaxdeploy.messages import PromptReading, TokenLogprob
@@ -89,7 +89,7 @@ class PromptReader:
         self._last: Any = None
         self._logprobs: list[TokenLogprob] = []
 
-    def add(self, place: Place, rows: PromptRows) -> None:
+    def add(self, place: PromptPlace, rows: PromptRows) -> None:
         """The next chunk; one that begins at 0 begins anew, for a preempted prompt is computed again."""
         chunk = place.chunk
         if chunk.start == 0:

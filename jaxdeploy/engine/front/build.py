@@ -20,10 +20,12 @@ from jaxdeploy.checkpoint.tensor_ref import TensorRef
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.adapter_reader import EngineAdapters, adapters_of
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, step_shapes
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, step_shapes
 from jaxdeploy.engine.device.kv_cache import CachePlan, Pools, allocate_pools, plan_cache
 from jaxdeploy.engine.device.kv_policy import kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.grammar import Grammars
 from jaxdeploy.engine.scheduling.adapters import Adapters
@@ -35,7 +37,8 @@ from jaxdeploy.errors import ConfigError
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder, cache_layouts
+from jaxdeploy.models.decoder import cache_layouts
+from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
@@ -202,7 +205,7 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
 
 
 def _assemble(
-    decoder: Decoder,
+    model: Model,
     pools: Pools,
     plan: CachePlan,
     limits: Limits,
@@ -218,20 +221,19 @@ def _assemble(
         held.load(name, content)
     scheduler = make_scheduler(blocks, plan, limits, longest_shared, held)
     bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
-    runner = ModelRunner(
-        decoder,
-        pools,
-        mesh,
-        slots=limits.max_batch_size,
-        session_len=limits.session_len,
-        adapters=bank,
-        features=guessing.features,
-    )
     speculation = guessing.speculation
     shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
+    runner = ModelRunner(
+        model,
+        plan_steps(model, mesh, pools, shapes),
+        DeviceState.of(pools, limits.max_batch_size, limits.session_len, mesh),
+        adapters=bank,
+        features=guessing.features,
+        tap=guessing.tap,
+    )
     reader = None if adapters is None else adapters.reader
-    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, speculation, reader)
+    return Engine(scheduler, runner, shapes, model.config.vocab_size, grammars, speculation, reader)
 
 
 def make_scheduler(

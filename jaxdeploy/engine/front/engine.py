@@ -21,26 +21,26 @@ import numpy as np
 
 from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.device.adapter_reader import AdapterReader
-from jaxdeploy.engine.device.batch import (
-    ModelInputs,
-    StepShape,
-    build_inputs,
-    choose_shape,
+from jaxdeploy.engine.device.buckets import BucketTable, StepShape, prompt_output_shapes, with_adapters
+from jaxdeploy.engine.device.inputs import StepFields
+from jaxdeploy.engine.device.packing import (
+    PackedBatch,
+    choose_bucket,
     for_adapters,
-    reading_of,
-    reading_shapes,
+    pack,
+    prompt_outputs_of,
     settings_of,
-    unpack,
-    with_adapters,
 )
 from jaxdeploy.engine.device.prompt_reading import PromptReader
-from jaxdeploy.engine.device.runner import ModelRunner, StepResult
+from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.device.sampler import NOT_FINITE
+from jaxdeploy.engine.device.step import StepResult
 from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.grammar import Grammars, Matcher
+from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch, Scheduler
-from jaxdeploy.engine.scheduling.sequence import Reading, Sequence
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
@@ -81,8 +81,7 @@ class Flight:
     """
 
     result: StepResult
-    batch: ScheduledBatch
-    inputs: ModelInputs
+    packed: PackedBatch
     drafting: bool
 
 
@@ -112,7 +111,9 @@ class Engine:
         self.weight_bytes = runner.weight_bytes
         self._runner = runner
         self._shapes = shapes
-        self._reading_shapes = reading_shapes(shapes)
+        self._prompt_output_shapes = prompt_output_shapes(shapes)
+        self._buckets = BucketTable(shapes)
+        self._prompt_output_buckets = BucketTable(self._prompt_output_shapes)
         self.limits = RequestLimits(scheduler.session_len, vocab_size)
         self._sequences: dict[str, Sequence] = {}
         self._failed: list[StepOutput] = []
@@ -183,7 +184,7 @@ class Engine:
         settings_of(sequence)  # laid out here, where a value that does not fit costs this request only
         if request.adapter is not None:
             sequence.adapter = self._adapters.named(request.adapter)
-        reader = PromptReader(sequence) if sequence.reading else None
+        reader = PromptReader(sequence) if sequence.prompt_outputs else None
         if request.sampling.grammar is None and reader is None:
             self.scheduler.add(sequence)
         else:
@@ -291,9 +292,9 @@ class Engine:
 
     def _compile(self, sequence: Sequence) -> Matcher | None:
         """What must be there before ``sequence`` can run; in a thread, others go on meanwhile."""
-        if sequence.reading:
-            adapted = [] if self._reader is None else with_adapters(self._reading_shapes)
-            self._runner.prepare(self._reading_shapes + adapted, sequence.reading)
+        if sequence.prompt_outputs:
+            adapted = [] if self._reader is None else with_adapters(self._prompt_output_shapes)
+            self._runner.prepare(self._prompt_output_shapes + adapted, sequence.prompt_outputs)
         grammar = sequence.sampling.grammar
         if grammar is None:
             return None
@@ -325,7 +326,7 @@ class Engine:
 
     def _must_see_tokens(self) -> bool:
         """Whether a sequence's next token depends on one in flight in a way that only the host can tell."""
-        return self._flight is not None and any(chunk.sequence.reads_tokens for _, chunk in self._flight.inputs.rows)
+        return self._flight is not None and any(chunk.sequence.reads_tokens for _, chunk in self._flight.packed.rows)
 
     def _drafter(self) -> Speculation | None:
         """Who is to guess in the next step, if it should be tried."""
@@ -355,14 +356,14 @@ class Engine:
     def _start(self, batch: ScheduledBatch, *, drafting: bool) -> Flight:
         """Build and launch ``batch``."""
         with self.spans("build"):
-            shape = choose_shape(self._reading_shapes if reading_of(batch) else self._shapes, batch)
-            shape, batch = for_adapters(shape, batch)
-            inputs = build_inputs(shape, batch, self.limits.vocab_size)
+            buckets = self._prompt_output_buckets if prompt_outputs_of(batch) else self._buckets
+            shape, batch = for_adapters(choose_bucket(buckets, batch), batch)
+            packed = pack(shape, batch, self.limits.vocab_size)
         with self.spans("dispatch"):
-            result = self._runner.run(inputs)
-        for sequence, error in inputs.faults:
+            result = self._runner.run(packed.inputs)
+        for sequence, error in packed.faults:
             self._fail(sequence, error)
-        return Flight(result, batch, inputs, drafting)
+        return Flight(result, packed, drafting)
 
     def _copy(self) -> None:
         """Launch what blocks and adapter slots need before the next step."""
@@ -420,7 +421,7 @@ class Engine:
             tokens = sampled.tokens.T.tolist()
             rows: list[tuple[int, Sequence, int]] = []
             new: dict[Sequence, list[int]] = {}
-            for row, chunk in flight.inputs.rows:
+            for row, chunk in flight.packed.rows:
                 sequence = chunk.sequence
                 if sequence.finish_reason is not None:
                     continue
@@ -449,12 +450,13 @@ class Engine:
 
         A sequence that has ended meanwhile may have left such values too. One that ended here has no blocks left.
         """
-        width, decodes = flight.inputs.shape.decode_length, flight.inputs.shape.decodes
+        shape, batch = flight.packed.inputs.shape, flight.packed.batch
+        width, decodes = shape.decode_length, shape.decodes
         places = [
-            *((width * index, index, chunk) for index, chunk in enumerate(flight.batch.decodes)),
-            *((width * decodes + index, decodes + index, chunk) for index, chunk in enumerate(flight.batch.chunks)),
+            *((width * index, index, chunk) for index, chunk in enumerate(batch.decodes)),
+            *((width * decodes + index, decodes + index, chunk) for index, chunk in enumerate(batch.chunks)),
         ]
-        tables = unpack(flight.inputs.packed, flight.inputs.shape)["block_tables"]
+        tables = StepFields.of(flight.packed.inputs.packed, shape).block_tables
         for row, index, chunk in places:
             mine, sequence = tokens[:, row : row + 1 + len(chunk.drafts)], chunk.sequence
             if sequence.finish_reason is FinishReason.ERROR or not (mine == NOT_FINITE).any():
@@ -475,13 +477,13 @@ class Engine:
     def _time(self, flight: Flight, tokens: int) -> None:
         """Tell how long a step of decodes took: the time since the one before was taken in."""
         before, self._taken_in = self._taken_in, time.monotonic()
-        batch = flight.batch
+        batch = flight.packed.batch
         if self._speculation is not None and before is not None and tokens and not batch.chunks:
             seconds = self._taken_in - before
             self._speculation.gate.note(len(batch.decodes), drafted=flight.drafting, seconds=seconds, tokens=tokens)
 
     def _take_readings(self, flight: Flight) -> None:
-        for place in flight.inputs.read:
+        for place in flight.packed.prompts:
             sequence = place.chunk.sequence
             reader = self._readers.get(sequence)
             if reader is None or flight.result.prompts is None:
@@ -498,8 +500,8 @@ class Engine:
             places = ((0, row + index) if len(sampled.tokens) == 1 else (index, row) for index in range(len(tokens)))
             logprobs = tuple(_logprob(token, sampled, *at, wanted) for token, at in zip(tokens, places, strict=True))
         prompt = None
-        if sequence.reading:
-            sequence.reading = Reading.NOTHING
+        if sequence.prompt_outputs:
+            sequence.prompt_outputs = PromptOutputs.NONE
             prompt = self._readers.pop(sequence).reading()
         if sequence.finish_reason is not None:
             del self._sequences[sequence.request_id]
@@ -512,7 +514,7 @@ def _to_host(flight: Flight) -> HostSample:
     def fetch(array: jax.Array | None) -> Array | None:
         if array is None:
             return None
-        return np.asarray(array) if flight.batch.repeats > 1 else np.asarray(array)[None]
+        return np.asarray(array) if flight.packed.batch.repeats > 1 else np.asarray(array)[None]
 
     tokens = fetch(flight.result.sampled.tokens)
     assert tokens is not None, "every step samples"

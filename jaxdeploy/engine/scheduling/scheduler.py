@@ -64,6 +64,11 @@ class ScheduledBatch:
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)
 
+    @property
+    def max_drafts(self) -> int:
+        """Most drafts of any sequence."""
+        return max([len(chunk.drafts) for chunk in self.decodes], default=0)
+
 
 class Drafter(Protocol):
     """Who guesses how sequences go on."""
@@ -332,8 +337,8 @@ class Scheduler:
         """
         if sequence.in_flight or not self.adapters.has_room(sequence.adapter):
             return False
-        kept = [] if sequence.reading else sequence.blocks
-        found = [] if sequence.reading else self.prefixes.find(sequence)
+        kept = [] if sequence.prompt_outputs else sequence.blocks
+        found = [] if sequence.prompt_outputs else self.prefixes.find(sequence)
         own = self.blocks.hold(kept)
         computed = min(sequence.computed, len(own) * self.block_size)
         if len(found) > len(own):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, Protocol
 
+from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.adapters import Adapter, Root
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, SamplingParams, SpeculationCounts
@@ -22,15 +22,6 @@ class MatcherLike(Protocol):
     def take(self, token_id: int) -> bool:
         """The reply goes on with ``token_id``; whether it still follows."""
         ...
-
-
-class Reading(IntEnum):
-    """How much a step tells of the prompts that it computes."""
-
-    NOTHING = 0
-    HIDDEN = 1
-    LOGPROBS = 2
-    """Hidden states as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +62,8 @@ class Sequence:
     int32 indices of its blocks. ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` is how
     others find its tokens, in its own blocks or in such as had the same before (``PrefixCache``). ``settings`` is what
     a step takes of it that never changes, once that is laid out. ``matcher`` follows the reply through its grammar, if
-    it has one. ``fault`` is why it ended with ``FinishReason.ERROR``. ``reading`` is what its prompt is still read for.
+    it has one. ``fault`` is why it ended with ``FinishReason.ERROR``. ``prompt_outputs``: what its prompt
+    still returns.
     A draft model has keys and values of ``drafted`` tokens in the same blocks; ``speculation`` counts drafts. It runs
     with ``adapter``, ``None``: the model itself.
     """
@@ -98,13 +90,13 @@ class Sequence:
     finish_reason: FinishReason | None = None
     fault: Exception | None = None
     adapter: Adapter | None = None
-    reading: Reading = field(init=False)
+    prompt_outputs: PromptOutputs = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.prompt_length = len(self.token_ids)
         self.longest = self.prompt_length + self.sampling.max_new_tokens
-        self.reading = _reading(self.request)
+        self.prompt_outputs = _prompt_outputs(self.request)
         self._always_sampler = _needs_sampler(self.sampling)
 
     @property
@@ -180,10 +172,10 @@ class Sequence:
             self.finish_reason = FinishReason.LENGTH
 
 
-def _reading(request: Request) -> Reading:
+def _prompt_outputs(request: Request) -> PromptOutputs:
     if request.sampling.prompt_logprobs is not None:
-        return Reading.LOGPROBS
-    return Reading.HIDDEN if request.embed else Reading.NOTHING
+        return PromptOutputs.LOGPROBS
+    return PromptOutputs.HIDDEN if request.embed else PromptOutputs.NONE
 
 
 def _needs_sampler(sampling: SamplingParams) -> bool:

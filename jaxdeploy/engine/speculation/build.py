@@ -14,18 +14,20 @@ from jaxdeploy.checkpoint.eagle3 import load_eagle3
 from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import draft_shapes
+from jaxdeploy.engine.device.buckets import draft_shapes
+from jaxdeploy.engine.device.features import Features, FeatureTap
 from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools
-from jaxdeploy.engine.device.runner import Features, ModelRunner
-from jaxdeploy.engine.device.step_weights import StepModel
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_config
+from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.tokenizer import Tokenizer
@@ -45,10 +47,17 @@ class DraftModel:
 
 
 class Guessing(NamedTuple):
-    """Who guesses, if anybody does, and the features that this takes of the model."""
+    """How drafts are made.
+
+    Attributes:
+        speculation: ``None`` without drafts.
+        features: written by the steps of the model for the head that drafts.
+        tap: how they are made.
+    """
 
     speculation: Speculation | None = None
     features: Features | None = None
+    tap: FeatureTap | None = None
 
 
 def method_of(config: EngineConfig) -> str | None:
@@ -91,19 +100,19 @@ def find_draft_model(folder: Path, model: ModelConfig, config: EngineConfig) -> 
 
 def load_draft_model(
     draft: DraftModel | None,
-    decoder: Decoder,
+    model: Model,
     config: EngineConfig,
     mesh: Mesh,
     dtype: jnp.dtype,
     *,
     outputs_first: bool,
     progress: bool,
-) -> StepModel | None:
-    """The model that guesses for ``decoder``, if one does. Raises ``CheckpointError``."""
+) -> Model | None:
+    """The model that guesses for ``model``, if one does. Raises ``CheckpointError``."""
     if draft is None:
         return None
     if draft.eagle3 is not None:
-        embedding = decoder.embed.embedding[...]
+        embedding = model.embedding.table[...]
         return load_eagle3(draft.folder, draft.eagle3, embedding, mesh, dtype, progress=progress)
     return load_model(
         draft.folder,
@@ -119,7 +128,7 @@ def load_draft_model(
 def build_speculation(
     config: EngineConfig,
     draft: DraftModel | None,
-    model: StepModel | None,
+    model: Model | None,
     plan: CachePlan,
     mesh: Mesh,
     dtype: CacheDtype,
@@ -136,14 +145,18 @@ def build_speculation(
     if draft is None or model is None:
         return Guessing(Speculation(NgramProposer(), count))
     pools = allocate_pools(model.cache_layouts, plan, mesh, dtype)
-    features = None
+    features, tap = None, None
     if draft.eagle3 is not None and isinstance(model, Eagle3):
         *pools_of_layers, array = pools
-        pools, features = tuple(pools_of_layers), Features(array, model.fuse[...], draft.eagle3.taps)
-    runner = ModelRunner(model, pools, mesh, slots=slots, session_len=session_len, features=features)
+        pools = tuple(pools_of_layers)
+        features = Features(array)
+        tap = FeatureTap(draft.eagle3.taps, model.fuse[...])
     shapes = draft_shapes(slots, max_prefill_tokens, plan.blocks_for(session_len), count)
+    steps = plan_steps(model, mesh, pools, shapes)
+    state = DeviceState.of(pools, slots, session_len, mesh)
+    runner = ModelRunner(model, steps, state, features=features)
     proposer: Proposer = DraftProposer(runner, shapes, draft.config.vocab_size, count, first=1 if features else 0)
-    return Guessing(Speculation(proposer, count), features)
+    return Guessing(Speculation(proposer, count), features, tap)
 
 
 def _tokens(folder: Path) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, build_inputs, choose_shape
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, BucketTable, StepShape
+from jaxdeploy.engine.device.packing import choose_bucket, pack
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.sequence import Sequence
@@ -48,6 +49,7 @@ class DraftProposer:
     ) -> None:
         self._runner = runner
         self._shapes = shapes
+        self._buckets = BucketTable(shapes)
         self._vocab_size = vocab_size
         self._count = count
         self._first = first
@@ -115,6 +117,6 @@ class DraftProposer:
 
     def _run(self, batch: ScheduledBatch) -> tuple[Array, dict[Sequence, int]]:
         """The tokens of a step, [repeats, samples], and where each sequence has its first."""
-        inputs = build_inputs(choose_shape(self._shapes, batch), batch, self._vocab_size, free=True)
-        sampled = np.asarray(self._runner.run(inputs).sampled.tokens)
-        return np.atleast_2d(sampled), {chunk.sequence: row for row, chunk in inputs.rows}
+        packed = pack(choose_bucket(self._buckets, batch), batch, self._vocab_size, constrain=False)
+        sampled = np.asarray(self._runner.run(packed.inputs).sampled.tokens)
+        return np.atleast_2d(sampled), {chunk.sequence: row for row, chunk in packed.rows}
