@@ -18,11 +18,12 @@ from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.models.decoder import abstract_params
+from jaxdeploy.models.cache_layout import CacheDtype, HeadsLayout
+from jaxdeploy.models.decoder import abstract_params, cache_layouts
 from jaxdeploy.models.lora import bank_of
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import TP_AXIS, make_mesh
-from jaxdeploy.parallel.sharding import POOL_AXES, RULES, check_divisible, device_bytes, replicated, sharding_of
+from jaxdeploy.parallel.sharding import RULES, check_divisible, device_bytes, replicated, sharding_of
 from tests import tiny_models
 from tests.selection import every_other
 from tests.tiny_models import (
@@ -87,7 +88,7 @@ def test_pools_stay_cut_along_kv_heads(tp: int) -> None:
     runner = lasting_runner(tp)
     outputs_of(tiny_engine(tp=tp, shapes=TP_SHAPES), [request("a", prompt(3), logprobs=0, max_new_tokens=2)])
     shape = (128, 2, CONFIG.num_kv_heads // tp, BLOCK_SIZE, CONFIG.head_dim)
-    for pool in jax.tree.leaves(runner._pools):
+    for pool in jax.tree.leaves(runner._own_state.pools):
         assert {shard.data.shape for shard in pool.addressable_shards} == {shape}
         assert len({shard.device for shard in pool.addressable_shards}) == tp
 
@@ -103,9 +104,9 @@ def test_a_layer_costs_two_all_reduces(tp: int) -> None:
 
 
 def test_pools_take_a_share_of_memory_on_each_device() -> None:
-    mesh, dtype = make_mesh(4), jnp.dtype(jnp.float32)
-    plan = plan_cache(CONFIG, EngineConfig(), mesh, session_len=SESSION_LEN, max_batch_size=1, dtype=dtype)
-    pools = jax.tree.leaves(allocate_pools(CONFIG, plan, mesh, dtype))
+    mesh, layouts, dtype = make_mesh(4), cache_layouts(CONFIG), CacheDtype(jnp.dtype(jnp.float32))
+    plan = plan_cache(layouts, EngineConfig(), mesh, session_len=SESSION_LEN, max_batch_size=1, dtype=dtype)
+    pools = jax.tree.leaves(allocate_pools(layouts, plan, mesh, dtype))
     on_one = sum(shard.data.nbytes for pool in pools for shard in pool.addressable_shards if shard.device.id == 0)
     assert on_one == plan.num_blocks * plan.block_bytes
 
@@ -148,7 +149,7 @@ def test_a_second_axis_changes_no_token(grid: Mesh) -> None:
 
 def test_every_logical_axis_has_a_rule() -> None:
     named = {axis for param in abstract_params(CONFIG, jnp.dtype(jnp.float32)).values() for axis in param.axes}
-    assert {axis for axis in named | set(POOL_AXES) if axis is not None} <= set(RULES)
+    assert {axis for axis in named | set(HeadsLayout.AXES) if axis is not None} <= set(RULES)
 
 
 def test_an_axis_that_does_not_divide_stays_whole() -> None:

@@ -22,7 +22,7 @@ from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.formats.registry import quantization_of
 from jaxdeploy.models.registry import family_of
 
-_HEAD, _EMBEDDING = ("head", "weight"), ("embed", "embedding")
+_HEAD, _EMBEDDING = ("head", "weight"), ("embedding", "table")
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,6 @@ RULES: dict[str, str | None] = {
 }
 """Logical axis → mesh axis; ``None`` keeps the axis whole on every device."""
 
-POOL_AXES = (None, None, "kv_heads", None, None)
-"""Logical axes of a KV pool [P, 2, K, S, H]."""
-
 
 def sharding_of(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
     """The placement of an array with these logical ``axes``; an axis that does not divide evenly stays whole."""

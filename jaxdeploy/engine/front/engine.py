@@ -32,8 +32,9 @@ from jaxdeploy.engine.device.packing import (
     settings_of,
 )
 from jaxdeploy.engine.device.prompt_reading import PromptReader
-from jaxdeploy.engine.device.runner import ModelRunner, StepResult
+from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.device.sampler import NOT_FINITE
+from jaxdeploy.engine.device.step import StepResult
 from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.adapters import Adapters
