@@ -39,6 +39,7 @@ from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.progress import counted
+from jaxdeploy.stored_file import user_path
 from jaxdeploy.tokenizer import Tokenizer
 from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError, preferred
 
@@ -267,7 +268,7 @@ def _enable_compilation_cache(config: EngineConfig) -> None:
     """Keep compiled programs on disk, unless the user has told JAX where already."""
     if config.compilation_cache_dir is None and getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    folder = Path(config.compilation_cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    folder = user_path(config.compilation_cache_dir or DEFAULT_CACHE_DIR)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
