@@ -20,9 +20,11 @@ from pallas_kernels.dispatch import RefusalError
 from pallas_kernels.hopper import OLDEST_JAX, SHARED_MEMORY, need_hopper
 from pallas_kernels.kv_pool import QuantizedPool, quantize
 from pallas_kernels.offline.devices import DEVICES
+from pallas_kernels.paged_attention import hopper_tiles as attention_tiles
 from pallas_kernels.paged_attention import pallas_mosaic_gpu as attention
 from pallas_kernels.paged_attention import shapes as attention_shapes
 from pallas_kernels.target import Target
+from pallas_kernels.w4a16_matmul import hopper_tiles as matmul_tiles
 from pallas_kernels.w4a16_matmul import pallas_mosaic_gpu as matmul
 from pallas_kernels.w4a16_matmul import shapes as matmul_shapes
 from pallas_kernels.w4a16_matmul.tiles import Tiles
@@ -86,14 +88,14 @@ def test_an_old_jax_is_refused(monkeypatch: pytest.MonkeyPatch, version: tuple[i
 # --- w4a16_matmul
 
 PRODUCT = matmul_shapes.Shape("five chunks", 150, 640, 256, group_size=64, bias=True)
-NARROW = matmul.HopperTiles(128, chunks=2, halves=3)
+NARROW = matmul_tiles.HopperTiles(128, chunks=2, halves=3)
 
 PRODUCTS = [
     (PRODUCT, NARROW),
     (replace(PRODUCT, k=128, dtype="float16", symmetric=True), NARROW),
-    (replace(PRODUCT, m=128, k=256, n=128, bias=False), matmul.HopperTiles(64, chunks=1, halves=2)),
-    (replace(PRODUCT, m=257, k=256, group_size=32), matmul.HopperTiles(256, chunks=3, halves=5)),
-    (replace(PRODUCT, m=257, k=384, n=512, group_size=128), matmul.HopperTiles(192, 2, 4, cluster=2)),
+    (replace(PRODUCT, m=128, k=256, n=128, bias=False), matmul_tiles.HopperTiles(64, chunks=1, halves=2)),
+    (replace(PRODUCT, m=257, k=256, group_size=32), matmul_tiles.HopperTiles(256, chunks=3, halves=5)),
+    (replace(PRODUCT, m=257, k=384, n=512, group_size=128), matmul_tiles.HopperTiles(192, 2, 4, cluster=2)),
     (replace(PRODUCT, m=128, k=256, n=768, group_size=-1), None),
 ]
 """Every group size, one CTA and clusters, one tile and several, the last with one row; one slot and many."""
@@ -105,7 +107,7 @@ def error(args: tuple[Any, ...], got: Any) -> float:
 
 
 @pytest.mark.parametrize(("shape", "tiles"), PRODUCTS, ids=str)
-def test_product(shape: matmul_shapes.Shape, tiles: matmul.HopperTiles | None) -> None:
+def test_product(shape: matmul_shapes.Shape, tiles: matmul_tiles.HopperTiles | None) -> None:
     args = weights(shape)
     got = interpreted(matmul, *args, tiles=tiles)
     if got is not None:
@@ -126,7 +128,9 @@ def test_a_wrong_weight_is_noticed(mutation: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("through_memory", [False, True])
 @pytest.mark.parametrize(("shape", "tiles"), PRODUCTS, ids=str)
-def test_product_on_a_gpu(shape: matmul_shapes.Shape, tiles: matmul.HopperTiles | None, through_memory: bool) -> None:
+def test_product_on_a_gpu(
+    shape: matmul_shapes.Shape, tiles: matmul_tiles.HopperTiles | None, through_memory: bool
+) -> None:
     args = weights(shape)
     if tiles is not None:
         tiles = replace(tiles, through_memory=through_memory, halves=min(tiles.halves, 4))
@@ -162,7 +166,7 @@ def test_tiles_of_another_backend_are_refused() -> None:
 
 
 @pytest.mark.parametrize("tiles", [replace(NARROW, halves=1), replace(NARROW, halves=16)])
-def test_tiles_that_deadlock_or_do_not_fit(tiles: matmul.HopperTiles) -> None:
+def test_tiles_that_deadlock_or_do_not_fit(tiles: matmul_tiles.HopperTiles) -> None:
     args = weights(PRODUCT)
     error, reason = (ValueError, "must have 2 halves") if NEW else (RefusalError, "needs jax")
     with pytest.raises(error, match=reason):
@@ -171,9 +175,9 @@ def test_tiles_that_deadlock_or_do_not_fit(tiles: matmul.HopperTiles) -> None:
 
 def test_products_fit_into_shared_memory() -> None:
     for shape in matmul_shapes.SHAPES:
-        for tiles in (matmul.heuristic(shape.m, shape.n, HOPPER), *matmul.candidates(shape.m, shape.n)):
+        for tiles in (matmul_tiles.heuristic(shape.m, shape.n, HOPPER), *matmul_tiles.candidates(shape.m, shape.n)):
             assert tiles.shared_memory(20) < SHARED_MEMORY - 1024, "and barriers besides"
-            assert shape.n % (matmul.TILE_N * tiles.cluster) == 0
+            assert shape.n % (matmul_tiles.TILE_N * tiles.cluster) == 0
 
 
 # --- paged_attention
@@ -185,12 +189,12 @@ ROWS = attention_shapes.Shape("rows", 4, 20, 14, 2, 64, contexts=(0, 63, 64, 200
 
 CALLS = [
     (CHUNK, None),
-    (ROWS, attention.HopperTiles(2, 64, 2)),
+    (ROWS, attention_tiles.HopperTiles(2, 64, 2)),
     (replace(ROWS, heads=6, kv_heads=1, window=70, block_size=128), None),
     (replace(CHUNK, heads=2, kv_heads=2, queries=64, rows=1, softcap=2.0, window=1), None),
     (
         replace(CHUNK, sequences=1, rows=1, heads=16, contexts=(97,), lengths=None, shared=True),
-        attention.HopperTiles(1, 128, 1),
+        attention_tiles.HopperTiles(1, 128, 1),
     ),
     (replace(CHUNK, heads=1, rows=1), None),
     (replace(CHUNK, head_dim=128, contexts=(128,), sequences=1, softcap=3.0), None),
@@ -199,12 +203,12 @@ CALLS = [
 """Contexts around the edges of blocks and tiles, empty rows, padding, odd groups and large ones, every option."""
 
 
-def attend(args: tuple[Any, ...], options: dict[str, Any], tiles: attention.HopperTiles | None = None) -> Any:
+def attend(args: tuple[Any, ...], options: dict[str, Any], tiles: attention_tiles.HopperTiles | None = None) -> Any:
     return interpreted(attention, *args, **options, tiles=tiles)
 
 
 @pytest.mark.parametrize(("shape", "tiles"), CALLS, ids=str)
-def test_attention(shape: attention_shapes.Shape, tiles: attention.HopperTiles | None) -> None:
+def test_attention(shape: attention_shapes.Shape, tiles: attention_tiles.HopperTiles | None) -> None:
     args, options = made(shape)
     got = attend(args, options, tiles)
     if got is not None:
@@ -265,10 +269,10 @@ def test_a_wrong_argument_is_noticed(mutate: Callable[[list[Any], dict[str, Any]
 @pytest.mark.parametrize("through_memory", [False, True])
 @pytest.mark.parametrize(("shape", "tiles"), CALLS, ids=str)
 def test_attention_on_a_gpu(
-    shape: attention_shapes.Shape, tiles: attention.HopperTiles | None, through_memory: bool
+    shape: attention_shapes.Shape, tiles: attention_tiles.HopperTiles | None, through_memory: bool
 ) -> None:
     args, options = made(shape)
-    chosen = tiles or attention.heuristic(shape.call)
+    chosen = tiles or attention_tiles.heuristic(shape.call)
     assert worst(args, options, attend(args, options, replace(chosen, through_memory=through_memory))) < 1
 
 
@@ -309,10 +313,10 @@ def test_a_quantised_pool_is_refused() -> None:
 
 @pytest.mark.parametrize("group", range(1, 33))
 def test_heads_and_tokens_together(group: int) -> None:
-    heads = attention.heads_together(group)
-    tokens = attention.tokens_together(heads)
+    heads = attention_tiles.heads_together(group)
+    tokens = attention_tiles.tokens_together(heads)
     assert group % heads == 0
-    assert 32 < heads * tokens <= attention.VECTORS or heads == 5, "more than half of a wgmma's rows are used"
+    assert 32 < heads * tokens <= attention_tiles.VECTORS or heads == 5, "more than half of a wgmma's rows are used"
     assert tokens % 8 == 0, "copies go to whole atoms of eight rows"
     assert tokens & (tokens - 1) == 0
 
@@ -321,6 +325,6 @@ def test_calls_fit_into_shared_memory() -> None:
     for head_dim in (64, 128, 256):
         for block_size in (64, 128)[: 1 if head_dim == 256 else 2]:
             call = replace(ROWS, head_dim=head_dim, block_size=block_size).call
-            for tiles in (attention.heuristic(call), *attention.candidates(call)):
+            for tiles in (attention_tiles.heuristic(call), *attention_tiles.candidates(call)):
                 assert tiles.shared_memory(head_dim) < SHARED_MEMORY - 1024, "and barriers besides"
                 assert tiles.tile_n % block_size == 0

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.ring import Ring, give_registers, plgpu, swizzled, take_registers
-from pallas_kernels.paged_attention.pallas_mosaic_gpu import VECTORS, HopperTiles, tokens_together
+from pallas_kernels.paged_attention.hopper_tiles import VECTORS, HopperTiles, tokens_together
 
 _KEYS, _VALUES = 0, 1
 _LOG2_E = math.log2(math.e)

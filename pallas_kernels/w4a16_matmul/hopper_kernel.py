@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.ring import Ring, give_registers, plgpu, swizzled, take_registers
 from pallas_kernels.target import Target
-from pallas_kernels.w4a16_matmul.pallas_mosaic_gpu import COLUMNS, TILE_N, WARPGROUPS, HopperTiles
+from pallas_kernels.w4a16_matmul.hopper_tiles import COLUMNS, TILE_N, WARPGROUPS, HopperTiles
 
 _CHUNK = 128
 _HALF = 64
