@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pallas_kernels.hopper import SHARED_MEMORY
-from pallas_kernels.paged_attention.tiles import Call
+from pallas_kernels.paged_attention.tiles import ProblemSize
 
 VECTORS = 64
 """Query vectors (tokens times heads) of a compute warpgroup: the rows of a wgmma."""
@@ -44,33 +44,35 @@ def tokens_together(heads: int) -> int:
     return 1 << (VECTORS // heads).bit_length() - 1
 
 
-def heuristic(call: Call) -> HopperTiles:
+def heuristic(problem: ProblemSize) -> HopperTiles:
     """Return two warpgroups over wide tiles of the context, so that softmax overlaps with matrix products."""
-    tokens = tokens_together(heads_together(call.group))
-    tile_n = max(64 if call.head_dim > 128 else 128, call.block_size)
-    return HopperTiles(1 if call.queries <= tokens else 2, tile_n, slots=2 if tile_n * call.head_dim > 8192 else 4)
+    tokens = tokens_together(heads_together(problem.group))
+    tile_n = max(64 if problem.head_dim > 128 else 128, problem.block_size)
+    return HopperTiles(
+        1 if problem.queries <= tokens else 2, tile_n, slots=2 if tile_n * problem.head_dim > 8192 else 4
+    )
 
 
-def candidates(call: Call) -> Iterator[HopperTiles]:
+def candidates(problem: ProblemSize) -> Iterator[HopperTiles]:
     """Yield the tiles that the tuner tries; none for a call that the kernel does not support."""
-    if call.bits or unsupported(call):
+    if problem.bits or unsupported(problem):
         return
     for tile_n in (64, 128):
         for warpgroups in (1, 2):
             for slots in (2, 3, 4):
                 tiles = HopperTiles(warpgroups, tile_n, slots)
-                if tile_n % call.block_size == 0 and tiles.shared_memory(call.head_dim) <= SHARED_MEMORY:
+                if tile_n % problem.block_size == 0 and tiles.shared_memory(problem.head_dim) <= SHARED_MEMORY:
                     yield tiles
 
 
-def unsupported(call: Call) -> str:
+def unsupported(problem: ProblemSize) -> str:
     """Return why the kernel cannot do a call over a plain pool; empty if it can."""
-    if call.queries == 1:
+    if problem.queries == 1:
         return "is for prefill: rows of Q=1 are decode"
-    if call.head_dim not in (64, 128, 256):
-        return f"needs a head_dim of 64, 128 or 256, have {call.head_dim}"
-    if call.block_size not in (64, 128) or (call.head_dim == 256 and call.block_size == 128):
-        return f"needs blocks of 64 tokens, or of 128 below a head_dim of 256, have {call.block_size}"
-    if call.queries * heads_together(call.group) < VECTORS // 2:
-        return f"fills no wgmma: Q={call.queries} tokens of {call.group} heads that share keys"
+    if problem.head_dim not in (64, 128, 256):
+        return f"needs a head_dim of 64, 128 or 256, have {problem.head_dim}"
+    if problem.block_size not in (64, 128) or (problem.head_dim == 256 and problem.block_size == 128):
+        return f"needs blocks of 64 tokens, or of 128 below a head_dim of 256, have {problem.block_size}"
+    if problem.queries * heads_together(problem.group) < VECTORS // 2:
+        return f"fills no wgmma: Q={problem.queries} tokens of {problem.group} heads that share keys"
     return ""

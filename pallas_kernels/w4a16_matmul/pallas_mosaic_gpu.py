@@ -13,7 +13,9 @@ from pallas_kernels import tuning
 from pallas_kernels.dispatch import RefusalError
 from pallas_kernels.hopper import ATOM, SHARED_MEMORY, need_hopper, need_jax
 from pallas_kernels.target import Target, current_target
+from pallas_kernels.w4a16_matmul.call import W4A16MatmulCall
 from pallas_kernels.w4a16_matmul.hopper_tiles import TILE_N, HopperTiles, candidates, heuristic
+from pallas_kernels.w4a16_matmul.layout import group_size
 from pallas_kernels.w4a16_matmul.tiles import Tiles, key
 
 if TYPE_CHECKING:
@@ -22,29 +24,36 @@ if TYPE_CHECKING:
 TABLE = "w4a16_matmul_hopper"
 """Its tuning table: tiles here are not those of other backends."""
 
-LEAST_ROWS = 128
+MIN_ROWS = 128
 """Fewest rows of activations: with fewer, fetching and dequantising the weights is what takes time."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Refuse all but Hopper, and a jax without what the kernel is written with."""
     need_hopper(target)
 
 
-def run(
-    x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: HopperTiles | Tiles | None = None
-) -> jax.Array:
-    """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; refuses decode, and other backends' ``tiles``."""
+def check(call: W4A16MatmulCall) -> None:
+    """Refuse decode, and float32."""
     need_jax()
-    (m, k), (_, rows, n), target = x.shape, packed.shape, current_target()
-    if m < LEAST_ROWS:
-        raise RefusalError(f"is for prefill: M={m} is below {LEAST_ROWS}")
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise RefusalError(f"multiplies bfloat16 or float16, have {x.dtype}")
+    if call.x.shape[0] < MIN_ROWS:
+        raise RefusalError(f"is for prefill: M={call.x.shape[0]} is below {MIN_ROWS}")
+    if call.x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise RefusalError(f"multiplies bfloat16 or float16, have {call.x.dtype}")
+
+
+def run(call: W4A16MatmulCall, tiles: HopperTiles | Tiles | None = None) -> jax.Array:
+    """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; refuses N that the tiles do not divide, and other ``tiles``."""
     if tiles is not None and not isinstance(tiles, HopperTiles):
         raise RefusalError(f"takes HopperTiles, have {tiles}")
-    call = key(m, k, n, 128 // (rows - 16), x.dtype)
-    chosen = tuning.choose(TABLE, target.kind, call, tiles, heuristic(m, n, target))
+    (m, k), (_, rows, n), target = call.x.shape, call.packed.shape, current_target()
+    chosen = tuning.choose(
+        TABLE,
+        target.kind,
+        key(m, k, n, group_size(call.packed.shape), call.x.dtype),
+        tiles,
+        heuristic(m, n, target),
+    )
     if n % (TILE_N * chosen.cluster):
         raise RefusalError(f"needs a multiple of {TILE_N * chosen.cluster} columns, have N={n}")
     if chosen.halves < 2 or chosen.shared_memory(rows) > SHARED_MEMORY:
@@ -53,8 +62,7 @@ def run(
         chosen = replace(chosen, through_memory=True)
     from pallas_kernels.w4a16_matmul.hopper_kernel import matmul
 
-    padded = jnp.pad(x, ((0, -m % ATOM), (0, 0)))
-    return matmul(padded, packed, bias, chosen, target)[:m]
+    return matmul(replace(call, x=jnp.pad(call.x, ((0, -m % ATOM), (0, 0)))), chosen, target)[:m]
 
 
 def candidates_for(shape: Shape) -> Iterator[HopperTiles]:
