@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decode_step import compile_llama_8b
 from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.adapter import adaptable
@@ -28,8 +29,7 @@ from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
 from jaxdeploy.models.families import llama
 from jaxdeploy.models.lora import AdapterBank, bank_of
 from jaxdeploy.models.registry import family_of
-from pallas_kernels.decode_layer.step import compile_llama_8b
-from pallas_kernels.dispatch import OPS, NoBackendError
+from pallas_kernels.dispatch import OPS, NoBackendError, dispatch
 from pallas_kernels.kv_pool import QuantizedPool
 from pallas_kernels.offline import KernelCode, Program, compile_for, disassemble
 from pallas_kernels.offline.devices import offline_devices
@@ -106,18 +106,10 @@ def measure(entry: Entry, device: str) -> list[Found]:
 
     Within ``kernels_compiled_once``, those that no entry before had. ``count_instructions`` completes the figures.
     """
-    op = getattr(importlib.import_module(f"pallas_kernels.{entry.op}"), entry.op)
     shapes = importlib.import_module(f"pallas_kernels.{entry.op}.shapes")
-    options: dict[str, Any] = {}
-
-    def arrays() -> Any:
-        args, keywords = shapes.make_args(entry.shape)
-        options.update(keywords)
-        return args
-
-    args = jax.eval_shape(arrays)
+    call = jax.eval_shape(lambda: shapes.make_call(entry.shape))
     try:
-        program = compile_for(device, partial(op, backend=entry.backend, **options), *args)
+        program = compile_for(device, partial(dispatch, backend=entry.backend), call)
     except NoBackendError as refusal:
         return [Found.nothing(entry, device, refused=str(refusal))]
     per_trip: dict[str, int] = {}

@@ -18,7 +18,7 @@ from jaxdeploy.models.rope import Rotary, apply_rotary
 from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
 from pallas_kernels.kv_cache_write import kv_cache_write
 from pallas_kernels.kv_pool import Pool
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import PagedAttentionCall, ScoreOptions, paged_attention
 
 
 class AttentionContext(Protocol):
@@ -108,7 +108,8 @@ def _attend_paged(
     for rows in regions:
         queries = q[start : start + rows.tokens].reshape(-1, rows.query_length, *q.shape[1:])
         where = (rows.block_tables, rows.first_positions, rows.lengths)
-        outputs.append(paged_attention(queries, pool, *where, scale=_scale(q), window=window).reshape(-1, *q.shape[1:]))
+        call = PagedAttentionCall(queries, pool, *where, ScoreOptions(_scale(q), window))
+        outputs.append(paged_attention(call).reshape(-1, *q.shape[1:]))
         start += rows.tokens
     return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0], pool
 

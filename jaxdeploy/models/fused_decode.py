@@ -22,10 +22,10 @@ from jaxdeploy.models.quantized import Int4Weight
 from jaxdeploy.models.rope import rotary
 from jaxdeploy.parallel.mesh import TP_AXIS
 from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
-from pallas_kernels.decode_layer import LayerWeights, decode_layer, padded_rows
-from pallas_kernels.decode_layer.weights import is_packed
+from pallas_kernels.decode_layer import DecodeLayerCall, LayerWeights, ScoreOptions, decode_layer, padded_rows
 from pallas_kernels.dispatch import NoBackendError, preferred
 from pallas_kernels.kv_pool import Pool
+from pallas_kernels.w4a16_matmul.layout import is_packed
 
 KERNELS = "pallas_triton"
 """The backend to go this way for; the op's reference is no faster than layer by layer."""
@@ -224,19 +224,9 @@ def _layer(
         down_bias=weights.down_bias,
         mlp_norm=weights.mlp_norm,
     )
-    return decode_layer(
-        x,
-        normed,
-        matrices,
-        next_norm,
-        *where,
-        num_heads=options.num_heads,
-        scale=options.scale,
-        eps=options.eps,
-        window=options.window,
-        axis_name=TP_AXIS if options.mesh.size > 1 else None,
-        backend=KERNELS,
-    )
+    scores, axis_name = ScoreOptions(options.scale, options.window), TP_AXIS if options.mesh.size > 1 else None
+    call = DecodeLayerCall(x, normed, matrices, next_norm, *where, scores, options.num_heads, options.eps, axis_name)
+    return decode_layer(call, backend=KERNELS)
 
 
 def _matrix(weight: jax.Array, inputs: int) -> jax.Array:

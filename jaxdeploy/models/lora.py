@@ -27,7 +27,7 @@ from jaxdeploy.models.leaves import Axes, axes_of
 from jaxdeploy.models.model import Model
 from jaxdeploy.models.weights import Linear, ParamPath
 from jaxdeploy.parallel.sharding import product_per_device, replicated, sharding_of, spec
-from pallas_kernels.lora_matmul import lora_matmul
+from pallas_kernels.lora_matmul import LoRAMatmulCall, lora_matmul
 
 Array = np.ndarray[Any, Any]
 Arrays = tuple[jax.Array, ...]
@@ -91,7 +91,7 @@ class Kind:
         behind = math.prod(b.shape[self.axis + 3 :])
         segments = tuple(share * behind for share in self.shares) if self.modules > 1 else None
         flat = b.reshape(*b.shape[:2], -1)
-        return lora_matmul(x, a, flat, *which, segments=segments).reshape(-1, *b.shape[2:])
+        return lora_matmul(LoRAMatmulCall(x, a, flat, *which, segments)).reshape(-1, *b.shape[2:])
 
 
 class AdaptedWeight(nnx.Module):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.decode_layer import decode_layer, padded_rows
+from pallas_kernels.decode_layer import DecodeLayerCall, ScoreOptions, decode_layer, padded_rows
 from pallas_kernels.decode_layer.shapes import Shape, make_pool, make_weight, model_shape, rotary
 from pallas_kernels.decode_layer.tiles import Tiles
 from pallas_kernels.decode_layer.weights import LayerWeights, weight_shape
@@ -44,8 +44,7 @@ class StepParams:
     head: jax.Array
 
 
-_STATIC = ("num_heads", "scale", "eps", "window", "axis_name", "backend", "tiles")
-jitted_layer = jax.jit(decode_layer, static_argnames=_STATIC)
+jitted_layer = jax.jit(decode_layer, static_argnames=("backend", "tiles"))
 """Traced and lowered once for all layers, which XLA then inlines."""
 
 
@@ -88,16 +87,22 @@ def decode_step(
     cos, sin = rotary(jnp.maximum(positions, 0), head_dim, THETA)
     written = []
     for weights, pool, norm in zip(params.layers, pools, params.norms[1:], strict=True):
-        x, normed, pool = jitted_layer(
-            *(x, normed, weights, norm, pool, block_tables, positions, cos, sin),
+        call = DecodeLayerCall(
+            x=x,
+            normed=normed,
+            weights=weights,
+            next_norm=norm,
+            pool=pool,
+            block_tables=block_tables,
+            positions=positions,
+            cos=cos,
+            sin=sin,
+            scores=ScoreOptions(head_dim**-0.5, window),
             num_heads=weight_shape(weights.wo)[0] // head_dim,
-            scale=head_dim**-0.5,
             eps=EPS,
-            window=window,
             axis_name=axis_name,
-            backend=backend,
-            tiles=tiles,
         )
+        x, normed, pool = jitted_layer(call, backend=backend, tiles=tiles)
         written.append(pool)
     return _likeliest(normed, params.head, axis_name)[:batch], tuple(written)
 
