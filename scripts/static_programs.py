@@ -20,11 +20,12 @@ from jaxdeploy.checkpoint.quantized import hold_quantized
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.engine.device.batch import StepShape, packed_size, padding_inputs
 from jaxdeploy.engine.device.runner import LOOP_IN_GRAPH, flat_step
-from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import abstract_params, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
 from jaxdeploy.models.families import llama
 from jaxdeploy.models.lora import bank_of
 from jaxdeploy.models.registry import family_of
+from jaxdeploy.models.rope import RopeConfig
 from pallas_kernels.decode_layer.step import compile_llama_8b
 from pallas_kernels.dispatch import OPS, NoBackendError
 from pallas_kernels.kv_pool import QuantizedPool
@@ -233,7 +234,7 @@ def llama_8b(
 
     ``adapted``: beside a bank of ``ADAPTERS`` adapters of rank 16.
     """
-    config = ModelConfig(
+    config = DenseDecoder(
         vocab_size=VOCAB,
         hidden_size=4096,
         num_layers=layers,
@@ -245,7 +246,7 @@ def llama_8b(
         max_position=8192,
         rope=RopeConfig(theta=500000.0),
         windows=(None,) * layers,
-    )
+    ).model_config()
     params = abstract_params(config, jnp.dtype(jnp.bfloat16))
     if small:
         params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, mesh.size)

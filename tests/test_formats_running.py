@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ def runner_over(decoder: Decoder) -> ModelRunner:
 
 def test_decode_steps_through_the_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loaded weights through the fused kernels (interpreted) are those weights op by op."""
-    sizes = replace(fused_steps.CONFIG, num_layers=1, windows=(12,))
+    sizes = tiny_models.changed(fused_steps.CONFIG, num_layers=1, windows=(12,))
     monkeypatch.setattr(fused_steps, "CONFIG", sizes)
     hf = hf_of(
         "Qwen2ForCausalLM",

@@ -15,10 +15,12 @@ from flax import nnx
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import PagedContext, Rows
-from jaxdeploy.models.config import ModelConfig, RopeConfig
-from jaxdeploy.models.decoder import Decoder, Layer, abstract_params, decoder_from
+from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
+from jaxdeploy.models.layer import Layer
 from jaxdeploy.models.layers import RMSNorm
 from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.rope import RopeConfig
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
 from pallas_kernels.dispatch import ENVIRONMENT
@@ -27,7 +29,7 @@ BLOCKS, BLOCK_SIZE, ENTRIES, ROWS = 24, 16, 4, 5
 POSITIONS = (0, 15, 16, 40, 7)
 REAL = (1, 1, 1, 1, 0)  # the last row is padding
 
-CONFIG = ModelConfig(
+CONFIG = DenseDecoder(
     vocab_size=64,
     hidden_size=256,
     num_layers=2,
@@ -40,7 +42,7 @@ CONFIG = ModelConfig(
     rope=RopeConfig(),
     windows=(None, 12),
     qkv_bias=True,
-)
+).model_config()
 
 Array = np.ndarray[Any, Any]
 
@@ -131,7 +133,8 @@ def _second_norm(layer: Layer) -> None:
 
 
 def _other_mlp(layer: Layer) -> None:
-    layer.mlp = OtherMLP(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
+    sizes = layer.mlp.config, layer.mlp.width
+    layer.mlp = OtherMLP(*sizes, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
 
 
 def _other_eps(layer: Layer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from jaxdeploy.errors import CacheTooSmallError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.kv_pool import QuantizedPool, fits, pool_bits
-from tests.tiny_models import CONFIG
+from tests.tiny_models import CONFIG, changed
 
 BLOCK_BYTES = 2 * 2 * 4 * 8 * 16 * 4
 """Keys and values · layers · KV heads · head dim · tokens in a block · bytes of a float32."""
@@ -47,7 +46,7 @@ def test_on_cpu_every_sequence_can_be_full() -> None:
 
 
 def test_on_cpu_one_gib_is_the_limit() -> None:
-    large = replace(CONFIG, num_layers=64, num_kv_heads=32, head_dim=128)
+    large = changed(CONFIG, num_layers=64, num_kv_heads=32, head_dim=128)
     made = plan(large, session_len=512, batch=8)
     assert made.block_bytes == 2 * 64 * 32 * 128 * 16 * 4
     assert made.num_blocks == CPU_LIMIT // made.block_bytes < 8 * 32
@@ -94,7 +93,7 @@ def test_the_plan_reads_as_a_sentence() -> None:
     assert str(plan(num_blocks=7)) == expected
 
 
-LARGE = replace(CONFIG, num_layers=32, num_kv_heads=8, head_dim=128)
+LARGE = changed(CONFIG, num_layers=32, num_kv_heads=8, head_dim=128)
 
 
 @pytest.mark.parametrize(("bits", "times"), [(8, 2 * 128 / 132), (4, 2 * 128 / 68)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from jaxdeploy.checkpoint.kv_parameters import read_kv_parameters, write_kv_para
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.kv_policy import as_ranges, kv_policy
 from jaxdeploy.errors import CheckpointError, ConfigError
-from tests.tiny_models import CONFIG
+from tests.tiny_models import CONFIG, changed
 
 LAYERS, KV_HEADS = CONFIG.num_layers, CONFIG.num_kv_heads
 NAME = "layers.{}.past_kv_scale.{}.weight"
@@ -103,7 +102,7 @@ def test_integers_stand_for_what_they_stood_for_in_v03() -> None:
     assert ranges.tolist() == [[[[0.5, 3 - 64], [0.125, -16]], [[0.25, -2 - 32], [1.0, 1 - 128]]]]
 
 
-WIDE = replace(CONFIG, head_dim=128)
+WIDE = changed(CONFIG, head_dim=128)
 FOUR_IS_INT4 = "quant_policy=4 is int4, as in LMDeploy since v0.4; in v0.3 it meant int8, which is 8"
 COSTLY = "quant_policy=4 may cost much quality here: "
 
@@ -112,18 +111,18 @@ COSTLY = "quant_policy=4 may cost much quality here: "
     ("policy", "config", "bits", "lines"),
     [
         (0, WIDE, None, []),
-        (8, replace(CONFIG, qkv_bias=True), 8, []),
+        (8, changed(CONFIG, qkv_bias=True), 8, []),
         (4, WIDE, 4, [FOUR_IS_INT4]),
         (
             4,
-            replace(WIDE, qkv_bias=True),
+            changed(WIDE, qkv_bias=True),
             4,
             [
                 FOUR_IS_INT4,
                 f"{COSTLY}biased keys have a few channels far from the others (known of Qwen2.5); 8 is safer",
             ],
         ),
-        (4, replace(WIDE, head_dim=48), 4, [FOUR_IS_INT4, f"{COSTLY}head_dim=48 is below 64; 8 is safer"]),
+        (4, changed(WIDE, head_dim=48), 4, [FOUR_IS_INT4, f"{COSTLY}head_dim=48 is below 64; 8 is safer"]),
     ],
 )
 def test_what_a_policy_means(
@@ -153,4 +152,4 @@ def test_four_is_int8_where_v03_calibrated(tmp_path: Path, caplog: pytest.LogCap
 @pytest.mark.parametrize("policy", [4, 8])
 def test_an_odd_head_dim(tmp_path: Path, policy: int) -> None:
     with pytest.raises(ConfigError, match=f"quant_policy={policy} needs an even head_dim, not 5; leave it out"):
-        kv_policy(tmp_path, replace(CONFIG, head_dim=5), EngineConfig(quant_policy=policy))
+        kv_policy(tmp_path, changed(CONFIG, head_dim=5), EngineConfig(quant_policy=policy))

@@ -6,7 +6,7 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -26,9 +26,9 @@ from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.messages import Request
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models.attention import PagedContext, Rows, dense_attention
-from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
-from jaxdeploy.models.rope import Rotary, apply_rotary
+from jaxdeploy.models.dense import DenseDecoder
+from jaxdeploy.models.rope import RopeConfig, Rotary, apply_rotary
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import ENVIRONMENT
 from pallas_kernels.kv_pool import QuantizedPool, dequantize, quantize
@@ -42,6 +42,7 @@ from tests.tiny_models import (
     VOCAB,
     Array,
     LastingRunner,
+    changed,
     dense_decoder,
     dense_logits,
     lasting_runner,
@@ -79,7 +80,7 @@ def runner_of(bits: int, tp: int) -> ModelRunner:
     return new_runner(LastingRunner, bits, tp)
 
 
-INTERPRETED = replace(CONFIG, num_layers=1, windows=(None,), num_heads=2, num_kv_heads=1, head_dim=64)
+INTERPRETED = changed(CONFIG, num_layers=1, windows=(None,), num_heads=2, num_kv_heads=1, head_dim=64)
 """The smallest model that the Triton kernels take."""
 
 
@@ -326,7 +327,7 @@ def test_calibrated_ranges(tp: int) -> None:
     assert worst["absurd"] > 2 * worst["int4 of absurd"]
 
 
-WIDE = ModelConfig(
+WIDE = DenseDecoder(
     vocab_size=64,
     hidden_size=256,
     num_layers=1,
@@ -338,7 +339,7 @@ WIDE = ModelConfig(
     max_position=256,
     rope=RopeConfig(),
     windows=(None,),
-)
+).model_config()
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

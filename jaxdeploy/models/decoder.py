@@ -14,12 +14,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxdeploy.models import fused_decode
-from jaxdeploy.models.attention import Attention, AttentionContext, DenseContext
+from jaxdeploy.models.attention import AttentionContext, DenseContext
+from jaxdeploy.models.block import Block
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
-from jaxdeploy.models.mlp import MLP
 from jaxdeploy.models.quantized import weight_like
-from jaxdeploy.models.rope import Rotary, rotary
+from jaxdeploy.models.rope import Rotary
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import NoBackendError
@@ -31,29 +31,6 @@ Params = Mapping[ParamPath, jax.Array]
 Pools = Sequence[Pool | None]
 
 
-class Layer(nnx.Module):
-    """One pre-norm block: attention, then feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rotary: Rotary,
-        context: AttentionContext,
-        pool: Pool | None,
-        wanted: jax.Array | None = None,
-    ) -> tuple[jax.Array, Pool | None]:
-        """``x`` [T, D] → ([T, D], or the ``wanted`` rows of it; updated ``pool``)."""
-        attended, pool = self.attention(self.attention_norm(x), rotary, context, pool, wanted)
-        normed, x = self.mlp_norm.added(attended, x if wanted is None else x[wanted])
-        return x + self.mlp(normed), pool
-
-
 class Decoder(nnx.Module):
     """A decoder-only transformer. Fresh weights are random; ``jaxdeploy.checkpoint`` fills in real ones."""
 
@@ -61,7 +38,8 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(dtype)
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
-        self.layers = nnx.List([Layer(config, window, rngs=rngs, dtype=dtype) for window in config.windows])
+        blocks = [layer.build(config.hidden_size, rngs=rngs, dtype=dtype) for layer in config.layers]
+        self.layers: nnx.List[Any] = nnx.List(blocks)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         if not config.tie_embeddings:
             self.head = Head(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
@@ -93,10 +71,12 @@ class Decoder(nnx.Module):
         before each layer whose index is one of its keys.
         """
         x = self.embed(tokens)
-        angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
+        schemes = [layer.positions for layer in self.config.layers]
+        angles = {scheme: scheme.tables(positions, lengths) for scheme in dict.fromkeys(schemes)}
         if wanted is None and fused_decode.serves(context, self.layers, self.norm):
             try:
-                return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools, noted)
+                (tables,) = angles.values()
+                return fused_decode.decode_hidden(self.layers, self.norm, x, tables, context, pools, noted)
             except NoBackendError as refusal:
                 logger.info("decode steps run op by op: %s", refusal)
         updated = []
@@ -105,7 +85,7 @@ class Decoder(nnx.Module):
             rows = wanted if index == len(self.layers) else None
             if noted is not None and index - 1 in noted:
                 noted[index - 1] = x
-            x, pool = _run_layer(graph, weights, x, angles, context, pool, rows)
+            x, pool = _run_layer(graph, weights, x, angles[schemes[index - 1]], context, pool, rows)
             updated.append(pool)
         return self.norm(x), updated
 
@@ -116,7 +96,7 @@ class Decoder(nnx.Module):
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(
-    graph: nnx.GraphDef[Layer],
+    graph: nnx.GraphDef[Any],
     weights: nnx.State[Any, Any],
     x: jax.Array,
     rotary: Rotary,
@@ -125,7 +105,8 @@ def _run_layer(
     wanted: jax.Array | None,
 ) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
-    return nnx.merge(graph, weights)(x, rotary, context, pool, wanted)
+    layer: Block = nnx.merge(graph, weights)
+    return layer(x, rotary, context, pool, wanted)
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext
+from jaxdeploy.models.attention import Attention, AttentionConfig, AttentionContext, PagedContext
 from jaxdeploy.models.layers import RMSNorm, Weight, value_of
-from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.mlp import MLP, MLPConfig
 from jaxdeploy.models.quantized import Int4Weight
 from jaxdeploy.models.rope import Rotary
 from jaxdeploy.parallel.mesh import TP_AXIS
@@ -27,7 +27,7 @@ from pallas_kernels.dispatch import preferred
 from pallas_kernels.kv_pool import Pool
 
 if TYPE_CHECKING:
-    from jaxdeploy.models.decoder import Layer
+    from jaxdeploy.models.layer import Layer
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -51,11 +51,17 @@ _INPUT_AXES = {"wo": 2}
 """Axes of a weight that are inputs, where that is not the first alone."""
 
 
+_OPTIONS = {
+    AttentionConfig: frozenset({"num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias"}),
+    MLPConfig: frozenset({"intermediate_size", "bias"}),
+}
+"""The options of modules that the kernels honour."""
+
 _PARTS: dict[str, tuple[type[nnx.Module], frozenset[str]]] = {
     "attention_norm": (RMSNorm, frozenset({"scale", "eps"})),
-    "attention": (Attention, frozenset({"num_heads", "head_dim", "window", "wqkv", "bqkv", "wo", "bo"})),
+    "attention": (Attention, frozenset({"config", "width", "inputs", "wqkv", "bqkv", "wo", "bo"})),
     "mlp_norm": (RMSNorm, frozenset({"scale", "eps"})),
-    "mlp": (MLP, frozenset({"gate_up", "gate_up_bias", "down", "down_bias"})),
+    "mlp": (MLP, frozenset({"config", "width", "gate_up", "gate_up_bias", "down", "down_bias"})),
 }
 """Modules of a layer that the kernels compute: the exact class of each, and all attributes that they honour."""
 
@@ -70,6 +76,9 @@ def serves(context: AttentionContext, layers: Sequence[Layer], norm: RMSNorm) ->
         if reason := refusal(layer, norm):
             logger.info("decode steps run op by op: layer %d: %s", index, reason)
             return False
+    if len({layer.attention.config.positions for layer in layers}) > 1:
+        logger.info("decode steps run op by op: the fused kernels take one rotary table for all layers")
+        return False
     return True
 
 
@@ -86,6 +95,8 @@ def refusal(layer: Layer, final_norm: RMSNorm) -> str | None:
         if type(part) is not kind:
             return f"{name} is {type(part).__name__}, the fused kernels take {kind.__name__}"
         unknown |= {f"{name}.{attribute}" for attribute in _attributes(part) - known}
+    for name, config in (("attention", layer.attention.config), ("mlp", layer.mlp.config)):
+        unknown |= {f"{name}.{option}" for option in vars(config).keys() - _OPTIONS.get(type(config), frozenset())}
     if unknown:
         return f"the fused kernels do not take {', '.join(sorted(unknown))}"
     if not layer.attention_norm.eps == layer.mlp_norm.eps == final_norm.eps:
@@ -143,7 +154,7 @@ class _Options:
 
 
 def _options(layer: Layer, mesh: Mesh) -> _Options:
-    attention = layer.attention
+    attention = layer.attention.config
     heads = attention.num_heads // mesh.size
     return _Options(heads, 1.0 / math.sqrt(attention.head_dim), layer.mlp_norm.eps, attention.window, mesh)
 

@@ -10,9 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.attention import AttentionConfig
+from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Params
+from jaxdeploy.models.layer import LayerConfig
+from jaxdeploy.models.rope import RopeConfig
 from jaxdeploy.models.weights import ParamPath
+from tests.tiny_models import changed as with_fields
+from tests.tiny_models import windows_of
 
 Mutant = tuple[str, ModelConfig, Params]
 Window = int | None
@@ -25,17 +30,17 @@ def mutants(config: ModelConfig, params: Params) -> Iterator[Mutant]:
     """Label, configuration and parameters of every slip that this model can show."""
     for label, changed in _weight_slips(config, params):
         yield label, config, {**params, **changed}
-    for label, windows in _window_slips(config.windows):
-        yield label, replace(config, windows=windows), params
-    for label, rope in _rope_slips(config.rope):
-        yield label, replace(config, rope=rope), params
-    yield "norm_eps", replace(config, norm_eps=1e-6), params
+    for label, windows in _window_slips(windows_of(config)):
+        yield label, with_fields(config, windows=windows), params
+    for label, rope in _rope_slips(_attention(config).rope):
+        yield label, with_fields(config, rope=rope), params
+    yield "norm_eps", with_fields(config, norm_eps=1e-6), params
 
 
 def _weight_slips(config: ModelConfig, params: Params) -> Iterator[tuple[str, dict[ParamPath, jax.Array]]]:
     """Slips in one layer's weights, and every norm and bias left out once."""
     wqkv, wo, gate_up = (("layers", 0, *path) for path in (("attention", "wqkv"), ("attention", "wo"), _GATE_UP))
-    group, size = config.queries_per_kv, config.head_dim
+    group, size = _attention(config).queries_per_kv, config.head_dim
     yield "key and value swapped", {wqkv: params[wqkv][:, :, jnp.asarray([*range(group), group + 1, group])]}
     yield "query, key and value in thirds", {wqkv: _thirds(params[wqkv], config)}
     yield "adjacent rotary pairs", {wqkv: _adjacent_pairs(params[wqkv], size)}
@@ -53,6 +58,13 @@ def _weight_slips(config: ModelConfig, params: Params) -> Iterator[tuple[str, di
 
 
 _GATE_UP = ("mlp", "gate_up")
+
+
+def _attention(config: ModelConfig) -> AttentionConfig:
+    """Options of the attention of all layers, which differ in their windows only."""
+    layer = config.layers[0]
+    assert isinstance(layer, LayerConfig)
+    return layer.attention
 
 
 def _thirds(wqkv: jax.Array, config: ModelConfig) -> jax.Array:

@@ -36,6 +36,7 @@ from jaxdeploy.models import fused_decode
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.registry import family_of
+from jaxdeploy.models.weights import shared_sizes
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.progress import counted
@@ -87,9 +88,7 @@ def _build(
 ) -> Engine:
     _enable_compilation_cache(config)
     model = _model_config(hf, config)
-    check_divisible(
-        config.tp, {"num_key_value_heads": model.num_kv_heads, "intermediate_size": model.intermediate_size}
-    )
+    check_divisible(config.tp, shared_sizes(model))
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
     policy = kv_policy(folder, model, config)
@@ -178,7 +177,8 @@ def longest_shared(model: ModelConfig, config: EngineConfig) -> int:
     """
     if not config.enable_prefix_caching:
         return 0
-    return model.rope.original_length if model.rope.kind == "dynamic" else sys.maxsize
+    stretched = [layer.positions.rope for layer in model.layers if layer.positions.rope.kind == "dynamic"]
+    return min((rope.original_length for rope in stretched), default=sys.maxsize)
 
 
 def _outputs_first(mesh: Mesh) -> bool:
