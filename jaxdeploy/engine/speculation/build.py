@@ -29,6 +29,7 @@ from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_config
 from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
+from jaxdeploy.models.weights import shared_sizes
 from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.tokenizer import Tokenizer
 
@@ -90,11 +91,7 @@ def find_draft_model(folder: Path, model: ModelConfig, config: EngineConfig) -> 
         if _tokens(found) != _tokens(folder):
             raise ConfigError(f"speculative_model={named!r} has other tokens than the model; take one of its family")
         draft = DraftModel(found, hf, family_of(hf).model_config(hf))
-    sizes = {
-        "num_key_value_heads": draft.config.num_kv_heads,
-        "intermediate_size": draft.config.intermediate_size,
-    }
-    check_divisible(config.tp, sizes)
+    check_divisible(config.tp, shared_sizes(draft.config))
     return draft
 
 
