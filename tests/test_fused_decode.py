@@ -132,7 +132,7 @@ class OtherMLP(MLP):
 
 
 def _query_norm(layer: Layer) -> None:
-    layer.attention.query_norm = RMSNorm(CONFIG.head_dim, CONFIG.norm_eps, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
+    layer.attention.query_norm = RMSNorm(64, 1e-5, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
 
 
 def _softcap(layer: Layer) -> None:
