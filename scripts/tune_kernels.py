@@ -35,7 +35,7 @@ from kernel_timing import Op, Program, on_gpu, prepare, take_turns
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxdeploy.whole_file import put_text
+from jaxdeploy.files.atomic import put_text
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import OPS, NoBackendError, RefusalError
 from pallas_kernels.numerics import unit_roundoff
@@ -89,7 +89,7 @@ class Task(NamedTuple):
 
     def program(self, arguments: list[tuple[Any, ...]], tiles: Any) -> Program:
         """The call with ``tiles``, once for each of ``arguments``."""
-        return Program(self.op.function(self.shape, self.backend, tiles=tiles), arguments, self.op.carry)
+        return Program(self.op.function(self.backend, tiles=tiles), arguments, self.op.carry)
 
 
 def main() -> int:
@@ -162,7 +162,7 @@ def tune(task: Task, rounds: int, folder: Path) -> str:
     op, shape = task.op, task.shape
     arguments = op.arguments(shape)
     start = copied(arguments[0])
-    truth = expected(op, shape, start)
+    truth = expected(op, start)
     candidates = task.candidates()
     programs = {str(index): task.program(arguments, tiles) for index, tiles in enumerate(candidates)}
     failed = prepare(programs, COMPILE_THREADS)
@@ -184,10 +184,10 @@ def tune(task: Task, rounds: int, folder: Path) -> str:
     return f"{task} {task.key}: {seconds[best] * 1e6:.1f} µs with {tiles} ({counts})"
 
 
-def expected(op: Op, shape: Any, arguments: tuple[Any, ...]) -> Any:
+def expected(op: Op, arguments: tuple[Any, ...]) -> Any:
     """What the op's fallback gives, XLA where there is one; ``arguments`` are left as they are."""
     name = "xla" if "xla" in op.package.BACKENDS else "reference"
-    return Program(op.function(shape, name), [copied(arguments)], op.carry).first()
+    return Program(op.function(name), [copied(arguments)], op.carry).first()
 
 
 def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

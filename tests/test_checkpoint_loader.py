@@ -90,7 +90,7 @@ def test_dtypes(tmp_path: Path, stored: Any, wanted: Any) -> None:
     loaded = load_params(params, table, open_checkpoint(tmp_path), dtype=wanted)
     assert {value.dtype for value in loaded.values()} == {np.dtype(wanted)}
     expected = tensors["model.embed_tokens.weight"].astype(wanted)
-    np.testing.assert_array_equal(loaded["embed", "embedding"], expected)
+    np.testing.assert_array_equal(loaded["embedding", "table"], expected)
 
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
@@ -136,7 +136,7 @@ def test_parameters_outlive_their_files(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("r+b") as handle:
         handle.truncate(0)
     np.testing.assert_array_equal(loaded["norm", "scale"], tensors["model.norm.weight"])
-    np.testing.assert_array_equal(loaded["embed", "embedding"], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(loaded["embedding", "table"], tensors["model.embed_tokens.weight"])
 
 
 def test_parameters_go_straight_to_their_sharding(tmp_path: Path) -> None:

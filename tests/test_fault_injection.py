@@ -74,7 +74,7 @@ POINTS = [
     Point("make a sequence", f"{ENGINE}.front.intake:Sequence"),
     Point("lay out settings", f"{ENGINE}.front.intake:settings_of"),
     Point("queue", f"{ENGINE}.scheduling.scheduler:Scheduler.add"),
-    Point("compile the grammar", f"{ENGINE}.grammar:Grammars.matcher", FORMED, early=True),
+    Point("compile the grammar", "jaxdeploy.grammar.matcher:Grammars.matcher", FORMED, early=True),
     Point(
         "prepare to read the prompt", f"{ENGINE}.front.prompt_collector:PromptCollector", ECHO, path="/v1/completions"
     ),
@@ -85,8 +85,8 @@ POINTS = [
     Point("make room", f"{ENGINE}.scheduling.scheduler:Scheduler._make_room"),
     Point("schedule its decode", f"{ENGINE}.scheduling.scheduler:Scheduler._decode"),
     Point("build its row", f"{ENGINE}.device.packing:forbid", SCORED),
-    Point("follow the grammar: mask", f"{ENGINE}.grammar:Matcher.allow", FORMED, early=True),
-    Point("follow the grammar: take", f"{ENGINE}.grammar:Matcher.take", FORMED, early=True),
+    Point("follow the grammar: mask", "jaxdeploy.grammar.matcher:Matcher.allow", FORMED, early=True),
+    Point("follow the grammar: take", "jaxdeploy.grammar.matcher:Matcher.take", FORMED, early=True),
     Point(
         "read the prompt", f"{ENGINE}.front.prompt_collector:PromptCollector.add", ECHO, True, path="/v1/completions"
     ),

@@ -15,7 +15,10 @@ import pytest
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.models import fused_decode
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.mesh import make_mesh
 from tests import test_fused_decode as fused_steps
@@ -114,11 +117,11 @@ STEPS = [tiny_models.SHAPES[2], tiny_models.SHAPES[4]]
 
 
 def runner_over(decoder: Decoder) -> ModelRunner:
-    mesh, dtype, length = make_mesh(1), jnp.dtype(jnp.float32), tiny_models.SESSION_LEN
-    sizes = EngineConfig(block_size=tiny_models.BLOCK_SIZE)
-    plan = plan_cache(decoder.config, sizes, mesh, session_len=length, max_batch_size=tiny_models.SLOTS, dtype=dtype)
-    pools = allocate_pools(decoder.config, plan, mesh, dtype)
-    return tiny_models.LastingRunner(decoder, pools, mesh, slots=tiny_models.SLOTS, session_len=length)
+    mesh, dtype, length = make_mesh(1), CacheDtype(jnp.dtype(jnp.float32)), tiny_models.SESSION_LEN
+    sizes, layouts = EngineConfig(block_size=tiny_models.BLOCK_SIZE), decoder.cache_layouts
+    plan = plan_cache(layouts, sizes, mesh, session_len=length, max_batch_size=tiny_models.SLOTS, dtype=dtype)
+    pools = allocate_pools(layouts, plan, mesh, dtype)
+    return tiny_models.LastingRunner(decoder, StepPlan(mesh), DeviceState.of(pools, tiny_models.SLOTS, length, mesh))
 
 
 def test_decode_steps_through_the_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +147,7 @@ def test_decode_steps_through_the_fused_kernels(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(fused_decode, "decode_hidden", noted)
     fused, pools = fused_steps.step("pallas_triton")
     plain, plain_pools = fused_steps.step("reference")
-    assert went == ["fused"]
+    assert went == ["fused", "fused"], "planned, then run; the reference does neither"
     # As for float weights there; those of the kernel are rounded to bfloat16 once more.
     tolerance = 4 * float(jnp.finfo(jnp.bfloat16).eps)
     assert fused_steps.difference(fused, plain) < tolerance

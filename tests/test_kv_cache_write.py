@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxdeploy.models.rope import apply_rotary
 from pallas_kernels.dispatch import NoBackendError
-from pallas_kernels.kv_cache_write import BACKENDS, kv_cache_write
+from pallas_kernels.kv_cache_write import BACKENDS, KVCacheWriteCall, kv_cache_write
 from pallas_kernels.kv_cache_write.shapes import (
     SHAPES,
     TEST_SHAPES,
@@ -24,7 +24,7 @@ from pallas_kernels.kv_cache_write.shapes import (
     cost,
     elements_per_trip,
     key_for,
-    make_args,
+    make_call,
     tiles_for,
 )
 from pallas_kernels.kv_cache_write.tiles import Tiles
@@ -39,8 +39,12 @@ BY_NAME = {shape.model: shape for shape in TEST_SHAPES}
 
 @cache
 def made(shape: Shape) -> Args:
-    args: Args = jax.jit(lambda: make_args(shape)[0], compiler_options=FAST_COMPILE)()
-    return args
+    call = jax.jit(lambda: make_call(shape), compiler_options=FAST_COMPILE)()
+    return operands(call)
+
+
+def operands(call: KVCacheWriteCall) -> Args:
+    return call.qkv, call.cos, call.sin, call.pool, call.slots
 
 
 @partial(jax.jit, static_argnames=("backend", "tiles"), compiler_options=FAST_COMPILE)
@@ -242,7 +246,7 @@ def test_angles_in_half_precision_are_refused() -> None:
 
 
 def test_refusals() -> None:
-    args = jax.eval_shape(lambda: make_args(Shape("head dim", 3, 2, 1, 24))[0])
+    args = operands(jax.eval_shape(lambda: make_call(Shape("head dim", 3, 2, 1, 24))))
     with pytest.raises(NoBackendError, match="pallas_triton needs a head_dim that is a multiple of 16, have 24"):
         kv_cache_write(*args, backend="pallas_triton")
     with pytest.raises(NoBackendError, match="reference has no tiles"):

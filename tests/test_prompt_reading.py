@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +15,7 @@ from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import PromptReading, Request, StepOutput
 from jaxdeploy.models.attention import DenseContext
+from jaxdeploy.models.model import Positions
 from tests.tiny_models import (
     CONFIG,
     SESSION_LEN,
@@ -37,9 +37,8 @@ def dense_hidden_function() -> Any:
     decoder = dense_decoder()
 
     def hidden(tokens: jax.Array) -> jax.Array:
-        positions = jnp.arange(SESSION_LEN, dtype=jnp.int32)
-        lengths, pools = jnp.full_like(positions, SESSION_LEN), [None] * CONFIG.num_layers
-        return decoder.hidden(tokens, positions, lengths, DenseContext(1), pools)[0]
+        positions, pools = Positions.of_prompts(1, SESSION_LEN), [None] * CONFIG.num_layers
+        return decoder.hidden(decoder.embed(tokens), positions, DenseContext(1), pools).states
 
     return jax.jit(hidden)
 

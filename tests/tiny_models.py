@@ -16,6 +16,8 @@ from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, draft_shapes
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
@@ -27,6 +29,7 @@ from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
 from jaxdeploy.messages import FinishReason, Request, SamplingParams, StepOutput
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
 from jaxdeploy.models.weights import ParamPath
@@ -91,21 +94,26 @@ def params(config: ModelConfig = CONFIG, tp: int = 1) -> dict[ParamPath, jax.Arr
 
 
 def _matrix(random: np.random.Generator, path: ParamPath, shape: Sequence[int]) -> Array:
-    inputs = {"wo": CONFIG.num_heads * CONFIG.head_dim, "embedding": 1}.get(str(path[-1]), shape[0])
+    inputs = {"wo": CONFIG.num_heads * CONFIG.head_dim, "table": 1}.get(str(path[-1]), shape[0])
     matrix: Array = random.standard_normal(shape) * 2.0 / np.sqrt(inputs)
     return matrix
 
 
 def runner_of(
-    kind: type[ModelRunner], tp: int = 1, config: ModelConfig = CONFIG, bits: int | None = None, **options: Any
+    kind: type[ModelRunner],
+    tp: int = 1,
+    config: ModelConfig = CONFIG,
+    bits: int | None = None,
+    model: Decoder | None = None,
+    **options: Any,
 ) -> ModelRunner:
-    """A new runner with weights of its own and pools for whole sessions in every slot."""
-    mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
+    """A new runner of ``model`` (default: a new decoder of ``config``) with pools for whole sessions in every slot."""
+    decoder = model or decoder_from(config, params(config, tp))
+    mesh, layouts, dtype = make_mesh(tp), decoder.cache_layouts, CacheDtype(jnp.dtype(jnp.float32), bits)
     sizes = EngineConfig(block_size=BLOCK_SIZE)
-    plan = plan_cache(config, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype, bits=bits)
-    pools = allocate_pools(config, plan, mesh, dtype)
-    decoder = decoder_from(config, params(config, tp))
-    return kind(decoder, pools, mesh, slots=SLOTS, session_len=SESSION_LEN, **options)
+    plan = plan_cache(layouts, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
+    pools = allocate_pools(layouts, plan, mesh, dtype)
+    return kind(decoder, StepPlan(mesh), DeviceState.of(pools, SLOTS, SESSION_LEN, mesh), **options)
 
 
 @functools.cache

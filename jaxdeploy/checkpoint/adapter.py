@@ -21,11 +21,11 @@ from jaxdeploy.checkpoint.pickle_reader import read_torch_file
 from jaxdeploy.checkpoint.safetensors_reader import read_safetensors_file
 from jaxdeploy.checkpoint.tensor_ref import Array, TensorRef, read_file
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.files.stored import exists, is_folder, user_path
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.lora import LowRank
 from jaxdeploy.models.registry import Family
 from jaxdeploy.models.weights import Linear, ParamPath
-from jaxdeploy.stored_file import exists, is_folder, user_path
 
 _FILES = {"adapter_model.safetensors": read_safetensors_file, "adapter_model.bin": read_torch_file}
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -70,7 +70,7 @@ def adaptable(family: Family, model: ModelConfig) -> dict[ParamPath, Linear]:
 def base_tensors(family: Family, model: ModelConfig, files: Tensors) -> dict[str, TensorRef]:
     """The tensors of a model by name, a tied head among them under its own name."""
     table = family.weights(replace(model, tie_embeddings=False))
-    (head,), (embedding,) = table["head", "weight"].names, table["embed", "embedding"].names
+    (head,), (embedding,) = table["head", "weight"].names, table["embedding", "table"].names
     tied = {head: files[embedding]} if model.tie_embeddings and embedding in files else {}
     return {**files, **tied}
 

@@ -20,9 +20,10 @@ from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.formats.quantized import ChannelQuantized, GroupQuantized
 from jaxdeploy.formats.registry import Format, SkippedModules, format_of
-from jaxdeploy.models.quantized import CHUNK, int4_leaves, int8_leaves
+from jaxdeploy.models.quantized import int4_leaves, int8_leaves
 from jaxdeploy.models.weights import Linear, ParamPath, Source, WeightTable
 from jaxdeploy.parallel.sharding import RULES
+from pallas_kernels.w4a16_matmul.layout import CHUNK, GROUP_SIZES
 from pallas_kernels.w4a16_matmul.packing import pack
 
 logger = logging.getLogger("jaxdeploy")
@@ -30,8 +31,6 @@ logger = logging.getLogger("jaxdeploy")
 AbstractParams = Mapping[ParamPath, nnx.Param[Any]]
 Quantized = GroupQuantized | ChannelQuantized
 Leaves = dict[str, tuple[nnx.Param[Any], Source]]
-
-_PACKED_GROUPS = (128, 64, 32)
 
 
 def hold_quantized(
@@ -191,10 +190,10 @@ def _same(a: Array | None, b: Array | None) -> bool:
 def _packed_group(width: int, groups: int) -> int:
     """The largest group size of the packed form of which the stored groups are multiples."""
     stored = width // groups
-    for size in _PACKED_GROUPS:
+    for size in GROUP_SIZES:
         if groups == 1 or stored % size == 0:
             return size
-    raise _CannotKeepError(f"groups of {stored} inputs are no multiple of {_PACKED_GROUPS[-1]}")
+    raise _CannotKeepError(f"groups of {stored} inputs are no multiple of {GROUP_SIZES[-1]}")
 
 
 def _int8(linear: Linear, modules: Sequence[_Module], leaves: Mapping[str, nnx.Param[Any]]) -> Leaves:

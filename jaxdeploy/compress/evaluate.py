@@ -21,6 +21,7 @@ from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.models.attention import AttentionContext, DenseContext, dense_attention
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.layers import Embedding, Head
+from jaxdeploy.models.model import Positions
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.rope import Rotary, apply_rotary
 from jaxdeploy.parallel.mesh import make_mesh
@@ -276,7 +277,7 @@ def _exp(nll: float) -> float:
 
 
 def _head(decoder: Decoder) -> Embedding | Head:
-    return decoder.embed if decoder.config.tie_embeddings else decoder.head
+    return decoder.embedding if decoder.config.tie_embeddings else decoder.head
 
 
 def _hidden_batches(
@@ -307,8 +308,8 @@ def _hidden(graph: nnx.GraphDef[Decoder], weights: Any, ids: jax.Array, kv_bits:
     """Whole sequences ``ids`` [B, T] through the layers → [B, T, D]."""
     decoder = nnx.merge(graph, weights)
     sequences, length = ids.shape
-    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
     context: AttentionContext = DenseContext(sequences) if kv_bits is None else FakeQuantizedKV(sequences, kv_bits)
     pools = [None] * len(decoder.layers)
-    x, _ = decoder.hidden(ids.reshape(-1), positions, jnp.full_like(positions, length), context, pools)
-    return x.reshape(sequences, length, -1)
+    x = decoder.embed(ids.reshape(-1))
+    hidden = decoder.hidden(x, Positions.of_prompts(sequences, length), context, pools)
+    return hidden.states.reshape(sequences, length, -1)

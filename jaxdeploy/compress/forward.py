@@ -18,6 +18,7 @@ from flax import nnx
 from jaxdeploy.models.attention import AttentionContext, DenseContext
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Layer
+from jaxdeploy.models.model import Positions
 from jaxdeploy.models.rope import Rotary, apply_rotary, rotary
 from pallas_kernels.kv_pool import Pool
 from pallas_kernels.w8a8_matmul.reference import quantize_tokens
@@ -187,7 +188,6 @@ def _layer(config: ModelConfig, window: int | None, params: dict[Any, jax.Array]
 
 def _run(layer: Layer, config: ModelConfig, x: jax.Array, context: AttentionContext) -> jax.Array:
     sequences, length, _ = x.shape
-    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
-    angles = rotary(config.rope, config.head_dim, positions, jnp.full_like(positions, length))
+    angles = rotary(config.rope, config.head_dim, *Positions.of_prompts(sequences, length))
     out, _ = layer(x.reshape(sequences * length, -1), angles, context, None)
     return out.reshape(x.shape)

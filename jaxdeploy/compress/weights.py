@@ -52,7 +52,7 @@ class FloatModel:
         """What the checkpoint's weights are stored in."""
         if self.files is None:
             return jnp.dtype(self.config.dtype)
-        return self.files[self.table["embed", "embedding"].names[0]].dtype
+        return self.files[self.table["embedding", "table"].names[0]].dtype
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +103,7 @@ class Outer:
         """The modules that hold ``params``."""
         sizes = (config.vocab_size, config.hidden_size)
         embed = nnx.eval_shape(lambda: Embedding(*sizes, rngs=nnx.Rngs(0), dtype=_FLOAT))
-        embed.embedding = nnx.Param(params["embed", "embedding"])
+        embed.table = nnx.Param(params["embedding", "table"])
         norm = nnx.eval_shape(lambda: RMSNorm(config.hidden_size, config.norm_eps, dtype=_FLOAT))
         norm.scale = nnx.Param(params["norm", "scale"])
         if config.tie_embeddings:

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxdeploy.models.cache_layout import HeadsLayout
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Weight, constant, linear, parameter, value_of
 from jaxdeploy.models.rope import Rotary, apply_rotary
-from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
+from jaxdeploy.parallel.sharding import per_device, spec
 from pallas_kernels.kv_cache_write import kv_cache_write
 from pallas_kernels.kv_pool import Pool
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import PagedAttentionCall, ScoreOptions, paged_attention
 
 
 class AttentionContext(Protocol):
@@ -91,7 +92,7 @@ class PagedContext:
     ) -> tuple[jax.Array, Pool | None]:
         """See ``AttentionContext``."""
         assert pool is not None, "a paged step needs its KV pool"
-        heads, whole, blocks = spec(None, "kv_heads"), spec(), spec(*POOL_AXES)
+        heads, whole, blocks = spec(None, "kv_heads"), spec(), spec(*HeadsLayout.AXES)
         attend = per_device(
             self.mesh, partial(_attend_paged, window=window), (heads, whole, blocks, whole, whole), (heads, blocks)
         )
@@ -108,7 +109,8 @@ def _attend_paged(
     for rows in regions:
         queries = q[start : start + rows.tokens].reshape(-1, rows.query_length, *q.shape[1:])
         where = (rows.block_tables, rows.first_positions, rows.lengths)
-        outputs.append(paged_attention(queries, pool, *where, scale=_scale(q), window=window).reshape(-1, *q.shape[1:]))
+        call = PagedAttentionCall(queries, pool, *where, ScoreOptions(_scale(q), window))
+        outputs.append(paged_attention(call).reshape(-1, *q.shape[1:]))
         start += rows.tokens
     return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0], pool
 
@@ -139,6 +141,7 @@ class Attention(nnx.Module):
         groups = (config.num_kv_heads, config.queries_per_kv + 2, config.head_dim)
         out = (config.num_heads, config.head_dim, config.hidden_size)
         self.num_heads, self.head_dim, self.window = config.num_heads, config.head_dim, window
+        self.cache_layout = HeadsLayout(config.num_kv_heads, config.head_dim, config.head_dim)
         self.wqkv: Weight = parameter(rngs, (config.hidden_size, *groups), ("embed", "kv_heads", None, None), dtype)
         self.bqkv = constant(0.0, groups, ("kv_heads", None, None), dtype) if config.qkv_bias else None
         self.wo: Weight = parameter(rngs, out, ("heads", None, "embed"), dtype)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jaxdeploy.errors import CheckpointError, UnsupportedModelError
-from jaxdeploy.stored_fields import StoredFields
-from jaxdeploy.stored_file import shown
+from jaxdeploy.files.fields import StoredFields
+from jaxdeploy.files.stored import shown
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -13,22 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import Attention, AttentionContext, DenseContext
+from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
 from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.model import Encoder, Hidden, Pools, Positions
 from jaxdeploy.models.quantized import weight_like
 from jaxdeploy.models.rope import Rotary, rotary
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
-from pallas_kernels.dispatch import NoBackendError
 from pallas_kernels.kv_pool import Pool
 
-logger = logging.getLogger("jaxdeploy")
-
 Params = Mapping[ParamPath, jax.Array]
-Pools = Sequence[Pool | None]
 
 
 class Layer(nnx.Module):
@@ -39,6 +35,11 @@ class Layer(nnx.Module):
         self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """What the layer keeps in the cache."""
+        return self.attention.cache_layout
 
     def __call__(
         self,
@@ -60,58 +61,57 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | type = jnp.float32) -> None:
         dtype = jnp.dtype(dtype)
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
         self.layers = nnx.List([Layer(config, window, rngs=rngs, dtype=dtype) for window in config.windows])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         if not config.tie_embeddings:
             self.head = Head(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
 
+    @property
+    def cache_layouts(self) -> tuple[CacheLayout, ...]:
+        """What each layer keeps in the cache."""
+        return tuple(layer.cache_layout for layer in self.layers)
+
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Whole sequences without a cache: ``tokens`` int32 [B, T] → logits float32 [B, T, V]."""
         sequences, length = tokens.shape
-        positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
-        lengths = jnp.full_like(positions, length)
-        pools = [None] * len(self.layers)
-        x, _ = self.hidden(tokens.reshape(-1), positions, lengths, DenseContext(sequences), pools)
-        return self.logits(x).reshape(sequences, length, -1)
+        x, positions = self.embed(tokens.reshape(-1)), Positions.of_prompts(sequences, length)
+        hidden = self.hidden(x, positions, DenseContext(sequences), [None] * len(self.layers))
+        return self.logits(hidden.states).reshape(sequences, length, -1)
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        """None: it reads text only."""
+        return {}
+
+    def embed(self, tokens: jax.Array, media_rows: jax.Array | None = None) -> jax.Array:
+        """Return the embeddings [T, D] of ``tokens`` int32 [T]."""
+        assert media_rows is None, "a model without encoders has no media buffer"
+        return self.embedding(tokens)
 
     def hidden(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        lengths: jax.Array,
+        x: jax.Array,
+        positions: Positions,
         context: AttentionContext,
         pools: Pools,
-        wanted: jax.Array | None = None,
-        noted: dict[int, jax.Array] | None = None,
-    ) -> tuple[jax.Array, list[Pool | None]]:
-        """The normed hidden state of every token, or of those at ``wanted``, int32 [B].
-
-        ``tokens``, ``positions`` and ``lengths`` (prompt length of the token's sequence) are int32 [T], ``pools`` one
-        KV pool a layer. Returns [T, D] or [B, D], and the updated pools. Beyond its keys and values the last layer is
-        computed only for what is wanted: of a prompt that is one token. ``noted`` gets the residual stream [T, D]
-        before each layer whose index is one of its keys.
-        """
-        x = self.embed(tokens)
-        angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
-        if wanted is None and fused_decode.serves(context, self.layers, self.norm):
-            try:
-                return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools, noted)
-            except NoBackendError as refusal:
-                logger.info("decode steps run op by op: %s", refusal)
-        updated = []
+        selected: jax.Array | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Hidden:
+        """See ``Model.hidden``. Pools may be ``None`` where ``context`` needs no cache."""
+        angles = rotary(self.config.rope, self.config.head_dim, *positions)
+        updated, residuals = [], []
         for index, (layer, pool) in enumerate(zip(self.layers, pools, strict=True), 1):
             graph, weights = nnx.split(layer)
-            rows = wanted if index == len(self.layers) else None
-            if noted is not None and index - 1 in noted:
-                noted[index - 1] = x
+            rows = selected if index == len(self.layers) else None
+            residuals.append(x)
             x, pool = _run_layer(graph, weights, x, angles, context, pool, rows)
             updated.append(pool)
-        return self.norm(x), updated
+        return Hidden(self.norm(x), updated, tuple(residuals[index] for index in taps))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``x`` [T, D] → float32 [T, V]."""
-        return self.embed.logits(x) if self.config.tie_embeddings else self.head.logits(x)
+        return self.embedding.logits(x) if self.config.tie_embeddings else self.head.logits(x)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -126,6 +126,18 @@ def _run_layer(
 ) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
     return nnx.merge(graph, weights)(x, rotary, context, pool, wanted)
+
+
+@cache
+def cache_layouts(config: ModelConfig) -> tuple[CacheLayout, ...]:
+    """Return what each layer of a decoder keeps in the cache. Builds one layer of each kind, without arrays."""
+
+    def layout(window: int | None) -> CacheLayout:
+        layer = nnx.eval_shape(lambda: Layer(config, window, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
+        return layer.cache_layout
+
+    kinds = {window: layout(window) for window in set(config.windows)}
+    return tuple(kinds[window] for window in config.windows)
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:

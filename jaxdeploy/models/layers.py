@@ -86,15 +86,15 @@ class Embedding(nnx.Module):
     """Token embeddings [V, D]; replicated under tensor parallelism, so that looking a token up needs no traffic."""
 
     def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.embedding = parameter(rngs, (vocab, size), ("table", "embed"), dtype)
+        self.table = parameter(rngs, (vocab, size), ("table", "embed"), dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """``tokens`` int32 [...] → [..., D]."""
-        return jnp.take(self.embedding[...], tokens, axis=0)
+        return jnp.take(self.table[...], tokens, axis=0)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``x`` [T, D] → float32 [T, V], through the transposed table (a tied head)."""
-        return product(x, self.embedding[...], jnp.float32)
+        return product(x, self.table[...], jnp.float32)
 
 
 class Head(nnx.Module):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,17 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder, abstract_params
+from jaxdeploy.models.decoder import abstract_params
 from jaxdeploy.models.layers import Weight, linear
 from jaxdeploy.models.leaves import Axes, axes_of
+from jaxdeploy.models.model import Model
 from jaxdeploy.models.weights import Linear, ParamPath
-from jaxdeploy.parallel.sharding import product_per_device, replicated, sharding_of, spec
-from pallas_kernels.lora_matmul import lora_matmul
+from jaxdeploy.parallel.sharding import device_bytes, mesh_axis, product_per_device, replicated, sharding_of, spec
+from pallas_kernels.lora_matmul import LoRAMatmulCall, lora_matmul
 
 Array = np.ndarray[Any, Any]
 Arrays = tuple[jax.Array, ...]
+AnyModel = TypeVar("AnyModel", bound=Model)
 
 HEAD = ("head", "weight")
 """The output projection, tied or not. It is no part of a layer."""
@@ -89,7 +91,7 @@ class Kind:
         behind = math.prod(b.shape[self.axis + 3 :])
         segments = tuple(share * behind for share in self.shares) if self.modules > 1 else None
         flat = b.reshape(*b.shape[:2], -1)
-        return lora_matmul(x, a, flat, *which, segments=segments).reshape(-1, *b.shape[2:])
+        return lora_matmul(LoRAMatmulCall(x, a, flat, *which, segments)).reshape(-1, *b.shape[2:])
 
 
 class AdaptedWeight(nnx.Module):
@@ -131,10 +133,13 @@ class AdapterBank:
         return 2 * len(self.kinds) + 1
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays but the ranks, on all devices together."""
-        sizes = (math.prod(shape) for kind in self.kinds for shape in self._shapes(kind))
-        return sum(sizes) * self.dtype.itemsize
+    def device_bytes(self) -> int:
+        """Bytes of all arrays except the ranks, on one device."""
+        return sum(
+            device_bytes(sharding, shape, self.dtype)
+            for kind in self.kinds
+            for shape, sharding in zip(self._shapes(kind), self._shardings(kind), strict=True)
+        )
 
     def zeros(self) -> Arrays:
         """The arrays of a bank without adapters, on their devices."""
@@ -172,12 +177,12 @@ class AdapterBank:
         filled: Arrays = self._put(arrays, np.int32(slot), placed)
         return filled
 
-    def adapted(self, decoder: Decoder, arrays: Arrays, slots: jax.Array, wanted: jax.Array | None = None) -> Decoder:
+    def adapted(self, decoder: AnyModel, arrays: Arrays, slots: jax.Array, wanted: jax.Array | None = None) -> AnyModel:
         """``decoder`` for tokens whose adapters are in ``slots``, int32 [T] (negative: none); inside a step.
 
-        ``wanted`` int32 [B] are the tokens that the last layer computes to its end (``Decoder.hidden``).
+        ``wanted`` int32 [B] are the tokens that the last layer computes to its end (``Model.hidden``).
         """
-        copy: Decoder = nnx.merge(*nnx.split(decoder))
+        copy: Any = nnx.merge(*nnx.split(decoder))
         for index, layer in enumerate(copy.layers):
             last = wanted is not None and index == self.layers - 1
             for row, kind in enumerate(self.kinds):
@@ -187,9 +192,10 @@ class AdapterBank:
                 block = getattr(layer, kind.path[0])
                 base: Weight = getattr(block, kind.path[1])
                 setattr(block, kind.path[1], AdaptedWeight(base, kind, self.mesh, self._use(arrays, row, index, own)))
-        return copy
+        adapted: AnyModel = copy
+        return adapted
 
-    def logits(self, decoder: Decoder, arrays: Arrays, x: jax.Array, slots: jax.Array) -> jax.Array:
+    def logits(self, decoder: Model, arrays: Arrays, x: jax.Array, slots: jax.Array) -> jax.Array:
         """``x`` [T, D] → float32 [T, V], of tokens whose adapters are in ``slots``, int32 [T]."""
         logits = decoder.logits(x)
         for row, kind in enumerate(self.kinds):
@@ -255,7 +261,7 @@ def bank_of(
     for path in first:
         shape, axes, inputs = params[path].get_value().shape, axes_of(params[path]), len(linears[path].inputs)
         outputs = tuple(
-            axis if axis is not None and size % mesh.size == 0 else None
+            axis if mesh_axis(mesh, axis, size) else None
             for axis, size in zip(axes[inputs:], shape[inputs:], strict=True)
         )
         count, joined = 1 if path == HEAD else model.num_layers, linears[path].outputs

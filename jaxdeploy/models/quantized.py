@@ -10,21 +10,17 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax import lax
 from jax.sharding import Mesh
 
 from jaxdeploy.models.leaves import Leaf, axes_of, leaf
 from jaxdeploy.models.output_major import OutputMajorWeight, output_major_leaves
 from jaxdeploy.parallel.sharding import product_per_device, spec
 from pallas_kernels.w4a16_matmul import w4a16_matmul
+from pallas_kernels.w4a16_matmul.layout import assemble, group_size, input_size, packed_shape, part_shapes
 from pallas_kernels.w8a8_matmul import w8a8_matmul
 
 _DEVIATION = 0.02
-
-CHUNK = 128
-"""Inputs that the packed form keeps together (``pallas_kernels.w4a16_matmul``)."""
 
 
 class Int4Weight(nnx.Module):
@@ -40,14 +36,14 @@ class Int4Weight(nnx.Module):
     @property
     def takes_as_is(self) -> bool:
         """Whether inputs go in as they are: none is moved, none is added."""
-        return self.order is None and self.inputs == CHUNK * self.packed.shape[0]
+        return self.order is None and self.inputs == input_size(self.packed.shape)
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """``x`` [T, K] → [T, *outputs], dtype of ``x``."""
         packed, (inputs, _, *outputs) = self.packed[...], axes_of(self.packed)
         if self.order is not None:
             x = jnp.take(x, self.order[...], axis=1)
-        x = jnp.pad(x, ((0, 0), (0, CHUNK * packed.shape[0] - self.inputs)))
+        x = jnp.pad(x, ((0, 0), (0, input_size(packed.shape) - self.inputs)))
         ins = (spec(None, inputs), spec(inputs, None, *outputs))
         return product_per_device(self.mesh, _int4_product, inputs, ins, spec(None, *outputs))(x, packed)
 
@@ -77,7 +73,7 @@ def int4_leaves(param: Leaf, inputs: int, group: int, *, ordered: bool) -> dict[
     """The leaves of an ``Int4Weight``, as shapes, in place of a float ``param`` with so many axes of ``inputs``."""
     shape, axes = param.get_value().shape, axes_of(param)
     width = math.prod(shape[:inputs])
-    packed = (-(-width // CHUNK), 16 + CHUNK // group, *shape[inputs:])
+    packed = packed_shape(width, shape[inputs:], group)
     leaves = {"packed": leaf(packed, jnp.int32, (axes[0], None, *axes[inputs:]))}
     return leaves | ({"order": leaf((width,), jnp.int32, (None,))} if ordered else {})
 
@@ -98,16 +94,15 @@ def weight_like(param: Leaf, arrays: Mapping[str, jax.Array], mesh: Mesh) -> Hel
     if "packed" not in arrays:
         return Int8Weight(**int8_leaves(param, len(shape) - arrays["scales"].ndim), mesh=mesh)
     inputs = len(shape) - arrays["packed"].ndim + 2
-    group = CHUNK // (arrays["packed"].shape[1] - 16)
+    group = group_size(arrays["packed"].shape)
     leaves = int4_leaves(param, inputs, group, ordered="order" in arrays)
     return Int4Weight(**leaves, inputs=math.prod(shape[:inputs]), mesh=mesh)
 
 
 def _random_packed(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    words = lax.bitcast_convert_type(jax.random.bits(key, (shape[0], 16, *shape[2:]), jnp.uint32), jnp.int32)
-    scale = int(np.float16(_DEVIATION / 4.6).view(np.uint16))
-    meta = jnp.full((shape[0], shape[1] - 16, *shape[2:]), 8 << 16 | scale, jnp.int32)
-    return jnp.concatenate([words, meta], axis=1)
+    words, groups = part_shapes(shape)
+    scales = jnp.full(groups, _DEVIATION / 4.6, jnp.float16)
+    return assemble(jax.random.bits(key, words, jnp.uint32), scales, jnp.full(groups, 8, jnp.int32))
 
 
 RANDOM_LEAVES: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {

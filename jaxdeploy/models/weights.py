@@ -202,7 +202,7 @@ def decoder_weights(config: ModelConfig, names: DecoderNames, norm: Plain = plai
     """
     size, vocab = config.hidden_size, config.vocab_size
     table: dict[ParamPath, Source] = {
-        ("embed", "embedding"): plain(f"{names.embedding}.weight", vocab, size),
+        ("embedding", "table"): plain(f"{names.embedding}.weight", vocab, size),
         ("norm", "scale"): norm(f"{names.norm}.weight", size),
     }
     if not config.tie_embeddings:

@@ -20,39 +20,36 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import RefusalError, need_gpu
-from pallas_kernels.lora_matmul.tiles import Call, Tiles, choose, tile_r
+from pallas_kernels.lora_matmul.call import LoRAMatmulCall
+from pallas_kernels.lora_matmul.tiles import ProblemSize, Tiles, choose, tile_r
 from pallas_kernels.target import Target, current_target
 
 RANK_BLOCK = 16
 """Ranks that are read or skipped together."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Refuse what is no GPU of sm_80 or newer."""
     need_gpu(target)
 
 
-def run(
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    adapter: jax.Array,
-    candidates: jax.Array,
-    ranks: jax.Array,
-    *,
-    segments: tuple[int, ...],
-    tiles: Tiles | None = None,
-) -> jax.Array:
-    """See ``pallas_kernels.lora_matmul.lora_matmul``; refuses an R that is not a multiple of ``RANK_BLOCK``.
-
-    Between the products a token is rounded to the dtype of ``x``, which tensor cores take. Of ``candidates`` only their
-    number counts, for the tiles.
-    """
-    (tokens, _), (_, rank, n), ranks_together = x.shape, b.shape, a.shape[2]
+def check(call: LoRAMatmulCall) -> None:
+    """Refuse an R that is not a multiple of ``RANK_BLOCK``."""
+    rank = call.b.shape[1]
     if rank % RANK_BLOCK or not rank:
         raise RefusalError(f"needs R in steps of {RANK_BLOCK}, have R={rank}; pad a and b with zeros")
+
+
+def run(call: LoRAMatmulCall, tiles: Tiles | None = None) -> jax.Array:
+    """See ``pallas_kernels.lora_matmul.lora_matmul``.
+
+    Between the products a token is rounded to the dtype of ``x``, which tensor cores take. Only the number of
+    ``candidates`` matters here, for the tiles.
+    """
+    x, a, b = call.x, call.a, call.b
+    (tokens, _), (_, rank, n), ranks_together = x.shape, b.shape, a.shape[2]
     target = current_target()
-    chosen = choose(Call.of(x, a, b, candidates), target, tiles)
+    chosen = choose(ProblemSize.of(call), target, tiles)
     rows = pl.cdiv(tokens, chosen.tile_m)
     launch = partial(
         pl.pallas_call,
@@ -64,13 +61,13 @@ def run(
         grid=(chosen.splits * pl.cdiv(ranks_together, tile_r(ranks_together)), rows, chosen.teams),
         out_shape=jax.ShapeDtypeStruct((chosen.splits, tokens, ranks_together), jnp.float32),
         name="lora_matmul_shrink",
-    )(x, a, adapter, ranks)
+    )(x, a, call.adapter, call.ranks)
     out: jax.Array = launch(
-        partial(_expand_kernel, segments=segments, tiles=chosen),
+        partial(_expand_kernel, segments=call.widths, tiles=chosen),
         grid=(pl.cdiv(n, chosen.tile_n), rows, chosen.teams),
         out_shape=jax.ShapeDtypeStruct((tokens, n), x.dtype),
         name="lora_matmul_expand",
-    )(down, b, adapter, ranks)
+    )(down, b, call.adapter, call.ranks)
     return out
 
 

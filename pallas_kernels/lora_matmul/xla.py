@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.lora_matmul.call import LoRAMatmulCall
 from pallas_kernels.target import Target
 
 FEWEST, MOST = 2, 64
@@ -26,23 +27,18 @@ State = tuple[jax.Array, jax.Array]
 """The next token, int32; and the result so far, float32 [T, N / period, period] with the segments' sum as period."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Runs everywhere."""
 
 
-def run(
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    adapter: jax.Array,
-    candidates: jax.Array,
-    ranks: jax.Array,
-    *,
-    segments: tuple[int, ...],
-    tiles: Any = None,
-) -> jax.Array:
-    """See ``pallas_kernels.lora_matmul.lora_matmul``; needs no ``ranks``, and there are no ``tiles`` to choose."""
-    tokens, few = x.shape[0], _few(x.shape[0], candidates.shape[0])
+def check(call: LoRAMatmulCall) -> None:
+    """Accepts every call."""
+
+
+def run(call: LoRAMatmulCall, tiles: Any = None) -> jax.Array:
+    """See ``pallas_kernels.lora_matmul.lora_matmul``; does not use ``ranks``, ignores ``tiles``."""
+    x, a, b, adapter, segments = call.x, call.a, call.b, call.adapter, call.widths
+    tokens, few = x.shape[0], _few(x.shape[0], call.candidates.shape[0])
     wide, places = x.astype(jnp.float32), jnp.arange(tokens, dtype=jnp.int32)
     rank, columns = b.shape[1], (b.shape[2] // sum(segments), sum(segments))
 

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import tuning
 from pallas_kernels.target import Target
-from pallas_kernels.w4a16_matmul.dequant import CHUNK
+from pallas_kernels.w4a16_matmul.layout import CHUNK
 
 DECODE_ROWS = 64
 """Most rows of activations that one program takes at once; reading the weights is what takes the time until there."""

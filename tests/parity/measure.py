@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxdeploy.checkpoint.loader import load_params
@@ -43,6 +44,12 @@ def read_expected(folder: Path) -> dict[str, Array]:
     """What transformers computed for the checkpoint in ``folder``."""
     expected: dict[str, Array] = load_file(folder / "expected.safetensors")
     return expected
+
+
+def reference_versions(folder: Path) -> dict[str, str]:
+    """Return the versions that the golden in ``folder`` was made with."""
+    with safe_open(folder / "expected.safetensors", "np") as file:
+        return dict(file.metadata() or {})
 
 
 def load_model(folder: Path) -> tuple[ModelConfig, Params]:

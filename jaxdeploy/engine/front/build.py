@@ -21,11 +21,12 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.adapter_reader import EngineAdapters, adapters_of
 from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, step_shapes
-from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, plan_cache
-from jaxdeploy.engine.device.kv_policy import Ranges, kv_policy
+from jaxdeploy.engine.device.kv_cache import CachePlan, Pools, allocate_pools, plan_cache
+from jaxdeploy.engine.device.kv_policy import kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.front.engine import Engine
-from jaxdeploy.engine.grammar import Grammars
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.limits import SchedulerLimits
@@ -33,9 +34,13 @@ from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.files.stored import user_path
+from jaxdeploy.grammar.matcher import Grammars
 from jaxdeploy.models import fused_decode
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.decoder import cache_layouts
+from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import check_divisible
@@ -93,7 +98,8 @@ def _build(
     )
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
-    policy = kv_policy(folder, model, config)
+    policy = kv_policy(folder, cache_layouts(model), config, biased_keys=model.qkv_bias)
+    cache_dtype = CacheDtype(limits.dtype, policy.bits)
     adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype, partial(_stored_tensors, folder, config))
     draft = find_draft_model(folder, model, config)
     decoder = load_model(
@@ -111,14 +117,13 @@ def _build(
         draft, decoder, config, mesh, limits.dtype, outputs_first=_outputs_first(mesh), progress=progress
     )
     plan = plan_cache(
-        model,
+        decoder.cache_layouts,
         config,
         mesh,
         session_len=limits.session_len,
         max_batch_size=limits.max_batch_size,
-        dtype=limits.dtype,
-        bits=policy.bits,
-        beside=draft.block_bytes(config.block_size, limits.dtype, policy.bits) if draft else 0,
+        dtype=cache_dtype,
+        draft_layouts=draft_model.cache_layouts if draft_model else (),
     )
     logger.info("%s", plan)
     guessing = build_speculation(
@@ -127,14 +132,15 @@ def _build(
         draft_model,
         plan,
         mesh,
-        limits.dtype,
+        cache_dtype,
         slots=limits.max_batch_size,
         session_len=limits.session_len,
         max_prefill_tokens=limits.max_prefill_tokens,
     )
     grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
     shared = longest_shared(model, config)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, guessing, adapters)
+    pools = allocate_pools(decoder.cache_layouts, plan, mesh, cache_dtype, policy.ranges)
+    engine = _assemble(decoder, pools, plan, limits, mesh, shared, grammars, guessing, adapters)
     if config.warmup:
         engine.warm_up(partial(counted, doing="compiling", done="compiled", bar=progress))
     return engine
@@ -201,11 +207,11 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
 
 
 def _assemble(
-    decoder: Decoder,
+    model: Model,
+    pools: Pools,
     plan: CachePlan,
     limits: Limits,
     mesh: Mesh,
-    ranges: Ranges | None,
     longest_shared: int,
     grammars: Grammars,
     guessing: Guessing,
@@ -216,22 +222,20 @@ def _assemble(
     for name, content in ({} if adapters is None else adapters.contents).items():
         held.load(name, content)
     scheduler = make_scheduler(blocks, plan, limits, longest_shared, held)
-    pools = allocate_pools(decoder.config, plan, mesh, limits.dtype, ranges)
     bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
-    runner = ModelRunner(
-        decoder,
-        pools,
-        mesh,
-        slots=limits.max_batch_size,
-        session_len=limits.session_len,
-        adapters=bank,
-        features=guessing.features,
-    )
     speculation = guessing.speculation
     shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
+    runner = ModelRunner(
+        model,
+        plan_steps(model, mesh, pools, shapes),
+        DeviceState.of(pools, limits.max_batch_size, limits.session_len, mesh),
+        adapters=bank,
+        features=guessing.features,
+        tap=guessing.tap,
+    )
     reader = None if adapters is None else adapters.reader
-    return Engine(scheduler, runner, shapes, decoder.config.vocab_size, grammars, speculation, reader)
+    return Engine(scheduler, runner, shapes, model.config.vocab_size, grammars, speculation, reader)
 
 
 def make_scheduler(
@@ -270,7 +274,7 @@ def _enable_compilation_cache(config: EngineConfig) -> None:
     """Keep compiled programs on disk, unless the user has told JAX where already."""
     if config.compilation_cache_dir is None and getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    folder = Path(config.compilation_cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    folder = user_path(config.compilation_cache_dir or DEFAULT_CACHE_DIR)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

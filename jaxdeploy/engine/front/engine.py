@@ -25,14 +25,14 @@ from jaxdeploy.engine.device.packing import (
     pack,
     prompt_outputs_of,
 )
-from jaxdeploy.engine.device.runner import ModelRunner, StepResult
+from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.device.sampler import NOT_FINITE
+from jaxdeploy.engine.device.step import StepResult
 from jaxdeploy.engine.front.adapter_loader import AdapterLoader
 from jaxdeploy.engine.front.host_memory import restoring_pays
 from jaxdeploy.engine.front.intake import Intake
 from jaxdeploy.engine.front.outputs import Array, HostSample, NewTokens, ended_output, step_output
 from jaxdeploy.engine.front.prompt_collector import PromptCollectors
-from jaxdeploy.engine.grammar import Grammars
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
@@ -41,6 +41,7 @@ from jaxdeploy.engine.spans import Spans
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import NonFiniteError
+from jaxdeploy.grammar.matcher import Grammars
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, StepOutput
 
 logger = logging.getLogger("jaxdeploy")

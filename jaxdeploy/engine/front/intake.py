@@ -10,10 +10,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.device.settings import settings_of
 from jaxdeploy.engine.front.adapter_loader import AdapterLoader
-from jaxdeploy.engine.grammar import Grammars, Matcher
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.errors import RequestError
+from jaxdeploy.grammar.matcher import Grammars, Matcher
 from jaxdeploy.messages import Request
 
 GRAMMAR_THREADS = 4

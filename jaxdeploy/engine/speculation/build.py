@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -16,18 +15,21 @@ from jaxdeploy.checkpoint.model import load_model
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.buckets import draft_shapes
-from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, block_bytes
-from jaxdeploy.engine.device.runner import Features, ModelRunner
-from jaxdeploy.engine.device.step_weights import StepModel
+from jaxdeploy.engine.device.features import Features, FeatureTap
+from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_config
+from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.parallel.sharding import check_divisible, replicated
+from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.tokenizer import Tokenizer
 
 USUAL = {"ngram": 7, "draft": 3, "eagle3": 3}
@@ -43,17 +45,19 @@ class DraftModel:
     config: ModelConfig
     eagle3: Eagle3Config | None = None
 
-    def block_bytes(self, block_size: int, dtype: jnp.dtype, bits: int | None) -> int:
-        """What a block has to hold for it, on all devices together: keys and values, and features for a head."""
-        features = self.config.hidden_size * dtype.itemsize if self.eagle3 else 0
-        return block_bytes(self.config, block_size, dtype, bits) + block_size * features
-
 
 class Guessing(NamedTuple):
-    """Who guesses, if anybody does, and the features that this takes of the model."""
+    """How drafts are made.
+
+    Attributes:
+        speculation: ``None`` without drafts.
+        features: written by the steps of the model for the head that drafts.
+        tap: how they are made.
+    """
 
     speculation: Speculation | None = None
     features: Features | None = None
+    tap: FeatureTap | None = None
 
 
 def method_of(config: EngineConfig) -> str | None:
@@ -96,19 +100,19 @@ def find_draft_model(folder: Path, model: ModelConfig, config: EngineConfig) -> 
 
 def load_draft_model(
     draft: DraftModel | None,
-    decoder: Decoder,
+    model: Model,
     config: EngineConfig,
     mesh: Mesh,
     dtype: jnp.dtype,
     *,
     outputs_first: bool,
     progress: bool,
-) -> StepModel | None:
-    """The model that guesses for ``decoder``, if one does. Raises ``CheckpointError``."""
+) -> Model | None:
+    """The model that guesses for ``model``, if one does. Raises ``CheckpointError``."""
     if draft is None:
         return None
     if draft.eagle3 is not None:
-        embedding = decoder.embed.embedding[...]
+        embedding = model.embedding.table[...]
         return load_eagle3(draft.folder, draft.eagle3, embedding, mesh, dtype, progress=progress)
     return load_model(
         draft.folder,
@@ -124,10 +128,10 @@ def load_draft_model(
 def build_speculation(
     config: EngineConfig,
     draft: DraftModel | None,
-    model: StepModel | None,
+    model: Model | None,
     plan: CachePlan,
     mesh: Mesh,
-    dtype: jnp.dtype,
+    dtype: CacheDtype,
     *,
     slots: int,
     session_len: int,
@@ -140,20 +144,19 @@ def build_speculation(
     count = config.num_speculative_tokens or USUAL[method]
     if draft is None or model is None:
         return Guessing(Speculation(NgramProposer(), count))
-    features = _features(draft, model, plan, mesh, dtype)
-    pools = allocate_pools(draft.config, plan, mesh, dtype)
-    runner = ModelRunner(model, pools, mesh, slots=slots, session_len=session_len, features=features)
+    pools = allocate_pools(model.cache_layouts, plan, mesh, dtype)
+    features, tap = None, None
+    if draft.eagle3 is not None and isinstance(model, Eagle3):
+        *pools_of_layers, array = pools
+        pools = tuple(pools_of_layers)
+        features = Features(array)
+        tap = FeatureTap(draft.eagle3.taps, model.fuse[...])
     shapes = draft_shapes(slots, max_prefill_tokens, plan.blocks_for(session_len), count)
+    steps = plan_steps(model, mesh, pools, shapes)
+    state = DeviceState.of(pools, slots, session_len, mesh)
+    runner = ModelRunner(model, steps, state, features=features)
     proposer: Proposer = DraftProposer(runner, shapes, draft.config.vocab_size, count, first=1 if features else 0)
-    return Guessing(Speculation(proposer, count), features)
-
-
-def _features(draft: DraftModel, model: StepModel, plan: CachePlan, mesh: Mesh, dtype: jnp.dtype) -> Features | None:
-    if draft.eagle3 is None or not isinstance(model, Eagle3):
-        return None
-    shape = (plan.num_blocks, plan.block_size, draft.config.hidden_size)
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=replicated(mesh))()
-    return Features(zeros, model.fuse[...], draft.eagle3.taps)
+    return Guessing(Speculation(proposer, count), features, tap)
 
 
 def _tokens(folder: Path) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxdeploy.files.fields import StoredFields
 from jaxdeploy.models.config import ModelConfig, read_decoder
 from jaxdeploy.models.weights import DecoderNames, WeightTable, decoder_weights
-from jaxdeploy.stored_fields import StoredFields
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxdeploy.files.fields import StoredFields
 from jaxdeploy.models.config import ModelConfig, read_decoder, read_layer_count
 from jaxdeploy.models.families.llama import weights
-from jaxdeploy.stored_fields import StoredFields
 
 __all__ = ["ARCHITECTURES", "model_config", "weights"]
 
