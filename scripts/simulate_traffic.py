@@ -20,8 +20,9 @@ from bench_record import result_path, write_result
 from tqdm import tqdm
 
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.scheduling.waiting import PROMPT_COST, REPLY_COST
 from jaxdeploy.messages import Request, SamplingParams

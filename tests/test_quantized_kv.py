@@ -23,8 +23,9 @@ from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import StepPlan, plan_steps
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.messages import Request
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models.attention import PagedContext, Rows, dense_attention

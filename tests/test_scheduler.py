@@ -13,8 +13,9 @@ from jaxdeploy.engine.device.packing import choose_bucket
 from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.host_tier import Transfer
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduling.scheduler import MAX_PARTIAL, Scheduler, SchedulerLimits
+from jaxdeploy.engine.scheduling.scheduler import MAX_PARTIAL, Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.scheduling.waiting import MAX_TENANTS
 from jaxdeploy.messages import FinishReason, Request, SamplingParams

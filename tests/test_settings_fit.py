@@ -120,7 +120,7 @@ def run(scheduler: Scheduler, shapes: Any, speculation: Speculation | None, dice
     for step in range(STEPS):
         for index in range(dice.randrange(3) if step < STEPS // 2 else 0):
             scheduler.add(Sequence(some_request(10 * step + index, scheduler.limits.session_len, dice)))
-        guesses = speculation if speculation is not None and speculation.wanted(scheduler.decoding) else None
+        guesses = speculation if speculation is not None and speculation.should_draft(scheduler.decoding) else None
         batch = scheduler.schedule(guesses)
         assert batch or not scheduler.has_work, "work waits and nothing can run"
         scheduler.prefixes.transfers()

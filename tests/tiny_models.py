@@ -21,8 +21,9 @@ from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer

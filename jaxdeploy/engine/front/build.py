@@ -29,8 +29,9 @@ from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduling.scheduler import Scheduler, SchedulerLimits
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.files.stored import user_path

@@ -44,6 +44,17 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class PromptPlace:
+    """The place in a step of a chunk whose prompt has outputs."""
+
+    chunk: Chunk
+    prompt: int
+    """Index among the prompts of the step."""
+    first_token: int
+    """Index of its first token among the prompt tokens of the step."""
+
+
+@dataclass(frozen=True)
 class ScheduledBatch:
     """The chunks of one step."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefill import PrefillPlan
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.running import RunningSequences, rank
@@ -19,30 +19,6 @@ from jaxdeploy.messages import FinishReason
 
 MAX_PARTIAL = 4
 """Maximum prompts that are partly computed. More would hold blocks without use; fewer let long prompts delay others."""
-
-
-@dataclass(frozen=True)
-class SchedulerLimits:
-    """Sizes that every batch respects."""
-
-    block_size: int
-    """Tokens in a KV block."""
-    max_batch_size: int
-    """Maximum number of running sequences."""
-    max_prefill_tokens: int
-    """Maximum prompt tokens of a step without decodes."""
-    max_mixed_tokens: int
-    """Maximum tokens of a step with decodes and prompts. It bounds the time between tokens of a reply."""
-    row_length: int
-    """Tokens in a row of a prompt chunk. Chunks cost whole rows."""
-    session_len: int
-    """Maximum tokens of a sequence."""
-    decode_steps: int = 1
-    """Tokens that a step decodes per sequence while no sequence waits or prefills."""
-
-    def blocks_for(self, tokens: int) -> int:
-        """Return the number of blocks that ``tokens`` tokens take."""
-        return -(-tokens // self.block_size)
 
 
 class Drafter(Protocol):
@@ -178,8 +154,6 @@ class Scheduler:
                 self.generated += 1
                 self._waiting.charge(sequence, REPLY_COST)
 
-    # Decodes
-
     def _ready(self) -> list[Sequence]:
         """Return the sequences that decode, except those that end by length with the tokens in flight.
 
@@ -257,8 +231,6 @@ class Scheduler:
                 room[sequence] = count
         drafts = drafter.propose(room) if room else {}
         return tuple(_verified(chunk, drafts.get(chunk.sequence, ())) for chunk in decodes)
-
-    # Prompts
 
     def _prefill(self, budget: int) -> tuple[tuple[Chunk, ...], tuple[Sequence, ...]]:
         """Return chunks of prompts, and the sequences among them that got their slot."""
@@ -357,8 +329,6 @@ class Scheduler:
             self.prefixes.asked += sequence.prompt_length
             self.prefixes.found += placement.cached_tokens
             self._waiting.charge(sequence, PROMPT_COST * sequence.prompt_length)
-
-    # Blocks
 
     def _add_to_cache(self, sequence: Sequence) -> int:
         """Let others find the computed blocks of a sequence whose tokens are known. Returns how many they find."""
