@@ -21,7 +21,8 @@ MAX_ENGINE_LEVELS = 8
 TRACED = ("jaxdeploy/models", "jaxdeploy/engine/device/step.py")
 """Code that runs while a step is traced."""
 
-PUBLIC_SIGNATURES = {
+SIGNATURES_OF_OTHERS = {
+    "jaxdeploy/checkpoint/pickle_reader.py: _rebuild_tensor_v3": "the arguments in torch's files",
     "jaxdeploy/__init__.py: serve": "LMDeploy's signature",
     "jaxdeploy/api/pipeline.py: pipeline": "LMDeploy's signature",
 }
@@ -157,7 +158,7 @@ def test_cycles_are_found() -> None:
 
 @pytest.mark.xfail(strict=True, reason="api, checkpoint, engine, models.lora")
 def test_functions_have_few_parameters() -> None:
-    assert wide_functions("jaxdeploy", "scripts", "benchmarks") == set(PUBLIC_SIGNATURES)
+    assert wide_functions("jaxdeploy", "scripts", "benchmarks") == set(SIGNATURES_OF_OTHERS)
 
 
 @pytest.mark.xfail(strict=True, reason="api.pipeline, engine: batch, runner, engine, scheduler; protocol.responses")
