@@ -121,7 +121,6 @@ def test_sizes_are_asked_of_a_named_axis() -> None:
     assert lines_with(r"\bmesh\.size\b", "jaxdeploy") == set()
 
 
-@pytest.mark.xfail(strict=True, reason="compress: folds, forward, passage")
 def test_names_of_linear_maps_stay_in_models() -> None:
     named = lines_with("wqkv|gate_up", "jaxdeploy")
     assert {name for name in named if not name.startswith("jaxdeploy/models/")} == set()

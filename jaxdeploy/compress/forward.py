@@ -24,7 +24,7 @@ from pallas_kernels.kv_pool import Pool
 from pallas_kernels.w8a8_matmul.reference import quantize_tokens
 
 LayerParams = Mapping[tuple[str, ...], jax.Array]
-"""Parameters of one layer, float32, by path within it: ``("attention", "wqkv")``."""
+"""Parameters of one layer, float32, by path within it: ``("attention", "wo")``."""
 
 
 class Sums(NamedTuple):
