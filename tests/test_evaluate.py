@@ -216,7 +216,7 @@ def test_impossible_input_is_refused() -> None:
         perplexity(decoder, IDS[:, :1])
     with pytest.raises(ConfigError, match=f"token={VOCAB} is not in the model's vocabulary of {VOCAB}"):
         perplexity(decoder, np.array([[1, VOCAB]], np.int32))
-    with pytest.raises(ConfigError, match="tp=3 must divide num_key_value_heads=2"):
+    with pytest.raises(ConfigError, match="tp=3 must divide 4 query heads"):
         load_decoder(DEMO, tp=3)
 
 

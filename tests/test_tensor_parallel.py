@@ -23,7 +23,7 @@ from jaxdeploy.models.decoder import abstract_params, cache_layouts
 from jaxdeploy.models.lora import bank_of
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import TP_AXIS, make_mesh
-from jaxdeploy.parallel.sharding import RULES, check_divisible, device_bytes, replicated, sharding_of
+from jaxdeploy.parallel.sharding import RULES, device_bytes, replicated, sharding_of
 from tests import tiny_models
 from tests.selection import every_other
 from tests.tiny_models import (
@@ -160,23 +160,6 @@ def test_an_axis_that_does_not_divide_stays_whole() -> None:
     assert sharding_of(mesh, ("embed", "vocab"), (32, 98)).spec == jax.sharding.PartitionSpec(None, None)
     assert sharding_of(mesh, ("embed", "vocab"), (32, 96)).spec == jax.sharding.PartitionSpec(None, TP_AXIS)
     assert replicated(mesh).is_fully_replicated
-
-
-@pytest.mark.parametrize(
-    ("tp", "sizes", "message"),
-    [
-        (3, {"num_key_value_heads": 4}, "tp=3 must divide num_key_value_heads=4; choose tp from [1, 2]"),
-        (8, {"num_key_value_heads": 8, "mlp": 172}, "tp=8 must divide mlp=172; choose tp from [1, 2, 4]"),
-    ],
-)
-def test_tp_must_divide(tp: int, sizes: dict[str, int], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_divisible(tp, sizes)
-    assert str(caught.value) == message
-
-
-def test_tp_that_divides() -> None:
-    check_divisible(4, {"num_key_value_heads": 4, "intermediate_size": 64})
 
 
 @pytest.mark.parametrize("tp", [0, 9])

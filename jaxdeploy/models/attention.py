@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from jaxdeploy.parallel.sharding import per_device, spec
 from pallas_kernels.kv_cache_write import kv_cache_write
 from pallas_kernels.kv_pool import Pool
 from pallas_kernels.paged_attention import PagedAttentionCall, ScoreOptions, paged_attention
+
+Array = np.ndarray[Any, Any]
 
 
 class AttentionContext(Protocol):
@@ -143,6 +145,7 @@ class AttentionConfig:
     ``window``: a query sees itself and the ``window - 1`` tokens before it; ``None`` is full attention.
     ``qkv_bias``: query, key and value have biases.
     ``o_bias``: the output has a bias.
+    ``kv_copies``: consecutive KV heads with the same key and value; a checkpoint stores one of them.
     """
 
     num_heads: int
@@ -152,6 +155,7 @@ class AttentionConfig:
     window: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False
+    kv_copies: int = 1
 
     @property
     def queries_per_kv(self) -> int:
@@ -162,6 +166,14 @@ class AttentionConfig:
     def positions(self) -> RotaryPositions:
         """The encoding of positions."""
         return RotaryPositions(self.rope, self.head_dim)
+
+    def shared_by(self, tp: int) -> AttentionConfig:
+        """Return the options with KV heads repeated until ``tp`` divides them. ``tp`` divides ``num_heads``.
+
+        The group of a KV head is then divided among its copies, so each device gets whole groups.
+        """
+        copies = tp // math.gcd(self.num_kv_heads, tp)
+        return replace(self, num_kv_heads=self.num_kv_heads * copies, kv_copies=self.kv_copies * copies)
 
     def build(self, width: int, *, inputs: int | None = None, rngs: nnx.Rngs, dtype: jnp.dtype) -> Attention:
         """Return a module with outputs of size ``width`` and inputs of size ``inputs`` (default: ``width``)."""
@@ -186,7 +198,8 @@ class Attention(nnx.Module):
     @property
     def cache_layout(self) -> HeadsLayout:
         """The layout of keys and values."""
-        return HeadsLayout(self.config.num_kv_heads, self.config.head_dim, self.config.head_dim)
+        config = self.config
+        return HeadsLayout(config.num_kv_heads, config.head_dim, config.head_dim, config.kv_copies)
 
     def linears(self) -> tuple[LinearSpec, ...]:
         """Return the linear maps of query, key and value together, and of the output."""
@@ -199,6 +212,7 @@ class Attention(nnx.Module):
             axes=("embed", "kv_heads", None, None),
             parts=("query", "key", "value"),
             fused=_separate(config),
+            joined=_grouped(config),
             bias="bqkv" if config.qkv_bias else None,
             feeds_cache=True,
         )
@@ -231,17 +245,40 @@ class Attention(nnx.Module):
 
 
 def _separate(config: AttentionConfig) -> Outputs:
-    """Query, key and value as separate tensors → [K, N/K + 2, H]."""
+    """Query, key and value as separate tensors → [K, N/K + 2, H]. Stored keys and values are repeated."""
     kv, group, size = config.num_kv_heads, config.queries_per_kv, config.head_dim
-    heads = (group, 1, 1)
-    rows = tuple(kv * n * size for n in heads)
+    heads, copies = (group, 1, 1), (1, config.kv_copies, config.kv_copies)
+    rows = tuple(kv // times * n * size for n, times in zip(heads, copies, strict=True))
 
-    def join(arrays: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
-        parts = [array.reshape(kv, n, size, *array.shape[1:]) for array, n in zip(arrays, heads, strict=True)]
+    def join(arrays: Sequence[Array]) -> Array:
+        parts = []
+        for array, n, times in zip(arrays, heads, copies, strict=True):
+            stored = array.reshape(kv // times, n, size, *array.shape[1:])
+            parts.append(np.repeat(stored, times, axis=0) if times > 1 else stored)
         return np.concatenate(parts, axis=1)
 
-    def cut(value: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
-        parts = np.split(value, (group, group + 1), axis=1)
-        return [part.reshape(n, *value.shape[3:]) for part, n in zip(parts, rows, strict=True)]
+    def cut(value: Array) -> list[Array]:
+        parts = zip(np.split(value, (group, group + 1), axis=1), copies, rows, strict=True)
+        return [part[::times].reshape(n, *value.shape[3:]) for part, times, n in parts]
 
     return Outputs(rows, join, cut, axis=1, shares=heads)
+
+
+def _grouped(config: AttentionConfig) -> Outputs:
+    """One tensor with, per stored KV head, its queries, its key and its value → [K, N/K + 2, H]."""
+    if config.kv_copies == 1:
+        return whole(config.num_kv_heads, config.queries_per_kv + 2, config.head_dim)
+    separate, size = _separate(config), config.head_dim
+    kv = config.num_kv_heads // config.kv_copies
+    group = config.num_heads // kv
+
+    def join(arrays: Sequence[Array]) -> Array:
+        stored = arrays[0].reshape(kv, group + 2, size, *arrays[0].shape[1:])
+        parts = np.split(stored, (group, group + 1), axis=1)
+        return separate.join([part.reshape(-1, *part.shape[3:]) for part in parts])
+
+    def cut(value: Array) -> list[Array]:
+        parts = [part.reshape(kv, -1, size, *part.shape[1:]) for part in separate.cut(value)]
+        return [np.concatenate(parts, axis=1).reshape(-1, *value.shape[3:])]
+
+    return Outputs((sum(separate.rows),), join, cut, axis=0, shares=(config.num_kv_heads,))

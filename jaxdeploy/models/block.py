@@ -55,6 +55,10 @@ class BlockConfig(Protocol):
         """Return the options with dynamic NTK scaling of the rotary embedding."""
         ...
 
+    def shared_by(self, tp: int) -> Self:
+        """Return the options for ``tp`` devices that share the layer, with heads repeated if there are too few."""
+        ...
+
     def __hash__(self) -> int:
         """Equal options have equal hashes: layers with equal options share one traced program."""
         ...

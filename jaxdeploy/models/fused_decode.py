@@ -49,7 +49,9 @@ _INPUT_AXES = {"wo": 2}
 
 
 _OPTIONS = {
-    AttentionConfig: frozenset({"num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias"}),
+    AttentionConfig: frozenset(
+        {"num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias", "kv_copies"}
+    ),
     MLPConfig: frozenset({"intermediate_size", "bias"}),
 }
 """The options of modules that the kernels honour."""

@@ -45,6 +45,10 @@ class LayerConfig:
         rope = replace(self.attention.rope, kind="dynamic", factor=factor, original_length=original_length)
         return replace(self, attention=replace(self.attention, rope=rope))
 
+    def shared_by(self, tp: int) -> LayerConfig:
+        """See ``BlockConfig``."""
+        return replace(self, attention=self.attention.shared_by(tp))
+
 
 class Layer(nnx.Module):
     """The block that ``LayerConfig`` describes."""

@@ -87,6 +87,7 @@ class LinearSpec:
     ``axes``: logical axes of both, for tensor parallelism.
     ``parts``: names of the checkpoint's linear maps that it is made of, for a family to translate.
     ``fused``: how the parts become its output axes.
+    ``joined``: how one tensor with all outputs becomes them; ``None`` keeps the order of its rows.
     ``bias``: attribute of its bias, or ``None`` if it has none.
     ``source``: where its inputs come from, if factors can be moved there.
     ``feeds_cache``: its outputs enter the cache, so every layer computes it for every token. The last layer computes
@@ -101,6 +102,7 @@ class LinearSpec:
     fused: Outputs
     bias: str | None = None
     source: NormInput | LinearInput | None = None
+    joined: Outputs | None = None
     feeds_cache: bool = False
 
     @property

@@ -18,6 +18,8 @@ from flax import nnx
 from jaxdeploy.models.block import BlockConfig
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.linears import LinearSpec, Outputs, whole
+from jaxdeploy.parallel.mesh import TP_AXIS
+from jaxdeploy.parallel.sharding import RULES, check_divisible
 
 Array = np.ndarray[Any, Any]
 ParamPath = tuple[str | int, ...]
@@ -173,18 +175,25 @@ def declared(layer: BlockConfig, width: int) -> tuple[LinearSpec, ...]:
     return block.linears()
 
 
-_SIZES = {"kv_heads": "num_key_value_heads", "heads": "num_attention_heads", "mlp": "intermediate_size"}
-"""Logical axis → name in ``config.json``."""
+def tensor_parallel(config: ModelConfig, tp: int) -> ModelConfig:
+    """Return ``config`` for ``tp`` devices that share each layer: KV heads are repeated until ``tp`` divides them.
+
+    Raises ``ConfigError`` if ``tp`` does not divide another size.
+    """
+    check_divisible(tp, {axis: sizes for axis, sizes in _shared_sizes(config).items() if axis != "kv_heads"})
+    shared = replace(config, layers=tuple(layer.shared_by(tp) for layer in config.layers))
+    check_divisible(tp, _shared_sizes(shared))
+    return shared
 
 
-def shared_sizes(config: ModelConfig) -> dict[str, int]:
-    """Return the sizes that tensor-parallel devices share, by name in ``config.json``; their divisor if they differ."""
-    sizes: dict[str, int] = {}
+def _shared_sizes(config: ModelConfig) -> dict[str, set[int]]:
+    """Return the sizes of the axes that tensor-parallel devices share, by logical axis."""
+    sizes: dict[str, set[int]] = {}
     for layer in dict.fromkeys(config.layers):
         for spec in declared(layer, config.hidden_size):
             for axis, size in zip(spec.axes, (*spec.inputs, *spec.outputs), strict=True):
-                if axis in _SIZES:
-                    sizes[_SIZES[axis]] = math.gcd(sizes.get(_SIZES[axis], 0), size)
+                if axis is not None and RULES[axis] == TP_AXIS:
+                    sizes.setdefault(axis, set()).add(size)
     return sizes
 
 
@@ -205,7 +214,7 @@ def block_weights(
         together = spec.name in names.linears
         parts = (spec.name,) if together else spec.parts
         modules = [f"{prefix}.{names.linears[part]}" for part in parts]
-        outputs = whole(*spec.outputs) if together else spec.fused
+        outputs = (spec.joined or whole(*spec.outputs)) if together else spec.fused
         table[spec.path] = linear(modules, spec.inputs, outputs)
         if spec.bias_path is not None:
             table[spec.bias_path] = bias(modules, outputs)

@@ -96,10 +96,11 @@ def errors(ours: Outputs, expected: Outputs) -> dict[str, float]:
     return {name: relative_error(ours[name], value) for name, value in expected.items() if name not in NOT_OUTPUTS}
 
 
-def greedy_reply(folder: Path, prompt: Array, count: int) -> list[int]:
-    """The ``count`` likeliest tokens after ``prompt``, from the paged engine."""
+def greedy_reply(folder: Path, prompt: Array, count: int, tp: int = 1) -> list[int]:
+    """Return the ``count`` greedy tokens after ``prompt``, from the paged engine on ``tp`` devices."""
     config = EngineConfig(
         dtype="float32",
+        tp=tp,
         max_batch_size=1,
         max_prefill_token_num=32,
         session_len=128,

@@ -42,9 +42,8 @@ from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.models.weights import has_biased_keys, shared_sizes
+from jaxdeploy.models.weights import has_biased_keys, tensor_parallel
 from jaxdeploy.parallel.mesh import make_mesh
-from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.progress import counted
 from jaxdeploy.tokenizer import Tokenizer
 from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError, preferred
@@ -93,8 +92,7 @@ def _build(
     folder: Path, hf: Mapping[str, Any], config: EngineConfig, ends: frozenset[int], *, progress: bool
 ) -> Engine:
     _enable_compilation_cache(config)
-    model = _model_config(hf, config)
-    check_divisible(config.tp, shared_sizes(model))
+    model = tensor_parallel(_model_config(hf, config), config.tp)
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
     policy = kv_policy(folder, cache_layouts(model), config, biased_keys=has_biased_keys(model))
