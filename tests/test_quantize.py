@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -426,6 +427,24 @@ def test_another_run_starts_afresh(model: Path, tmp_path: Path, monkeypatch: pyt
     run(model, tmp_path / "out", method="rtn", w_group_size=32)
     found = json.loads((tmp_path / "out" / "quant_report.json").read_text())["linears"]
     assert [linear["group_size"] for linear in found] == [32] * 12
+
+
+def test_other_weights_start_afresh(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of the old weights is not joined with layers of new ones."""
+    mine = shutil.copytree(model, tmp_path / "mine")
+
+    def dying(self: Passage, index: int) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(Passage, "layer", dying)
+    runs = []
+    for changed in (0, 0, 1):
+        (weights,) = mine.glob("*.safetensors")
+        os.utime(weights, (changed, changed))
+        with pytest.raises(KilledError):
+            run(mine, tmp_path / "out", method="rtn")
+        runs.append(read_marker(tmp_path / "out.partial").run)
+    assert runs[0] == runs[1] != runs[2]
 
 
 # Bad input

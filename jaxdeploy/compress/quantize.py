@@ -25,7 +25,7 @@ from jaxdeploy.compress.layout import Layout
 from jaxdeploy.compress.passage import Passage
 from jaxdeploy.compress.report import LinearReport, Report
 from jaxdeploy.compress.weights import FloatModel, Outer
-from jaxdeploy.compress.work_dir import WorkDir, is_folder_of, real_path
+from jaxdeploy.compress.work_dir import WorkDir, is_folder_of, real_path, weight_stamps
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.formats.registry import quantization_of
@@ -174,7 +174,8 @@ class _Run:
         depends = {"model": self.name, "config": self.model.hf, "settings": dataclasses.asdict(self.config)}
         tokens = hashlib.sha256(self.data.calib.tobytes() + self.data.held_out.tobytes()).hexdigest()
         layers = self.model.config.num_layers
-        run = {**depends, "tokens": tokens, "version": metadata.version("jaxdeploy")}
+        stamps = None if self.model.files is None else weight_stamps(self.model.files)
+        run = {**depends, "tokens": tokens, "weights": stamps, "version": metadata.version("jaxdeploy")}
         work = WorkDir(
             self.config.work_dir,
             source=self.model.folder,
