@@ -284,6 +284,36 @@ def test_heads_for_other_models(folder: Path, tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda d2t: d2t.astype(np.float32), "d2t: dtype float32, integers expected"),
+        (lambda d2t: d2t[:-1], r"d2t: shape .*59.*60"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, VOCAB - 7, d2t), f"d2t: names tokens .* vocab_size={VOCAB}"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, -8, d2t), "d2t: names tokens"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, 2**63 - 1, d2t), "d2t: names tokens"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, 2**64 - 1, d2t.astype(np.uint64)), "d2t: names tokens"),
+    ],
+)
+def test_a_table_of_tokens_that_is_wrong(folder: Path, tmp_path: Path, change: Any, complaint: str) -> None:
+    named = tensors(HF, CONFIG.hidden_size)
+    put_json(tmp_path / "config.json", HF)
+    put_tensors(tmp_path / "model.safetensors", {**named, "d2t": change(named["d2t"])})
+    with pytest.raises(CheckpointError, match=complaint):
+        load(tmp_path)
+
+
+def test_any_type_of_integers_holds_the_table_of_tokens(folder: Path, tmp_path: Path) -> None:
+    named = tensors(HF, CONFIG.hidden_size)
+    put_json(tmp_path / "config.json", HF)
+    wanted, _ = load(folder)
+    for dtype in (np.int8, np.uint16, np.uint64):
+        put_tensors(tmp_path / "model.safetensors", {**named, "d2t": named["d2t"].astype(dtype)})
+        head, _ = load(tmp_path)
+        np.testing.assert_array_equal(head.tokens[...], wanted.tokens[...])
+        assert head.tokens[...].dtype == jnp.int32
+
+
 def test_default_taps() -> None:
     assert eagle3_config({k: v for k, v in HF.items() if k != "eagle_config"}, _deep(32)).taps == (2, 16, 29)
 
