@@ -11,6 +11,8 @@ import difflib
 import functools
 import itertools
 import logging
+import math
+import numbers
 import os
 import types
 import typing
@@ -29,6 +31,8 @@ MIN_SIMILARITY = 0.7
 """Similarity of two names from which one is suggested for the other, from 0 to 1."""
 
 _EMPTY: tuple[Any, ...] = (False, "", [], {})
+_PLAIN = (bool, int, float, str, list, tuple, dict)
+"""Types whose values can be compared; arrays cannot."""
 _MAX_NUMBER = 1e308
 """Whole numbers beyond it have no float; infinity and NaN fail the comparison."""
 _MAX_YAML_SIZE = 256 * 2**10
@@ -239,14 +243,14 @@ def _flow_depth(text: str) -> int:
 
 def _naming_the_unknown(init: Callable[..., None], cls: type[Any]) -> Callable[..., None]:
     @functools.wraps(init)
-    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked_init(self: Any, /, *args: Any, **kwargs: Any) -> None:
         known = describe(cls)
         for name, value in kwargs.items():
             if name not in known:
                 raise unknown_setting(name, value, known, cls.__name__)
             target = known[name].about.alias
-            if value and target in kwargs:
-                raise ConfigError(f"{name}={value!r} is another name of {target}; give one of the two")
+            if target in kwargs and not _is_zero(value):
+                raise ConfigError(f"{name}={shown(value)} is another name of {target}; give one of the two")
         init(self, *args, **kwargs)
 
     return checked_init
@@ -263,13 +267,17 @@ def _assign(self: Any, name: str, value: Any) -> None:
     elif value is None:
         return
     elif about.ignored:
-        logger.warning("%s=%r has no meaning here: %s", name, value, about.ignored)
-    elif about.missing and not any(value == fine for fine in (*_EMPTY, *about.fine)):
-        raise ConfigError(f"{name}={value!r:.60} is not there yet; {about.missing}")
+        logger.warning("%s=%s has no meaning here: %s", name, shown(value), about.ignored)
     elif about.missing:
-        return
-    elif value != 0:
+        if not (type(value) in _PLAIN and value in (*_EMPTY, *about.fine)):
+            raise ConfigError(f"{name}={shown(value)} is not there yet; {about.missing}")
+    elif not _is_zero(value):
         setattr(self, about.alias, value)
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether ``value`` leaves the field alone that it is given for by another name."""
+    return value is None or (isinstance(value, int | float) and value == 0)
 
 
 def _type_of(hint: Any) -> tuple[type[Any], bool]:
@@ -296,14 +304,25 @@ def _as_list(name: str, kind: type[Any], value: Any) -> list[Any]:
 def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
-    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        if -_MAX_NUMBER < value < _MAX_NUMBER and (kind is float or value == int(value)):
-            return value if kind is float else int(value)
+    if kind in (int, float) and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = _plain_number(value)
+        if -_MAX_NUMBER < number < _MAX_NUMBER and (kind is float or number == int(number)):
+            return number if kind is float else int(number)
     elif kind not in (bool, int, float) and isinstance(value, kind):
         return value
     raise ConfigError(
         f"{name}={shown(given)} must be {_TYPE_WORDS.get(kind, kind.__name__)}; correct it or leave it out"
     )
+
+
+def _plain_number(value: numbers.Real) -> int | float:
+    """``value`` as Python's own type, also from NumPy's; infinity where no float is large enough."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def _check_rule(name: str, about: Setting, value: Any) -> None:

@@ -296,7 +296,9 @@ def test_unusable_files_are_one_line_saying_what_to_do(tmp_path: Path, name: str
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("old", "new"), [(b"<0x41>", b"<0x4Z>"), (b"<0x41>", b"<0xA>>"), ("你好".encode(), b"\xff" * 6)])
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"<0x41>", b"<0x4Z>"), (b"<0x41>", b"<0xA>>"), ("你好".encode(), b"\xff" * 6)]
+)
 def test_a_sentencepiece_model_with_an_odd_piece(tmp_path: Path, old: bytes, new: bytes) -> None:
     """A byte piece that names no byte, or a piece that is not UTF-8."""
     file = train_sentencepiece(tmp_path) / "tokenizer.model"

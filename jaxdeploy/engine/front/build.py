@@ -31,6 +31,7 @@ from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.scheduler import Scheduler, SchedulerLimits
 from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.files.stored import user_path
 from jaxdeploy.grammar.matcher import Grammars
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.config import ModelConfig
@@ -269,7 +270,7 @@ def _enable_compilation_cache(config: EngineConfig) -> None:
     """Keep compiled programs on disk, unless the user has told JAX where already."""
     if config.compilation_cache_dir is None and getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    folder = Path(config.compilation_cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    folder = user_path(config.compilation_cache_dir or DEFAULT_CACHE_DIR)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
