@@ -42,7 +42,6 @@ from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import NonFiniteError
 from jaxdeploy.grammar.matcher import Grammars
-from jaxdeploy.grammar.matcher import Grammars
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, StepOutput
 
 logger = logging.getLogger("jaxdeploy")

@@ -14,7 +14,6 @@ from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.errors import RequestError
 from jaxdeploy.grammar.matcher import Grammars, Matcher
-from jaxdeploy.grammar.matcher import Grammars, Matcher
 from jaxdeploy.messages import Request
 
 GRAMMAR_THREADS = 4
