@@ -304,11 +304,7 @@ def _as_list(name: str, kind: type[Any], value: Any) -> list[Any]:
 def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
-<<<<<<< HEAD
     if kind in (int, float) and _is_number(value):
-=======
-    if kind in (int, float) and isinstance(value, numbers.Real) and not isinstance(value, bool):
->>>>>>> breaker
         number = _plain_number(value)
         if -_MAX_NUMBER < number < _MAX_NUMBER and (kind is float or number == int(number)):
             return number if kind is float else int(number)
@@ -319,14 +315,11 @@ def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
     )
 
 
-<<<<<<< HEAD
 def _is_number(value: Any) -> bool:
     """Whether ``value`` is a real number of any library, and no truth value."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-=======
->>>>>>> breaker
 def _plain_number(value: numbers.Real) -> int | float:
     """``value`` as Python's own type, also from NumPy's; infinity where no float is large enough."""
     if isinstance(value, numbers.Integral):

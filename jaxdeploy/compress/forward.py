@@ -24,11 +24,7 @@ from pallas_kernels.kv_pool import Pool
 from pallas_kernels.w8a8_matmul.reference import quantize_tokens
 
 LayerParams = Mapping[tuple[str, ...], jax.Array]
-<<<<<<< HEAD
-"""Parameters of one layer, float32, by path within it: ``("mlp", "down")``."""
-=======
 """Parameters of one layer, float32, by path within it: ``("attention", "wo")``."""
->>>>>>> axes
 
 
 class Sums(NamedTuple):
