@@ -25,13 +25,12 @@ from jaxdeploy.engine.device.runner import LOOP_IN_GRAPH
 from jaxdeploy.engine.device.step import DeviceState, StepArrays, StepProgram, run_step
 from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.decoder import Decoder, abstract_decoder
 from jaxdeploy.models.dense import DenseDecoder
 from jaxdeploy.models.families import llama
 from jaxdeploy.models.lora import AdapterBank, bank_of
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.rope import RopeConfig
-from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 from pallas_kernels.dispatch import OPS, NoBackendError, dispatch
 from pallas_kernels.kv_pool import QuantizedPool
 from pallas_kernels.offline import KernelCode, Program, compile_for, disassemble
@@ -239,11 +238,10 @@ def llama_8b(layers: int, mesh: Mesh, *, small: bool) -> Decoder:
         rope=RopeConfig(theta=500000.0),
         windows=(None,) * layers,
     ).model_config()
-    params = abstract_params(config, jnp.dtype(jnp.bfloat16))
+    decoder = abstract_decoder(config, jnp.dtype(jnp.bfloat16))
     if small:
-        params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, axis_size(mesh, TP_AXIS))
-    values: Any = {path: param.get_value() for path, param in params.items()}
-    return decoder_from(config, values, mesh)
+        hold_quantized(decoder, llama.weights(config), TensorFiles({}), AWQ, mesh)
+    return decoder
 
 
 def _bank(config: ModelConfig, mesh: Mesh) -> AdapterBank:

@@ -106,7 +106,7 @@ def truth() -> Array:
 
 @pytest.mark.parametrize("tp", [1, *every_other([2, 4])])
 def test_each_sequence_has_its_own_adapter(tp: int, folder: Path) -> None:
-    decoder = decoder_from(CONFIG, params(tp=tp), make_mesh(tp))
+    decoder = decoder_from(CONFIG, params(tp=tp))
     ours, expected = with_adapters(decoder, *filled(folder, tp), None), truth()
     for row, slot in enumerate(SLOTS):
         assert apart(ours[row], expected[row]) < 1e-5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxdeploy.models.attention import AttentionContext, DenseContext
 from jaxdeploy.models.block import Block, BlockConfig
@@ -18,10 +16,8 @@ from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
 from jaxdeploy.models.model import Encoder, Hidden, Pools, Positions
-from jaxdeploy.models.quantized import weight_like
 from jaxdeploy.models.rope import Rotary
 from jaxdeploy.models.weights import ParamPath
-from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.kv_pool import Pool
 
 Params = Mapping[ParamPath, jax.Array]
@@ -115,36 +111,33 @@ def cache_layouts(config: ModelConfig) -> tuple[CacheLayout, ...]:
     return tuple(kinds[layer] for layer in config.layers)
 
 
-def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:
-    """Every parameter of a decoder by path: ``get_value()`` is a ``ShapeDtypeStruct``, ``axes`` its logical axes."""
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
-    flat: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
+def abstract_decoder(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
+    """Return a decoder whose parameters are shapes. Weights of other types may be put into it before it is filled."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def parameters_of(model: nnx.Module) -> dict[ParamPath, nnx.Param[Any]]:
+    """Return every parameter by its path: ``axes`` are the logical axes, ``get_value()`` is an array or a shape."""
+    flat: Any = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return dict(flat)
 
 
-def decoder_from(config: ModelConfig, params: Params, mesh: Mesh | None = None) -> Decoder:
-    """A decoder that holds the arrays of ``params``.
+def fill(model: nnx.Module, arrays: Params) -> None:
+    """Put an array into every parameter of ``model``; ``arrays`` has the paths of ``parameters_of``."""
+    params = parameters_of(model)
+    if unknown := arrays.keys() - params.keys():
+        raise KeyError(f"the model has no parameters {sorted(map(str, unknown))}")
+    flat: Any = {path: param.replace(arrays[path]) for path, param in params.items()}
+    nnx.update(model, nnx.from_flat_state(flat))
 
-    Paths are those of ``abstract_params``, or for a weight that is no plain array those of its leaves, below the path
-    that the plain one would have; they lie on ``mesh`` (default: the first device).
-    """
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    _hold_leaves(decoder, params, mesh or make_mesh(1))
-    shapes: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
-    flat: Any = {path: shape.replace(params[path]) for path, shape in shapes}
-    nnx.update(decoder, nnx.from_flat_state(flat))
+
+def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:
+    """Return the parameters of a decoder with float weights, as shapes."""
+    return parameters_of(abstract_decoder(config, dtype))
+
+
+def decoder_from(config: ModelConfig, params: Params) -> Decoder:
+    """Return a decoder with float weights that holds the arrays of ``params``, by the paths of ``abstract_params``."""
+    decoder = abstract_decoder(config, jnp.dtype(jnp.float32))
+    fill(decoder, params)
     return decoder
-
-
-def _hold_leaves(decoder: Decoder, params: Params, mesh: Mesh) -> None:
-    """Put weights of other kinds, still without arrays, where ``params`` has leaves of such."""
-    flat: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
-    floats, leaves = dict(flat), defaultdict[ParamPath, dict[str, jax.Array]](dict)
-    for path, value in params.items():
-        if path not in floats:
-            leaves[path[:-1]][str(path[-1])] = value
-    for path, arrays in leaves.items():
-        module: Any = decoder
-        for name in path[:-1]:
-            module = module[name] if isinstance(name, int) else getattr(module, name)
-        setattr(module, str(path[-1]), weight_like(floats[path], arrays, mesh))
