@@ -31,7 +31,7 @@ def attend(device: jax.Device, queries: int, window: int | None, dtype: str) -> 
     q, pool, *rest = jax.device_put(attention_inputs(queries), device)
     with jax.default_device(device), jax.default_matmul_precision("highest"):
         scores = ScoreOptions(HEAD_DIM**-0.5, window)
-        out = paged_attention(PagedAttentionCall(q.astype(dtype), pool.astype(dtype), *rest, scores))
+        out = paged_attention(PagedAttentionCall(q.astype(dtype), pool.astype(dtype), *rest, scores=scores))
     return np.asarray(out.astype(jnp.float32))
 
 

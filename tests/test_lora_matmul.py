@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ def make_args(shape: Shape, seed: int = 0) -> Arrays:
 
 def multiplied(shape: Shape, args: Arrays, backend: str | None, tiles: Tiles | None = None) -> Array:
     """What the op gives, in float64."""
-    op = jax.jit(lambda *arrays: lora_matmul(LoRAMatmulCall(*arrays, shape.segments), backend=backend, tiles=tiles))
-    out = op(*args)
+    call = LoRAMatmulCall(*args, segments=shape.segments)
+    out = jax.jit(partial(lora_matmul, backend=backend, tiles=tiles))(call)
     assert out.dtype == args[X].dtype
     return np.asarray(out, np.float64)
 
@@ -210,7 +211,7 @@ def test_under_shard_map() -> None:
     args = make_args(shape)
     everywhere, columns = PartitionSpec(), PartitionSpec(None, None, "tp")
     spread = jax.shard_map(
-        lambda *arrays: lora_matmul(LoRAMatmulCall(*arrays, shape.segments), backend="reference"),
+        lambda *arrays: lora_matmul(LoRAMatmulCall(*arrays, segments=shape.segments), backend="reference"),
         mesh=Mesh(np.array(jax.devices()[:4]), ("tp",)),
         in_specs=(everywhere, everywhere, columns, *[everywhere] * 3),
         out_specs=PartitionSpec(None, "tp"),
@@ -285,7 +286,7 @@ def test_what_the_kernel_refuses() -> None:
     args = tuple(map(jnp.zeros, ((1, 32), (2, 32, 8), (2, 8, 16))))
     numbers = tuple(jnp.zeros(size, jnp.int32) for size in (1, 4, 2))
     with pytest.raises(NoBackendError, match="needs R in steps of 16, have R=8; pad a and b with zeros"):
-        lora_matmul(LoRAMatmulCall(*args, *numbers), backend="pallas_triton")
+        lora_matmul(LoRAMatmulCall(*args, *numbers, segments=None), backend="pallas_triton")
 
 
 FITTING = ((3, 32), (2, 32, 8), (2, 8, 16), (3,), (4,), (2,))
@@ -307,7 +308,7 @@ def test_shapes_that_do_not_fit(place: int, shape: tuple[int, ...], told: str) -
     shapes = (*FITTING[:place], shape, *FITTING[place + 1 :])
     x, a, b, *numbers = (jnp.zeros(s, jnp.float32 if i < ADAPTER else jnp.int32) for i, s in enumerate(shapes))
     with pytest.raises(ValueError, match=told):
-        lora_matmul(LoRAMatmulCall(x, a, b, *numbers))
+        lora_matmul(LoRAMatmulCall(x, a, b, *numbers, segments=None))
 
 
 @pytest.mark.parametrize(
@@ -322,7 +323,7 @@ def test_shapes_that_do_not_fit(place: int, shape: tuple[int, ...], told: str) -
 def test_segments_that_do_not_fit(segments: tuple[int, ...], told: str) -> None:
     x, a, b, *numbers = (jnp.zeros(s, jnp.float32 if i < ADAPTER else jnp.int32) for i, s in enumerate(FITTING))
     with pytest.raises(ValueError, match=told):
-        lora_matmul(LoRAMatmulCall(x, a, b, *numbers, segments))
+        lora_matmul(LoRAMatmulCall(x, a, b, *numbers, segments=segments))
 
 
 def test_dtypes_that_do_not_fit() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.dispatch import RefusalError
-from pallas_kernels.hopper import OLDEST_JAX, SHARED_MEMORY, need_hopper
+from pallas_kernels.hopper import MIN_JAX, SHARED_MEMORY, need_hopper
 from pallas_kernels.kv_pool import QuantizedPool, quantize, stored
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.paged_attention import PagedAttentionCall
@@ -35,7 +35,7 @@ from tests.test_w4a16_matmul import MUTATIONS, excess
 
 Array = np.ndarray[Any, Any]
 
-NEW = jax.__version_info__ >= OLDEST_JAX
+NEW = jax.__version_info__ >= MIN_JAX
 HOPPER = DEVICES["h200"].target
 
 

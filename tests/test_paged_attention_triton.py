@@ -134,7 +134,7 @@ def test_any_rows(name: str, data: st.DataObject, seed: int) -> None:
     used = (firsts + lengths)[:, None] > np.arange(shape.entries) * shape.block_size
     tables = np.where(used, blocks, NOWHERE).astype(np.int32)
     arrays = [jnp.asarray(array) for array in (tables, firsts, lengths)]
-    assert error(PagedAttentionCall(call.queries, call.pool, *arrays, call.scores)) < 1
+    assert error(PagedAttentionCall(call.queries, call.pool, *arrays, scores=call.scores)) < 1
 
 
 def swap_keys_and_values(call: PagedAttentionCall) -> PagedAttentionCall:

@@ -136,7 +136,7 @@ def test_real_shapes_on_a_gpu(shape: Shape, tiles: Tiles) -> None:
 
 def test_xla_goes_by_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Most weights at a time are what 50 columns have; 128 columns then go in four times 32."""
-    monkeypatch.setattr("pallas_kernels.w4a16_matmul.xla.MOST_WEIGHTS", 50 * CUT.k)
+    monkeypatch.setattr("pallas_kernels.w4a16_matmul.xla.MAX_WEIGHTS", 50 * CUT.k)
     args = make_args(CUT)
     call = functools.partial(w4a16_matmul, backend="xla")
     assert "f32[16,32] = dot_general" in str(jax.make_jaxpr(call)(*args))

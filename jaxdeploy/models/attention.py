@@ -113,7 +113,7 @@ def _attend_paged(
     for rows in regions:
         queries = q[start : start + rows.tokens].reshape(-1, rows.query_length, *q.shape[1:])
         where = (rows.block_tables, rows.first_positions, rows.lengths)
-        call = PagedAttentionCall(queries, pool, *where, ScoreOptions(_scale(q), window))
+        call = PagedAttentionCall(queries, pool, *where, scores=ScoreOptions(_scale(q), window))
         outputs.append(paged_attention(call).reshape(-1, *q.shape[1:]))
         start += rows.tokens
     return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0], pool

@@ -239,9 +239,13 @@ def _layer(
         down_bias=weights.down_bias,
         mlp_norm=weights.mlp_norm,
     )
-    scores = ScoreOptions(options.scale, options.window)
-    axis_name = TP_AXIS if axis_size(options.mesh, TP_AXIS) > 1 else None
-    call = DecodeLayerCall(x, normed, matrices, next_norm, *where, scores, options.num_heads, options.eps, axis_name)
+    call = DecodeLayerCall(
+        *(x, normed, matrices, next_norm, *where),
+        scores=ScoreOptions(options.scale, options.window),
+        num_heads=options.num_heads,
+        eps=options.eps,
+        axis_name=TP_AXIS if axis_size(options.mesh, TP_AXIS) > 1 else None,
+    )
     return decode_layer(call, backend=KERNELS)
 
 

@@ -103,7 +103,7 @@ class Kind:
         behind = math.prod(b.shape[self.axis + 3 :])
         segments = tuple(share * behind for share in self.shares) if self.modules > 1 else None
         flat = b.reshape(*b.shape[:2], -1)
-        return lora_matmul(LoRAMatmulCall(x, a, flat, *which, segments)).reshape(-1, *b.shape[2:])
+        return lora_matmul(LoRAMatmulCall(x, a, flat, *which, segments=segments)).reshape(-1, *b.shape[2:])
 
 
 class AdaptedWeight(nnx.Module):

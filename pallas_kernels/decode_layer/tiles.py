@@ -15,7 +15,7 @@ from pallas_kernels.w4a16_matmul.layout import CHUNK, is_packed
 _CORES = 132
 """Of a device that does not say."""
 _PROGRAMS_PER_CORE, _ATTENTION_PER_CORE = 3, 2
-_MOST_SPLITS = 8
+_MAX_SPLITS = 8
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,6 @@ def _widest(columns: int, limit: int) -> int:
 def _splits(rows: int, programs: int, cores: int) -> int:
     """As many as make ``programs`` enough; none of them without a chunk of the weight's ``rows``."""
     chunks = rows // CHUNK
-    wanted = max(1, min(_MOST_SPLITS, _PROGRAMS_PER_CORE * cores // programs))
+    wanted = max(1, min(_MAX_SPLITS, _PROGRAMS_PER_CORE * cores // programs))
     per_split = -(-chunks // wanted)
     return -(-chunks // per_split)

@@ -46,4 +46,4 @@ class KVCacheWriteCall:
             shapes = f"cos {self.cos.shape}, sin {self.sin.shape} and slots {self.slots.shape}"
             raise ValueError(f"{shapes} do not fit qkv {self.qkv.shape}; expected [T, H / 2] twice, and [T]")
         if any(table.dtype != jnp.float32 for table in tables):
-            raise ValueError(f"cos is {self.cos.dtype} and sin {self.sin.dtype}; angles need float32")
+            raise ValueError(f"cos is {self.cos.dtype} and sin {self.sin.dtype}; both must be float32")

@@ -113,8 +113,8 @@ def _expand_kernel(
     tiles: Tiles,
 ) -> None:
     """Rows of the team's tokens in ``out_ref`` [T, N]; the first team also clears those of tokens without adapter."""
-    (splits, tokens, _), (_, most, n) = down_ref.shape, b_ref.shape
-    width = tile_r(most)
+    (splits, tokens, _), (_, max_rank, n) = down_ref.shape, b_ref.shape
+    width = tile_r(max_rank)
     rows, users = _users(adapter_ref, tiles)
     columns = pl.program_id(0) * tiles.tile_n + jnp.arange(tiles.tile_n, dtype=jnp.int32)
     inside = (columns < n)[None, :]
@@ -137,13 +137,13 @@ def _expand_kernel(
             def step(index: jax.Array, sums: jax.Array) -> jax.Array:
                 depth = index * width + jnp.arange(width, dtype=jnp.int32)
                 used = _in_use(depth, rank)
-                place = down_ref.at[parts[:, None, None], rows[None, :, None], module * most + depth[None, None, :]]
+                place = down_ref.at[parts[:, None, None], rows[None, :, None], module * max_rank + depth[None, None, :]]
                 down = plt.load(place, mask=own[None, :, None] & used[None, None, :], other=0.0).sum(axis=0)
                 mask = used[:, None] & inside & belongs[None, :]
                 b = plt.load(b_ref.at[entry, depth[:, None], columns[None, :]], mask=mask, other=0.0)
                 return sums + _dot(down.astype(b.dtype), b)
 
-            return step(jnp.int32(0), sums) if most <= width else lax.fori_loop(0, pl.cdiv(rank, width), step, sums)
+            return step(jnp.int32(0), sums) if max_rank <= width else lax.fori_loop(0, pl.cdiv(rank, width), step, sums)
 
         sums = zeros
         for module, (touched, belongs) in enumerate(modules):

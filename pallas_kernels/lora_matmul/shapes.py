@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.lora_matmul.call import LoRAMatmulCall
-from pallas_kernels.lora_matmul.tiles import LARGEST_DECODE, ProblemSize, Tiles, candidates, choose, tile_r
+from pallas_kernels.lora_matmul.tiles import MAX_DECODE, ProblemSize, Tiles, candidates, choose, tile_r
 from pallas_kernels.model_sizes import MODELS, ModelSizes
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.target import current_target
@@ -42,7 +42,7 @@ class Shape:
     @property
     def phase(self) -> str:
         """``decode`` or ``prefill``."""
-        return "decode" if self.tokens <= LARGEST_DECODE else "prefill"
+        return "decode" if self.tokens <= MAX_DECODE else "prefill"
 
     @property
     def used(self) -> int:

@@ -13,19 +13,19 @@ from pallas_kernels import tuning
 from pallas_kernels.lora_matmul.call import LoRAMatmulCall
 from pallas_kernels.target import Target
 
-LARGEST_DECODE = 256
+MAX_DECODE = 256
 """T up to which every token is taken to have an adapter of its own; beyond, neighbours share one."""
 
-LARGEST_TILE_R = 64
+MAX_TILE_R = 64
 """Ranks that a program holds at once; those of larger adapters are spread over programs, and then walked through."""
 
-SMALLEST_TILE = 16
+MIN_TILE = 16
 """Rows, columns and depth of the smallest product that Triton makes with tensor cores."""
 
-MOST_SPLITS = 16
+MAX_SPLITS = 16
 """Parts of K at most: the second kernel has to add them up."""
 
-MOST_HELD = 4096
+MAX_HELD = 4096
 """Partial sums that a program can hold for each of its warps: it has those of all parts of K at once."""
 
 SMALL_BYTES = 2**23
@@ -76,12 +76,12 @@ class ProblemSize:
     @property
     def decode(self) -> bool:
         """Whether it is limited by reading adapters, rather than tokens and results."""
-        return self.tokens <= LARGEST_DECODE
+        return self.tokens <= MAX_DECODE
 
 
 def tile_r(rank: int) -> int:
     """Ranks in a program's piece, of ``rank`` in all."""
-    return _within(rank, SMALLEST_TILE, LARGEST_TILE_R)
+    return _within(rank, MIN_TILE, MAX_TILE_R)
 
 
 def heuristic(problem: ProblemSize, cores: int) -> Tiles:
@@ -93,18 +93,18 @@ def heuristic(problem: ProblemSize, cores: int) -> Tiles:
     reading the sums, again for each tile of columns, stays small beside tokens and result.
     """
     width = tile_r(problem.modules * problem.rank)
-    tile_m = _within(problem.tokens, SMALLEST_TILE, 128 if problem.tokens > 1024 and width < LARGEST_TILE_R else 64)
-    tile_k = _within(problem.k, SMALLEST_TILE, 128)
+    tile_m = _within(problem.tokens, MIN_TILE, 128 if problem.tokens > 1024 and width < MAX_TILE_R else 64)
+    tile_k = _within(problem.k, MIN_TILE, 128)
     rows = pl.cdiv(problem.tokens, tile_m)
     busy = rows * min(problem.tokens, problem.candidates) if problem.decode else rows
     tile_n = next((n for n in (128, 64) if busy * pl.cdiv(problem.n, n) >= 2 * cores), 32)
     columns = pl.cdiv(problem.n, tile_n)
     num_warps = 4 if tile_m * max(tile_n, width) <= 64 * 128 else 8
     splits = min(
-        MOST_SPLITS,
+        MAX_SPLITS,
         2 * cores // busy,
         problem.k // (tile_k if problem.decode else 4 * tile_k),
-        MOST_HELD * num_warps // (tile_m * width),
+        MAX_HELD * num_warps // (tile_m * width),
         max(SMALL_BYTES, 4 * problem.tokens * (problem.k + problem.n)) // (4 * problem.tokens * problem.rank * columns),
     )
     teams = _power_of_two(min(8, problem.candidates, 8 * cores // (rows * columns)))
@@ -120,25 +120,25 @@ def candidates(problem: ProblemSize, cores: int) -> Iterator[Tiles]:
         _around(guess.tile_m, 16, 128), _around(guess.tile_n, 32, 256), _around(guess.splits, 1, 32), (4, 8)
     ):
         held = tile_m * max(tile_n // 2, splits * width // 4, width)
-        if held <= MOST_HELD // 4 * num_warps and (splits - 1) * guess.tile_k < problem.k:
+        if held <= MAX_HELD // 4 * num_warps and (splits - 1) * guess.tile_k < problem.k:
             yield replace(guess, tile_m=tile_m, tile_n=tile_n, splits=splits, num_warps=num_warps)
     if guess.teams > 1:
         yield replace(guess, teams=1)
 
 
-def _within(size: int, least: int, most: int) -> int:
+def _within(size: int, minimum: int, maximum: int) -> int:
     """``size`` as a power of two, rounded up, within bounds."""
-    return int(min(most, max(least, pl.next_power_of_2(size))))
+    return int(min(maximum, max(minimum, pl.next_power_of_2(size))))
 
 
-def _power_of_two(most: int) -> int:
-    """The largest power of two up to ``most``; 1 where that is less."""
-    return 1 << max(1, most).bit_length() - 1
+def _power_of_two(maximum: int) -> int:
+    """The largest power of two up to ``maximum``; 1 if that is less."""
+    return 1 << max(1, maximum).bit_length() - 1
 
 
-def _around(size: int, least: int, most: int) -> list[int]:
+def _around(size: int, minimum: int, maximum: int) -> list[int]:
     """``size``, half and twice of it, within bounds."""
-    return [near for near in (size // 2, size, size * 2) if least <= near <= most]
+    return [near for near in (size // 2, size, size * 2) if minimum <= near <= maximum]
 
 
 def choose(problem: ProblemSize, target: Target, explicit: Tiles | None = None) -> Tiles:

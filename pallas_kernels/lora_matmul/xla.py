@@ -17,10 +17,10 @@ from jax import lax
 from pallas_kernels.lora_matmul.call import LoRAMatmulCall
 from pallas_kernels.target import Target
 
-FEWEST, MOST = 2, 64
+MIN_TOGETHER, MAX_TOGETHER = 2, 64
 """Tokens that are multiplied together."""
 
-LARGEST_RANK = 64
+MAX_RANK = 64
 """R up to which the products of the fewest tokens are written out, rank by rank."""
 
 State = tuple[jax.Array, jax.Array]
@@ -66,7 +66,7 @@ def run(call: LoRAMatmulCall, tiles: Any = None) -> jax.Array:
 def _few(tokens: int, adapters: int) -> int:
     """How many tokens are multiplied together: about as many as have the same adapter."""
     share = 1 << (-(-tokens // adapters) - 1).bit_length()
-    return min(max(share, FEWEST), MOST, tokens)
+    return min(max(share, MIN_TOGETHER), MAX_TOGETHER, tokens)
 
 
 def _expanded(
@@ -74,7 +74,9 @@ def _expanded(
 ) -> Iterator[tuple[int, jax.Array]]:
     """float32 ``down`` [t, M, R] times an entry of ``b`` → [t, N / period, columns], and the first of the columns."""
     (few, modules, rank), period = down.shape, sum(segments)
-    if few <= FEWEST and rank <= LARGEST_RANK:  # rows of b are read where they lie: a dot would have them copied first
+    if (
+        few <= MIN_TOGETHER and rank <= MAX_RANK
+    ):  # rows of b are read where they lie: a dot would have them copied first
         of_column, total = np.repeat(np.arange(modules), segments), jnp.zeros((), jnp.float32)
         for index in range(rank):
             factor = down[:, 0, index, None, None]

@@ -72,9 +72,10 @@ def run(call: PagedAttentionCall, tiles: Tiles | None = None) -> jax.Array:
         interpret=target.interpret,
         name="paged_attention",
     )(queries.reshape(*by_group, size), *as_words(call.pool), *per_row, *per_head)
-    if chosen.splits == 1:
-        return out[0].reshape(queries.shape)
-    return _combine(out[0], out[1], queries.dtype, interpret=target.interpret).reshape(queries.shape)
+    attended: jax.Array = out[0]
+    if chosen.splits > 1:
+        attended = _combine(out[0], out[1], queries.dtype, interpret=target.interpret)
+    return attended.reshape(queries.shape)
 
 
 def _combine(out: jax.Array, weight: jax.Array, dtype: jnp.dtype, *, interpret: bool) -> jax.Array:

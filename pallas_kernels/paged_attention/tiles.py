@@ -14,11 +14,11 @@ from pallas_kernels.paged_attention.call import PagedAttentionCall
 from pallas_kernels.paged_attention.words import Words
 from pallas_kernels.target import Target
 
-_LEAST_TILES = 4
+_MIN_TILES = 4
 """Tiles of a full block table that a split has; below that, combining costs more than it gains."""
 
 
-_MOST_SPLITS = 128
+_MAX_SPLITS = 128
 """That one program combines: each is a row of its matrix."""
 
 
@@ -103,8 +103,8 @@ def heuristic(problem: ProblemSize, cores: int) -> Tiles:
     tiles = Tiles(tile_m, tile_n, 1, num_warps, 3)
     programs = problem.rows * problem.kv_heads * pl.cdiv(problem.queries, tiles.tokens(problem.group))
     wanted = (3 if tile_m == 16 else 1) * cores // programs
-    most = min(_MOST_SPLITS, problem.context // (tile_n * _LEAST_TILES))
-    return replace(tiles, splits=int(pl.next_power_of_2(max(1, min(wanted, most)))))
+    max_splits = min(_MAX_SPLITS, problem.context // (tile_n * _MIN_TILES))
+    return replace(tiles, splits=int(pl.next_power_of_2(max(1, min(wanted, max_splits)))))
 
 
 def candidates(problem: ProblemSize) -> Iterator[Tiles]:

@@ -126,6 +126,6 @@ def _rows_per_group(q: Array, scales: Array) -> int:
     return len(q) // len(scales)
 
 
-def _in_range(name: str, values: Array, most: int) -> None:
-    if values.size and not 0 <= int(values.min()) <= int(values.max()) <= most:
-        raise ValueError(f"{name} must lie in 0…{most}, have {values.min()}…{values.max()}")
+def _in_range(name: str, values: Array, maximum: int) -> None:
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) <= maximum:
+        raise ValueError(f"{name} must lie in 0…{maximum}, have {values.min()}…{values.max()}")

@@ -13,7 +13,7 @@ from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.w4a16_matmul.call import W4A16MatmulCall
 from pallas_kernels.w4a16_matmul.layout import CHUNK, assemble, packed_shape, part_shapes
-from pallas_kernels.w4a16_matmul.tiles import DECODE_ROWS, Tiles, candidates, choose, key
+from pallas_kernels.w4a16_matmul.tiles import MAX_DECODE_ROWS, Tiles, candidates, choose, key
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Shape:
     @property
     def phase(self) -> str:
         """``decode`` or ``prefill``."""
-        return "decode" if self.m <= DECODE_ROWS else "prefill"
+        return "decode" if self.m <= MAX_DECODE_ROWS else "prefill"
 
     def __str__(self) -> str:
         marks = f"{' bias' if self.bias else ''}{' symmetric' if self.symmetric else ''}"

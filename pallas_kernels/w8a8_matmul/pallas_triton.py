@@ -18,8 +18,8 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.dispatch import RefusalError, need_gpu
 from pallas_kernels.target import Target, current_target
 from pallas_kernels.w8a8_matmul.call import W8A8MatmulCall
-from pallas_kernels.w8a8_matmul.reference import SMALLEST_PEAK, rescale
-from pallas_kernels.w8a8_matmul.tiles import SMALLEST_TILE_K, Tiles, choose
+from pallas_kernels.w8a8_matmul.reference import MIN_PEAK, rescale
+from pallas_kernels.w8a8_matmul.tiles import MIN_TILE_K, Tiles, choose
 
 MAX_K = 32768
 """K beyond which the registers of one program no longer hold a token."""
@@ -36,8 +36,8 @@ def check_device(target: Target) -> None:
 def check(call: W8A8MatmulCall) -> None:
     """Refuse a K beyond ``MAX_K``, or one that is not a multiple of the smallest tile."""
     k = call.x.shape[1]
-    if k > MAX_K or k % SMALLEST_TILE_K:
-        raise RefusalError(f"needs K up to {MAX_K} in steps of {SMALLEST_TILE_K}, have K={k}")
+    if k > MAX_K or k % MIN_TILE_K:
+        raise RefusalError(f"needs K up to {MAX_K} in steps of {MIN_TILE_K}, have K={k}")
 
 
 def run(call: W8A8MatmulCall, tiles: Tiles | None = None) -> jax.Array:
@@ -75,7 +75,7 @@ def _quantize_kernel(x_ref: Any, quantized_ref: Any, steps_ref: Any) -> None:
     columns = jnp.arange(pl.next_power_of_2(k), dtype=jnp.int32)
     mask = columns < k
     x = plt.load(x_ref.at[token, columns], mask=mask, other=0.0).astype(jnp.float32)
-    peak = jnp.maximum(jnp.max(jnp.abs(x)), SMALLEST_PEAK)
+    peak = jnp.maximum(jnp.max(jnp.abs(x)), MIN_PEAK)
     plt.store(quantized_ref.at[token, columns], _round(x * (127 / peak)), mask=mask)
     plt.store(steps_ref.at[token], peak / 127)
 

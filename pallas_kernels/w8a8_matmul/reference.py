@@ -9,7 +9,7 @@ from pallas_kernels.target import Target
 from pallas_kernels.w8a8_matmul.call import W8A8MatmulCall
 from pallas_kernels.w8a8_matmul.tiles import Tiles
 
-SMALLEST_PEAK = 1e-30
+MIN_PEAK = 1e-30
 """Tokens whose largest magnitude is below count as zeros: no step may be zero, nor its inverse infinite."""
 
 
@@ -31,7 +31,7 @@ def run(call: W8A8MatmulCall, tiles: Tiles | None = None) -> jax.Array:
 def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``x`` [M, K] → (int8 [M, K], step of each token float32 [M])."""
     wide = x.astype(jnp.float32)
-    peaks = jnp.maximum(jnp.abs(wide).max(axis=1), SMALLEST_PEAK)
+    peaks = jnp.maximum(jnp.abs(wide).max(axis=1), MIN_PEAK)
     return jnp.round(wide * (127 / peaks)[:, None]).astype(jnp.int8), peaks / 127
 
 

@@ -12,7 +12,7 @@ from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.target import current_target
 from pallas_kernels.w8a8_matmul.call import W8A8MatmulCall
-from pallas_kernels.w8a8_matmul.tiles import LARGEST_DECODE, Tiles, candidates, choose, key
+from pallas_kernels.w8a8_matmul.tiles import MAX_DECODE, Tiles, candidates, choose, key
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Shape:
     @property
     def phase(self) -> str:
         """``decode`` or ``prefill``."""
-        return "decode" if self.m <= LARGEST_DECODE else "prefill"
+        return "decode" if self.m <= MAX_DECODE else "prefill"
 
     def __str__(self) -> str:
         return f"{self.model} M={self.m} K={self.k} N={self.n}{' +bias' if self.bias else ''} {self.dtype}"
