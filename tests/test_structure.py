@@ -126,6 +126,11 @@ def test_names_of_linear_maps_stay_in_models() -> None:
     assert {name for name in named if not name.startswith("jaxdeploy/models/")} == set()
 
 
+def test_the_engine_knows_no_cache_geometry() -> None:
+    """Layouts describe pools. The engine and the checkpoint ask them."""
+    assert lines_with("kv_pool|QuantizedPool|num_kv_heads", "jaxdeploy/engine", "jaxdeploy/checkpoint") == set()
+
+
 @pytest.mark.parametrize(
     ("pattern", "exempt"),
     [
