@@ -354,7 +354,7 @@ class Engine:
 
     def _output(self, new: NewTokens, sampled: HostSample) -> StepOutput:
         sequence = new.sequence
-        prompt = self._collectors.result(sequence)
+        prompt = self._collectors.result(sequence) if sequence.prompt_outputs else None
         if sequence.finish_reason is not None:
             self._intake.forget(sequence)
         return step_output(new, sampled, prompt)
