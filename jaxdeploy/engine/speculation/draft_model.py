@@ -23,7 +23,7 @@ from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.tokenizer import Tokenizer
 
 DEFAULT_DRAFTS = {"ngram": 7, "draft": 3, "eagle3": 3}
-"""Tokens drafted at a time by each method, unless the configuration gives a count."""
+"""Drafts per step of each method, unless the configuration gives a count."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DraftModel:
     """Its ``config.json``."""
     config: ModelConfig
     eagle3: Eagle3Config | None = None
-    """Configuration of an EAGLE-3 head, ``None`` for a model of its own."""
+    """Configuration of an EAGLE-3 head, ``None`` for a separate model."""
 
 
 def method_of(config: EngineConfig) -> str | None:
