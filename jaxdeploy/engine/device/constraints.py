@@ -13,7 +13,7 @@ Mask = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 def forbid(mask: Mask, row: int, sequence: Sequence, length: int, drafts: tuple[int, ...] = ()) -> None:
-    """Clear the bits of forbidden tokens of ``sequence`` at position ``length`` in ``mask[row]``, uint32 [rows, V / 32].
+    """Clear the bits of tokens that ``sequence`` may not take at ``length`` in ``mask[row]``, uint32 [rows, V / 32].
 
     The next rows are for the positions after each of ``drafts``.
     """

@@ -136,7 +136,7 @@ class BlockManager:
 
     def _drop(self, block: Block) -> bool:
         """Remove one holder. Returns whether it was the last."""
-        assert self._stamps[block.index] == block.stamp, "a block was released that is not held"
+        assert self._stamps[block.index] == block.stamp, "a block was released by a sequence that no longer holds it"
         self._uses[block.index] -= 1
         return self._uses[block.index] == 0
 
