@@ -304,7 +304,7 @@ def _as_list(name: str, kind: type[Any], value: Any) -> list[Any]:
 def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
-    if kind in (int, float) and isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if kind in (int, float) and _is_number(value):
         number = _plain_number(value)
         if -_MAX_NUMBER < number < _MAX_NUMBER and (kind is float or number == int(number)):
             return number if kind is float else int(number)
@@ -313,6 +313,11 @@ def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
     raise ConfigError(
         f"{name}={shown(given)} must be {_TYPE_WORDS.get(kind, kind.__name__)}; correct it or leave it out"
     )
+
+
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a real number of any library, and no truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _plain_number(value: numbers.Real) -> int | float:

@@ -33,6 +33,7 @@ from tests.tiny_models import (
     CONFIG,
     SHAPES,
     LastingRunner,
+    attention_of,
     prompt,
     request,
     run,
@@ -66,7 +67,7 @@ class LatentAttention(nnx.Module):
     """Attention over latent vectors, with the up-projections absorbed into ``wq`` and ``wo``."""
 
     def __init__(self, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        size, heads, rotary = CONFIG.hidden_size, CONFIG.num_heads, CONFIG.head_dim
+        size, heads, rotary = CONFIG.hidden_size, attention_of(CONFIG).num_heads, attention_of(CONFIG).head_dim
         self.cache_layout = LatentLayout(RANK, rotary)
         self.wq = parameter(rngs, (size, heads, RANK + rotary), ("embed", "heads", None), dtype)
         self.down = parameter(rngs, (size, RANK + rotary), ("embed", None), dtype)

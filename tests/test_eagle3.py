@@ -50,6 +50,7 @@ from tests.tiny_models import (
     VOCAB,
     AlwaysOpen,
     LastingRunner,
+    changed,
     dense_decoder,
     prompt,
     request,
@@ -322,7 +323,7 @@ def test_default_taps() -> None:
 
 
 def _deep(layers: int) -> ModelConfig:
-    return ModelConfig(**{**vars(SMALLER), "num_layers": layers, "windows": (None,) * layers})
+    return changed(SMALLER, num_layers=layers)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +125,15 @@ def runner_over(decoder: Decoder) -> ModelRunner:
 
 def test_decode_steps_through_the_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loaded weights through the fused kernels (interpreted) are those weights op by op."""
-    sizes = replace(fused_steps.CONFIG, num_layers=1, windows=(12,))
+    sizes = tiny_models.changed(fused_steps.CONFIG, num_layers=1, windows=(12,))
     monkeypatch.setattr(fused_steps, "CONFIG", sizes)
     hf = hf_of(
         "Qwen2ForCausalLM",
         num_hidden_layers=1,
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
-        num_key_value_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
+        num_key_value_heads=tiny_models.attention_of(sizes).num_kv_heads,
+        head_dim=tiny_models.attention_of(sizes).head_dim,
     )
     decoder = checkpoint(AWQ, hf).load(tmp_path, dtype=jnp.dtype(jnp.bfloat16), model=sizes)
     monkeypatch.setattr(fused_steps, "decoder_on", lambda tp, dtype: decoder)

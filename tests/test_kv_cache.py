@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.kv_pool import QuantizedPool, fits, pool_bits
-from tests.tiny_models import CONFIG
+from tests.tiny_models import CONFIG, attention_of, changed
 
 BLOCK_BYTES = 2 * 2 * 4 * 8 * 16 * 4
 """Keys and values · layers · KV heads · head dim · tokens in a block · bytes of a float32."""
@@ -55,7 +54,7 @@ def test_on_cpu_every_sequence_can_be_full() -> None:
 
 
 def test_on_cpu_one_gib_is_the_limit() -> None:
-    large = replace(CONFIG, num_layers=64, num_heads=32, num_kv_heads=32, head_dim=128, windows=(None,) * 64)
+    large = changed(CONFIG, num_layers=64, num_heads=32, num_kv_heads=32, head_dim=128, windows=(None,) * 64)
     made = plan(large, session_len=512, batch=8)
     assert made.block_bytes == 2 * 64 * 32 * 128 * 16 * 4
     assert made.num_blocks == MAX_CPU_BYTES // made.block_bytes < 8 * 32
@@ -102,7 +101,7 @@ def test_the_plan_reads_as_a_sentence() -> None:
     assert str(plan(num_blocks=7)) == expected
 
 
-LARGE = replace(CONFIG, num_layers=32, num_kv_heads=8, head_dim=128, windows=(None,) * 32)
+LARGE = changed(CONFIG, num_layers=32, num_kv_heads=8, head_dim=128, windows=(None,) * 32)
 
 
 @pytest.mark.parametrize(("bits", "times"), [(8, 2 * 128 / 132), (4, 2 * 128 / 68)])
@@ -121,8 +120,8 @@ def test_quantised_blocks_are_more(monkeypatch: pytest.MonkeyPatch, tp: int, bit
 def test_quantised_pools_take_the_bytes_that_were_planned(tp: int, bits: int) -> None:
     made = plan(tp=tp, num_blocks=7, bits=bits)
     pools = allocate(made, tp)
-    assert all(fits(pool, CONFIG.num_heads, CONFIG.head_dim) for pool in pools)
-    assert {pool_bits(pool, CONFIG.head_dim) for pool in pools} == {bits}
+    assert all(fits(pool, attention_of(CONFIG).num_heads, attention_of(CONFIG).head_dim) for pool in pools)
+    assert {pool_bits(pool, attention_of(CONFIG).head_dim) for pool in pools} == {bits}
     for pool in pools:
         assert isinstance(pool, QuantizedPool)
         assert not pool.values.any()
@@ -140,7 +139,7 @@ def test_calibrated_pools_hold_their_layers_ranges(tp: int) -> None:
     for pool, layer in zip(pools, ranges, strict=True):
         assert isinstance(pool, QuantizedPool)
         assert pool.calibrated
-        assert fits(pool, CONFIG.num_heads, CONFIG.head_dim)
+        assert fits(pool, attention_of(CONFIG).num_heads, attention_of(CONFIG).head_dim)
         np.testing.assert_array_equal(pool.scales, np.broadcast_to(layer[None, ..., None], pool.scales.shape))
         assert {shard.data.shape for shard in pool.scales.addressable_shards} == {(7, 2, 4 // tp, 2, 16)}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,9 @@ from jaxdeploy.engine.device.kv_policy import kv_policy
 from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.models.cache_layout import HeadsLayout
 from jaxdeploy.models.decoder import cache_layouts
-from tests.tiny_models import CONFIG
+from tests.tiny_models import CONFIG, attention_of, changed
 
-LAYERS, KV_HEADS = CONFIG.num_layers, CONFIG.num_kv_heads
+LAYERS, KV_HEADS = CONFIG.num_layers, attention_of(CONFIG).num_kv_heads
 LAYOUTS = cache_layouts(CONFIG)
 NAME = "layers.{}.past_kv_scale.{}.weight"
 
@@ -110,7 +109,7 @@ def test_integers_stand_for_what_they_stood_for_in_v03() -> None:
     assert ranges.tolist() == [[[0.5, 3 - 64], [0.125, -16]], [[0.25, -2 - 32], [1.0, 1 - 128]]]
 
 
-WIDE = replace(CONFIG, head_dim=128)
+WIDE = changed(CONFIG, head_dim=128)
 FOUR_IS_INT4 = "quant_policy=4 is int4, as in LMDeploy since v0.4; in v0.3 it meant int8, which is 8"
 COSTLY = "quant_policy=4 may cost much quality here: "
 
@@ -119,25 +118,25 @@ COSTLY = "quant_policy=4 may cost much quality here: "
     ("policy", "config", "bits", "lines"),
     [
         (0, WIDE, None, []),
-        (8, replace(CONFIG, qkv_bias=True), 8, []),
+        (8, changed(CONFIG, qkv_bias=True), 8, []),
         (4, WIDE, 4, [FOUR_IS_INT4]),
         (
             4,
-            replace(WIDE, qkv_bias=True),
+            changed(WIDE, qkv_bias=True),
             4,
             [
                 FOUR_IS_INT4,
                 f"{COSTLY}biased keys have a few channels far from the others (known of Qwen2.5); 8 is safer",
             ],
         ),
-        (4, replace(WIDE, head_dim=48), 4, [FOUR_IS_INT4, f"{COSTLY}head_dim=48 is below 64; 8 is safer"]),
+        (4, changed(WIDE, head_dim=48), 4, [FOUR_IS_INT4, f"{COSTLY}head_dim=48 is below 64; 8 is safer"]),
     ],
 )
 def test_what_a_policy_means(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: int, config: object, bits: int | None, lines: list[str]
 ) -> None:
     assert isinstance(config, type(CONFIG))
-    settings, biased = EngineConfig(quant_policy=policy), config.qkv_bias
+    settings, biased = EngineConfig(quant_policy=policy), attention_of(config).qkv_bias
     assert kv_policy(tmp_path, cache_layouts(config), settings, biased_keys=biased) == (bits, None)
     assert [record.getMessage() for record in caplog.records] == lines
     assert all(record.levelno == logging.WARNING for record in caplog.records)

@@ -26,7 +26,7 @@ from jaxdeploy.parallel.mesh import make_mesh
 from tests.selection import every_other
 from tests.stored_models import AWQ, SCATTERED, SMOOTH_QUANT, Layout, apart, checkpoint, hf_of, weights_of
 from tests.tiny_adapters import ALL, LINEARS, QKV, TinyAdapter
-from tests.tiny_models import CONFIG, VOCAB, params
+from tests.tiny_models import CONFIG, VOCAB, changed, params
 
 Array = np.ndarray[Any, Any]
 FLOAT = jnp.dtype(jnp.float32)
@@ -147,7 +147,7 @@ def test_layers_are_traced_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         return multiply(self, x)
 
     monkeypatch.setattr(AdaptedWeight, "multiply", counted)
-    config = replace(CONFIG, windows=(None, None))
+    config = changed(CONFIG, windows=(None, None))
     bank, arrays = filled(folder, config=config)
     decoder = decoder_from(config, params(config))
     jax.jit(lambda arrays: bank.adapted(decoder, arrays, jnp.zeros(24, jnp.int32))(jnp.asarray(TOKENS[:2]))).lower(

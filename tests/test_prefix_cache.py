@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +15,10 @@ from jaxdeploy.engine.front.build import max_shared_len
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.messages import Request, SamplingParams
-from jaxdeploy.models.config import RopeConfig
+from jaxdeploy.models.rope import RopeConfig
 from tests import test_quantized_kv as quantized
 from tests.test_scheduler import BLOCK_SIZE, SESSION_LEN, FakeModel, make_scheduler, run
-from tests.tiny_models import CONFIG, outputs_of, prompt, request, tiny_engine
+from tests.tiny_models import CONFIG, changed, outputs_of, prompt, request, tiny_engine
 from tests.tiny_models import run as run_engine
 
 TEXT = tuple(range(100, 100 + SESSION_LEN))
@@ -200,5 +199,5 @@ def test_alternatives_share_their_prompt() -> None:
 )
 def test_who_shares(kind: Any, enabled: bool, longest: int) -> None:
     """Dynamic NTK turns the keys of long prompts by angles of their own."""
-    model = replace(CONFIG, rope=RopeConfig(kind=kind, original_length=48))
+    model = changed(CONFIG, rope=RopeConfig(kind=kind, original_length=48))
     assert max_shared_len(model, EngineConfig(enable_prefix_caching=enabled)) == longest

@@ -30,7 +30,6 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.cli import main
 from jaxdeploy.compress.evaluate import load_decoder, perplexity
-from jaxdeploy.compress.forward import LINEARS
 from jaxdeploy.compress.passage import Passage
 from jaxdeploy.compress.quantize import quantize
 from jaxdeploy.compress.report import Report
@@ -39,6 +38,7 @@ from jaxdeploy.errors import CheckpointError, JaxdeployError
 from jaxdeploy.files.atomic import put_file
 from jaxdeploy.models.cache_layout import HeadsLayout
 from jaxdeploy.models.families import llama
+from jaxdeploy.models.linears import weight_at
 from jaxdeploy.models.quantized import Int4Weight, Int8Weight
 from jaxdeploy.models.registry import FAMILIES, family_of
 from jaxdeploy.models.weights import ParamPath, decoder_weights, less
@@ -191,10 +191,10 @@ def held_values(decoder: Any) -> dict[ParamPath, Array]:
     """The weights [K, N] that the decoder's integers stand for; there are no other weights in its layers."""
     values: dict[ParamPath, Array] = {}
     for index, layer in enumerate(decoder.layers):
-        for block, name in LINEARS.values():
-            weight = getattr(getattr(layer, block), name)
+        for spec in layer.linears():
+            weight = weight_at(layer, spec.path)
             assert isinstance(weight, Int4Weight | Int8Weight)
-            values["layers", index, block, name] = value_of(weight)
+            values["layers", index, *spec.path] = value_of(weight)
     return values
 
 

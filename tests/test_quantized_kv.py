@@ -6,7 +6,7 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -30,10 +30,10 @@ from jaxdeploy.messages import Request
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models.attention import PagedContext, Rows, dense_attention
 from jaxdeploy.models.cache_layout import CacheDtype
-from jaxdeploy.models.config import ModelConfig, RopeConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, cache_layouts, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
 from jaxdeploy.models.model import Positions
-from jaxdeploy.models.rope import Rotary, apply_rotary
+from jaxdeploy.models.rope import RopeConfig, Rotary, apply_rotary
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import ENVIRONMENT
 from pallas_kernels.kv_pool import QuantizedPool, dequantize, quantize
@@ -47,6 +47,8 @@ from tests.tiny_models import (
     VOCAB,
     Array,
     LastingRunner,
+    attention_of,
+    changed,
     dense_decoder,
     dense_logits,
     lasting_runner,
@@ -87,7 +89,7 @@ def runner_of(bits: int, tp: int) -> ModelRunner:
     return new_runner(LastingRunner, bits, tp)
 
 
-INTERPRETED = replace(CONFIG, num_layers=1, windows=(None,), num_heads=2, num_kv_heads=1, head_dim=64)
+INTERPRETED = changed(CONFIG, num_layers=1, windows=(None,), num_heads=2, num_kv_heads=1, head_dim=64)
 """The smallest model that the Triton kernels take."""
 
 
@@ -248,7 +250,7 @@ def test_several_devices_generate_what_one_does(tp: int, bits: int) -> None:
     assert np.abs(logprobs - truth).max() < ROUNDING * np.abs(effect).max()
     for pool in runner_of(bits, tp)._own_state.pools:
         for array in jax.tree.leaves(pool):
-            share = (*array.shape[:2], CONFIG.num_kv_heads // tp, *array.shape[3:])
+            share = (*array.shape[:2], attention_of(CONFIG).num_kv_heads // tp, *array.shape[3:])
             assert [shard.data.shape for shard in array.addressable_shards] == [share] * tp
 
 
@@ -300,7 +302,7 @@ def own_ranges() -> tuple[Array, Array]:
         low_high.append(np.stack([both.min(axis=1), both.max(axis=1)], axis=-1))
     ranges = np.stack(low_high)
     layers = parameters_of(ranges).reshape(CONFIG.num_layers, 1, 4)
-    return ranges, np.repeat(layers, CONFIG.num_kv_heads, axis=1).astype(np.float32)
+    return ranges, np.repeat(layers, attention_of(CONFIG).num_kv_heads, axis=1).astype(np.float32)
 
 
 def ranges_of(parameters: Array) -> Array:
@@ -311,7 +313,7 @@ def ranges_of(parameters: Array) -> Array:
 def test_ranges_reach_from_the_lowest_to_the_highest() -> None:
     true, parameters = own_ranges()
     ranges = ranges_of(parameters).astype(np.float64)
-    assert ranges.shape == (CONFIG.num_layers, 2, CONFIG.num_kv_heads, 2)
+    assert ranges.shape == (CONFIG.num_layers, 2, attention_of(CONFIG).num_kv_heads, 2)
     scale, zero = ranges[..., 0], ranges[..., 1]
     # The middle of a range is 0, so that of its 256 integers the first lies half a step outside, and the last inside.
     assert (np.abs(zero + scale / 2 - true[..., :1]) < scale / 8).all()
@@ -345,7 +347,7 @@ def test_calibrated_ranges(tp: int) -> None:
     assert worst["absurd"] > 2 * worst["int4 of absurd"]
 
 
-WIDE = ModelConfig(
+WIDE = DenseDecoder(
     vocab_size=64,
     hidden_size=256,
     num_layers=1,
@@ -357,7 +359,7 @@ WIDE = ModelConfig(
     max_position=256,
     rope=RopeConfig(),
     windows=(None,),
-)
+).model_config()
 
 
 @pytest.mark.parametrize("calibrated", [False, True])

@@ -21,7 +21,8 @@ MAX_ENGINE_LEVELS = 8
 TRACED = ("jaxdeploy/models", "jaxdeploy/engine/device/step.py")
 """Code that runs while a step is traced."""
 
-PUBLIC_SIGNATURES = {
+SIGNATURES_OF_OTHERS = {
+    "jaxdeploy/checkpoint/pickle_reader.py: _rebuild_tensor_v3": "the arguments in torch's files",
     "jaxdeploy/__init__.py: serve": "LMDeploy's signature",
     "jaxdeploy/api/pipeline.py: pipeline": "LMDeploy's signature",
 }
@@ -121,19 +122,24 @@ def test_sizes_are_asked_of_a_named_axis() -> None:
     assert lines_with(r"\bmesh\.size\b", "jaxdeploy") == set()
 
 
-@pytest.mark.xfail(strict=True, reason="compress: folds, forward, passage")
 def test_names_of_linear_maps_stay_in_models() -> None:
     named = lines_with("wqkv|gate_up", "jaxdeploy")
     assert {name for name in named if not name.startswith("jaxdeploy/models/")} == set()
 
 
-@pytest.mark.xfail(strict=True, reason="models: decoder, fused_decode, eagle3")
-@pytest.mark.parametrize("pattern", [r"isinstance\(context\b", "except NoBackendError", r"\blogg(ing|er)\b"])
-def test_traced_code_neither_asks_types_of_contexts_nor_catches_nor_logs(pattern: str) -> None:
-    assert lines_with(pattern, *TRACED) == set()
+@pytest.mark.parametrize(
+    ("pattern", "exempt"),
+    [
+        (r"isinstance\(context\b", set()),
+        # ``refusal_of_call`` evaluates a step abstractly when the engine is built; the step itself catches nothing.
+        ("except NoBackendError", {"jaxdeploy/models/fused_decode.py"}),
+        (r"\blogg(ing|er)\b", set()),
+    ],
+)
+def test_traced_code_neither_asks_types_of_contexts_nor_catches_nor_logs(pattern: str, exempt: set[str]) -> None:
+    assert lines_with(pattern, *TRACED) == exempt
 
 
-@pytest.mark.xfail(strict=True, reason="front/build, speculation/build, device/runner, device/step_weights")
 def test_the_engine_names_no_model_class() -> None:
     assert lines_with(r"\bDecoder\b", "jaxdeploy/engine") == set()
 
@@ -144,7 +150,6 @@ def test_the_engine_has_few_levels() -> None:
     assert {module: level for module, level in levels.items() if level > MAX_ENGINE_LEVELS} == {}
 
 
-@pytest.mark.xfail(strict=True, reason="models: decoder and fused_decode; kernels: hopper_kernel and pallas_mosaic_gpu")
 def test_imports_have_no_cycle() -> None:
     graph = imports()
     assert {"jaxdeploy.engine.front.engine", "tests.conftest", "scripts.demo.topics"} <= graph.keys()
@@ -155,11 +160,11 @@ def test_cycles_are_found() -> None:
     assert cycle_of({"a": frozenset("b"), "b": frozenset("c"), "c": frozenset("a")})
 
 
-@pytest.mark.xfail(strict=True, reason="api, checkpoint, compress, engine, models.lora, web_chat")
+@pytest.mark.xfail(strict=True, reason="api, checkpoint, engine, models.lora")
 def test_functions_have_few_parameters() -> None:
-    assert wide_functions("jaxdeploy", "scripts", "benchmarks") == set(PUBLIC_SIGNATURES)
+    assert wide_functions("jaxdeploy", "scripts", "benchmarks") == set(SIGNATURES_OF_OTHERS)
 
 
-@pytest.mark.xfail(strict=True, reason="api.pipeline, engine: batch, runner, engine, scheduler; protocol.responses")
+@pytest.mark.xfail(strict=True, reason="api.pipeline, engine, scheduler, protocol.responses")
 def test_files_are_short() -> None:
     assert long_files("jaxdeploy", "pallas_kernels", "scripts") == set()

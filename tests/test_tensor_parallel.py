@@ -23,7 +23,7 @@ from jaxdeploy.models.decoder import abstract_params, cache_layouts
 from jaxdeploy.models.lora import bank_of
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import TP_AXIS, make_mesh
-from jaxdeploy.parallel.sharding import RULES, check_divisible, device_bytes, replicated, sharding_of
+from jaxdeploy.parallel.sharding import RULES, device_bytes, replicated, sharding_of
 from tests import tiny_models
 from tests.selection import every_other
 from tests.tiny_models import (
@@ -32,6 +32,7 @@ from tests.tiny_models import (
     SESSION_LEN,
     SHAPES,
     VOCAB,
+    attention_of,
     lasting_runner,
     outputs_of,
     params,
@@ -87,7 +88,7 @@ def test_pools_stay_cut_along_kv_heads(tp: int) -> None:
     """After steps too: the donated pools that come back are where they were."""
     runner = lasting_runner(tp)
     outputs_of(tiny_engine(tp=tp, shapes=TP_SHAPES), [request("a", prompt(3), logprobs=0, max_new_tokens=2)])
-    shape = (128, 2, CONFIG.num_kv_heads // tp, BLOCK_SIZE, CONFIG.head_dim)
+    shape = (128, 2, attention_of(CONFIG).num_kv_heads // tp, BLOCK_SIZE, attention_of(CONFIG).head_dim)
     for pool in jax.tree.leaves(runner._own_state.pools):
         assert {shard.data.shape for shard in pool.addressable_shards} == {shape}
         assert len({shard.device for shard in pool.addressable_shards}) == tp
@@ -128,11 +129,13 @@ def test_sizes_are_those_of_the_tp_axis(grid: Mesh) -> None:
         assert sharding_of(grid, param.axes, shape).spec == expected.spec, path
         assert device_bytes(sharding_of(grid, param.axes, shape), shape, dtype) == device_bytes(expected, shape, dtype)
     on_grid, on_two = (
-        plan_cache(CONFIG, sizes, mesh, session_len=64, max_batch_size=1, dtype=dtype) for mesh in (grid, alone)
+        plan_cache(cache_layouts(CONFIG), sizes, mesh, session_len=64, max_batch_size=1, dtype=CacheDtype(dtype))
+        for mesh in (grid, alone)
     )
     assert on_grid == on_two
     batches = HiddenStates(np.zeros((2, 3, 4), np.float32), 1, grid).batches()
-    assert [batch.sharding.spec for _, batch in batches] == [jax.sharding.PartitionSpec(TP_AXIS)]
+    shardings: list[Any] = [batch.sharding for _, batch in batches]
+    assert [sharding.spec for sharding in shardings] == [jax.sharding.PartitionSpec(TP_AXIS)]
     linears = adaptable(family_of({"architectures": ["LlamaForCausalLM"]}), CONFIG)
     banks = [bank_of(CONFIG, linears, mesh, slots=2, max_rank=8, dtype=dtype) for mesh in (grid, alone)]
     assert banks[0].device_bytes == banks[1].device_bytes
@@ -142,7 +145,7 @@ def test_sizes_are_those_of_the_tp_axis(grid: Mesh) -> None:
 @pytest.mark.slow
 def test_a_second_axis_changes_no_token(grid: Mesh) -> None:
     runner = runner_of(ModelRunner, 2)
-    assert {len(array.sharding.device_set) for array in jax.tree.leaves(runner._pools)} == {4}
+    assert {len(array.sharding.device_set) for array in jax.tree.leaves(runner._own_state.pools)} == {4}
     items = [request(str(length), prompt(length)) for length in (1, 33, 40)]
     assert run(tiny_engine(shapes=TP_SHAPES, runner=runner), items) == run(tiny_engine(shapes=TP_SHAPES), items)
 
@@ -157,23 +160,6 @@ def test_an_axis_that_does_not_divide_stays_whole() -> None:
     assert sharding_of(mesh, ("embed", "vocab"), (32, 98)).spec == jax.sharding.PartitionSpec(None, None)
     assert sharding_of(mesh, ("embed", "vocab"), (32, 96)).spec == jax.sharding.PartitionSpec(None, TP_AXIS)
     assert replicated(mesh).is_fully_replicated
-
-
-@pytest.mark.parametrize(
-    ("tp", "sizes", "message"),
-    [
-        (3, {"num_key_value_heads": 4}, "tp=3 must divide num_key_value_heads=4; choose tp from [1, 2]"),
-        (8, {"num_key_value_heads": 8, "mlp": 172}, "tp=8 must divide mlp=172; choose tp from [1, 2, 4]"),
-    ],
-)
-def test_tp_must_divide(tp: int, sizes: dict[str, int], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_divisible(tp, sizes)
-    assert str(caught.value) == message
-
-
-def test_tp_that_divides() -> None:
-    check_divisible(4, {"num_key_value_heads": 4, "intermediate_size": 64})
 
 
 @pytest.mark.parametrize("tp", [0, 9])

@@ -29,9 +29,13 @@ from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
 from jaxdeploy.messages import FinishReason, Request, SamplingParams, StepOutput
+from jaxdeploy.models.attention import AttentionConfig
 from jaxdeploy.models.cache_layout import CacheDtype
-from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
+from jaxdeploy.models.layer import LayerConfig
+from jaxdeploy.models.rope import RopeConfig
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import sharding_of
@@ -56,7 +60,7 @@ GUESSES = 4
 GUESSING = [StepShape(decodes, 0, TABLE_LENGTH, SLOTS, drafts=GUESSES) for decodes in (1, SLOTS)]
 """Beside the others for engines that guess."""
 
-CONFIG = ModelConfig(
+CONFIG = DenseDecoder(
     vocab_size=VOCAB,
     hidden_size=32,
     num_layers=2,
@@ -68,10 +72,45 @@ CONFIG = ModelConfig(
     max_position=256,
     rope=RopeConfig(),
     windows=(None, 40),
-)
+).model_config()
 
 
-SMALLER = replace(CONFIG, num_layers=1, windows=(None,))
+def changed(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """``config`` with other fields of ``DenseDecoder``."""
+    first = config.layers[0]
+    assert isinstance(first, LayerConfig)
+    attention, own = first.attention, vars(config)
+    flat = DenseDecoder(
+        **{name: value for name, value in own.items() if name != "layers"},
+        num_layers=config.num_layers,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        intermediate_size=first.mlp.intermediate_size,
+        rope=attention.rope,
+        windows=windows_of(config),
+        qkv_bias=attention.qkv_bias,
+        o_bias=attention.o_bias,
+        mlp_bias=first.mlp.bias,
+    )
+    if "num_layers" in fields and "windows" not in fields:
+        fields["windows"] = (None,) * fields["num_layers"]
+    return replace(flat, **fields).model_config()
+
+
+def attention_of(config: ModelConfig) -> AttentionConfig:
+    """The attention of all layers, which differ in their windows only."""
+    layer = config.layers[0]
+    assert isinstance(layer, LayerConfig)
+    return layer.attention
+
+
+def windows_of(config: ModelConfig) -> tuple[int | None, ...]:
+    """The window of each layer."""
+    return tuple(layer.attention.window for layer in config.layers if isinstance(layer, LayerConfig))
+
+
+SMALLER = changed(CONFIG, num_layers=1, windows=(None,))
 """SpeculationCounts for the other, and is right where that is easy."""
 
 
@@ -94,7 +133,8 @@ def params(config: ModelConfig = CONFIG, tp: int = 1) -> dict[ParamPath, jax.Arr
 
 
 def _matrix(random: np.random.Generator, path: ParamPath, shape: Sequence[int]) -> Array:
-    inputs = {"wo": CONFIG.num_heads * CONFIG.head_dim, "table": 1}.get(str(path[-1]), shape[0])
+    attention = attention_of(CONFIG)
+    inputs = {"wo": attention.num_heads * attention.head_dim, "table": 1}.get(str(path[-1]), shape[0])
     matrix: Array = random.standard_normal(shape) * 2.0 / np.sqrt(inputs)
     return matrix
 

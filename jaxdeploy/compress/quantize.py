@@ -21,7 +21,7 @@ from jaxdeploy.checkpoint.kv_parameters import file_names, write_kv_parameters
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.compress import report_files
 from jaxdeploy.compress.beside_model import BesideModel
-from jaxdeploy.compress.calibration import Calibration, calibration_ids
+from jaxdeploy.compress.calibration import Calibration, Windows, calibration_ids
 from jaxdeploy.compress.layout import Layout
 from jaxdeploy.compress.passage import Passage
 from jaxdeploy.compress.report import LinearReport, Report
@@ -92,15 +92,13 @@ def _calibration(model: FloatModel, config: QuantConfig, token_ids: Sequence[Seq
     cut = partial(
         calibration_ids,
         tokenizer=tokenizer,
-        seqlen=seqlen,
-        seed=config.seed,
         folder=model.folder,
         architecture=architecture,
     )
-    data = cut(token_ids or config.calib_dataset, samples=samples, held_out=own)
+    data = cut(token_ids or config.calib_dataset, asked=Windows(samples, own, seqlen, config.seed))
     if config.eval_dataset is None or not held_out:
         return data
-    other = cut(config.eval_dataset, samples=0, held_out=held_out)
+    other = cut(config.eval_dataset, asked=Windows(0, held_out, seqlen, config.seed))
     notes = "; ".join(note for note in (data.note, other.note) if note)
     source = f"{data.source}, measured on {other.source}"
     return Calibration(data.calib, other.held_out, source, notes or None, other.scored)

@@ -101,6 +101,10 @@ class CacheLayout(Protocol):
         """Return why ``bits`` may lose much quality, or ``None``."""
         return None
 
+    def note(self) -> str | None:
+        """Return a remark for the memory plan, or ``None``."""
+        return None
+
     def ranges(self, parameters: Array) -> Any:
         """Return the calibrated ranges that ``pool`` takes.
 
@@ -126,11 +130,13 @@ class HeadsLayout(CacheLayout):
         num_heads: KV heads, K.
         key_dim: elements of a key.
         value_dim: elements of a value. The kernels need ``key_dim``.
+        copies: consecutive heads with the same keys and values, for devices that share a stored head.
     """
 
     num_heads: int
     key_dim: int
     value_dim: int
+    copies: int = 1
 
     AXES: ClassVar[tuple[str | None, ...]] = (None, None, "kv_heads", None, None)
     """Logical axes of every array of the pool."""
@@ -177,6 +183,11 @@ class HeadsLayout(CacheLayout):
         if bits == 4 and self.key_dim < SMALL_HEAD:
             return f"head_dim={self.key_dim} is below {SMALL_HEAD}"
         return None
+
+    def note(self) -> str | None:
+        """See ``CacheLayout``."""
+        stored = self.num_heads // self.copies
+        return f"{stored} KV heads, each on {self.copies} devices" if self.copies > 1 else None
 
     def ranges(self, parameters: Array) -> Array:
         """Return scale and zero of keys and of values, float16 [2, K, 2]. See ``CacheLayout``.

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.models.attention import Attention, PagedContext, Rows
+from jaxdeploy.models.attention import Attention, AttentionConfig, PagedContext, Rows
 from jaxdeploy.models.cache_layout import HeadsLayout
-from jaxdeploy.models.decoder import Decoder, Layer
+from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.layer import Layer
 from jaxdeploy.models.layers import RMSNorm, Weight, value_of
-from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.mlp import MLP, MLPConfig
 from jaxdeploy.models.model import Hidden, Model, Positions
 from jaxdeploy.models.quantized import Int4Weight
-from jaxdeploy.models.rope import rotary
 from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 from jaxdeploy.parallel.sharding import per_device, spec
 from pallas_kernels.decode_layer import DecodeLayerCall, LayerWeights, ScoreOptions, decode_layer, padded_rows
@@ -48,14 +48,19 @@ _INPUT_AXES = {"wo": 2}
 """Axes of a weight that are inputs, where that is not the first alone."""
 
 
+_OPTIONS = {
+    AttentionConfig: frozenset(
+        {"num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias", "kv_copies"}
+    ),
+    MLPConfig: frozenset({"intermediate_size", "bias"}),
+}
+"""The options of modules that the kernels honour."""
+
 _PARTS: dict[str, tuple[type[nnx.Module], frozenset[str]]] = {
     "attention_norm": (RMSNorm, frozenset({"scale", "eps"})),
-    "attention": (
-        Attention,
-        frozenset({"num_heads", "head_dim", "window", "cache_layout", "wqkv", "bqkv", "wo", "bo"}),
-    ),
+    "attention": (Attention, frozenset({"config", "width", "inputs", "wqkv", "bqkv", "wo", "bo"})),
     "mlp_norm": (RMSNorm, frozenset({"scale", "eps"})),
-    "mlp": (MLP, frozenset({"gate_up", "gate_up_bias", "down", "down_bias"})),
+    "mlp": (MLP, frozenset({"config", "width", "gate_up", "gate_up_bias", "down", "down_bias"})),
 }
 """Modules of a layer that the kernels compute: the exact class of each, and all attributes that they honour."""
 
@@ -71,6 +76,8 @@ def refusal_of(model: Model) -> str | None:
     for index, layer in enumerate(model.layers):
         if reason := refusal(layer, model.norm, dtype):
             return f"layer {index}: {reason}"
+    if len({layer.positions for layer in model.config.layers}) > 1:
+        return "the fused kernels take one rotary table for all layers"
     return None
 
 
@@ -100,6 +107,8 @@ def refusal(layer: Layer, final_norm: RMSNorm, dtype: jnp.dtype) -> str | None:
     ``dtype`` is that of the activations. The kernels compute one fixed block. A module, class or attribute that is not
     in ``_PARTS`` is refused, so that an option added to a model is never ignored.
     """
+    if type(layer) is not Layer:
+        return f"the layer is {type(layer).__name__}, the fused kernels take {Layer.__name__}"
     unknown = _attributes(layer) - _PARTS.keys()
     parts: dict[str, Any] = {**vars(layer), "final_norm": final_norm}
     for name, (kind, known) in {**_PARTS, "final_norm": _PARTS["mlp_norm"]}.items():
@@ -107,6 +116,8 @@ def refusal(layer: Layer, final_norm: RMSNorm, dtype: jnp.dtype) -> str | None:
         if type(part) is not kind:
             return f"{name} is {type(part).__name__}, the fused kernels take {kind.__name__}"
         unknown |= {f"{name}.{attribute}" for attribute in _attributes(part) - known}
+    for name, config in (("attention", layer.attention.config), ("mlp", layer.mlp.config)):
+        unknown |= {f"{name}.{option}" for option in vars(config).keys() - _OPTIONS.get(type(config), frozenset())}
     if unknown:
         return f"the fused kernels do not take {', '.join(sorted(unknown))}"
     if not layer.attention_norm.eps == layer.mlp_norm.eps == final_norm.eps:
@@ -141,7 +152,7 @@ def decode_hidden(
     """
     assert selected is None, "a decode step returns the states of all its tokens"
     decoder = cast(Decoder, model)
-    angles = rotary(decoder.config.rope, decoder.config.head_dim, *positions)
+    angles = decoder.config.layers[0].positions.tables(*positions)
     (rows,) = context.regions
     tokens = x.shape[0]
     where = (rows.block_tables, jnp.where(rows.lengths > 0, rows.first_positions, -1), *angles)
@@ -169,7 +180,7 @@ class _Options:
 
 
 def _options(layer: Layer, mesh: Mesh) -> _Options:
-    attention = layer.attention
+    attention = layer.attention.config
     heads = attention.num_heads // axis_size(mesh, TP_AXIS)
     return _Options(heads, 1.0 / math.sqrt(attention.head_dim), layer.mlp_norm.eps, attention.window, mesh)
 

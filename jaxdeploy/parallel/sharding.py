@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,9 @@ RULES: dict[str, str | None] = {
     "table": None,
 }
 """Logical axis → mesh axis; ``None`` keeps the axis whole on every device."""
+
+NOUNS = {"heads": "query heads", "kv_heads": "KV heads", "mlp": "intermediate features"}
+"""Logical axis → its elements, for messages."""
 
 
 def sharding_of(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
@@ -74,9 +77,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_divisible(tp: int, sizes: Mapping[str, int]) -> None:
-    """Raise ``ConfigError`` unless ``tp`` divides each of ``sizes`` (name in ``config.json`` → number)."""
-    for name, size in sizes.items():
-        if size % tp:
-            fits = [n for n in range(1, tp) if all(value % n == 0 for value in sizes.values())]
-            raise ConfigError(f"tp={tp} must divide {name}={size}; choose tp from {fits}")
+def check_divisible(tp: int, sizes: Mapping[str, Collection[int]]) -> None:
+    """Raise ``ConfigError`` unless ``tp`` divides each of ``sizes``, which are those of a logical axis."""
+    every = math.gcd(*(size for values in sizes.values() for size in values))
+    for axis, values in sizes.items():
+        for size in sorted(values):
+            if size % tp:
+                raise ConfigError(
+                    f"tp={tp} must divide {size} {NOUNS.get(axis, axis)} ({size} = {size // tp} x {tp} + {size % tp}); "
+                    f"use tp={_either(n for n in range(1, every + 1) if every % n == 0)}"
+                )
+
+
+def _either(numbers: Iterable[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

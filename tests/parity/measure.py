@@ -22,7 +22,6 @@ from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder, Params, abstract_params, decoder_from
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.models.rope import rotary
 
 Array = np.ndarray[Any, Any]
 Outputs = Mapping[str, Array]
@@ -73,7 +72,7 @@ def submodule_outputs(decoder: Decoder, tokens: Array) -> dict[str, Array]:
     """
     length = len(tokens)
     positions, lengths = jnp.arange(length, dtype=jnp.int32), jnp.full((length,), length, jnp.int32)
-    angles = rotary(decoder.config.rope, decoder.config.head_dim, positions, lengths)
+    angles = decoder.config.layers[0].positions.tables(positions, lengths)
     x = decoder.embed(jnp.asarray(tokens))
     outputs = {"rope.cos": angles[0], "rope.sin": angles[1], "embed": x}
     for index, layer in enumerate(decoder.layers):
@@ -97,10 +96,11 @@ def errors(ours: Outputs, expected: Outputs) -> dict[str, float]:
     return {name: relative_error(ours[name], value) for name, value in expected.items() if name not in NOT_OUTPUTS}
 
 
-def greedy_reply(folder: Path, prompt: Array, count: int) -> list[int]:
-    """The ``count`` likeliest tokens after ``prompt``, from the paged engine."""
+def greedy_reply(folder: Path, prompt: Array, count: int, tp: int = 1) -> list[int]:
+    """Return the ``count`` greedy tokens after ``prompt``, from the paged engine on ``tp`` devices."""
     config = EngineConfig(
         dtype="float32",
+        tp=tp,
         max_batch_size=1,
         max_prefill_token_num=32,
         session_len=128,

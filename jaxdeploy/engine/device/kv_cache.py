@@ -42,6 +42,7 @@ class CachePlan:
         bits: bits of a quantised element, ``None`` for floats.
         host_blocks: blocks in host memory.
         host_block_bytes: bytes of a block in host memory.
+        notes: remarks of the layouts.
     """
 
     num_blocks: int
@@ -51,6 +52,7 @@ class CachePlan:
     bits: int | None = None
     host_blocks: int = 0
     host_block_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that ``tokens`` tokens need."""
@@ -62,9 +64,10 @@ class CachePlan:
         kind = f"int{self.bits} KV cache" if self.bits else "KV cache"
         host_size = _size(self.host_blocks * self.host_block_bytes)
         host = f"; {self.host_blocks} more on the host, {host_size}" if self.host_blocks else ""
+        notes = "".join(f"; {note}" for note in self.notes)
         return (
             f"{kind}: {self.num_blocks} blocks of {self.block_size} tokens = {tokens} tokens, "
-            f"{_size(self.block_bytes)} a block, {size} in all ({self.reason}){host}"
+            f"{_size(self.block_bytes)} a block, {size} in all ({self.reason}){host}{notes}"
         )
 
 
@@ -101,7 +104,8 @@ def plan_cache(
             f"({reason}); lower session_len, or give the cache more room with cache_max_entry_count or num_blocks"
         )
     host_blocks = _count_host_blocks(config, mesh, whole, count)
-    return CachePlan(count, config.block_size, size, reason, dtype.bits, host_blocks, whole)
+    notes = tuple(dict.fromkeys(note for layout in every if (note := layout.note())))
+    return CachePlan(count, config.block_size, size, reason, dtype.bits, host_blocks, whole, notes)
 
 
 def allocate_pools(

@@ -53,8 +53,8 @@ from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.models.eagle3 import Eagle3
 from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
+from jaxdeploy.models.weights import has_biased_keys, tensor_parallel
 from jaxdeploy.parallel.mesh import make_mesh
-from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.progress import counted
 from jaxdeploy.tokenizer import Tokenizer
 from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError, preferred
@@ -103,13 +103,10 @@ def _build(
     folder: Path, hf: Mapping[str, Any], config: EngineConfig, ends: frozenset[int], *, progress: bool
 ) -> Engine:
     _enable_compilation_cache(config)
-    model = _model_config(hf, config)
-    check_divisible(
-        config.tp, {"num_key_value_heads": model.num_kv_heads, "intermediate_size": model.intermediate_size}
-    )
+    model = tensor_parallel(_model_config(hf, config), config.tp)
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
-    policy = kv_policy(folder, cache_layouts(model), config, biased_keys=model.qkv_bias)
+    policy = kv_policy(folder, cache_layouts(model), config, biased_keys=has_biased_keys(model))
     cache_dtype = CacheDtype(limits.dtype, policy.bits)
     adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype, partial(_stored_tensors, folder, config))
     draft = find_draft_model(folder, model, config)
@@ -190,7 +187,8 @@ def max_shared_len(model: ModelConfig, config: EngineConfig) -> int:
     """
     if not config.enable_prefix_caching:
         return 0
-    return model.rope.original_length if model.rope.kind == "dynamic" else sys.maxsize
+    stretched = [layer.positions.rope for layer in model.layers if layer.positions.rope.kind == "dynamic"]
+    return min((rope.original_length for rope in stretched), default=sys.maxsize)
 
 
 def _outputs_first(mesh: Mesh) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.eagle3 import Eagle3Config, eagle3_config
 from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.parallel.sharding import check_divisible
+from jaxdeploy.models.weights import tensor_parallel
 from jaxdeploy.tokenizer import Tokenizer
 
 DEFAULT_DRAFTS = {"ngram": 7, "draft": 3, "eagle3": 3}
@@ -68,18 +68,12 @@ def find_draft_model(folder: Path, model: ModelConfig, config: EngineConfig) -> 
     found = resolve_model(named, download_dir=config.download_dir)
     hf = read_hf_config(found)
     if method == "eagle3":
-        eagle3 = eagle3_config(hf, model)
-        draft = DraftModel(found, hf, eagle3.layer, eagle3)
-    else:
-        if _tokens(found) != _tokens(folder):
-            raise ConfigError(f"speculative_model={named!r} has other tokens than the model; take one of its family")
-        draft = DraftModel(found, hf, family_of(hf).model_config(hf))
-    sizes = {
-        "num_key_value_heads": draft.config.num_kv_heads,
-        "intermediate_size": draft.config.intermediate_size,
-    }
-    check_divisible(config.tp, sizes)
-    return draft
+        head = eagle3_config(hf, model)
+        head = replace(head, layer=tensor_parallel(head.layer, config.tp))
+        return DraftModel(found, hf, head.layer, head)
+    if _tokens(found) != _tokens(folder):
+        raise ConfigError(f"speculative_model={named!r} has other tokens than the model; take one of its family")
+    return DraftModel(found, hf, tensor_parallel(family_of(hf).model_config(hf), config.tp))
 
 
 def load_draft_model(
@@ -103,6 +97,7 @@ def load_draft_model(
         draft.hf,
         mesh=mesh,
         dtype=dtype,
+        model=draft.config,
         load_format=config.load_format,
         outputs_first=outputs_first,
         progress=progress,
