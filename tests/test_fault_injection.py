@@ -100,7 +100,7 @@ POINTS = [
     Point("accept tokens", f"{ENGINE}.front.engine:Engine._accepted"),
     Point("append tokens", f"{ENGINE}.scheduling.sequence:Sequence.append"),
     Point("extract log-probabilities", f"{ENGINE}.front.outputs:_logprob", SCORED, early=True),
-    Point("make the output", f"{ENGINE}.front.engine:Engine._output"),
+    Point("make the output", f"{ENGINE}.front.engine:step_output"),
     Point("leave the session", f"{ENGINE}.scheduling.sessions:Sessions.leave", harmless=True),
     Point("make the text", f"{ENGINE}.front.generator:Generator._text_output"),
     Point("detokenise", f"{ENGINE}.front.text_stream:TextStream.push"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.front.build import longest_shared
+from jaxdeploy.engine.front.build import max_shared_len
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.messages import Request, SamplingParams
@@ -200,4 +200,4 @@ def test_alternatives_share_their_prompt() -> None:
 def test_who_shares(kind: Any, enabled: bool, longest: int) -> None:
     """Dynamic NTK turns the keys of long prompts by angles of their own."""
     model = changed(CONFIG, rope=RopeConfig(kind=kind, original_length=48))
-    assert longest_shared(model, EngineConfig(enable_prefix_caching=enabled)) == longest
+    assert max_shared_len(model, EngineConfig(enable_prefix_caching=enabled)) == longest

@@ -16,7 +16,7 @@ from jaxdeploy.engine.device.buckets import BucketTable, draft_shapes, prompt_ou
 from jaxdeploy.engine.device.inputs import ModelInputs
 from jaxdeploy.engine.device.kv_cache import CachePlan
 from jaxdeploy.engine.device.packing import choose_bucket, pack, prompt_outputs_of
-from jaxdeploy.engine.front.build import longest_shared, make_scheduler, resolve_limits, shapes_of
+from jaxdeploy.engine.front.build import make_scheduler, max_shared_len, resolve_limits, scheduler_limits, shapes_of
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.batch import ScheduledBatch
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
@@ -107,9 +107,10 @@ def test_every_batch_fits_a_shape(platform: str, config: EngineConfig, spare: in
     limits = resolve_limits(CONFIG, config, mesh)
     needed = -(-limits.session_len // config.block_size)
     plan = CachePlan(needed + spare, config.block_size, 1, "as few as may be", host_blocks=config.num_cpu_blocks or 0)
-    scheduler = make_scheduler(BlockManager(plan.num_blocks), plan, limits, longest_shared(CONFIG, config))
+    bounds = scheduler_limits(limits, plan)
+    scheduler = make_scheduler(BlockManager(plan.num_blocks), plan, bounds, max_shared_len(CONFIG, config))
     speculation = drafter(config, limits, plan)
-    shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
+    shapes = shapes_of(bounds, speculation.count if speculation else 0)
     dice = random.Random(seed)
     run(scheduler, shapes, speculation, dice)
     scheduler.blocks.check()

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxdeploy.engine.device.buckets import StepShape
 from jaxdeploy.engine.device.inputs import LAST_SAMPLE, SAMPLING_FLOATS, SamplingConstraints, StepFields
-from jaxdeploy.engine.device.prompt_reading import PromptRows, read
+from jaxdeploy.engine.device.prompt_rows import PromptRows, prompt_rows
 from jaxdeploy.engine.device.sampler import Sampled, SamplingRows, greedy, sample
 from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.device.step_weights import StepWeights, flatten
@@ -320,7 +320,7 @@ def _read_prompts(
     fields, first = inputs.fields, shape.decodes
     sequence, positions = layout.sequence[first:], layout.positions[first:]
     next_position = jnp.minimum(positions + 1, buffer.shape[1] - 1)
-    return read(
+    return prompt_rows(
         hidden[first:],
         prompt=sequence - first,
         real=layout.real[first:],

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from jaxdeploy.checkpoint.tensor_ref import TensorRef
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.adapter_reader import EngineAdapters, adapters_of
-from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, step_shapes
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, draft_shapes, step_shapes
+from jaxdeploy.engine.device.features import Features, FeatureTap
 from jaxdeploy.engine.device.kv_cache import CachePlan, Pools, allocate_pools, plan_cache
 from jaxdeploy.engine.device.kv_policy import kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner
@@ -32,7 +33,16 @@ from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
-from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
+from jaxdeploy.engine.speculation.draft import DraftProposer
+from jaxdeploy.engine.speculation.draft_model import (
+    DEFAULT_DRAFTS,
+    DraftModel,
+    find_draft_model,
+    load_draft_model,
+    method_of,
+)
+from jaxdeploy.engine.speculation.ngram import NgramProposer
+from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.files.stored import user_path
 from jaxdeploy.grammar.matcher import Grammars
@@ -40,6 +50,7 @@ from jaxdeploy.models import fused_decode
 from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import cache_layouts
+from jaxdeploy.models.eagle3 import Eagle3
 from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.weights import has_biased_keys, tensor_parallel
@@ -123,21 +134,15 @@ def _build(
         draft_layouts=draft_model.cache_layouts if draft_model else (),
     )
     logger.info("%s", plan)
-    guessing = build_speculation(
-        config,
-        draft,
-        draft_model,
-        plan,
-        mesh,
-        cache_dtype,
-        slots=limits.max_batch_size,
-        session_len=limits.session_len,
-        max_prefill_tokens=limits.max_prefill_tokens,
-    )
+    bounds = scheduler_limits(limits, plan)
+    drafting = build_speculation(config, draft, draft_model, plan, mesh, cache_dtype, bounds)
     grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
-    shared = longest_shared(model, config)
+    held = Adapters() if adapters is None else Adapters(adapters.reader.bank.slots)
+    for name, content in ({} if adapters is None else adapters.contents).items():
+        held.load(name, content)
+    scheduler = make_scheduler(BlockManager(plan.num_blocks), plan, bounds, max_shared_len(model, config), held)
     pools = allocate_pools(decoder.cache_layouts, plan, mesh, cache_dtype, policy.ranges)
-    engine = _assemble(decoder, pools, plan, limits, mesh, shared, grammars, guessing, adapters)
+    engine = _assemble(decoder, pools, mesh, scheduler, grammars, drafting, adapters)
     if config.warmup:
         engine.warm_up(partial(counted, doing="compiling", done="compiled", bar=progress))
     return engine
@@ -175,7 +180,7 @@ def _whole_rows(tokens: int) -> int:
     return -(-tokens // ROW_LENGTH) * ROW_LENGTH
 
 
-def longest_shared(model: ModelConfig, config: EngineConfig) -> int:
+def max_shared_len(model: ModelConfig, config: EngineConfig) -> int:
     """Prompt tokens up to which sequences may share blocks; 0: none do.
 
     Dynamic NTK turns keys by angles of the whole prompt's length, once that is more than the model was trained for.
@@ -204,65 +209,104 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
     return model.with_dynamic_rope(config.rope_scaling_factor) if config.rope_scaling_factor >= 1.0 else model
 
 
+class Drafting(NamedTuple):
+    """How drafts are made."""
+
+    speculation: Speculation | None = None
+    """``None`` without drafts."""
+    features: Features | None = None
+    """Written by the steps of the model for the head that drafts."""
+    tap: FeatureTap | None = None
+    """How the features are made."""
+
+
+def build_speculation(
+    config: EngineConfig,
+    draft: DraftModel | None,
+    model: Model | None,
+    plan: CachePlan,
+    mesh: Mesh,
+    dtype: CacheDtype,
+    limits: SchedulerLimits,
+) -> Drafting:
+    """Return the drafting that ``config`` asks for. ``model`` is the loaded ``draft``, if a model drafts."""
+    method = method_of(config)
+    if method is None:
+        return Drafting()
+    count = config.num_speculative_tokens or DEFAULT_DRAFTS[method]
+    if draft is None or model is None:
+        return Drafting(Speculation(NgramProposer(), count))
+    pools = allocate_pools(model.cache_layouts, plan, mesh, dtype)
+    features, tap = None, None
+    if draft.eagle3 is not None and isinstance(model, Eagle3):
+        *pools_of_layers, array = pools
+        pools = tuple(pools_of_layers)
+        features = Features(array)
+        tap = FeatureTap(draft.eagle3.taps, model.fuse[...])
+    table_length = limits.blocks_for(limits.session_len)
+    shapes = draft_shapes(limits.max_batch_size, limits.max_prefill_tokens, table_length, count)
+    state = DeviceState.of(pools, limits.max_batch_size, limits.session_len, mesh)
+    runner = ModelRunner(model, plan_steps(model, mesh, pools, shapes), state, features=features)
+    proposer = DraftProposer(runner, shapes, draft.config.vocab_size, count, first=1 if features else 0)
+    return Drafting(Speculation(proposer, count), features, tap)
+
+
 def _assemble(
     model: Model,
     pools: Pools,
-    plan: CachePlan,
-    limits: Limits,
     mesh: Mesh,
-    longest_shared: int,
+    scheduler: Scheduler,
     grammars: Grammars,
-    guessing: Guessing,
+    drafting: Drafting,
     adapters: EngineAdapters | None,
 ) -> Engine:
-    blocks = BlockManager(plan.num_blocks)
-    held = Adapters() if adapters is None else Adapters(adapters.reader.bank.slots)
-    for name, content in ({} if adapters is None else adapters.contents).items():
-        held.load(name, content)
-    scheduler = make_scheduler(blocks, plan, limits, longest_shared, held)
-    bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
-    speculation = guessing.speculation
-    shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
+    limits, speculation = scheduler.limits, drafting.speculation
+    shapes = shapes_of(limits, speculation.count if speculation else 0)
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     runner = ModelRunner(
         model,
         plan_steps(model, mesh, pools, shapes),
         DeviceState.of(pools, limits.max_batch_size, limits.session_len, mesh),
-        adapters=bank,
-        features=guessing.features,
-        tap=guessing.tap,
+        adapters=None if adapters is None else (adapters.reader.bank, adapters.arrays),
+        features=drafting.features,
+        tap=drafting.tap,
     )
     reader = None if adapters is None else adapters.reader
     return Engine(scheduler, runner, shapes, model.config.vocab_size, grammars, speculation, reader)
 
 
-def make_scheduler(
-    blocks: BlockManager, plan: CachePlan, limits: Limits, longest_shared: int, adapters: Adapters | None = None
-) -> Scheduler:
-    """Return a scheduler whose every batch fits one of ``shapes_of(limits, plan)``."""
-    return Scheduler(
-        blocks,
-        PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
-        SchedulerLimits(
-            block_size=plan.block_size,
-            max_batch_size=limits.max_batch_size,
-            max_prefill_tokens=limits.max_prefill_tokens,
-            max_mixed_tokens=limits.max_mixed_tokens,
-            row_length=ROW_LENGTH,
-            session_len=limits.session_len,
-            decode_steps=limits.decode_steps,
-        ),
-        adapters,
+def scheduler_limits(limits: Limits, plan: CachePlan) -> SchedulerLimits:
+    """Return the limits of a scheduler over the blocks of ``plan``."""
+    return SchedulerLimits(
+        block_size=plan.block_size,
+        max_batch_size=limits.max_batch_size,
+        max_prefill_tokens=limits.max_prefill_tokens,
+        max_mixed_tokens=limits.max_mixed_tokens,
+        row_length=ROW_LENGTH,
+        session_len=limits.session_len,
+        decode_steps=limits.decode_steps,
     )
 
 
-def shapes_of(limits: Limits, plan: CachePlan, drafts: int = 0) -> list[StepShape]:
-    """Return every shape of a step, with up to ``drafts`` tokens that are verified."""
+def make_scheduler(
+    blocks: BlockManager,
+    plan: CachePlan,
+    limits: SchedulerLimits,
+    max_shared_len: int,
+    adapters: Adapters | None = None,
+) -> Scheduler:
+    """Return a scheduler. Prompts of up to ``max_shared_len`` tokens share blocks."""
+    prefixes = PrefixCache(blocks, plan.block_size, max_shared_len, plan.host_blocks)
+    return Scheduler(blocks, prefixes, limits, adapters)
+
+
+def shapes_of(limits: SchedulerLimits, drafts: int = 0) -> list[StepShape]:
+    """Return the shapes of all steps within ``limits``, with up to ``drafts`` tokens that are verified."""
     return step_shapes(
         limits.max_batch_size,
         limits.max_prefill_tokens,
         limits.max_mixed_tokens,
-        plan.blocks_for(limits.session_len),
+        limits.blocks_for(limits.session_len),
         limits.decode_steps,
         drafts,
     )

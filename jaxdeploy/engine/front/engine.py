@@ -346,18 +346,16 @@ class Engine:
     def _outputs(self, places: list[NewTokens], sampled: HostSample) -> list[StepOutput]:
         outputs = []
         for new in places:
+            sequence = new.sequence
             try:
-                outputs.append(self._output(new, sampled))
+                prompt = self._collectors.result(sequence) if sequence.prompt_outputs else None
+                outputs.append(step_output(new, sampled, prompt))
             except Exception as error:  # the other sequences continue
-                self._fail(new.sequence, error)
+                self._fail(sequence, error)
+            else:
+                if sequence.finish_reason is not None:
+                    self._intake.forget(sequence)
         return outputs
-
-    def _output(self, new: NewTokens, sampled: HostSample) -> StepOutput:
-        sequence = new.sequence
-        prompt = self._collectors.result(sequence)
-        if sequence.finish_reason is not None:
-            self._intake.forget(sequence)
-        return step_output(new, sampled, prompt)
 
     def _fail(self, sequence: Sequence, error: Exception, trusted: int | None = None) -> None:
         """End a sequence with an error. ``trusted`` as in ``Scheduler.fail``."""

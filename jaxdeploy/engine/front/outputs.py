@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -43,8 +43,7 @@ class HostSample:
         return cls(tokens, fetch(sampled.logprobs), fetch(sampled.top_tokens), fetch(sampled.top_logprobs))
 
 
-@dataclass(frozen=True)
-class NewTokens:
+class NewTokens(NamedTuple):
     """The place in a step's samples of the tokens that a sequence got."""
 
     sequence: Sequence
@@ -57,15 +56,16 @@ class NewTokens:
 def step_output(new: NewTokens, sampled: HostSample, prompt: PromptReading | None = None) -> StepOutput:
     """Return the output of a sequence for one step."""
     sequence = new.sequence
+    request = sequence.request
     return StepOutput(
-        sequence.request_id,
+        request.request_id,
         tuple(sequence.token_ids[new.known :]),
         finish_reason=sequence.finish_reason,
-        logprobs=_logprobs(new, sampled),
+        logprobs=() if request.sampling.logprobs is None else _logprobs(new, sampled, request.sampling.logprobs),
         cached_tokens=sequence.placement.cached_tokens,
         prompt=prompt,
         speculation=sequence.draft.counts,
-        error=None if sequence.fault is None else failure(sequence.request_id, sequence.fault),
+        error=None if sequence.fault is None else failure(request.request_id, sequence.fault),
     )
 
 
@@ -76,10 +76,7 @@ def ended_output(sequence: Sequence, reason: FinishReason, fault: Exception | No
     return StepOutput(name, (), reason, cached_tokens=sequence.placement.cached_tokens, error=error)
 
 
-def _logprobs(new: NewTokens, sampled: HostSample) -> tuple[TokenLogprob, ...]:
-    alternatives = new.sequence.sampling.logprobs
-    if alternatives is None:
-        return ()
+def _logprobs(new: NewTokens, sampled: HostSample, alternatives: int) -> tuple[TokenLogprob, ...]:
     logprobs = []
     for index, token in enumerate(new.sequence.token_ids[new.known :]):
         repeat, row = (0, new.row + index) if len(sampled.tokens) == 1 else (index, new.row)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdeploy.engine.device.prompt_reading import PromptRows
+from jaxdeploy.engine.device.prompt_rows import PromptRows
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.batch import PromptPlace
 from jaxdeploy.engine.scheduling.sequence import Sequence
@@ -87,9 +87,7 @@ class PromptCollectors:
                 faults.append((sequence, error))
         return faults
 
-    def result(self, sequence: Sequence) -> PromptReading | None:
+    def result(self, sequence: Sequence) -> PromptReading:
         """Return the prompt outputs of a sequence, once: they come with its first token."""
-        if not sequence.prompt_outputs:
-            return None
         sequence.prompt_outputs = PromptOutputs.NONE
         return self._collectors.pop(sequence).result()

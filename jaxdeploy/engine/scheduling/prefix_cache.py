@@ -1,4 +1,4 @@
-"""Which block holds which tokens behind which others: prompts that begin alike share their blocks."""
+"""Finds KV blocks by their tokens and all tokens before them, so that prompts with equal beginnings share blocks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxdeploy.engine.scheduling.host_tier import HostTier, Transfer
 from jaxdeploy.engine.scheduling.sequence import Sequence
 
 _Key = tuple[Node | Start, tuple[int, ...]]
-"""The block before, and the tokens in this one. A key stands for a salt, an adapter and all tokens from the first."""
+"""The block before, and the tokens in this one. A key thus determines salt, adapter and all tokens from the first."""
 
 
 class PrefixCache:
@@ -41,7 +41,7 @@ class PrefixCache:
         return sequence.prompt_length <= self._max_prompt_len
 
     def find(self, sequence: Sequence) -> list[Node]:
-        """What is kept of the first tokens of a sequence, wherever it lies; one token at least is left to compute."""
+        """Return the cached nodes of a sequence's first tokens, on device or host. At least one token is left."""
         chain: list[Node] = []
         if self.serves(sequence):
             for index in range((len(sequence.token_ids) - 1) // self._block_size):
@@ -52,9 +52,9 @@ class PrefixCache:
         return chain
 
     def bring(self, nodes: list[Node], missing: int) -> list[Block]:
-        """The blocks of ``nodes``, whose blocks on the device are held, and enough new ones to make ``missing`` more.
+        """Return the blocks of ``nodes``, then new ones. It allocates ``missing``; the caller holds the others already.
 
-        Nodes that the device has lost take the first of those.
+        Nodes without a block on the device take the first allocated ones and are restored from host memory.
         """
         with self.host.pinned(nodes):
             fresh = self._blocks.allocate(missing)
@@ -83,7 +83,7 @@ class PrefixCache:
             placement.cached_nodes.append(node)
 
     def forget(self, indices: Iterable[int], nodes: Iterable[Node] = ()) -> None:
-        """Forget what is known to be in these blocks and under ``nodes``, with its copies in host memory."""
+        """Remove the nodes of these blocks, and ``nodes``, with their copies in host memory."""
         known = [self._on_device.get(index) for index in indices]
         for node in (*filter(None, known), *nodes):
             if node.block is not None:
@@ -93,11 +93,11 @@ class PrefixCache:
             self._forget(node)
 
     def transfers(self) -> list[Transfer]:
-        """Copies between device and host that must run before the next step, in this order."""
+        """Return copies between device and host that must run before the next step, in this order."""
         return self.host.transfers()
 
     def check(self) -> None:
-        """Assert that what is known lies where it is said to lie, and nothing else is kept."""
+        """Assert that all nodes and blocks are consistent."""
         nodes = list(self._known.values())
         on_device = {node.block.index: node for node in nodes if node.block is not None}
         assert all(self._known[node.before, node.tokens] is node for node in nodes), "a key leads to another node"
@@ -106,9 +106,9 @@ class PrefixCache:
         self.host.check([node for node in nodes if node.host_block is not None])
 
     def _assign(self, node: Node, block: Block) -> None:
-        """Note that ``block`` has what ``node`` stands for, and nothing else.
+        """Record that ``block`` has the content of ``node``.
 
-        It may have stood for the same tokens behind a block that has been forgotten since: nobody can find that.
+        The block may have had another node, whose predecessor has been forgotten, so that it cannot be found.
         """
         before = self._on_device.get(block.index)
         if before is not None:
@@ -124,7 +124,7 @@ class PrefixCache:
             self._forget(node)
 
     def _forget(self, node: Node) -> None:
-        """Once it lies nowhere."""
+        """Remove a node that is neither on the device nor in host memory."""
         key = node.before, node.tokens
         if node.block is None and node.host_block is None and self._known.get(key) is node:
             del self._known[key]

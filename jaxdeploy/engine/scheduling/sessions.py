@@ -1,4 +1,4 @@
-"""What the last turn of a conversation leaves for the next one."""
+"""Keys and values that the last turn of a conversation leaves for the next one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxdeploy.engine.scheduling.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """Tokens that have keys and values, the blocks that hold them, and the start of the sequence that computed them."""
+    """Tokens with keys and values, the blocks that hold them, and the start of the sequence that computed them."""
 
     token_ids: list[int]
     blocks: list[Block]
@@ -19,7 +19,7 @@ class _Turn:
 
 
 class Sessions:
-    """Remembers where the tokens of sequences lie that ended, by ``session_id``, for prompts that go on from them.
+    """Remembers the blocks of ended sequences by ``session_id``, for prompts that continue them.
 
     ``PrefixCache`` finds full blocks of any sequence. A session also has its last block, which is only partly filled.
     The blocks are not held: they stay cached until others need them. The newest ``max_sessions`` are remembered.
@@ -30,7 +30,7 @@ class Sessions:
         self._turns: OrderedDict[str, _Turn] = OrderedDict()
 
     def leave(self, sequence: Sequence) -> bool:
-        """Remember a sequence that ends, in place of what its session had; whether it is of one."""
+        """Remember a sequence that ends as its session's last turn. Returns whether it has a session."""
         session = sequence.request.session_id
         if session is None:
             return False
@@ -42,7 +42,7 @@ class Sessions:
         return True
 
     def resume(self, sequence: Sequence) -> None:
-        """Give a new sequence the blocks of its session's last turn, if its prompt goes on from there.
+        """Give a new sequence the blocks of its session's last turn, if its prompt continues it.
 
         The turn is forgotten: the sequence continues to write in its last block, so no other may start there.
         """
