@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -154,6 +155,16 @@ def test_imports_have_no_cycle() -> None:
     graph = imports()
     assert {"jaxdeploy.engine.front.engine", "tests.conftest", "scripts.demo.topics"} <= graph.keys()
     assert cycle_of(graph) == []
+
+
+def test_every_module_has_a_layer() -> None:
+    """A module in no layer of the import contract would be free to import anything."""
+    contracts = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    named = {name.strip(" ()") for layer in layers for name in re.split("[:|]", layer)}
+    modules = {module for module in imports() if module.startswith(("jaxdeploy", "pallas_kernels"))}
+    free = {module for module in modules if not any(f"{module}.".startswith(f"{name}.") for name in named)}
+    assert free == {"jaxdeploy", "jaxdeploy.__main__", "jaxdeploy.api", "jaxdeploy.chat"}
 
 
 def test_cycles_are_found() -> None:
