@@ -314,18 +314,12 @@ def _path(kind: Kind, index: int) -> ParamPath:
     return kind.path if kind.path == HEAD else ("layers", index, *kind.path)
 
 
-def _update(
-    kind: Kind,
-    mesh: Mesh,
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    entries: jax.Array,
-    candidates: jax.Array,
-    ranks: jax.Array,
-) -> jax.Array:
-    """What adapters add: ``x`` [T, K] → [T, *outputs]; each device has its share of inputs or of outputs."""
+def _update(kind: Kind, mesh: Mesh, x: jax.Array, *use: jax.Array) -> jax.Array:
+    """What adapters add: ``x`` [T, K] → [T, *outputs]; each device has its share of inputs or of outputs.
+
+    ``use`` holds ``a``, ``b``, ``entries``, ``candidates`` and ``ranks`` of ``AdaptedWeight``.
+    """
     inputs, outputs = kind.input_axis, kind.output_axes
     ins = (spec(None, inputs), spec(None, inputs, None), spec(None, None, *outputs), spec(), spec(), spec())
     product = product_per_device(mesh, kind.product, inputs, ins, spec(None, *outputs))
-    return product(x, a, b, entries, candidates, ranks)
+    return product(x, *use)
