@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import struct
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_every_fault_is_listed(tmp_path: Path) -> None:
         "  layers.1.past_kv_scale.0.weight: scale 0 with zero point 1 does not fit float16; calibrate again",
         "  layers.2.past_kv_scale.0.weight: scale 1 with zero point nan does not fit float16; calibrate again",
         "  layers.3.past_kv_scale.0.weight: scale 1e+30 with zero point 1 does not fit float16; calibrate again",
-        "  layers.6.past_kv_scale.0.weight: cannot be read (Is a directory); mend it",
+        f"  {tmp_path / NAME.format(6, 0)} is not a regular file; replace it by one",
     ]
 
 
@@ -100,6 +101,22 @@ def test_of_another_model(tmp_path: Path) -> None:
         read_kv_parameters(tmp_path, LAYOUTS)
     assert "layers.2.past_kv_scale.1.weight: the model has 2 layers; calibrate again" in str(caught.value)
     assert "3 ranks cannot share 4 KV heads evenly; calibrate again for one rank" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "large", "rank"])
+def test_files_that_would_hang(tmp_path: Path, kind: str) -> None:
+    """A pipe, a large file, and a name that stands for many others."""
+    write_kv_parameters(tmp_path, np.full((LAYERS, 4), 0.5, np.float32))
+    file = tmp_path / "layers.0.past_kv_scale.0.weight"
+    if kind == "rank":
+        file.rename(tmp_path / "layers.0.past_kv_scale.9999.weight")
+    else:
+        file.unlink()
+        os.mkfifo(file) if kind == "fifo" else file.touch()
+    if kind == "large":
+        os.truncate(file, 2**40)
+    with pytest.raises(CheckpointError, match=r"not a regular file|1024 at most are read|10000 ranks cannot share"):
+        read_kv_parameters(tmp_path, LAYERS, KV_HEADS)
 
 
 def test_integers_stand_for_what_they_stood_for_in_v03() -> None:

@@ -18,12 +18,15 @@ import numpy as np
 
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.files.atomic import put_file
+from jaxdeploy.files.stored import read_bytes
 from jaxdeploy.models.cache_layout import CacheLayout
 
 FOLDERS = ("", "triton_models/weights")
 """Places of the files, relative to the folder of a model."""
 
-_NAME = re.compile(r"layers\.(\d+)\.past_kv_scale\.(\d+)\.weight")
+_NAME = re.compile(r"layers\.(\d{1,4})\.past_kv_scale\.(\d{1,4})\.weight")
+_MAX_SIZE = 2**10
+"""Bytes of a file that are read."""
 _MIN_SCALE = 6e-8
 _MAX_FLOAT16 = 65504.0
 """Limits of a scale. The KV cache stores float16."""
@@ -71,6 +74,8 @@ def _place(path: Path) -> tuple[int, int] | None:
 
 def _read(files: dict[tuple[int, int], Path], layouts: Sequence[CacheLayout]) -> tuple[Any, ...]:
     num_layers, ranks = len(layouts), 1 + max(rank for _, rank in files)
+    if ranks > len(files):
+        raise CheckpointError(f"{ranks} ranks cannot share {len(files)} files; calibrate again for one rank")
     wanted = {(layer, rank) for layer in range(num_layers) for rank in range(ranks)}
     faults = [f"{_name(*place)}: is missing; calibrate again" for place in sorted(wanted - files.keys())]
     faults += [
@@ -96,9 +101,9 @@ def _read(files: dict[tuple[int, int], Path], layouts: Sequence[CacheLayout]) ->
 
 def _read_file(path: Path) -> Array:
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path.name}: cannot be read ({error.strerror}); mend it") from None
+        raw = read_bytes(path, _MAX_SIZE)
+    except FileNotFoundError:  # a broken link
+        raise CheckpointError(f"{path.name}: is missing; calibrate again") from None
     if len(raw) not in (8, 16):
         raise CheckpointError(
             f"{path.name}: has {len(raw)} bytes, 16 expected (8 without zero points); calibrate again"

@@ -7,6 +7,8 @@ from typing import Any
 from jaxdeploy.config.fields import positive
 from jaxdeploy.settings import Rule, ignored, missing, setting, settings
 
+MAX_ALTERNATIVES = 128
+
 
 def _share(help: str, *, flag: bool = True) -> Any:
     return setting(None, help, rule=Rule("must lie between 0 and 1", lambda value: 0 <= value <= 1), flag=flag)
@@ -26,7 +28,13 @@ class GenerationConfig:
         ConfigError: a value breaks its rule, or a name is unknown.
     """
 
-    n: int | None = positive("alternative replies to each prompt", None, "give a number of replies", flag=False)
+    n: int | None = setting(
+        None,
+        "alternative replies to each prompt",
+        rule=Rule(f"must lie between 1 and {MAX_ALTERNATIVES}", lambda value: 1 <= value <= MAX_ALTERNATIVES),
+        advice="give a number of replies",
+        flag=False,
+    )
     max_new_tokens: int | None = positive("longest reply, in tokens; default 512", None, "give a number of tokens")
     do_sample: bool | None = setting(None, "draw tokens at random; false: always the most likely one")
     top_p: float | None = _share("draw from the likeliest tokens that make up this probability")

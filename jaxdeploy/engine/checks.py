@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from jaxdeploy.errors import ContextLengthError, RequestError
+from jaxdeploy.files.stored import shown
 from jaxdeploy.messages import Request
 
 MAX_LOGPROBS = 20
@@ -64,6 +65,7 @@ class RequestLimits:
 
         Types are checked too: a value of the wrong type would fail inside a step, which other requests share.
         """
+        _check_group("prompt_token_ids", request.prompt_token_ids)
         self._check_prompt(request.prompt_token_ids)
         _check_types(request)
         if request.timeout is not None:
@@ -77,6 +79,7 @@ class RequestLimits:
         for name, (low, high) in _NUMBERS.items():
             _check_number(name, getattr(sampling, name), low, high)
         _check_ids("stop_token_ids", sampling.stop_token_ids)
+        _check_group("bad_token_sequences", sampling.bad_token_sequences)
         for ids in sampling.bad_token_sequences:
             _check_ids("bad_token_sequences", ids)
             if not ids:
@@ -97,6 +100,9 @@ class RequestLimits:
             raise RequestError(f"prompt_token_ids must be between 0 and {self.vocab_size - 1}; check the tokenizer")
 
     def _check_bias(self, bias: tuple[tuple[int, float], ...]) -> None:
+        _check_group("logit_bias", bias)
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in bias):
+            raise RequestError("logit_bias must have pairs of a token id and a number; correct it")
         if len(bias) > MAX_BIASES:
             raise RequestError(f"logit_bias has {len(bias)} tokens, {MAX_BIASES} at most; name fewer")
         _check_ids("logit_bias", [token for token, _ in bias])
@@ -104,7 +110,7 @@ class RequestLimits:
             if not 0 <= token < self.vocab_size:
                 raise RequestError(f"logit_bias: token {token} must be between 0 and {self.vocab_size - 1}; check it")
             if not isinstance(value, int | float) or not -MAX_FLOAT <= value <= MAX_FLOAT:
-                raise RequestError(f"logit_bias: {value!r:.60} for token {token} must be finite; -100 forbids it")
+                raise RequestError(f"logit_bias: {shown(value)} for token {token} must be finite; -100 forbids it")
 
 
 def _check_types(request: Request) -> None:
@@ -117,28 +123,34 @@ def _check_types(request: Request) -> None:
     texts |= {name: value for name, value in optional.items() if value is not None}
     for name, value in texts.items():
         if not isinstance(value, str):
-            raise RequestError(f"{name}={value!r:.60} must be a text; correct it")
+            raise RequestError(f"{name}={shown(value)} must be a text; correct it")
     _check_integer("priority", request.priority, None, None)
 
 
 def _check_integer(name: str, value: object, least: int | None, most: int | None) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise RequestError(f"{name}={value!r:.60} must be an integer; correct it")
+        raise RequestError(f"{name}={shown(value)} must be an integer; correct it")
     if (least is not None and value < least) or (most is not None and value > most):
         bounds = f"at least {least}" if most is None else f"between {least} and {most}"
         advice = "ask for fewer" if name.endswith("logprobs") else "correct it"
-        raise RequestError(f"{name}={value!r:.60} must be {bounds}; {advice}")
+        raise RequestError(f"{name}={shown(value)} must be {bounds}; {advice}")
 
 
 def _check_number(name: str, value: object, least: float, most: float) -> None:
     """NaN is in no range."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise RequestError(f"{name}={value!r:.60} must be a number; correct it")
+        raise RequestError(f"{name}={shown(value)} must be a number; correct it")
     if not least <= value <= most:
-        raise RequestError(f"{name}={value!r:.60} must be between {least:g} and {most:g}; correct it")
+        raise RequestError(f"{name}={shown(value)} must be between {least:g} and {most:g}; correct it")
+
+
+def _check_group(name: str, values: object) -> None:
+    if not isinstance(values, tuple | list | set | frozenset):
+        raise RequestError(f"{name}={shown(values)} must be a tuple or a set; correct it")
 
 
 def _check_ids(name: str, ids: Collection[object]) -> None:
+    _check_group(name, ids)
     if not set(map(type, ids)) <= {int}:
         raise RequestError(f"{name} must have integers only; give token ids")
 

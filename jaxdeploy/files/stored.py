@@ -26,8 +26,8 @@ _SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:
-    """Return a short ``repr`` of ``value``, whatever its size and depth."""
-    return _SHORT.repr(value)
+    """Return a short ``repr`` of ``value`` in one line, whatever its size and depth."""
+    return " ".join(_SHORT.repr(value).splitlines())
 
 
 def check_regular(path: Path) -> int:

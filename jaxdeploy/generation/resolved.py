@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.files.stored import shown
 from jaxdeploy.generation.defaults import token_ids
 from jaxdeploy.grammar.response_format import grammar_of
 from jaxdeploy.messages import SamplingParams
@@ -142,8 +143,8 @@ def _biases(given: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
     """Raises ``ConfigError`` for what are no numbers."""
     try:
         return tuple((int(token), float(value)) for token, value in given.items())
-    except (TypeError, ValueError):
-        raise ConfigError(f"logit_bias={given!r:.60} must map token ids to numbers; correct it") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"logit_bias={shown(given)} must map token ids to numbers; correct it") from None
 
 
 def _grammar(config: GenerationConfig, to_grammar: Callable[[Mapping[str, Any]], str | None]) -> str | None:
