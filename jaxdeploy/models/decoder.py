@@ -18,7 +18,7 @@ from jaxdeploy.models.layers import Embedding, Head, RMSNorm
 from jaxdeploy.models.mlp import MLP
 from jaxdeploy.models.model import Encoder, Hidden, Pools, Positions
 from jaxdeploy.models.quantized import weight_like
-from jaxdeploy.models.rope import Rotary, rotary
+from jaxdeploy.models.rope import PositionScheme, rotary
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.kv_pool import Pool
@@ -38,13 +38,13 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        rotary: Rotary,
+        scheme: PositionScheme,
         context: AttentionContext,
         pool: Pool | None,
         wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, Pool | None]:
         """``x`` [T, D] → ([T, D], or the ``wanted`` rows of it; updated ``pool``)."""
-        attended, pool = self.attention(self.attention_norm(x), rotary, context, pool, wanted)
+        attended, pool = self.attention(self.attention_norm(x), scheme, context, pool, wanted)
         normed, x = self.mlp_norm.added(attended, x if wanted is None else x[wanted])
         return x + self.mlp(normed), pool
 
@@ -108,13 +108,13 @@ def _run_layer(
     graph: nnx.GraphDef[Layer],
     weights: nnx.State[Any, Any],
     x: jax.Array,
-    rotary: Rotary,
+    scheme: PositionScheme,
     context: AttentionContext,
     pool: Pool | None,
     wanted: jax.Array | None,
 ) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
-    return nnx.merge(graph, weights)(x, rotary, context, pool, wanted)
+    return nnx.merge(graph, weights)(x, scheme, context, pool, wanted)
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:
