@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxdeploy.api.arguments import any_order, check_backend, config_of, split_settings, without_unused
 from jaxdeploy.api.pipeline import Pipeline, pipeline
 from jaxdeploy.api.response import Response, Session
-from jaxdeploy.arguments import any_order, check_backend, config_of, split_settings, without_unused
 from jaxdeploy.config import (
     ChatTemplateConfig,
     EngineConfig,

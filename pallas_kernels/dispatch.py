@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the first of its ``BACKENDS`` that does not refuse, or the one that is named.
 
-A call is a value that knows its op (``Call``). A backend is a module that runs such calls (``Backend``). Naming a
-Pallas backend where there is no GPU has it interpreted: slow, with the same numbers.
+A call is a value that knows its op (``Call``). A backend is a module that runs the calls of an op (``Backend``).
+Without a GPU, a Pallas backend that is named is interpreted: slow, with the same numbers.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Backend(Protocol):
 
 
 def dispatch(call: Call, *, backend: str | None = None, tiles: Any = None) -> Any:
-    """Run ``call`` on ``backend``, else on the one that the environment names, else on the first that accepts.
+    """Run ``call`` on ``backend``, else on the backend that the environment names, else on the first that accepts.
 
     Raises:
         ValueError: operands that do not fit together.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.whole_file import check_replaceable, put_file
+from jaxdeploy.files.atomic import check_replaceable, put_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("jaxdeploy", "jax", "jaxlib", "flax", "numpy", "transformers", "torch")

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from jaxdeploy import EngineConfig, GenerationConfig, Pipeline, pipeline
 from jaxdeploy.bundled import bundled_model
 from jaxdeploy.errors import RequestError
-from jaxdeploy.response_format import grammar_of
+from jaxdeploy.grammar.response_format import grammar_of
 from jaxdeploy.tokenizer import Tokenizer
 
 FREE, FOLLOWING = "free", "schema"

@@ -24,11 +24,14 @@ from jaxdeploy.engine.device.inputs import packed_size, padding_inputs
 from jaxdeploy.engine.device.runner import LOOP_IN_GRAPH
 from jaxdeploy.engine.device.step import DeviceState, StepArrays, StepProgram, run_step
 from jaxdeploy.engine.device.step_plan import plan_steps
-from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
 from jaxdeploy.models.families import llama
 from jaxdeploy.models.lora import AdapterBank, bank_of
 from jaxdeploy.models.registry import family_of
+from jaxdeploy.models.rope import RopeConfig
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 from pallas_kernels.dispatch import OPS, NoBackendError, dispatch
 from pallas_kernels.kv_pool import QuantizedPool
 from pallas_kernels.offline import KernelCode, Program, compile_for, disassemble
@@ -223,7 +226,7 @@ def _measure_engine_step(name: str, shape: StepShape, *, small: bool, sampling: 
 
 def llama_8b(layers: int, mesh: Mesh, *, small: bool) -> Decoder:
     """Return a Llama-3-8B of ``layers`` layers whose weights are shapes only; ``small``: in 4 bits."""
-    config = ModelConfig(
+    config = DenseDecoder(
         vocab_size=VOCAB,
         hidden_size=4096,
         num_layers=layers,
@@ -235,10 +238,10 @@ def llama_8b(layers: int, mesh: Mesh, *, small: bool) -> Decoder:
         max_position=8192,
         rope=RopeConfig(theta=500000.0),
         windows=(None,) * layers,
-    )
+    ).model_config()
     params = abstract_params(config, jnp.dtype(jnp.bfloat16))
     if small:
-        params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, mesh.size)
+        params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, axis_size(mesh, TP_AXIS))
     values: Any = {path: param.get_value() for path, param in params.items()}
     return decoder_from(config, values, mesh)
 

@@ -35,7 +35,7 @@ from kernel_timing import Op, Program, on_gpu, prepare, take_turns
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jaxdeploy.whole_file import put_text
+from jaxdeploy.files.atomic import put_text
 from pallas_kernels import tuning
 from pallas_kernels.dispatch import OPS, NoBackendError, RefusalError
 from pallas_kernels.numerics import unit_roundoff

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from jaxdeploy.cli import COMMANDS, command_parser
-from jaxdeploy.whole_file import put_text
+from jaxdeploy.files.atomic import put_text
 
 TARGET = Path(__file__).resolve().parents[1] / "docs/cli.md"
 INTRODUCTION = """\

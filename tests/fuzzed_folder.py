@@ -31,8 +31,8 @@ from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.errors import JaxdeployError
-from jaxdeploy.generation_config import eos_token_ids, resolve
-from jaxdeploy.generation_defaults import read_generation_defaults
+from jaxdeploy.generation.defaults import read_generation_defaults
+from jaxdeploy.generation.resolved import eos_token_ids, resolve
 from jaxdeploy.models.registry import architecture_of, family_of, read_config
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.tokenizer import Tokenizer

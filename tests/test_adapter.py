@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxdeploy import stored_patterns
 from jaxdeploy.checkpoint.adapter import read_adapter
 from jaxdeploy.checkpoint.safetensors_reader import read_safetensors_file
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.files import patterns
 from tests.tiny_adapters import ALL, LINEARS, QKV, TinyAdapter
 from tests.torch_zip import write_torch_file
 
@@ -90,7 +90,7 @@ def test_pickled_adapters_are_read(tmp_path: Path) -> None:
 def test_configurations_that_cannot_be_served(
     config: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_patterns, "SECONDS", 0.05)
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
     assert message in _refusal(TinyAdapter().write(tmp_path, config=config))
 
 

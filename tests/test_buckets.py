@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxdeploy.engine.device.buckets import BucketTable, StepShape, step_shapes
 from jaxdeploy.engine.device.packing import choose_bucket
-from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.messages import Request
 

@@ -19,10 +19,12 @@ from jaxdeploy.checkpoint.loader import AbstractParams, dummy_params, load_param
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import abstract_params, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
 from jaxdeploy.models.families import llama
 from jaxdeploy.models.registry import family_of, read_config
+from jaxdeploy.models.rope import RopeConfig
 from jaxdeploy.models.weights import WeightTable
 from tests.torch_zip import write_torch_file
 
@@ -41,7 +43,7 @@ def config(**sizes: Any) -> ModelConfig:
         "intermediate_size": 40,
     }
     options: dict[str, Any] = {"norm_eps": 1e-5, "max_position": 64, "rope": RopeConfig(), **plain, **sizes}
-    return ModelConfig(windows=(None,) * options["num_layers"], **options)
+    return DenseDecoder(windows=(None,) * options["num_layers"], **options).model_config()
 
 
 def model(**sizes: Any) -> tuple[AbstractParams, WeightTable]:

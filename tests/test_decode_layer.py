@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decode_step import StepParams, decode_step, jitted_layer, partition, sharded_decode_step
+from decode_step import StepOptions, StepParams, decode_step, jitted_layer, partition, sharded_decode_step
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -289,7 +289,7 @@ def step(name: str, **options: Any) -> tuple[Array, list[Array]]:
     """(tokens, pools) of a step over three layers."""
     params, pools, tokens, (tables, positions) = three_layers(name)
     size = SHAPE[name].head_dim
-    found, written = decode_step(params, pools, tokens, positions, tables, head_dim=size, **options)
+    found, written = decode_step(StepOptions(size, **options), params, pools, tokens, positions, tables)
     return np.asarray(found), [elements(pool, size) for pool in written]
 
 
@@ -311,7 +311,8 @@ def test_devices_share_a_layer() -> None:
     want, want_pools = step(name, backend="reference")
     ordered = replace(params, layers=tuple(by_device(weights, 2) for weights in params.layers))
     mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
-    sharded = sharded_decode_step(ordered, pools, mesh, head_dim=SHAPE[name].head_dim, backend="reference")
+    options = StepOptions(SHAPE[name].head_dim, backend="reference")
+    sharded = sharded_decode_step(options, ordered, pools, mesh)
     got, got_pools = jax.jit(sharded)(ordered, pools, tokens, positions, tables)
     real = edge_positions(SHAPE[name]) >= 0
     assert np.array_equal(np.asarray(got)[real], want[real])

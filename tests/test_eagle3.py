@@ -30,7 +30,9 @@ from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.attention import DenseContext
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_config
 from jaxdeploy.models.model import Positions
 from jaxdeploy.models.registry import family_of
@@ -48,6 +50,7 @@ from tests.tiny_models import (
     VOCAB,
     AlwaysOpen,
     LastingRunner,
+    changed,
     dense_decoder,
     prompt,
     request,
@@ -123,14 +126,12 @@ def load(folder: Path, model: ModelConfig = CONFIG, tp: int = 1) -> tuple[Eagle3
 def runners(folder: Path, tp: int) -> tuple[ModelRunner, ModelRunner]:
     """The model's, and that of the head in ``folder``; all engines share them."""
     head, config = load(folder, tp=tp)
-    mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
-    plan = plan_cache(
-        CONFIG, EngineConfig(block_size=BLOCK_SIZE), mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype
-    )
-    zeros = jnp.zeros((plan.num_blocks, BLOCK_SIZE, config.layer.hidden_size))
-    features, tap = Features(jax.device_put(zeros, replicated(mesh))), FeatureTap(config.taps, head.fuse[...])
-    pools = allocate_pools(config.layer, plan, mesh, dtype)
-    guesses = LastingRunner(head, StepPlan(mesh), DeviceState.of(pools, SLOTS, SESSION_LEN, mesh), features=features)
+    mesh, sizes, dtype = make_mesh(tp), EngineConfig(block_size=BLOCK_SIZE), CacheDtype(jnp.dtype(jnp.float32))
+    layouts = cache_layouts(CONFIG)
+    plan = plan_cache(layouts, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
+    kv, array = allocate_pools(head.cache_layouts, plan, mesh, dtype)
+    features, tap = Features(array), FeatureTap(config.taps, head.fuse[...])
+    guesses = LastingRunner(head, StepPlan(mesh), DeviceState.of((kv,), SLOTS, SESSION_LEN, mesh), features=features)
     return runner_of(LastingRunner, tp, features=features, tap=tap), guesses
 
 
@@ -287,12 +288,42 @@ def test_heads_for_other_models(folder: Path, tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda d2t: d2t.astype(np.float32), "d2t: dtype float32, integers expected"),
+        (lambda d2t: d2t[:-1], r"d2t: shape .*59.*60"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, VOCAB - 7, d2t), f"d2t: names tokens .* vocab_size={VOCAB}"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, -8, d2t), "d2t: names tokens"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, 2**63 - 1, d2t), "d2t: names tokens"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, 2**64 - 1, d2t.astype(np.uint64)), "d2t: names tokens"),
+    ],
+)
+def test_a_table_of_tokens_that_is_wrong(folder: Path, tmp_path: Path, change: Any, complaint: str) -> None:
+    named = tensors(HF, CONFIG.hidden_size)
+    put_json(tmp_path / "config.json", HF)
+    put_tensors(tmp_path / "model.safetensors", {**named, "d2t": change(named["d2t"])})
+    with pytest.raises(CheckpointError, match=complaint):
+        load(tmp_path)
+
+
+def test_any_type_of_integers_holds_the_table_of_tokens(folder: Path, tmp_path: Path) -> None:
+    named = tensors(HF, CONFIG.hidden_size)
+    put_json(tmp_path / "config.json", HF)
+    wanted, _ = load(folder)
+    for dtype in (np.int8, np.uint16, np.uint64):
+        put_tensors(tmp_path / "model.safetensors", {**named, "d2t": named["d2t"].astype(dtype)})
+        head, _ = load(tmp_path)
+        np.testing.assert_array_equal(head.tokens[...], wanted.tokens[...])
+        assert head.tokens[...].dtype == jnp.int32
+
+
 def test_default_taps() -> None:
     assert eagle3_config({k: v for k, v in HF.items() if k != "eagle_config"}, _deep(32)).taps == (2, 16, 29)
 
 
 def _deep(layers: int) -> ModelConfig:
-    return ModelConfig(**{**vars(SMALLER), "num_layers": layers, "windows": (None,) * layers})
+    return changed(SMALLER, num_layers=layers)
 
 
 @pytest.mark.slow

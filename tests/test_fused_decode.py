@@ -17,20 +17,24 @@ from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import PagedContext, Rows
-from jaxdeploy.models.config import ModelConfig, RopeConfig
-from jaxdeploy.models.decoder import Decoder, Layer, abstract_params, decoder_from
+from jaxdeploy.models.cache_layout import HeadsLayout
+from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
+from jaxdeploy.models.layer import Layer
 from jaxdeploy.models.layers import RMSNorm
 from jaxdeploy.models.mlp import MLP
 from jaxdeploy.models.model import Positions
+from jaxdeploy.models.rope import RopeConfig
 from jaxdeploy.parallel.mesh import make_mesh
-from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
+from jaxdeploy.parallel.sharding import sharding_of
 from pallas_kernels.dispatch import ENVIRONMENT
+from tests.tiny_models import attention_of
 
 BLOCKS, BLOCK_SIZE, ENTRIES, ROWS = 24, 16, 4, 5
 POSITIONS = (0, 15, 16, 40, 7)
 REAL = (1, 1, 1, 1, 0)  # the last row is padding
 
-CONFIG = ModelConfig(
+CONFIG = DenseDecoder(
     vocab_size=64,
     hidden_size=256,
     num_layers=2,
@@ -43,7 +47,7 @@ CONFIG = ModelConfig(
     rope=RopeConfig(),
     windows=(None, 12),
     qkv_bias=True,
-)
+).model_config()
 
 BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
@@ -64,8 +68,8 @@ def step(backend: str, tp: int = 1, dtype: str = "bfloat16", shift: int = 0) -> 
     """Hidden states and pools after one step; ``shift`` moves every new token that many places on."""
     mesh, random = make_mesh(tp), np.random.default_rng(1)
     decoder = decoder_on(tp, dtype)
-    shape = (BLOCKS, 2, CONFIG.num_kv_heads, BLOCK_SIZE, CONFIG.head_dim)
-    place = sharding_of(mesh, POOL_AXES, shape)
+    shape = (BLOCKS, 2, attention_of(CONFIG).num_kv_heads, BLOCK_SIZE, attention_of(CONFIG).head_dim)
+    place = sharding_of(mesh, HeadsLayout.AXES, shape)
     pools = [jax.device_put(random.standard_normal(shape).astype(dtype), place) for _ in range(CONFIG.num_layers)]
     tables = random.permutation(BLOCKS)[: ROWS * ENTRIES].reshape(ROWS, ENTRIES).astype(np.int32)
     tokens = random.integers(0, CONFIG.vocab_size, ROWS, np.int32)
@@ -128,7 +132,7 @@ class OtherMLP(MLP):
 
 
 def _query_norm(layer: Layer) -> None:
-    layer.attention.query_norm = RMSNorm(CONFIG.head_dim, CONFIG.norm_eps, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
+    layer.attention.query_norm = RMSNorm(64, 1e-5, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
 
 
 def _softcap(layer: Layer) -> None:
@@ -140,7 +144,8 @@ def _second_norm(layer: Layer) -> None:
 
 
 def _other_mlp(layer: Layer) -> None:
-    layer.mlp = OtherMLP(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
+    sizes = layer.mlp.config, layer.mlp.width
+    layer.mlp = OtherMLP(*sizes, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
 
 
 def _other_eps(layer: Layer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.generation_config import bad_token_sequences, eos_token_ids, resolve
+from jaxdeploy.generation.resolved import bad_token_sequences, eos_token_ids, resolve
 from jaxdeploy.tokenizer import Tokenizer
 
 

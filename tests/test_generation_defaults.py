@@ -10,8 +10,8 @@ import pytest
 from jaxdeploy.checkpoint.writing import put_json
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import CheckpointError, ConfigError
-from jaxdeploy.generation_config import resolve
-from jaxdeploy.generation_defaults import FIELDS, checked_defaults, read_generation_defaults
+from jaxdeploy.generation.defaults import FIELDS, checked_defaults, read_generation_defaults
+from jaxdeploy.generation.resolved import resolve
 from tests.test_generation_config import Letters
 
 VALUES: tuple[Any, ...] = (-1, 0, 1, 20.0, 0.5, 1e9, 2**31, 10**400, float("nan"), float("inf"), True, "20", [1], {})

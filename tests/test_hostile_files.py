@@ -19,9 +19,9 @@ from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.errors import CheckpointError, ConfigError, JaxdeployError
+from jaxdeploy.files.stored import MAX_BYTES, parse_json, shown
 from jaxdeploy.models.registry import architecture_of, read_config
 from jaxdeploy.settings import read_yaml
-from jaxdeploy.stored_file import MAX_BYTES, parse_json, shown
 from jaxdeploy.tokenizer import Tokenizer, huggingface_file
 from tests.fuzzed_folder import HF, VALUES, fill_byte_level
 from tests.torch_zip import mapping, number, text, write_torch_file, write_zip

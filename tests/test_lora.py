@@ -26,7 +26,7 @@ from jaxdeploy.parallel.mesh import make_mesh
 from tests.selection import every_other
 from tests.stored_models import AWQ, SCATTERED, SMOOTH_QUANT, Layout, apart, checkpoint, hf_of, weights_of
 from tests.tiny_adapters import ALL, LINEARS, QKV, TinyAdapter
-from tests.tiny_models import CONFIG, VOCAB, params
+from tests.tiny_models import CONFIG, VOCAB, changed, params
 
 Array = np.ndarray[Any, Any]
 FLOAT = jnp.dtype(jnp.float32)
@@ -136,7 +136,7 @@ def test_arrays_are_cut_as_the_weights_are(folder: Path) -> None:
     for row, kind in enumerate(bank.kinds):
         shardings: list[Any] = [array.sharding for array in arrays[2 * row : 2 * row + 2]]
         assert sum(axis is not None for sharding in shardings for axis in sharding.spec) == 1, kind.path
-    assert bank.nbytes == sum(array.nbytes for array in arrays[:-1])
+    assert bank.device_bytes == sum(array.addressable_shards[0].data.nbytes for array in arrays[:-1])
 
 
 def test_layers_are_traced_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_layers_are_traced_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         return multiply(self, x)
 
     monkeypatch.setattr(AdaptedWeight, "multiply", counted)
-    config = replace(CONFIG, windows=(None, None))
+    config = changed(CONFIG, windows=(None, None))
     bank, arrays = filled(folder, config=config)
     decoder = decoder_from(config, params(config))
     jax.jit(lambda arrays: bank.adapted(decoder, arrays, jnp.zeros(24, jnp.int32))(jnp.asarray(TOKENS[:2]))).lower(

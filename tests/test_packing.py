@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape
 from jaxdeploy.engine.device.inputs import SAMPLING_FLOATS, StepFields, packed_size
 from jaxdeploy.engine.device.packing import pack
-from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
-from jaxdeploy.engine.scheduling.sequence import Block, Sequence
+from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.blocks import Block
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.messages import Request, SamplingParams
 
 VOCAB = 96
@@ -26,8 +27,8 @@ def sequence(length: int, *, slot: int = 0, blocks: tuple[int, ...] = (0,), prom
     """A running one of ``length`` tokens, ``prompt`` of them the prompt."""
     item = Sequence(Request("a", tuple(range(prompt)), SamplingParams(**kw)))
     item.token_ids = list(range(length))
-    item.slot, item.prefill_end = slot, length
-    item.hold([Block(index, 1) for index in blocks])
+    item.placement.slot, item.placement.prefill_end = slot, length
+    item.placement.add_blocks([Block(index, 1) for index in blocks])
     return item
 
 

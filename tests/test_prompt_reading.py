@@ -116,7 +116,7 @@ def test_others_go_on_while_what_reads_prompts_is_compiled(monkeypatch: pytest.M
 
 
 def leftovers(engine: Engine) -> list[Any]:
-    return [*engine._readers, *engine._compiling, *engine._sequences]
+    return [*engine._collectors._collectors, *engine._intake.compiling, *engine._intake.sequences]
 
 
 def test_too_many_alternatives_are_refused() -> None:

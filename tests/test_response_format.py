@@ -13,10 +13,10 @@ from pydantic import BaseModel
 
 from jaxdeploy.bundled import bundled_model
 from jaxdeploy.config import GenerationConfig
-from jaxdeploy.engine.grammar import FORCED, Grammars, _Vocabulary
 from jaxdeploy.errors import RequestError
-from jaxdeploy.generation_config import resolve
-from jaxdeploy.response_format import LARGEST, grammar_of
+from jaxdeploy.generation.resolved import resolve
+from jaxdeploy.grammar.matcher import FORCED, Grammars, _Vocabulary
+from jaxdeploy.grammar.response_format import LARGEST, grammar_of
 from jaxdeploy.server.call_grammar import call_grammar
 from jaxdeploy.server.parsers import hermes, llama3
 from jaxdeploy.tokenizer import Tokenizer

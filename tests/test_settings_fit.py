@@ -18,8 +18,9 @@ from jaxdeploy.engine.device.kv_cache import CachePlan
 from jaxdeploy.engine.device.packing import choose_bucket, pack, prompt_outputs_of
 from jaxdeploy.engine.front.build import longest_shared, make_scheduler, resolve_limits, shapes_of
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
+from jaxdeploy.engine.scheduling.batch import ScheduledBatch
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
-from jaxdeploy.engine.scheduling.scheduler import ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
@@ -118,8 +119,8 @@ def test_every_batch_fits_a_shape(platform: str, config: EngineConfig, spare: in
 def run(scheduler: Scheduler, shapes: Any, speculation: Speculation | None, dice: random.Random) -> None:
     for step in range(STEPS):
         for index in range(dice.randrange(3) if step < STEPS // 2 else 0):
-            scheduler.add(Sequence(some_request(10 * step + index, scheduler.session_len, dice)))
-        guesses = speculation if speculation is not None and speculation.wanted(scheduler.decoding) else None
+            scheduler.add(Sequence(some_request(10 * step + index, scheduler.limits.session_len, dice)))
+        guesses = speculation if speculation is not None and speculation.should_draft(scheduler.decoding) else None
         batch = scheduler.schedule(guesses)
         assert batch or not scheduler.has_work, "work waits and nothing can run"
         scheduler.prefixes.transfers()

@@ -12,7 +12,7 @@ from jaxdeploy import GenerationConfig
 from jaxdeploy.api.prompts import encode
 from jaxdeploy.bundled import bundled_model
 from jaxdeploy.chat_template import ChatTemplate
-from jaxdeploy.generation_config import resolve
+from jaxdeploy.generation.resolved import resolve
 from jaxdeploy.server.body_text import well_formed_body
 from jaxdeploy.tokenizer import Tokenizer
 from jaxdeploy.unicode_text import well_formed, well_formed_values

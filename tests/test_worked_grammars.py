@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jaxdeploy.errors import RequestError
-from jaxdeploy.response_format import LARGEST, grammar_of
+from jaxdeploy.grammar.response_format import LARGEST, grammar_of
 from jaxdeploy.server import grammars as module
 from jaxdeploy.server.errors import OverloadedError
 from jaxdeploy.server.grammars import WorkedGrammars

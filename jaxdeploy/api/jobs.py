@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jaxdeploy.api.response import Response
-from jaxdeploy.generation_config import ResolvedGeneration
+from jaxdeploy.generation.resolved import ResolvedGeneration
 from jaxdeploy.messages import Request, TokenLogprob
 
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from jaxdeploy.api.arguments import any_order, config_of, split_settings, without_unused
 from jaxdeploy.api.embedding import pooled
 from jaxdeploy.api.jobs import Job
 from jaxdeploy.api.prompts import Prompt, Prompts, as_list, encode
 from jaxdeploy.api.response import Response, Session
 from jaxdeploy.api.streams import Streams
-from jaxdeploy.arguments import any_order, config_of, split_settings, without_unused
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, SpeculativeConfig
 from jaxdeploy.errors import ConfigError, RequestError
-from jaxdeploy.generation_config import resolve
+from jaxdeploy.files.stored import shown
+from jaxdeploy.generation.resolved import resolve
 from jaxdeploy.messages import PromptReading
-from jaxdeploy.stored_file import shown
 
 if TYPE_CHECKING:
     from jaxdeploy.chat_template import ChatTemplate

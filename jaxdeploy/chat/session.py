@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxdeploy.api.prompts import Prompt
 from jaxdeploy.api.response import Response, Session
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
+from jaxdeploy.files.atomic import check_replaceable, is_json, put_text
+from jaxdeploy.files.stored import user_path
 from jaxdeploy.messages import FinishReason
-from jaxdeploy.whole_file import check_replaceable, is_json, put_text
 
 if TYPE_CHECKING:
     from jaxdeploy.api.pipeline import Pipeline
@@ -93,12 +93,13 @@ class Conversation:
         """Write the conversation as a JSON list of messages. Raises ``RequestError``."""
         begin = [{"role": "system", "content": self.system}] if self.system else []
         text = json.dumps([*begin, *self.messages], ensure_ascii=False, indent=2) + "\n"
-        file = Path(path).expanduser()
+        file = user_path(path)
         try:
             check_replaceable(file, is_json(list))
             put_text(file, text)
-        except OSError as error:
-            raise RequestError(f"path={path!r} cannot be written ({error.strerror}); name another file") from None
+        except (OSError, ValueError) as error:  # ValueError: the file system does not take the name
+            reason = getattr(error, "strerror", None) or error
+            raise RequestError(f"path={path!r} cannot be written ({reason}); name another file") from None
 
 
 @dataclass

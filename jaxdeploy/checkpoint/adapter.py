@@ -21,11 +21,11 @@ from jaxdeploy.checkpoint.pickle_reader import read_torch_file
 from jaxdeploy.checkpoint.safetensors_reader import read_safetensors_file
 from jaxdeploy.checkpoint.tensor_ref import Array, TensorRef, read_file
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.files.stored import exists, is_folder, user_path
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.lora import LowRank
 from jaxdeploy.models.registry import Family
 from jaxdeploy.models.weights import Linear, ParamPath
-from jaxdeploy.stored_file import exists, is_folder, user_path
 
 _FILES = {"adapter_model.safetensors": read_safetensors_file, "adapter_model.bin": read_torch_file}
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")

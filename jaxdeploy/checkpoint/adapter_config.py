@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.stored_fields import StoredFields, is_whole
-from jaxdeploy.stored_file import parse_json, read_bytes, shown
-from jaxdeploy.stored_patterns import StoredPatterns
+from jaxdeploy.files.fields import StoredFields, is_whole
+from jaxdeploy.files.patterns import StoredPatterns
+from jaxdeploy.files.stored import parse_json, read_bytes, shown
 
 NAME = "adapter_config.json"
 AGAIN = "save the adapter again with PEFT"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxdeploy.checkpoint.tensor_ref import TensorRef
-from jaxdeploy.stored_file import shown
+from jaxdeploy.files.stored import shown
 
 _PREFIX = "base_model.model."
 _WRAPPERS = (".base_layer.", ".original_module.", ".modules_to_save.default.", ".modules_to_save.")

@@ -13,8 +13,9 @@ from jaxdeploy.checkpoint.marker import add_to_marker, foreign_among
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.writing import put_json, write_tensors
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.files.atomic import put_file
+from jaxdeploy.files.stored import user_path
 from jaxdeploy.models.weights import ParamPath, WeightTable
-from jaxdeploy.whole_file import put_file
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -27,7 +28,7 @@ def check_writable(folder: str | Path, names: Iterable[str] = ()) -> Path:
 
     Raises ``CheckpointError``: the folder cannot be written, or holds one of ``names`` that jaxdeploy did not write.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

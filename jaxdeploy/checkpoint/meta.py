@@ -18,8 +18,8 @@ import numpy as np
 from jaxdeploy.checkpoint.pickle_reader import read_torch_file
 from jaxdeploy.checkpoint.tensor_ref import Array, TensorRef, read_file
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.stored_fields import StoredFields
-from jaxdeploy.stored_file import exists, read_json
+from jaxdeploy.files.fields import StoredFields
+from jaxdeploy.files.stored import exists, read_json
 
 _NAMES: Mapping[str, str] = {
     "tok_embeddings.weight": "model.embed_tokens.weight",

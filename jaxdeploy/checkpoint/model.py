@@ -20,6 +20,7 @@ from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
 from jaxdeploy.models.output_major import output_major_leaves
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.weights import ParamPath, Source, WeightTable, output_major
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 from jaxdeploy.parallel.sharding import sharding_of
 
 
@@ -47,7 +48,7 @@ def load_model(
     params, place, table = abstract_params(model, dtype), partial(sharding_of, mesh), family.weights(model)
     files = TensorFiles({}) if load_format == "dummy" else open_checkpoint(folder, model_format)
     if quantization := quantization_of(hf, model_format):
-        params, table = hold_quantized(params, table, files, quantization, mesh.size)
+        params, table = hold_quantized(params, table, files, quantization, axis_size(mesh, TP_AXIS))
         files = without_zero_biases(files, table)
     if outputs_first:
         params, table = _outputs_first(params, table)

@@ -22,7 +22,7 @@ import numpy as np
 from jaxdeploy.checkpoint.pickle_machine import PickleMachine
 from jaxdeploy.checkpoint.tensor_ref import DAMAGED, Array, TensorRef, is_allocatable, lfs_hint, map_array
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.stored_file import check_regular, shown
+from jaxdeploy.files.stored import check_regular, shown
 
 _STORAGES: Mapping[str, type] = {
     "DoubleStorage": np.float64,

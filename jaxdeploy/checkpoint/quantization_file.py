@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxdeploy.stored_file import exists, read_json
+from jaxdeploy.files.stored import exists, read_json
 
 FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 """File name → the quantisation method of a file that names none."""

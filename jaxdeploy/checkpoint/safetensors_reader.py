@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxdeploy.checkpoint.tensor_ref import DAMAGED, TensorRef, is_allocatable, lfs_hint, map_array
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.stored_file import check_regular, parse_json, shown
+from jaxdeploy.files.stored import check_regular, parse_json, shown
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     name: np.dtype(kind)

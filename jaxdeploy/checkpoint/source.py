@@ -9,7 +9,7 @@ from typing import Any
 from jaxdeploy.checkpoint.meta import is_meta_folder, meta_config
 from jaxdeploy.checkpoint.quantization_file import quantization_beside
 from jaxdeploy.errors import CheckpointError, ModelNotFoundError
-from jaxdeploy.stored_file import exists, is_folder, read_json, user_path
+from jaxdeploy.files.stored import exists, is_folder, read_json, user_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDERS = ["[!a]*/*", "a[!d]*/*", "ad[!d]*/*", "*/*/*"]

@@ -13,7 +13,7 @@ from jaxdeploy.checkpoint.quantization_file import quantization_beside, weights_
 from jaxdeploy.checkpoint.safetensors_reader import read_safetensors_file
 from jaxdeploy.checkpoint.tensor_ref import TensorRef, read_file
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.stored_file import exists, parse_json, read_bytes
+from jaxdeploy.files.stored import exists, parse_json, read_bytes
 
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})", re.ASCII)
 _QUANTIZED = ("gptq_model", "awq_model")

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxdeploy.checkpoint.safetensors_reader import DTYPES
 from jaxdeploy.checkpoint.tensor_ref import Array
-from jaxdeploy.whole_file import put_file
+from jaxdeploy.files.atomic import put_file
 
 Specs = Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]
 """Tensors to come: name → dtype and shape."""

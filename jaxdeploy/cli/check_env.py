@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxdeploy.cli.flags import Namespace, Parser
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.whole_file import check_replaceable, is_json, put_text
+from jaxdeploy.files.atomic import check_replaceable, is_json, put_text
 
 PACKAGES = (
     "jaxdeploy", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "numpy", "safetensors",

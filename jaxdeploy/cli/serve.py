@@ -241,6 +241,5 @@ def _show(
         api_key=options.api_key,
         chat_template=template_config(options.chat_template, options.cap),
         log_level=options.log_level,
-        progress=sys.stderr.isatty(),
     )
     return 0

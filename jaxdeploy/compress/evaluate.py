@@ -24,8 +24,8 @@ from jaxdeploy.models.layers import Embedding, Head
 from jaxdeploy.models.model import Positions
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.rope import PositionScheme, rotated
+from jaxdeploy.models.weights import tensor_parallel
 from jaxdeploy.parallel.mesh import make_mesh
-from jaxdeploy.parallel.sharding import check_divisible
 from pallas_kernels.kv_pool import Pool, dequantize, quantize
 from pallas_kernels.score_options import ScoreOptions
 
@@ -116,11 +116,12 @@ def load_decoder(
     Raises ``ConfigError``, ``CheckpointError``, ``UnsupportedModelError``.
     """
     hf, mesh = read_hf_config(folder, model_format), make_mesh(tp)
-    model = family_of(hf).model_config(hf)
-    check_divisible(tp, {"num_key_value_heads": model.num_kv_heads, "intermediate_size": model.intermediate_size})
+    model = tensor_parallel(family_of(hf).model_config(hf), tp)
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else model.dtype
-    return load_model(folder, hf, mesh=mesh, dtype=jnp.dtype(dtype), model_format=model_format, progress=progress)
+    return load_model(
+        folder, hf, mesh=mesh, dtype=jnp.dtype(dtype), model=model, model_format=model_format, progress=progress
+    )
 
 
 def perplexity(

@@ -19,8 +19,9 @@ from jaxdeploy.compress.forward import LayerParams
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import abstract_params
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
+from jaxdeploy.models.linears import LinearSpec
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.models.weights import ParamPath, Source, WeightTable
+from jaxdeploy.models.weights import ParamPath, Source, WeightTable, declared
 
 _FLOAT = jnp.dtype(jnp.float32)
 
@@ -63,6 +64,10 @@ class FloatModel:
     def sources(self, index: int) -> dict[tuple[str, ...], Source]:
         """The weight table of one layer, by path within it."""
         return {within(path): source for path, source in self.table.items() if path[:2] == ("layers", index)}
+
+    def linears(self, index: int) -> tuple[LinearSpec, ...]:
+        """The linear maps of one layer, as its block declares them."""
+        return declared(self.config.layers[index], self.config.hidden_size)
 
     def layer(self, index: int) -> LayerParams:
         """A layer's parameters, float32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from jaxdeploy.errors import ContextLengthError, RequestError, UnknownAdapterError
+from jaxdeploy.errors import ContextLengthError, RequestError
 from jaxdeploy.messages import Request
 
 MAX_LOGPROBS = 20
@@ -147,10 +147,3 @@ def check_name(request: Request, used: bool) -> None:
     """Raise ``RequestError`` if another request has the name of this one."""
     if used:
         raise RequestError(f"request_id={request.request_id} is in use; choose another")
-
-
-def check_adapter(name: str, loaded: Collection[str]) -> None:
-    """Raise ``UnknownAdapterError`` unless the adapter is among those that are ``loaded``."""
-    if name not in loaded:
-        known = f"choose one of {', '.join(loaded)}" if loaded else "none is loaded; load it first"
-        raise UnknownAdapterError(f"adapter={name!r:.80} is not loaded; {known}")

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from jaxdeploy.errors import UnsupportedModelError
+from jaxdeploy.files.fields import StoredFields
 from jaxdeploy.formats.groups import count_groups
 from jaxdeploy.formats.quantized import Array, ChannelQuantized, GroupQuantized, TensorSpec
 from jaxdeploy.formats.words import pack, unpack, words_for
-from jaxdeploy.stored_fields import StoredFields
 
 GROUPS = None
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 
 from jaxdeploy.errors import CheckpointError, UnsupportedModelError
+from jaxdeploy.files.fields import StoredFields
+from jaxdeploy.files.stored import shown
 from jaxdeploy.formats.groups import count_groups, read_groups
 from jaxdeploy.formats.quantized import Array, ChannelQuantized, GroupQuantized, TensorSpec
 from jaxdeploy.formats.skipped import skipping_pattern
 from jaxdeploy.formats.words import pack, unpack, words_for
-from jaxdeploy.stored_fields import StoredFields
-from jaxdeploy.stored_file import shown
 
 GROUPS = "weight_g_idx"
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from jaxdeploy.errors import UnsupportedModelError
+from jaxdeploy.files.fields import StoredFields
 from jaxdeploy.formats.quantized import Array, ChannelQuantized, GroupQuantized, TensorSpec
 from jaxdeploy.formats.skipped import SkippedModules, is_skipped
-from jaxdeploy.stored_fields import StoredFields
 
 __all__ = ["FORMATS", "Format", "SkippedModules", "format_named", "format_of", "is_skipped", "quantization_of"]
 

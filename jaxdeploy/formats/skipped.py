@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdeploy.stored_fields import StoredFields
-from jaxdeploy.stored_patterns import StoredPatterns
+from jaxdeploy.files.fields import StoredFields
+from jaxdeploy.files.patterns import StoredPatterns
 
 
 class SkippedModules:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from jaxdeploy.errors import UnsupportedModelError
+from jaxdeploy.files.fields import StoredFields
 from jaxdeploy.formats.quantized import Array, ChannelQuantized, GroupQuantized, TensorSpec
-from jaxdeploy.stored_fields import StoredFields
 
 GROUPS = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,41 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.models.attention import Attention, AttentionContext, DenseContext
+from jaxdeploy.models.attention import AttentionContext, DenseContext
+from jaxdeploy.models.block import Block, BlockConfig
+from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
-from jaxdeploy.models.mlp import MLP
 from jaxdeploy.models.model import Encoder, Hidden, Pools, Positions
 from jaxdeploy.models.quantized import weight_like
-from jaxdeploy.models.rope import PositionScheme, rotary
+from jaxdeploy.models.rope import PositionScheme
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.kv_pool import Pool
 
 Params = Mapping[ParamPath, jax.Array]
-
-
-class Layer(nnx.Module):
-    """One pre-norm block: attention, then feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        scheme: PositionScheme,
-        context: AttentionContext,
-        pool: Pool | None,
-        wanted: jax.Array | None = None,
-    ) -> tuple[jax.Array, Pool | None]:
-        """``x`` [T, D] → ([T, D], or the ``wanted`` rows of it; updated ``pool``)."""
-        attended, pool = self.attention(self.attention_norm(x), scheme, context, pool, wanted)
-        normed, x = self.mlp_norm.added(attended, x if wanted is None else x[wanted])
-        return x + self.mlp(normed), pool
 
 
 class Decoder(nnx.Module):
@@ -56,10 +34,16 @@ class Decoder(nnx.Module):
         dtype = jnp.dtype(dtype)
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
-        self.layers = nnx.List([Layer(config, window, rngs=rngs, dtype=dtype) for window in config.windows])
+        blocks = [layer.build(config.hidden_size, rngs=rngs, dtype=dtype) for layer in config.layers]
+        self.layers: nnx.List[Any] = nnx.List(blocks)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         if not config.tie_embeddings:
             self.head = Head(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
+
+    @property
+    def cache_layouts(self) -> tuple[CacheLayout, ...]:
+        """What each layer keeps in the cache."""
+        return tuple(layer.cache_layout for layer in self.layers)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Whole sequences without a cache: ``tokens`` int32 [B, T] → logits float32 [B, T, V]."""
@@ -88,13 +72,14 @@ class Decoder(nnx.Module):
         taps: tuple[int, ...] = (),
     ) -> Hidden:
         """See ``Model.hidden``. Pools may be ``None`` where ``context`` needs no cache."""
-        angles = rotary(self.config.rope, self.config.head_dim, *positions)
+        schemes = [layer.positions for layer in self.config.layers]
+        tables = {scheme: scheme.tables(*positions) for scheme in dict.fromkeys(schemes)}
         updated, residuals = [], []
-        for index, (layer, pool) in enumerate(zip(self.layers, pools, strict=True), 1):
+        for index, (layer, pool) in enumerate(zip(self.layers, pools, strict=True)):
             graph, weights = nnx.split(layer)
-            rows = selected if index == len(self.layers) else None
+            rows = selected if index == len(self.layers) - 1 else None
             residuals.append(x)
-            x, pool = _run_layer(graph, weights, x, angles, context, pool, rows)
+            x, pool = _run_layer(graph, weights, x, tables[schemes[index]], context, pool, rows)
             updated.append(pool)
         return Hidden(self.norm(x), updated, tuple(residuals[index] for index in taps))
 
@@ -105,7 +90,7 @@ class Decoder(nnx.Module):
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(
-    graph: nnx.GraphDef[Layer],
+    graph: nnx.GraphDef[Any],
     weights: nnx.State[Any, Any],
     x: jax.Array,
     scheme: PositionScheme,
@@ -114,7 +99,20 @@ def _run_layer(
     wanted: jax.Array | None,
 ) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
-    return nnx.merge(graph, weights)(x, scheme, context, pool, wanted)
+    layer: Block = nnx.merge(graph, weights)
+    return layer(x, scheme, context, pool, wanted)
+
+
+@cache
+def cache_layouts(config: ModelConfig) -> tuple[CacheLayout, ...]:
+    """Return what each layer of a decoder keeps in the cache. Builds one layer of each kind, without arrays."""
+
+    def layout(layer: BlockConfig) -> CacheLayout:
+        block = nnx.eval_shape(lambda: layer.build(config.hidden_size, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
+        return block.cache_layout
+
+    kinds = {layer: layout(layer) for layer in set(config.layers)}
+    return tuple(kinds[layer] for layer in config.layers)
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:

@@ -16,23 +16,27 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.models.attention import Attention, PagedContext, Rows
-from jaxdeploy.models.config import ModelConfig, read_decoder
-from jaxdeploy.models.layers import Embedding, Head, RMSNorm, Weight, parameter
-from jaxdeploy.models.mlp import MLP
+from jaxdeploy.files.fields import StoredFields, is_whole
+from jaxdeploy.models.attention import PagedContext, Rows
+from jaxdeploy.models.cache_layout import CacheLayout, FeaturesLayout
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.families.llama import NAMES as LLAMA
+from jaxdeploy.models.hf_config import read_decoder
+from jaxdeploy.models.layer import LayerConfig
+from jaxdeploy.models.layers import Embedding, Head, RMSNorm, parameter
+from jaxdeploy.models.linears import LinearSpec, NormInput, whole, within
 from jaxdeploy.models.model import Encoder, Hidden, Positions
-from jaxdeploy.models.rope import rotary
-from jaxdeploy.models.weights import (
-    ParamPath,
-    Source,
-    gate_and_up,
-    linear,
-    plain,
-    separate_qkv,
-    whole,
+from jaxdeploy.models.weights import ParamPath, Source, block_weights, linear, plain
+
+NAMES = replace(
+    LLAMA,
+    norms={
+        "attention_norm": "input_layernorm",
+        "hidden_norm": "hidden_norm",
+        "mlp_norm": "post_attention_layernorm",
+    },
 )
-from jaxdeploy.stored_fields import StoredFields, is_whole
-from pallas_kernels.kv_pool import Pool, block_size
+"""Tensors of a head are called as Llama calls them, with one norm more."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,13 @@ class Eagle3Config:
     taps: tuple[int, ...]
     draft_vocab_size: int
     norm_before_residual: bool = False
+
+    @property
+    def block(self) -> LayerConfig:
+        """The options of the head's one layer."""
+        (block,) = self.layer.layers
+        assert isinstance(block, LayerConfig), "read_decoder describes pre-norm layers"
+        return block
 
 
 def eagle3_config(hf: Mapping[str, Any], model: ModelConfig) -> Eagle3Config:
@@ -86,22 +97,24 @@ class Eagle3(nnx.Module):
 
     def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         layer = config.layer
-        size, eps = layer.hidden_size, layer.norm_eps
+        size, eps = layer.hidden_size, config.block.norm_eps
         self.config = layer
         self.norm_before_residual = config.norm_before_residual
         self.embedding = Embedding(layer.vocab_size, size, rngs=rngs, dtype=dtype)
         self.fuse = parameter(rngs, (len(config.taps) * config.model_size, size), ("embed", None), dtype)
         self.attention_norm = RMSNorm(size, eps, dtype=dtype)
         self.hidden_norm = RMSNorm(size, eps, dtype=dtype)
-        self.attention = Attention(layer, None, rngs=rngs, dtype=dtype)
-        groups = (layer.num_kv_heads, layer.queries_per_kv + 2, layer.head_dim)
-        wide: Weight = parameter(rngs, (2 * size, *groups), ("embed", "kv_heads", None, None), dtype)
-        self.attention.wqkv = wide
+        self.attention = config.block.attention.build(size, inputs=2 * size, rngs=rngs, dtype=dtype)
         self.mlp_norm = RMSNorm(size, eps, dtype=dtype)
-        self.mlp = MLP(layer, rngs=rngs, dtype=dtype)
+        self.mlp = config.block.mlp.build(size, rngs=rngs, dtype=dtype)
         self.norm = RMSNorm(size, eps, dtype=dtype)
         self.head = Head(config.draft_vocab_size, size, rngs=rngs, dtype=dtype)
         self.tokens = nnx.Param(jnp.arange(config.draft_vocab_size, dtype=jnp.int32), axes=(None,))
+
+    @property
+    def cache_layouts(self) -> tuple[CacheLayout, ...]:
+        """Return the layout of the keys and values, and that of the features."""
+        return (self.attention.cache_layout, FeaturesLayout(self.config.hidden_size))
 
     @property
     def encoders(self) -> Mapping[str, Encoder]:
@@ -112,6 +125,13 @@ class Eagle3(nnx.Module):
         """Return the embeddings [T, D] of ``tokens`` int32 [T]."""
         assert media_rows is None, "a model without encoders has no media buffer"
         return self.embedding(tokens)
+
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Return the linear maps of its one layer. Two norms feed the attention, so nothing is folded into one."""
+        return (
+            *within("attention", self.attention.linears()),
+            *within("mlp", self.mlp.linears(), NormInput(("mlp_norm", "scale"))),
+        )
 
     def hidden(
         self,
@@ -129,12 +149,12 @@ class Eagle3(nnx.Module):
         """
         assert not taps, "the head has no layers to tap"
         kv, features = pools
-        before = _one_back(context, kv)
+        before = _one_back(context, self.attention.cache_layout.block_size(kv))
         given = features.reshape(-1, features.shape[-1]).at[before.slots].get(mode="clip")
         normed = self.hidden_norm(given)
         both = jnp.concatenate([self.attention_norm(x), normed], axis=-1)
         places = jnp.maximum(positions.values - 1, 0)
-        angles = rotary(self.config.rope, self.config.head_dim, places, positions.prompt_lengths)
+        angles = self.attention.config.positions.tables(places, positions.prompt_lengths)
         attended, kv = self.attention(both, angles, before, kv)
         normed, x = self.mlp_norm.added(attended, normed if self.norm_before_residual else given)
         x = x + self.mlp(normed)
@@ -155,9 +175,9 @@ def put_features(features: jax.Array, values: jax.Array, slots: jax.Array) -> ja
     return flat.at[slots].set(values.astype(flat.dtype), mode="drop").reshape(features.shape)
 
 
-def _one_back(context: PagedContext, pool: Pool) -> PagedContext:
+def _one_back(context: PagedContext, size: int) -> PagedContext:
     """The same for the token before each."""
-    size, regions, slots = block_size(pool), [], []
+    regions, slots = [], []
     for rows in context.regions:
         first = rows.first_positions - 1
         positions = first[:, None] + jnp.arange(rows.query_length, dtype=jnp.int32)
@@ -185,22 +205,14 @@ def _real(rows: Rows) -> jax.Array:
 
 def eagle3_weights(config: Eagle3Config, layer: str, *, own_embedding: bool) -> dict[ParamPath, Source]:
     """The weight table of a head whose layer is called ``layer`` in its files."""
-    sizes = config.layer
-    size, width = sizes.hidden_size, sizes.intermediate_size
-    qkv = [f"{layer}.self_attn.{name}_proj" for name in "qkv"]
-    gate_up = [f"{layer}.mlp.{name}_proj" for name in ("gate", "up")]
+    size, vocab = config.layer.hidden_size, config.layer.vocab_size
+    head = nnx.eval_shape(lambda: Eagle3(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
     table: dict[ParamPath, Source] = {
         ("fuse",): linear(["fc"], (len(config.taps) * config.model_size,), whole(size)),
-        ("attention_norm", "scale"): plain(f"{layer}.input_layernorm.weight", size),
-        ("hidden_norm", "scale"): plain(f"{layer}.hidden_norm.weight", size),
-        ("attention", "wqkv"): linear(qkv, (2 * size,), separate_qkv(sizes)),
-        ("attention", "wo"): linear([f"{layer}.self_attn.o_proj"], (sizes.num_heads, sizes.head_dim), whole(size)),
-        ("mlp_norm", "scale"): plain(f"{layer}.post_attention_layernorm.weight", size),
-        ("mlp", "gate_up"): linear(gate_up, (size,), gate_and_up(sizes)),
-        ("mlp", "down"): linear([f"{layer}.mlp.down_proj"], (width,), whole(size)),
         ("norm", "scale"): plain("norm.weight", size),
         ("head", "weight"): linear(["lm_head"], (size,), whole(config.draft_vocab_size)),
     }
+    table |= dict(block_weights(head.linears(), NAMES, layer, size).items())
     if own_embedding:
-        table["embedding", "table"] = plain("embed_tokens.weight", sizes.vocab_size, size)
+        table["embedding", "table"] = plain("embed_tokens.weight", vocab, size)
     return table

@@ -13,16 +13,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.models.attention import Attention, PagedContext, Rows
-from jaxdeploy.models.decoder import Decoder, Layer
+from jaxdeploy.models.attention import Attention, AttentionConfig, PagedContext, Rows
+from jaxdeploy.models.cache_layout import HeadsLayout
+from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.layer import Layer
 from jaxdeploy.models.layers import RMSNorm, Weight
 from jaxdeploy.models.leaves import axes_of
-from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.mlp import MLP, MLPConfig
 from jaxdeploy.models.model import Hidden, Model, Positions
 from jaxdeploy.models.quantized import Int4Weight
-from jaxdeploy.models.rope import rotary
-from jaxdeploy.parallel.mesh import TP_AXIS
-from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
+from jaxdeploy.parallel.sharding import per_device, spec
 from pallas_kernels.decode_layer import DecodeLayerCall, LayerWeights, ScoreOptions, decode_layer, padded_rows
 from pallas_kernels.dispatch import NoBackendError, preferred
 from pallas_kernels.kv_pool import Pool
@@ -31,11 +32,19 @@ from pallas_kernels.w4a16_matmul.layout import is_packed
 KERNELS = "pallas_triton"
 """The backend to go this way for; the op's reference is no faster than layer by layer."""
 
+_OPTIONS = {
+    AttentionConfig: frozenset(
+        {"num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias", "kv_copies"}
+    ),
+    MLPConfig: frozenset({"intermediate_size", "bias"}),
+}
+"""The options of modules that the kernels honour."""
+
 _PARTS: dict[str, tuple[type[nnx.Module], frozenset[str]]] = {
     "attention_norm": (RMSNorm, frozenset({"scale", "eps"})),
-    "attention": (Attention, frozenset({"num_heads", "head_dim", "window", "wqkv", "bqkv", "wo", "bo"})),
+    "attention": (Attention, frozenset({"config", "width", "inputs", "wqkv", "bqkv", "wo", "bo"})),
     "mlp_norm": (RMSNorm, frozenset({"scale", "eps"})),
-    "mlp": (MLP, frozenset({"gate_up", "gate_up_bias", "down", "down_bias"})),
+    "mlp": (MLP, frozenset({"config", "width", "gate_up", "gate_up_bias", "down", "down_bias"})),
 }
 """Modules of a layer that the kernels compute: the exact class of each, and all attributes that they honour."""
 
@@ -51,6 +60,8 @@ def refusal_of(model: Model) -> str | None:
     for index, layer in enumerate(model.layers):
         if reason := refusal(layer, model.norm, dtype):
             return f"layer {index}: {reason}"
+    if len({layer.positions for layer in model.config.layers}) > 1:
+        return "the fused kernels take one rotary table for all layers"
     return None
 
 
@@ -80,6 +91,8 @@ def refusal(layer: Layer, final_norm: RMSNorm, dtype: jnp.dtype) -> str | None:
     ``dtype`` is that of the activations. The kernels compute one fixed block. A module, class or attribute that is not
     in ``_PARTS`` is refused, so that an option added to a model is never ignored.
     """
+    if type(layer) is not Layer:
+        return f"the layer is {type(layer).__name__}, the fused kernels take {Layer.__name__}"
     unknown = _attributes(layer) - _PARTS.keys()
     parts: dict[str, Any] = {**vars(layer), "final_norm": final_norm}
     for name, (kind, known) in {**_PARTS, "final_norm": _PARTS["mlp_norm"]}.items():
@@ -87,6 +100,8 @@ def refusal(layer: Layer, final_norm: RMSNorm, dtype: jnp.dtype) -> str | None:
         if type(part) is not kind:
             return f"{name} is {type(part).__name__}, the fused kernels take {kind.__name__}"
         unknown |= {f"{name}.{attribute}" for attribute in _attributes(part) - known}
+    for name, config in (("attention", layer.attention.config), ("mlp", layer.mlp.config)):
+        unknown |= {f"{name}.{option}" for option in vars(config).keys() - _OPTIONS.get(type(config), frozenset())}
     if unknown:
         return f"the fused kernels do not take {', '.join(sorted(unknown))}"
     if not layer.attention_norm.eps == layer.mlp_norm.eps == final_norm.eps:
@@ -121,7 +136,7 @@ def decode_hidden(
     """
     assert selected is None, "a decode step returns the states of all its tokens"
     decoder = cast(Decoder, model)
-    angles = rotary(decoder.config.rope, decoder.config.head_dim, *positions)
+    angles = decoder.config.layers[0].positions.tables(*positions)
     (rows,) = context.regions
     tokens = x.shape[0]
     where = (rows.block_tables, jnp.where(rows.lengths > 0, rows.first_positions, -1), *angles)
@@ -157,9 +172,9 @@ class _Options:
 
 
 def _options(layer: Layer, mesh: Mesh) -> _Options:
-    attention = layer.attention
-    heads, specs = attention.num_heads // mesh.size, _layer_weights(layer, lambda param: spec(*axes_of(param)))
-    return _Options(heads, attention.scores, layer.mlp_norm.eps, specs, mesh)
+    heads = layer.attention.config.num_heads // axis_size(mesh, TP_AXIS)
+    specs = _layer_weights(layer, lambda param: spec(*axes_of(param)))
+    return _Options(heads, layer.attention.scores, layer.mlp_norm.eps, specs, mesh)
 
 
 def _layer_weights(layer: Layer, of: Callable[[nnx.Param[jax.Array]], Any]) -> LayerWeights:
@@ -187,7 +202,7 @@ def _stored(weight: Weight) -> nnx.Param[jax.Array]:
 @partial(jax.jit, static_argnums=0)
 def _run_layer(options: _Options, *args: Any) -> tuple[jax.Array, jax.Array, Pool]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
-    whole, pool = spec(), spec(*POOL_AXES)
+    whole, pool = spec(), spec(*HeadsLayout.AXES)
     ins = (whole, whole, options.specs, whole, pool, whole, whole, whole, whole)
     layer = per_device(options.mesh, partial(_layer, options), ins, (whole, whole, pool))
     out: tuple[jax.Array, jax.Array, Pool] = layer(*args)
@@ -209,7 +224,7 @@ def _layer(
         down_bias=weights.down_bias,
         mlp_norm=weights.mlp_norm,
     )
-    axis_name = TP_AXIS if options.mesh.size > 1 else None
+    axis_name = TP_AXIS if axis_size(options.mesh, TP_AXIS) > 1 else None
     static = (options.scores, options.num_heads, options.eps, axis_name)
     call = DecodeLayerCall(x, normed, matrices, next_norm, *where, *static)
     return decode_layer(call, backend=KERNELS)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from jaxdeploy.models.attention import PagedContext
+from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding
-from pallas_kernels.kv_pool import Pool
 
-Pools = Sequence[Pool | None]
-"""The KV pool of each layer; ``None`` without a cache."""
+Pools = Sequence[Any]
+"""The pool of each layer, as its ``CacheLayout`` describes it; ``None`` without a cache."""
 
 
 class Positions(NamedTuple):
@@ -73,6 +73,11 @@ class Model(Protocol):
     @property
     def encoders(self) -> Mapping[str, Encoder]:
         """See the class."""
+        ...
+
+    @property
+    def cache_layouts(self) -> tuple[CacheLayout, ...]:
+        """What each layer keeps in the cache, one layout for each pool that ``hidden`` takes."""
         ...
 
     def embed(self, tokens: jax.Array, media_rows: jax.Array | None = None) -> jax.Array:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from jaxdeploy.errors import UnsupportedModelError
+from jaxdeploy.files.fields import StoredFields
+from jaxdeploy.files.stored import shown
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.weights import WeightTable
-from jaxdeploy.stored_fields import StoredFields
-from jaxdeploy.stored_file import shown
 
 FAMILIES = {
     "LlamaForCausalLM": "jaxdeploy.models.families.llama",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxdeploy.models.config import RopeConfig
 from pallas_kernels.target import current_target
 
 
@@ -26,6 +26,43 @@ class Rotary(NamedTuple):
 
 PositionScheme = Rotary | None
 """How positions enter queries and keys; ``None``: they do not (ALiBi is an option of the scores)."""
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (RoFormer, arXiv:2104.09864) and how it is stretched to longer contexts.
+
+    ``original_length`` is the context length (tokens) that the stretching starts from. ``attention_factor`` multiplies
+    cos and sin (YaRN, arXiv:2309.00071); ``None`` derives it from the other fields.
+    """
+
+    theta: float = 10000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_length: int = 2048
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class RotaryPositions:
+    """Rotary position embedding of heads of size ``head_dim``."""
+
+    rope: RopeConfig
+    head_dim: int
+
+    def tables(self, positions: jax.Array, lengths: jax.Array) -> Rotary:
+        """See ``rotary``."""
+        return rotary(self.rope, self.head_dim, positions, lengths)
 
 
 def rotary(config: RopeConfig, head_dim: int, positions: jax.Array, lengths: jax.Array) -> Rotary:

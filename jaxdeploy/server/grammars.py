@@ -18,8 +18,8 @@ from subprocess import Popen
 from typing import Any
 
 from jaxdeploy.errors import RequestError
-from jaxdeploy.grammar_process import SECONDS, TOO_MUCH, Answer, ask, start
-from jaxdeploy.response_format import LARGEST
+from jaxdeploy.grammar.process import SECONDS, TOO_MUCH, Answer, ask, start
+from jaxdeploy.grammar.response_format import LARGEST
 from jaxdeploy.server.errors import OverloadedError
 
 QUICK = 0.1

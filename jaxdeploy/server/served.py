@@ -15,7 +15,7 @@ from jaxdeploy.engine.front.async_engine import AsyncEngine
 from jaxdeploy.engine.front.generator import TextOutput, TextRequest
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ContextLengthError, JaxdeployError, RequestError
-from jaxdeploy.generation_config import ResolvedGeneration, resolve
+from jaxdeploy.generation.resolved import ResolvedGeneration, resolve
 from jaxdeploy.messages import FinishReason, Request
 from jaxdeploy.server.adapters import ServedAdapters
 from jaxdeploy.server.errors import OverloadedError, UnknownModelError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.stored_file import read_text
+from jaxdeploy.files.stored import read_text
 from jaxdeploy.tokenizer.boundary import refusing
 from jaxdeploy.tokenizer.bounds import TokenBound, bound_of_description
 from jaxdeploy.tokenizer.growth import check_growth

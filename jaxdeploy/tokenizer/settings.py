@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxdeploy import stored_file
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.stored_fields import StoredFields, is_whole
-from jaxdeploy.stored_file import shown
+from jaxdeploy.files import stored
+from jaxdeploy.files.fields import StoredFields, is_whole
+from jaxdeploy.files.stored import shown
 
 DEFAULT = "default"
 """Name of the chat template that is used without tools."""
@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read as a JSON object.
     """
-    return stored_file.read_json(path) if stored_file.exists(path) else {}
+    return stored.read_json(path) if stored.exists(path) else {}
 
 
 def _text(token: Any) -> str | None:
@@ -161,9 +161,9 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """
     files = {DEFAULT: folder / "chat_template.jinja"}
     more = folder / "additional_chat_templates"
-    if stored_file.is_folder(more):
+    if stored.is_folder(more):
         files |= {path.stem: path for path in sorted(more.glob("*.jinja"))[:MOST_TEMPLATES]}
-    found = {name: stored_file.read_text(path) for name, path in files.items() if stored_file.exists(path)}
+    found = {name: stored.read_text(path) for name, path in files.items() if stored.exists(path)}
     if found:
         return found
     for file, content in (("tokenizer_config.json", config), ("chat_template.json", None)):

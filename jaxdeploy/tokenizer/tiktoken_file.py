@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.stored_file import DAMAGED, exists, read_bytes, read_json
+from jaxdeploy.files.stored import DAMAGED, exists, read_bytes, read_json
 from jaxdeploy.tokenizer.huggingface_file import END_OF_TEXT, QWEN2_SPLIT, byte_level_cut, byte_level_table
 
 QWEN = "qwen.tiktoken"

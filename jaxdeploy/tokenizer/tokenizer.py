@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from jaxdeploy.errors import CheckpointError, RequestError
-from jaxdeploy.stored_file import exists, is_folder, read_bytes
+from jaxdeploy.files.stored import exists, is_folder, read_bytes
 from jaxdeploy.tokenizer.boundary import quiet_panics, refusing
 from jaxdeploy.tokenizer.bounds import TokenBound
 from jaxdeploy.tokenizer.detokenizer import Detokenizer, TokenBytes, decode

@@ -20,7 +20,7 @@ class KVCacheWriteCall:
         qkv: [T, K, N / K + 2, H] float: each KV head's query heads, its key, its value.
         cos: float32 [T, H / 2].
         sin: float32 [T, H / 2].
-        pool: [P, 2, K, S, H] float, or a ``QuantizedPool``; updated in place where it is donated.
+        pool: [P, 2, K, S, H] float, or a ``QuantizedPool``; updated in place if it is donated.
         slots: int32 [T], block · S + offset of each token, all different. A slot beyond the pool writes nothing.
     """
 

@@ -126,7 +126,7 @@ def tiles_for(shape: Shape, device: str) -> Tiles:
 
 
 def carry(call: KVCacheWriteCall, out: tuple[jax.Array, Pool]) -> KVCacheWriteCall:
-    """Return the next call: its pool is the one that ``call`` wrote, updated in place if donated."""
+    """Return the next call, over the pool that ``call`` wrote; updated in place if donated."""
     return replace(call, pool=out[1])
 
 

@@ -15,7 +15,7 @@ class LoRAMatmulCall:
     """Tokens, a bank of B adapters, and the adapter of each token.
 
     The bank may hold the adapters of many layers. A call reads only the entries that its tokens use. The map may be M
-    modules side by side, each with a product of its own: column n of module m is
+    modules next to each other, each with its product. Column n of module m is
     ``(x · a[i][:, m·R : m·R + R]) · b[i][:, n]``.
 
     Attributes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from demo.dialogues import make_dialogue
 from jaxdeploy.compress.texts import OWN_TEXT
-from jaxdeploy.whole_file import put_text
+from jaxdeploy.files.atomic import put_text
 
 KNOWN, HELD_OUT = 240, 60
 """Dialogues of combinations that training has, and of others; the latter come last, where quality is measured."""

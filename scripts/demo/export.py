@@ -15,9 +15,9 @@ from demo.training import TrainConfig
 from jaxdeploy.checkpoint.export import save_checkpoint
 from jaxdeploy.checkpoint.loader import load_params
 from jaxdeploy.checkpoint.tensors import open_checkpoint
+from jaxdeploy.files.atomic import put_text
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
 from jaxdeploy.models.registry import family_of, read_config
-from jaxdeploy.whole_file import put_text
 
 
 def export(decoder: Decoder, hf: dict[str, Any], folder: Path) -> None:

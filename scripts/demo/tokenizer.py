@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from demo.dialogues import Dialogue
-from jaxdeploy.whole_file import put_text
+from jaxdeploy.files.atomic import put_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

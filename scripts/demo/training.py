@@ -23,9 +23,9 @@ from demo.dialogues import Dialogue, make_dialogue
 from demo.tokenizer import encode_dialogue
 from jaxdeploy.checkpoint.orbax import TrainingCheckpoints
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.files.atomic import put_text
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder
-from jaxdeploy.whole_file import put_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -149,7 +149,7 @@ def test_ranges_that_v03_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"tp": 3}, ConfigError, r"tp=3 must divide num_key_value_heads=4; choose tp from \[1, 2\]"),
+        ({"tp": 3}, ConfigError, r"tp=3 must divide 4 query heads \(4 = 1 x 3 \+ 1\); use tp=1, 2 or 4"),
         ({"num_blocks": 1, "block_size": 32}, CacheTooSmallError, "session_len=64 needs 2 KV blocks of 32 tokens"),
     ],
 )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from array import array
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
@@ -16,7 +15,6 @@ import numpy as np
 from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.engine.device.buckets import StepShape
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
-from jaxdeploy.messages import SamplingParams
 
 LAST_SAMPLE = 2
 """Value of ``StepFields.samples``: the drafts are known tokens, so only the sample after the last one counts."""
@@ -111,14 +109,6 @@ def packed_size(shape: StepShape) -> int:
     """Return the number of int32 in the packed array of ``shape``."""
     _, end, _ = _layout(shape)[-1]
     return end
-
-
-def pack_settings(prompt_length: int, sampling: SamplingParams) -> array[int]:
-    """Return the fields of a sequence that are the same in all its steps, in the order of ``SETTINGS``."""
-    floats = np.array([getattr(sampling, name) for name in SAMPLING_FLOATS], np.float32)
-    seed = np.array(sampling.seed & 0xFFFFFFFF, np.uint32)
-    top_k = 1 if sampling.greedy else sampling.top_k
-    return array("i", (prompt_length, top_k, int(seed.view(np.int32)), *floats.view(np.int32).tolist()))
 
 
 class SamplingConstraints(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -19,23 +20,13 @@ from jaxdeploy.engine.device.inputs import (
     StepFields,
     no_bias,
     no_constraints,
-    pack_settings,
     packed_size,
 )
+from jaxdeploy.engine.device.sampler import NOT_FINITE
+from jaxdeploy.engine.device.settings import settings_of
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
-from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.batch import Chunk, PromptPlace, ScheduledBatch
 from jaxdeploy.engine.scheduling.sequence import Sequence
-
-
-@dataclass(frozen=True)
-class PromptPlace:
-    """The place in a step of a chunk whose prompt has outputs."""
-
-    chunk: Chunk
-    prompt: int
-    """Index among the prompts of the step."""
-    first_token: int
-    """Index of its first token among the prompt tokens of the step."""
 
 
 @dataclass(frozen=True)
@@ -93,16 +84,23 @@ def pack(shape: StepShape, batch: ScheduledBatch, vocab_size: int, *, constrain:
     return PackedBatch(batch, inputs, rows, tuple(_prompt_places(shape, batch)), faults)
 
 
+def not_finite(packed: PackedBatch, tokens: np.ndarray[Any, Any]) -> Iterator[tuple[Chunk, list[int]]]:
+    """Return the chunks with a ``NOT_FINITE`` sample in ``tokens`` [repeats, rows], and their block tables."""
+    shape, batch = packed.inputs.shape, packed.batch
+    tables = StepFields.of(packed.inputs.packed, shape).block_tables
+    width = shape.decode_length
+    places = [(width * index, index, chunk) for index, chunk in enumerate(batch.decodes)]
+    places += [
+        (width * shape.decodes + index, shape.decodes + index, chunk) for index, chunk in enumerate(batch.chunks)
+    ]
+    for row, index, chunk in places:
+        if (tokens[:, row : row + 1 + len(chunk.drafts)] == NOT_FINITE).any():
+            yield chunk, tables[index].tolist()
+
+
 def prompt_outputs_of(batch: ScheduledBatch) -> PromptOutputs:
     """Return what a step must return for its prompts: the most that any of them needs."""
     return max((chunk.sequence.prompt_outputs for chunk in batch.chunks), default=PromptOutputs.NONE)
-
-
-def settings_of(sequence: Sequence) -> array[int]:
-    """Return the fields of a sequence that never change, which it keeps after the first call."""
-    if sequence.settings is None:
-        sequence.settings = pack_settings(sequence.prompt_length, sequence.sampling)
-    return sequence.settings
 
 
 def _forbid(
@@ -171,8 +169,10 @@ def _fill_sequences(fields: StepFields, first: int, chunks: tuple[Chunk, ...]) -
     for name, column in zip(SETTINGS, settings.T, strict=True):
         getattr(fields, name)[rows] = column
     tables = fields.block_tables[rows]
-    lengths = np.array([len(sequence.block_table) for sequence in sequences], np.int32)
-    tables[np.arange(tables.shape[1]) < lengths[:, None]] = _joined(sequence.block_table for sequence in sequences)
+    lengths = np.array([len(sequence.placement.block_table) for sequence in sequences], np.int32)
+    tables[np.arange(tables.shape[1]) < lengths[:, None]] = _joined(
+        sequence.placement.block_table for sequence in sequences
+    )
 
 
 def _fill_adapters(fields: StepFields, shape: StepShape, batch: ScheduledBatch) -> None:
@@ -207,8 +207,8 @@ def _joined(parts: Iterable[array[int]]) -> Array:
 
 
 def _slot(sequence: Sequence) -> int:
-    assert sequence.slot is not None, "a scheduled sequence has a slot"
-    return sequence.slot
+    assert sequence.placement.slot is not None, "a scheduled sequence has a slot"
+    return sequence.placement.slot
 
 
 def _adapter_slot(chunk: Chunk) -> int:

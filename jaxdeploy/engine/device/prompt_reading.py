@@ -7,13 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxdeploy.engine.checks import MAX_LOGPROBS
-from jaxdeploy.engine.device.packing import PromptPlace
-from jaxdeploy.engine.scheduling.sequence import Sequence
-from jaxdeploy.errors import NonFiniteError
-from jaxdeploy.messages import PromptReading, TokenLogprob
 
 TOGETHER = 256
 """Most tokens whose logits exist at a time."""
@@ -78,39 +73,3 @@ def _scores(
     scores = jax.lax.map(some, (hidden.reshape(-1, size, hidden.shape[1]), next_token.reshape(-1, size), slots))
     joined: tuple[jax.Array, jax.Array, jax.Array] = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), scores)
     return joined
-
-
-class PromptReader:
-    """Puts together what the steps that compute a prompt tell of it."""
-
-    def __init__(self, sequence: Sequence) -> None:
-        self._sequence = sequence
-        self._sum: Any = 0.0
-        self._last: Any = None
-        self._logprobs: list[TokenLogprob] = []
-
-    def add(self, place: PromptPlace, rows: PromptRows) -> None:
-        """The next chunk; one that begins at 0 begins anew, for a preempted prompt is computed again."""
-        chunk = place.chunk
-        if chunk.start == 0:
-            self._sum, self._logprobs = 0.0, []
-        self._sum = self._sum + np.asarray(rows.sums)[place.prompt]
-        self._last = np.asarray(rows.last)[place.prompt]
-        wanted = self._sequence.sampling.prompt_logprobs
-        if wanted is None or rows.logprobs is None or rows.top_tokens is None or rows.top_logprobs is None:
-            return
-        count = min(chunk.end, self._sequence.prompt_length - 1) - chunk.start
-        here = slice(place.first_token, place.first_token + count)
-        tokens = self._sequence.token_ids[chunk.start + 1 : chunk.start + 1 + count]
-        values = np.asarray(rows.logprobs)[here].tolist()
-        ids = np.asarray(rows.top_tokens)[here, :wanted].tolist()
-        tops = np.asarray(rows.top_logprobs)[here, :wanted].tolist()
-        for token, value, *top in zip(tokens, values, ids, tops, strict=True):
-            self._logprobs.append(TokenLogprob(token, value, tuple(zip(*top, strict=True))))
-
-    def reading(self) -> PromptReading:
-        """All of it, once the last chunk is there. Raises ``NonFiniteError``."""
-        mean, last = self._sum / self._sequence.prompt_length, self._last
-        if not (np.isfinite(mean).all() and np.isfinite(last).all()):
-            raise NonFiniteError("the hidden states of the prompt are not finite; check the weights and the adapter")
-        return PromptReading(tuple(mean.tolist()), tuple(last.tolist()), tuple(self._logprobs))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import timeit
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,16 +16,15 @@ from jaxdeploy.engine.device.buckets import StepShape
 from jaxdeploy.engine.device.features import Features, FeatureTap
 from jaxdeploy.engine.device.host_blocks import GROUP, HostBlocks
 from jaxdeploy.engine.device.inputs import ModelInputs, padding_inputs
-from jaxdeploy.engine.device.kv_cache import UNIT_RANGE
 from jaxdeploy.engine.device.step import DeviceState, StepArrays, StepProgram, StepResult, run_step
 from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.adapters import Adapter
 from jaxdeploy.engine.scheduling.host_tier import Transfer
+from jaxdeploy.models.cache_layout import CacheLayout, FeaturesLayout, num_blocks
 from jaxdeploy.models.lora import AdapterBank
 from jaxdeploy.models.model import Model
 from jaxdeploy.parallel.sharding import replicated
-from pallas_kernels.kv_pool import Pool, QuantizedPool, stored
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -78,7 +76,8 @@ class ModelRunner:
         self._state_shardings = jax.tree.map(lambda array: array.sharding, borrowed)
         self._state_shapes = jax.tree.map(_shape, borrowed)
         self._replicated = replicated(plan.mesh)
-        self._clear = jax.jit(_cleared, donate_argnums=0, out_shardings=self._state_shardings)
+        layouts = model.cache_layouts[: len(state.pools)]  # those of a head end with its features
+        self._clear = jax.jit(partial(_cleared, layouts), donate_argnums=0, out_shardings=self._state_shardings)
         self._on_gpu = plan.mesh.devices.flat[0].platform != "cpu"
         self._vocab_size = model.config.vocab_size
         self._steps: dict[_Variant, Any] = {}
@@ -110,7 +109,7 @@ class ModelRunner:
 
     def clear_blocks(self, blocks: list[int]) -> None:
         """Launch a program that overwrites the content of KV blocks, so that nothing in them is NaN or infinite."""
-        nowhere = stored(self._own_state.pools[0]).shape[0]
+        nowhere = num_blocks(self._own_state.pools[0])
         for start in range(0, max(len(blocks), 1), BLOCKS_PER_CLEAR):
             some = blocks[start : start + BLOCKS_PER_CLEAR]
             padded = np.array(some + [nowhere] * (BLOCKS_PER_CLEAR - len(some)), np.int32)
@@ -118,7 +117,7 @@ class ModelRunner:
 
     def copy_blocks(self, transfers: Iterable[Transfer]) -> None:
         """Launch copies of blocks between device and host, in their order."""
-        pools = self._host_blocks.carry_out(self._own_state.pools, transfers)
+        pools = self._host_blocks.copy(self._own_state.pools, transfers)
         self._own_state = self._own_state._replace(pools=pools)
 
     def upload(self, uploads: Iterable[tuple[int, Adapter]]) -> None:
@@ -249,19 +248,13 @@ def _seconds(work: Callable[[], Any]) -> float:
     return min(timeit.repeat(work, number=1, repeat=3))
 
 
-def _cleared(state: DeviceState, blocks: jax.Array) -> DeviceState:
+def _cleared(layouts: tuple[CacheLayout, ...], state: DeviceState, blocks: jax.Array) -> DeviceState:
     """Return ``state`` with new content in ``blocks`` int32 [BLOCKS_PER_CLEAR]. Blocks beyond the pools are ignored."""
-
-    def cleared(pool: Pool) -> Pool:
-        if not isinstance(pool, QuantizedPool):
-            return pool.at[blocks].set(0, mode="drop")
-        values = pool.values.at[blocks].set(0, mode="drop")
-        if pool.calibrated:
-            return replace(pool, values=values)
-        return replace(pool, values=values, scales=pool.scales.at[blocks].set(UNIT_RANGE, mode="drop"))
-
-    features = None if state.features is None else state.features.at[blocks].set(0, mode="drop")
-    return state._replace(pools=tuple(map(cleared, state.pools)), features=features)
+    pools = tuple(layout.cleared(pool, blocks) for layout, pool in zip(layouts, state.pools, strict=True))
+    features = state.features
+    if features is not None:
+        features = FeaturesLayout(features.shape[-1]).cleared(features, blocks)
+    return state._replace(pools=pools, features=features)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.device.step_weights import StepWeights, flatten
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.models.attention import PagedContext, Rows
+from jaxdeploy.models.cache_layout import num_blocks
 from jaxdeploy.models.eagle3 import put_features
 from jaxdeploy.models.lora import AdapterBank
-from jaxdeploy.models.model import Hidden, Model, Pools, Positions
+from jaxdeploy.models.model import Hidden, Model, Positions
 from jaxdeploy.parallel.sharding import replicated
-from pallas_kernels.kv_pool import Pool, block_size, stored
 
 
 class DeviceState(NamedTuple):
@@ -37,12 +37,12 @@ class DeviceState(NamedTuple):
         features: [P, S, D], of a model with an EAGLE-3 head, and of the head.
     """
 
-    pools: tuple[Pool, ...]
+    pools: tuple[Any, ...]
     token_buffer: jax.Array
     features: jax.Array | None = None
 
     @classmethod
-    def of(cls, pools: tuple[Pool, ...], slots: int, session_len: int, mesh: Mesh) -> DeviceState:
+    def of(cls, pools: tuple[Any, ...], slots: int, session_len: int, mesh: Mesh) -> DeviceState:
         """Return a state with an empty token buffer for ``slots`` sequences of up to ``session_len`` tokens."""
         return cls(pools, jax.device_put(np.zeros((slots, session_len), np.int32), replicated(mesh)))
 
@@ -197,7 +197,7 @@ def _single_step(
     model: StepModel, plan: StepPlan, shape: StepShape, inputs: StepInputs, state: DeviceState
 ) -> tuple[StepResult, DeviceState]:
     fields = inputs.fields
-    layout = _layout(fields, shape, state.pools[0], model.mesh)
+    layout = _layout(fields, shape, model, state.pools[0])
     if shape.drafts:
         state = state._replace(token_buffer=_write_drafts(state.token_buffer, fields, shape))
     tokens = state.token_buffer[fields.slot[layout.sequence], layout.positions]
@@ -233,20 +233,15 @@ def _run_layers(
     """Return hidden states, and the state with new pools and features. ``forward`` has all but pools and selection."""
     if state.features is None:
         hidden = forward(state.pools, selected)
-        return hidden.states, state._replace(pools=_paged(hidden.pools))
+        return hidden.states, state._replace(pools=tuple(hidden.pools))
     if model.fuse is None:  # a head, whose cache is its keys and values, and the features
         hidden = forward((*state.pools, state.features), selected)
-        *pools, features = _paged(hidden.pools)
-        return hidden.states, state._replace(pools=tuple(pools), features=stored(features))
+        *pools, features = hidden.pools
+        return hidden.states, state._replace(pools=tuple(pools), features=features)
     hidden = forward(state.pools, selected, model.taps)
     fused = jnp.concatenate(hidden.tapped, axis=-1) @ model.fuse
     features = put_features(state.features, fused, context.slots)
-    return hidden.states, state._replace(pools=_paged(hidden.pools), features=features)
-
-
-def _paged(pools: Pools) -> tuple[Pool, ...]:
-    """Return ``pools`` of a paged step: each layer has one."""
-    return cast("tuple[Pool, ...]", tuple(pools))
+    return hidden.states, state._replace(pools=tuple(hidden.pools), features=features)
 
 
 def _write_drafts(buffer: jax.Array, fields: StepFields, shape: StepShape) -> jax.Array:
@@ -273,8 +268,8 @@ class _Layout(NamedTuple):
     context: PagedContext
 
 
-def _layout(fields: StepFields, shape: StepShape, pool: Pool, mesh: Mesh) -> _Layout:
-    blocks, size = stored(pool).shape[0], block_size(pool)
+def _layout(fields: StepFields, shape: StepShape, model: StepModel, first_pool: Any) -> _Layout:
+    blocks, size = num_blocks(first_pool), model.model.cache_layouts[0].block_size(first_pool)
     regions, sequences, positions, real = [], [], [], []
     for rows, sequence in _regions(fields, shape):
         regions.append(rows)
@@ -286,7 +281,7 @@ def _layout(fields: StepFields, shape: StepShape, pool: Pool, mesh: Mesh) -> _La
     block = fields.block_tables[sequence, position // size]
     # A slot past the pool writes nothing: padding has no place in it.
     slots = jnp.where(is_real, block * size + position % size, blocks * size)
-    return _Layout(sequence, position, is_real, PagedContext(tuple(regions), slots, mesh))
+    return _Layout(sequence, position, is_real, PagedContext(tuple(regions), slots, model.mesh))
 
 
 def _regions(fields: StepFields, shape: StepShape) -> Iterator[tuple[Rows, jax.Array]]:

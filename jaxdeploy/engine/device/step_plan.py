@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxdeploy.engine.device.buckets import StepShape
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.model import Hidden, Model
-from pallas_kernels.kv_pool import Pool
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -38,7 +38,7 @@ class StepPlan:
         return partial(fused_decode.decode_hidden, model) if self.is_fused(shape) else model.hidden
 
 
-def plan_steps(model: Model, mesh: Mesh, pools: Sequence[Pool], shapes: Iterable[StepShape]) -> StepPlan:
+def plan_steps(model: Model, mesh: Mesh, pools: Sequence[Any], shapes: Iterable[StepShape]) -> StepPlan:
     """Choose how steps of ``shapes`` are executed, and log the reasons.
 
     The devices, the layers of ``model``, its dtype and sizes and its ``pools`` decide. Arrays may be abstract.

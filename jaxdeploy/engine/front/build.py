@@ -21,25 +21,29 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.adapter_reader import EngineAdapters, adapters_of
 from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, step_shapes
-from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, plan_cache
-from jaxdeploy.engine.device.kv_policy import Ranges, kv_policy
+from jaxdeploy.engine.device.kv_cache import CachePlan, Pools, allocate_pools, plan_cache
+from jaxdeploy.engine.device.kv_policy import kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.front.engine import Engine
-from jaxdeploy.engine.grammar import Grammars
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.files.stored import user_path
+from jaxdeploy.grammar.matcher import Grammars
 from jaxdeploy.models import fused_decode
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
+from jaxdeploy.models.weights import has_biased_keys, tensor_parallel
 from jaxdeploy.parallel.mesh import make_mesh
-from jaxdeploy.parallel.sharding import check_divisible
 from jaxdeploy.progress import counted
 from jaxdeploy.tokenizer import Tokenizer
 from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError, preferred
@@ -88,13 +92,11 @@ def _build(
     folder: Path, hf: Mapping[str, Any], config: EngineConfig, ends: frozenset[int], *, progress: bool
 ) -> Engine:
     _enable_compilation_cache(config)
-    model = _model_config(hf, config)
-    check_divisible(
-        config.tp, {"num_key_value_heads": model.num_kv_heads, "intermediate_size": model.intermediate_size}
-    )
+    model = tensor_parallel(_model_config(hf, config), config.tp)
     mesh = make_mesh(config.tp)
     limits = resolve_limits(model, config, mesh)
-    policy = kv_policy(folder, model, config)
+    policy = kv_policy(folder, cache_layouts(model), config, biased_keys=has_biased_keys(model))
+    cache_dtype = CacheDtype(limits.dtype, policy.bits)
     adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype, partial(_stored_tensors, folder, config))
     draft = find_draft_model(folder, model, config)
     decoder = load_model(
@@ -112,14 +114,13 @@ def _build(
         draft, decoder, config, mesh, limits.dtype, outputs_first=_outputs_first(mesh), progress=progress
     )
     plan = plan_cache(
-        model,
+        decoder.cache_layouts,
         config,
         mesh,
         session_len=limits.session_len,
         max_batch_size=limits.max_batch_size,
-        dtype=limits.dtype,
-        bits=policy.bits,
-        beside=draft.block_bytes(config.block_size, limits.dtype, policy.bits) if draft else 0,
+        dtype=cache_dtype,
+        draft_layouts=draft_model.cache_layouts if draft_model else (),
     )
     logger.info("%s", plan)
     guessing = build_speculation(
@@ -128,14 +129,15 @@ def _build(
         draft_model,
         plan,
         mesh,
-        limits.dtype,
+        cache_dtype,
         slots=limits.max_batch_size,
         session_len=limits.session_len,
         max_prefill_tokens=limits.max_prefill_tokens,
     )
     grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
     shared = longest_shared(model, config)
-    engine = _assemble(decoder, plan, limits, mesh, policy.ranges, shared, grammars, guessing, adapters)
+    pools = allocate_pools(decoder.cache_layouts, plan, mesh, cache_dtype, policy.ranges)
+    engine = _assemble(decoder, pools, plan, limits, mesh, shared, grammars, guessing, adapters)
     if config.warmup:
         engine.warm_up(partial(counted, doing="compiling", done="compiled", bar=progress))
     return engine
@@ -180,7 +182,8 @@ def longest_shared(model: ModelConfig, config: EngineConfig) -> int:
     """
     if not config.enable_prefix_caching:
         return 0
-    return model.rope.original_length if model.rope.kind == "dynamic" else sys.maxsize
+    stretched = [layer.positions.rope for layer in model.layers if layer.positions.rope.kind == "dynamic"]
+    return min((rope.original_length for rope in stretched), default=sys.maxsize)
 
 
 def _outputs_first(mesh: Mesh) -> bool:
@@ -203,10 +206,10 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
 
 def _assemble(
     model: Model,
+    pools: Pools,
     plan: CachePlan,
     limits: Limits,
     mesh: Mesh,
-    ranges: Ranges | None,
     longest_shared: int,
     grammars: Grammars,
     guessing: Guessing,
@@ -217,7 +220,6 @@ def _assemble(
     for name, content in ({} if adapters is None else adapters.contents).items():
         held.load(name, content)
     scheduler = make_scheduler(blocks, plan, limits, longest_shared, held)
-    pools = allocate_pools(model.config, plan, mesh, limits.dtype, ranges)
     bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
     speculation = guessing.speculation
     shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
@@ -241,14 +243,16 @@ def make_scheduler(
     return Scheduler(
         blocks,
         PrefixCache(blocks, plan.block_size, longest_shared, plan.host_blocks),
-        block_size=plan.block_size,
-        max_batch_size=limits.max_batch_size,
-        max_prefill_tokens=limits.max_prefill_tokens,
-        max_mixed_tokens=limits.max_mixed_tokens,
-        chunk_multiple=ROW_LENGTH,
-        session_len=limits.session_len,
-        decode_steps=limits.decode_steps,
-        adapters=adapters,
+        SchedulerLimits(
+            block_size=plan.block_size,
+            max_batch_size=limits.max_batch_size,
+            max_prefill_tokens=limits.max_prefill_tokens,
+            max_mixed_tokens=limits.max_mixed_tokens,
+            row_length=ROW_LENGTH,
+            session_len=limits.session_len,
+            decode_steps=limits.decode_steps,
+        ),
+        adapters,
     )
 
 
@@ -268,7 +272,7 @@ def _enable_compilation_cache(config: EngineConfig) -> None:
     """Keep compiled programs on disk, unless the user has told JAX where already."""
     if config.compilation_cache_dir is None and getattr(jax.config, "jax_compilation_cache_dir", None):
         return
-    folder = Path(config.compilation_cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    folder = user_path(config.compilation_cache_dir or DEFAULT_CACHE_DIR)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -18,8 +18,8 @@ from jaxdeploy.engine.front.engine_like import EngineLike
 from jaxdeploy.engine.front.supervisor import Supervisor
 from jaxdeploy.engine.front.text_stream import TextStream
 from jaxdeploy.errors import JaxdeployError
-from jaxdeploy.generation_config import ResolvedGeneration, eos_token_ids
-from jaxdeploy.generation_defaults import read_generation_defaults
+from jaxdeploy.generation.defaults import read_generation_defaults
+from jaxdeploy.generation.resolved import ResolvedGeneration, eos_token_ids
 from jaxdeploy.messages import (
     NO_SPECULATION,
     FinishReason,

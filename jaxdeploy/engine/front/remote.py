@@ -19,10 +19,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from jaxdeploy.engine.checks import RequestLimits, check_adapter, check_name
+from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.front import process
 from jaxdeploy.engine.front.engine_like import EngineLike
+from jaxdeploy.engine.scheduling.adapters import check_adapter
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import FinishReason, Request, StepOutput

@@ -7,10 +7,11 @@ whose adapter nobody uses stays as it is until another one needs it, the longest
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxdeploy.engine.checks import check_adapter
+from jaxdeploy.errors import UnknownAdapterError
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -128,3 +129,10 @@ class Adapters:
         slot, adapter.slot = adapter.slot, None
         assert slot is not None, "an idle adapter has a slot"
         return slot
+
+
+def check_adapter(name: str, loaded: Collection[str]) -> None:
+    """Raise ``UnknownAdapterError`` if the adapter is not in ``loaded``."""
+    if name not in loaded:
+        known = f"choose one of {', '.join(loaded)}" if loaded else "none is loaded; load it first"
+        raise UnknownAdapterError(f"adapter={name!r:.80} is not loaded; {known}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from jaxdeploy.engine.scheduling.sequence import Block
+from jaxdeploy.engine.scheduling.blocks import Block
 
 
 class OutOfBlocksError(Exception):

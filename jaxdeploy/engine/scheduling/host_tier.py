@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from jaxdeploy.engine.scheduling.sequence import Node
+from jaxdeploy.engine.scheduling.blocks import Node
 
 
 @dataclass(frozen=True, slots=True)

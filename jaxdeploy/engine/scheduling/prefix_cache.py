@@ -6,42 +6,45 @@ import sys
 from collections.abc import Iterable
 
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.blocks import Block, Node, Start
 from jaxdeploy.engine.scheduling.host_tier import HostTier, Transfer
-from jaxdeploy.engine.scheduling.sequence import Block, Node, Sequence, Start
+from jaxdeploy.engine.scheduling.sequence import Sequence
 
 _Key = tuple[Node | Start, tuple[int, ...]]
 """The block before, and the tokens in this one. A key stands for a salt, an adapter and all tokens from the first."""
 
 
 class PrefixCache:
-    """Finds and notes whole blocks by their tokens; hashes narrow the search, tokens decide.
+    """Finds full blocks by their tokens. Hashes narrow the search, and tokens decide.
 
-    A block is noted as soon as a step is scheduled that fills it: sequences later in the same step may attend to it
-    already, since a step writes all its keys and values before anything attends to them. Blocks that the device evicts
+    A block is added as soon as a step is scheduled that fills it. Later sequences of the same step may attend to it,
+    because a step writes all its keys and values before any attention. Blocks that the device evicts
     go to ``host_blocks`` in host memory and come back when they are found there.
 
-    ``longest_prompt``: only sequences whose prompts have at most so many tokens take part; 0 turns sharing off.
+    ``max_prompt_len``: only sequences with prompts of up to this length take part; 0 turns sharing off.
     """
 
     def __init__(
-        self, blocks: BlockManager, block_size: int, longest_prompt: int = sys.maxsize, host_blocks: int = 0
+        self, blocks: BlockManager, block_size: int, max_prompt_len: int = sys.maxsize, host_blocks: int = 0
     ) -> None:
         self.asked = self.found = self.restored = 0
         self.host = HostTier(host_blocks, self._forget)
-        self._blocks, self._size, self._longest = blocks, block_size, longest_prompt
+        self._blocks = blocks
+        self._block_size = block_size
+        self._max_prompt_len = max_prompt_len
         self._known: dict[_Key, Node] = {}
         self._on_device: dict[int, Node] = {}
         blocks.on_evict = self._evicted
 
     def serves(self, sequence: Sequence) -> bool:
         """Whether a sequence shares blocks with others."""
-        return sequence.prompt_length <= self._longest
+        return sequence.prompt_length <= self._max_prompt_len
 
     def find(self, sequence: Sequence) -> list[Node]:
         """What is kept of the first tokens of a sequence, wherever it lies; one token at least is left to compute."""
         chain: list[Node] = []
         if self.serves(sequence):
-            for index in range((len(sequence.token_ids) - 1) // self._size):
+            for index in range((len(sequence.token_ids) - 1) // self._block_size):
                 node = self._known.get(self._key(sequence, index, chain))
                 if node is None:
                     break
@@ -60,23 +63,24 @@ class PrefixCache:
             block = node.block
             if block is None:
                 block = fresh.pop(0)
-                self._settle(node, block)
+                self._assign(node, block)
                 self.host.restore(node, block.index)
                 self.restored += 1
             blocks.append(block)
         return blocks + fresh
 
-    def note(self, sequence: Sequence, full: int) -> None:
-        """Note the first ``full`` blocks of a sequence.
+    def add(self, sequence: Sequence, full: int) -> None:
+        """Let others find the first ``full`` blocks of a sequence.
 
-        Where another block has the same tokens already, that one stays known.
+        If another block has the same tokens already, the cache keeps that one.
         """
-        for index in range(len(sequence.noted), full):
-            key = self._key(sequence, index, sequence.noted)
+        placement = sequence.placement
+        for index in range(len(placement.cached_nodes), full):
+            key = self._key(sequence, index, placement.cached_nodes)
             node = self._known.setdefault(key, Node(*key))
             if node.block is None:
-                self._settle(node, sequence.blocks[index])
-            sequence.noted.append(node)
+                self._assign(node, placement.blocks[index])
+            placement.cached_nodes.append(node)
 
     def forget(self, indices: Iterable[int], nodes: Iterable[Node] = ()) -> None:
         """Forget what is known to be in these blocks and under ``nodes``, with its copies in host memory."""
@@ -101,7 +105,7 @@ class PrefixCache:
         assert on_device == self._on_device, "a block is known under two names, or is forgotten"
         self.host.check([node for node in nodes if node.host_block is not None])
 
-    def _settle(self, node: Node, block: Block) -> None:
+    def _assign(self, node: Node, block: Block) -> None:
         """Note that ``block`` has what ``node`` stands for, and nothing else.
 
         It may have stood for the same tokens behind a block that has been forgotten since: nobody can find that.
@@ -126,5 +130,5 @@ class PrefixCache:
             del self._known[key]
 
     def _key(self, sequence: Sequence, index: int, before: list[Node]) -> _Key:
-        tokens = sequence.token_ids[index * self._size : (index + 1) * self._size]
+        tokens = sequence.token_ids[index * self._block_size : (index + 1) * self._block_size]
         return before[-1] if before else sequence.start, tuple(tokens)

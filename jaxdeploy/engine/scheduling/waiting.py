@@ -10,8 +10,8 @@ from jaxdeploy.engine.scheduling.sequence import Sequence
 PROMPT_COST, REPLY_COST = 1, 2
 """What a token of a prompt and one of a reply count for; a reply's takes a step of its own."""
 
-MOST_TENANTS = 4096
-"""Tenants whose account is kept while nothing of theirs waits."""
+MAX_TENANTS = 4096
+"""Maximum tenants whose account is kept while none of their sequences waits."""
 
 
 class WaitingQueue:
@@ -75,7 +75,7 @@ class WaitingQueue:
 
     def _forget_tenants(self, waiting: set[str]) -> None:
         """Keep the accounts few: those who have not asked for longest go first."""
-        if len(self._served) > MOST_TENANTS:
+        if len(self._served) > MAX_TENANTS:
             oldest = next(tenant for tenant in self._served if tenant not in waiting)
             del self._served[oldest]
 

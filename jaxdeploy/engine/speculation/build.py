@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -17,7 +16,7 @@ from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.buckets import draft_shapes
 from jaxdeploy.engine.device.features import Features, FeatureTap
-from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, block_bytes
+from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import plan_steps
@@ -25,11 +24,12 @@ from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_config
 from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.parallel.sharding import check_divisible, replicated
+from jaxdeploy.models.weights import tensor_parallel
 from jaxdeploy.tokenizer import Tokenizer
 
 USUAL = {"ngram": 7, "draft": 3, "eagle3": 3}
@@ -44,11 +44,6 @@ class DraftModel:
     hf: Mapping[str, Any]
     config: ModelConfig
     eagle3: Eagle3Config | None = None
-
-    def block_bytes(self, block_size: int, dtype: jnp.dtype, bits: int | None) -> int:
-        """What a block has to hold for it, on all devices together: keys and values, and features for a head."""
-        features = self.config.hidden_size * dtype.itemsize if self.eagle3 else 0
-        return block_bytes(self.config, block_size, dtype, bits) + block_size * features
 
 
 class Guessing(NamedTuple):
@@ -89,18 +84,12 @@ def find_draft_model(folder: Path, model: ModelConfig, config: EngineConfig) -> 
     found = resolve_model(named, download_dir=config.download_dir)
     hf = read_hf_config(found)
     if method == "eagle3":
-        eagle3 = eagle3_config(hf, model)
-        draft = DraftModel(found, hf, eagle3.layer, eagle3)
-    else:
-        if _tokens(found) != _tokens(folder):
-            raise ConfigError(f"speculative_model={named!r} has other tokens than the model; take one of its family")
-        draft = DraftModel(found, hf, family_of(hf).model_config(hf))
-    sizes = {
-        "num_key_value_heads": draft.config.num_kv_heads,
-        "intermediate_size": draft.config.intermediate_size,
-    }
-    check_divisible(config.tp, sizes)
-    return draft
+        head = eagle3_config(hf, model)
+        head = replace(head, layer=tensor_parallel(head.layer, config.tp))
+        return DraftModel(found, hf, head.layer, head)
+    if _tokens(found) != _tokens(folder):
+        raise ConfigError(f"speculative_model={named!r} has other tokens than the model; take one of its family")
+    return DraftModel(found, hf, tensor_parallel(family_of(hf).model_config(hf), config.tp))
 
 
 def load_draft_model(
@@ -124,6 +113,7 @@ def load_draft_model(
         draft.hf,
         mesh=mesh,
         dtype=dtype,
+        model=draft.config,
         load_format=config.load_format,
         outputs_first=outputs_first,
         progress=progress,
@@ -136,7 +126,7 @@ def build_speculation(
     model: Model | None,
     plan: CachePlan,
     mesh: Mesh,
-    dtype: jnp.dtype,
+    dtype: CacheDtype,
     *,
     slots: int,
     session_len: int,
@@ -149,24 +139,19 @@ def build_speculation(
     count = config.num_speculative_tokens or USUAL[method]
     if draft is None or model is None:
         return Guessing(Speculation(NgramProposer(), count))
-    features, tap = _features(draft, model, plan, mesh, dtype)
-    pools = allocate_pools(draft.config, plan, mesh, dtype)
+    pools = allocate_pools(model.cache_layouts, plan, mesh, dtype)
+    features, tap = None, None
+    if draft.eagle3 is not None and isinstance(model, Eagle3):
+        *pools_of_layers, array = pools
+        pools = tuple(pools_of_layers)
+        features = Features(array)
+        tap = FeatureTap(draft.eagle3.taps, model.fuse[...])
     shapes = draft_shapes(slots, max_prefill_tokens, plan.blocks_for(session_len), count)
     steps = plan_steps(model, mesh, pools, shapes)
     state = DeviceState.of(pools, slots, session_len, mesh)
     runner = ModelRunner(model, steps, state, features=features)
     proposer: Proposer = DraftProposer(runner, shapes, draft.config.vocab_size, count, first=1 if features else 0)
     return Guessing(Speculation(proposer, count), features, tap)
-
-
-def _features(
-    draft: DraftModel, model: Model, plan: CachePlan, mesh: Mesh, dtype: jnp.dtype
-) -> tuple[Features | None, FeatureTap | None]:
-    if draft.eagle3 is None or not isinstance(model, Eagle3):
-        return None, None
-    shape = (plan.num_blocks, plan.block_size, draft.config.hidden_size)
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=replicated(mesh))()
-    return Features(zeros), FeatureTap(draft.eagle3.taps, model.fuse[...])
 
 
 def _tokens(folder: Path) -> list[str]:

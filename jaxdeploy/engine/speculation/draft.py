@@ -11,7 +11,7 @@ import numpy as np
 from jaxdeploy.engine.device.buckets import ROW_LENGTH, BucketTable, StepShape
 from jaxdeploy.engine.device.packing import choose_bucket, pack
 from jaxdeploy.engine.device.runner import ModelRunner
-from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.sequence import Sequence
 
 Array = np.ndarray[Any, Any]
@@ -39,9 +39,9 @@ class _Seen(Chunk):
 class DraftProposer:
     """A model of its own on the blocks of the sequences: ``runner``'s pools have as many, found by the same tables.
 
-    ``Sequence.drafted`` tokens are computed. What it has not seen, a prompt or what was decoded without drafts, is
-    computed in chunks first, from token ``first`` on; what was accepted since the last time then comes as drafts do,
-    all in one step that samples the first guess, and the others follow in one launch.
+    ``Sequence.draft.computed`` tokens are computed. Tokens that it has not seen, of a prompt or decoded without drafts,
+    are computed in chunks first, from token ``first`` on. Tokens accepted since the last call are then verified like
+    drafts, in one step that samples the first draft. The other drafts follow in one launch.
     """
 
     def __init__(
@@ -81,32 +81,39 @@ class DraftProposer:
     def _catch_up(self, sequences: list[Sequence]) -> None:
         """Compute all but the last token of sequences that are too far behind for one row."""
         behind = [
-            item for item in sequences if not item.drafted or len(item.token_ids) - item.drafted > self._count + 1
+            item
+            for item in sequences
+            if not item.draft.computed or len(item.token_ids) - item.draft.computed > self._count + 1
         ]
         for sequence in behind:
-            assert sequence.slot is not None, "a sequence that decodes has a slot"
-            self._runner.write_tokens(sequence.slot, sequence.token_ids)
-            sequence.drafted = max(sequence.drafted, self._first)
+            assert sequence.placement.slot is not None, "a sequence that decodes has a slot"
+            self._runner.write_tokens(sequence.placement.slot, sequence.token_ids)
+            sequence.draft.computed = max(sequence.draft.computed, self._first)
         while behind:
             chunks, left = [], self._most_prefill
             for sequence in behind:
-                length = min(len(sequence.token_ids) - 1 - sequence.drafted, left)
+                length = min(len(sequence.token_ids) - 1 - sequence.draft.computed, left)
                 if length > 0:
-                    chunks.append(_Known(sequence, sequence.drafted, length))
-                    sequence.drafted += length
+                    chunks.append(_Known(sequence, sequence.draft.computed, length))
+                    sequence.draft.computed += length
                     left -= -(-length // ROW_LENGTH) * ROW_LENGTH
             self._run(ScheduledBatch(chunks=tuple(chunks)))
-            behind = [sequence for sequence in behind if sequence.drafted < len(sequence.token_ids) - 1]
+            behind = [sequence for sequence in behind if sequence.draft.computed < len(sequence.token_ids) - 1]
 
     def _guess_first(self, sequences: list[Sequence]) -> dict[Sequence, int]:
         """Compute what is new, behind the last token that is not, and sample what comes next."""
         rows = [
-            _Seen(item, item.drafted - 1, 1 + len(item.token_ids) - item.drafted, tuple(item.token_ids[item.drafted :]))
+            _Seen(
+                item,
+                item.draft.computed - 1,
+                1 + len(item.token_ids) - item.draft.computed,
+                tuple(item.token_ids[item.draft.computed :]),
+            )
             for item in sequences
         ]
         tokens, places = self._run(ScheduledBatch(decodes=tuple(rows)))
         for sequence in sequences:
-            sequence.drafted = len(sequence.token_ids)
+            sequence.draft.computed = len(sequence.token_ids)
         return {row.sequence: int(tokens[0, places[row.sequence] + len(row.drafts)]) for row in rows}
 
     def _guess_others(self, sequences: list[Sequence]) -> dict[Sequence, tuple[int, ...]]:

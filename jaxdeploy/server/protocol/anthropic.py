@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, Field, model_validator
 
 from jaxdeploy.errors import RequestError
-from jaxdeploy.response_format import nested_form
+from jaxdeploy.grammar.response_format import nested_form
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
 from jaxdeploy.server.protocol.fields import Stops, Strict, TemplateVariables, echoed, refused
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
 
 from jaxdeploy.errors import RequestError
-from jaxdeploy.response_format import nested_form
+from jaxdeploy.grammar.response_format import nested_form
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
 from jaxdeploy.server.protocol.fields import Arguments, Sampling, Strict, TemplateVariables, echoed, refused
 

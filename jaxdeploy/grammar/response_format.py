@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxdeploy.errors import RequestError
-from jaxdeploy.grammar_process import TOO_MUCH, ask, start
+from jaxdeploy.grammar.process import TOO_MUCH, ask, start
 
 LARGEST = 256 * 1024
 """Characters of a grammar or schema."""

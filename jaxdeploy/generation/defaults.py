@@ -8,9 +8,9 @@ from typing import Any
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import CheckpointError, ConfigError
+from jaxdeploy.files.fields import StoredFields, is_whole
+from jaxdeploy.files.stored import exists, read_json
 from jaxdeploy.settings import checked
-from jaxdeploy.stored_fields import StoredFields, is_whole
-from jaxdeploy.stored_file import exists, read_json
 
 FILE = "generation_config.json"
 FIELDS = (

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.stored_file import shown
+from jaxdeploy.files.stored import shown
 
 MAX_WHOLE = 2**31 - 1
 T = TypeVar("T")

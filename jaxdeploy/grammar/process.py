@@ -1,4 +1,4 @@
-"""Starts the processes that compile untrusted grammars (``jaxdeploy.grammar_worker``) and talks to them."""
+"""Starts the processes that compile untrusted grammars (``jaxdeploy.grammar.worker``) and talks to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Answer = dict[str, str | None]
 
 def start(seconds: float = SECONDS) -> Popen[bytes]:
     """Start a worker that takes jobs of ``seconds`` of CPU time at most. It ends when its stdin is closed."""
-    command = [sys.executable, "-m", "jaxdeploy.grammar_worker", str(seconds)]
+    command = [sys.executable, "-m", "jaxdeploy.grammar.worker", str(seconds)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=env)
 

@@ -15,8 +15,8 @@ import threading
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from jaxdeploy.errors import RequestError
-from jaxdeploy.grammar_process import HEADER, MEMORY, STACK
-from jaxdeploy.response_format import check, grammar_text
+from jaxdeploy.grammar.process import HEADER, MEMORY, STACK
+from jaxdeploy.grammar.response_format import check, grammar_text
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer

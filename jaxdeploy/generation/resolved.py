@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ConfigError, RequestError
-from jaxdeploy.generation_defaults import token_ids
+from jaxdeploy.generation.defaults import token_ids
+from jaxdeploy.grammar.response_format import grammar_of
 from jaxdeploy.messages import SamplingParams
-from jaxdeploy.response_format import grammar_of
 from jaxdeploy.unicode_text import well_formed, well_formed_values
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}

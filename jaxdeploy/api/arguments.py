@@ -16,8 +16,8 @@ from jaxdeploy.config import (
     SpeculativeConfig,
 )
 from jaxdeploy.errors import ConfigError
+from jaxdeploy.files.stored import shown
 from jaxdeploy.settings import describe, unknown_setting
-from jaxdeploy.stored_file import shown
 
 P = ParamSpec("P")
 T = TypeVar("T")

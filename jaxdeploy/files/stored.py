@@ -57,7 +57,15 @@ def is_folder(path: Path) -> bool:
     """Return whether ``path`` is a directory; false also for names that the file system does not take."""
     try:
         return path.is_dir()
-    except OSError:
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Return whether ``path`` is a regular file; false also for names that the file system does not take."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
         return False
 
 

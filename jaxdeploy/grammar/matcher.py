@@ -1,6 +1,6 @@
 """Replies that follow a grammar: llguidance says which tokens may come next, from the bytes of the vocabulary's tokens.
 
-A grammar is given in llguidance's own form, a JSON text (``jaxdeploy.response_format`` makes it).
+A grammar is given in llguidance's own form, a JSON text (``jaxdeploy.grammar.response_format`` makes it).
 """
 
 from __future__ import annotations

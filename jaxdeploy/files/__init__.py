@@ -1,0 +1,1 @@
+"""Reading files of a model folder within limits, and writing files atomically."""

@@ -1,0 +1,1 @@
+"""How replies are generated: settings of requests, and defaults of a checkpoint."""
