@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,19 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.adapter_reader import EngineAdapters, adapters_of
 from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, step_shapes
-from jaxdeploy.engine.device.kv_cache import CachePlan, Pools, allocate_pools, plan_cache
+from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools, plan_cache
 from jaxdeploy.engine.device.kv_policy import kv_policy
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.limits import Limits
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
-from jaxdeploy.engine.speculation.build import Guessing, build_speculation, find_draft_model, load_draft_model
+from jaxdeploy.engine.speculation.build import build_speculation, find_draft_model, load_draft_model
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.files.stored import user_path
 from jaxdeploy.grammar.matcher import Grammars
@@ -40,7 +40,6 @@ from jaxdeploy.models import fused_decode
 from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import cache_layouts
-from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.weights import has_biased_keys, tensor_parallel
 from jaxdeploy.parallel.mesh import make_mesh
@@ -52,18 +51,6 @@ logger = logging.getLogger("jaxdeploy")
 
 DEFAULT_SESSION_LEN = 8192
 DEFAULT_CACHE_DIR = Path("~/.cache/jaxdeploy/xla")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an engine is sized for, once the gaps of an ``EngineConfig`` are filled."""
-
-    session_len: int
-    max_batch_size: int
-    max_prefill_tokens: int
-    max_mixed_tokens: int
-    decode_steps: int
-    dtype: jnp.dtype
 
 
 def build_engine(
@@ -123,21 +110,28 @@ def _build(
         draft_layouts=draft_model.cache_layouts if draft_model else (),
     )
     logger.info("%s", plan)
-    guessing = build_speculation(
-        config,
-        draft,
-        draft_model,
-        plan,
-        mesh,
-        cache_dtype,
-        slots=limits.max_batch_size,
-        session_len=limits.session_len,
-        max_prefill_tokens=limits.max_prefill_tokens,
-    )
-    grammars = Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends)
-    shared = longest_shared(model, config)
+    guessing = build_speculation(config, draft, draft_model, plan, mesh, cache_dtype, limits)
+    shapes = shapes_of(limits, plan, guessing.speculation.count if guessing.speculation else 0)
+    logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     pools = allocate_pools(decoder.cache_layouts, plan, mesh, cache_dtype, policy.ranges)
-    engine = _assemble(decoder, pools, plan, limits, mesh, shared, grammars, guessing, adapters)
+    runner = ModelRunner(
+        decoder,
+        plan_steps(decoder, mesh, pools, shapes),
+        DeviceState.of(pools, limits.max_batch_size, limits.session_len, mesh),
+        adapters=(adapters.reader.bank, adapters.arrays) if adapters else None,
+        features=guessing.features,
+        tap=guessing.tap,
+    )
+    blocks, shared = BlockManager(plan.num_blocks), longest_shared(model, config)
+    engine = Engine(
+        make_scheduler(blocks, plan, limits, shared, _loaded(adapters)),
+        runner,
+        shapes,
+        decoder.config.vocab_size,
+        Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends),
+        guessing.speculation,
+        adapters.reader if adapters else None,
+    )
     if config.warmup:
         engine.warm_up(partial(counted, doing="compiling", done="compiled", bar=progress))
     return engine
@@ -204,36 +198,14 @@ def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:
     return model.with_dynamic_rope(config.rope_scaling_factor) if config.rope_scaling_factor >= 1.0 else model
 
 
-def _assemble(
-    model: Model,
-    pools: Pools,
-    plan: CachePlan,
-    limits: Limits,
-    mesh: Mesh,
-    longest_shared: int,
-    grammars: Grammars,
-    guessing: Guessing,
-    adapters: EngineAdapters | None,
-) -> Engine:
-    blocks = BlockManager(plan.num_blocks)
-    held = Adapters() if adapters is None else Adapters(adapters.reader.bank.slots)
-    for name, content in ({} if adapters is None else adapters.contents).items():
-        held.load(name, content)
-    scheduler = make_scheduler(blocks, plan, limits, longest_shared, held)
-    bank = None if adapters is None else (adapters.reader.bank, adapters.arrays)
-    speculation = guessing.speculation
-    shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
-    logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
-    runner = ModelRunner(
-        model,
-        plan_steps(model, mesh, pools, shapes),
-        DeviceState.of(pools, limits.max_batch_size, limits.session_len, mesh),
-        adapters=bank,
-        features=guessing.features,
-        tap=guessing.tap,
-    )
-    reader = None if adapters is None else adapters.reader
-    return Engine(scheduler, runner, shapes, model.config.vocab_size, grammars, speculation, reader)
+def _loaded(adapters: EngineAdapters | None) -> Adapters:
+    """Return the scheduler's record of the adapters that are loaded at start."""
+    if adapters is None:
+        return Adapters()
+    loaded = Adapters(adapters.reader.bank.slots)
+    for name, content in adapters.contents.items():
+        loaded.load(name, content)
+    return loaded
 
 
 def make_scheduler(

@@ -20,6 +20,7 @@ from jaxdeploy.engine.device.kv_cache import CachePlan, allocate_pools
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import plan_steps
+from jaxdeploy.engine.limits import Limits
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
@@ -127,12 +128,9 @@ def build_speculation(
     plan: CachePlan,
     mesh: Mesh,
     dtype: CacheDtype,
-    *,
-    slots: int,
-    session_len: int,
-    max_prefill_tokens: int,
+    limits: Limits,
 ) -> Guessing:
-    """What ``config`` asks for; ``model`` is that of ``draft``, if a model guesses."""
+    """Return what ``config`` asks for; ``model`` is the loaded ``draft``."""
     method = method_of(config)
     if method is None:
         return Guessing()
@@ -146,7 +144,8 @@ def build_speculation(
         pools = tuple(pools_of_layers)
         features = Features(array)
         tap = FeatureTap(draft.eagle3.taps, model.fuse[...])
-    shapes = draft_shapes(slots, max_prefill_tokens, plan.blocks_for(session_len), count)
+    slots, session_len = limits.max_batch_size, limits.session_len
+    shapes = draft_shapes(slots, limits.max_prefill_tokens, plan.blocks_for(session_len), count)
     steps = plan_steps(model, mesh, pools, shapes)
     state = DeviceState.of(pools, slots, session_len, mesh)
     runner = ModelRunner(model, steps, state, features=features)
