@@ -16,7 +16,7 @@ class Limits:
         max_batch_size: sequences in a step, and rows of the token buffer.
         max_prefill_tokens: prompt tokens of a step without decodes.
         max_mixed_tokens: prompt tokens of a step with decodes.
-        decode_steps: tokens that a launch decodes in a row.
+        decode_steps: tokens that one launch decodes for each sequence.
         dtype: of weights and activations.
     """
 

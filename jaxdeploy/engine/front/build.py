@@ -110,8 +110,8 @@ def _build(
         draft_layouts=draft_model.cache_layouts if draft_model else (),
     )
     logger.info("%s", plan)
-    guessing = build_speculation(config, draft, draft_model, plan, mesh, cache_dtype, limits)
-    shapes = shapes_of(limits, plan, guessing.speculation.count if guessing.speculation else 0)
+    drafting = build_speculation(config, draft, draft_model, plan, mesh, cache_dtype, limits)
+    shapes = shapes_of(limits, plan, drafting.speculation.count if drafting.speculation else 0)
     logger.info("%d step shapes (decodes, prompt tokens): %s", len(shapes), " ".join(map(str, shapes)))
     pools = allocate_pools(decoder.cache_layouts, plan, mesh, cache_dtype, policy.ranges)
     runner = ModelRunner(
@@ -119,8 +119,8 @@ def _build(
         plan_steps(decoder, mesh, pools, shapes),
         DeviceState.of(pools, limits.max_batch_size, limits.session_len, mesh),
         adapters=(adapters.reader.bank, adapters.arrays) if adapters else None,
-        features=guessing.features,
-        tap=guessing.tap,
+        features=drafting.features,
+        tap=drafting.tap,
     )
     blocks, shared = BlockManager(plan.num_blocks), longest_shared(model, config)
     engine = Engine(
@@ -129,7 +129,7 @@ def _build(
         shapes,
         decoder.config.vocab_size,
         Grammars(partial(Tokenizer.load, folder), decoder.config.vocab_size, ends),
-        guessing.speculation,
+        drafting.speculation,
         adapters.reader if adapters else None,
     )
     if config.warmup:

@@ -1,4 +1,4 @@
-"""From an ``EngineConfig`` to who guesses."""
+"""From an ``EngineConfig`` to a proposer of drafts."""
 
 from __future__ import annotations
 
@@ -33,13 +33,20 @@ from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.weights import tensor_parallel
 from jaxdeploy.tokenizer import Tokenizer
 
-USUAL = {"ngram": 7, "draft": 3, "eagle3": 3}
-"""Tokens guessed at a time unless a count is given."""
+DEFAULT_DRAFTS = {"ngram": 7, "draft": 3, "eagle3": 3}
+"""Method → drafts of a step if no count is given."""
 
 
 @dataclass(frozen=True)
 class DraftModel:
-    """The model that guesses: its folder, its ``config.json``, and what that means; ``eagle3`` for a head."""
+    """A model that makes drafts.
+
+    Attributes:
+        folder: of its files.
+        hf: its ``config.json``.
+        config: the options that follow from it.
+        eagle3: the options of a head; ``None`` for a model of its own.
+    """
 
     folder: Path
     hf: Mapping[str, Any]
@@ -47,7 +54,7 @@ class DraftModel:
     eagle3: Eagle3Config | None = None
 
 
-class Guessing(NamedTuple):
+class Drafting(NamedTuple):
     """How drafts are made.
 
     Attributes:
@@ -62,7 +69,7 @@ class Guessing(NamedTuple):
 
 
 def method_of(config: EngineConfig) -> str | None:
-    """Who guesses, ``None`` where nobody does. Raises ``ConfigError`` where a model is missing, or one too many."""
+    """Return the method that makes drafts, or ``None``. Raises ``ConfigError``: a model is missing or superfluous."""
     method, model = config.speculative_method, config.speculative_model
     if method is None:
         return "draft" if model else None
@@ -74,7 +81,7 @@ def method_of(config: EngineConfig) -> str | None:
 
 
 def find_draft_model(folder: Path, model: ModelConfig, config: EngineConfig) -> DraftModel | None:
-    """The model that ``config`` names to guess for ``model``, the one in ``folder``, if it names one.
+    """Return the draft model that ``config`` names for ``model``, which is in ``folder``; ``None`` if it names none.
 
     Raises ``ConfigError`` where it has other tokens, ``CheckpointError`` where a head is for another model, and what
     ``resolve_model`` and ``family_of`` raise.
@@ -103,7 +110,7 @@ def load_draft_model(
     outputs_first: bool,
     progress: bool,
 ) -> Model | None:
-    """The model that guesses for ``model``, if one does. Raises ``CheckpointError``."""
+    """Load ``draft``, the draft model of ``model``, if there is one. Raises ``CheckpointError``."""
     if draft is None:
         return None
     if draft.eagle3 is not None:
@@ -129,14 +136,14 @@ def build_speculation(
     mesh: Mesh,
     dtype: CacheDtype,
     limits: Limits,
-) -> Guessing:
+) -> Drafting:
     """Return what ``config`` asks for; ``model`` is the loaded ``draft``."""
     method = method_of(config)
     if method is None:
-        return Guessing()
-    count = config.num_speculative_tokens or USUAL[method]
+        return Drafting()
+    count = config.num_speculative_tokens or DEFAULT_DRAFTS[method]
     if draft is None or model is None:
-        return Guessing(Speculation(NgramProposer(), count))
+        return Drafting(Speculation(NgramProposer(), count))
     pools = allocate_pools(model.cache_layouts, plan, mesh, dtype)
     features, tap = None, None
     if draft.eagle3 is not None and isinstance(model, Eagle3):
@@ -150,7 +157,7 @@ def build_speculation(
     state = DeviceState.of(pools, slots, session_len, mesh)
     runner = ModelRunner(model, steps, state, features=features)
     proposer: Proposer = DraftProposer(runner, shapes, draft.config.vocab_size, count, first=1 if features else 0)
-    return Guessing(Speculation(proposer, count), features, tap)
+    return Drafting(Speculation(proposer, count), features, tap)
 
 
 def _tokens(folder: Path) -> list[str]:
