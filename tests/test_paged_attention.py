@@ -109,7 +109,7 @@ def test_paged_is_dense(window: int | None) -> None:
         q = jnp.concatenate(queries)[None]
         rows = (jnp.asarray(table), *(jnp.array([n], jnp.int32) for n in (0, 40)))
         dense = dense_attention(q, qkv[None, :, :, -2], qkv[None, :, :, -1], ScoreOptions(0.25, window))
-        return paged_attention(PagedAttentionCall(q, pool, *rows, ScoreOptions(0.25, window))), dense
+        return paged_attention(PagedAttentionCall(q, pool, *rows, scores=ScoreOptions(0.25, window))), dense
 
     paged, dense = both(jnp.zeros((6, 2, 2, 16, 16), jnp.float32))
     # Logits below 10 from sums over H, and outputs below 4 from sums over the tokens.

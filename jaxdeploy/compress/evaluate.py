@@ -91,7 +91,7 @@ class FakeQuantizedKV:
         q = rotated(qkv[:, :, :-2].reshape(tokens, -1, size), scheme)
         k, v = self._cached(rotated(qkv[:, :, -2], scheme)), self._cached(qkv[:, :, -1])
         batched = (x.reshape(self.sequences, -1, *x.shape[1:]) for x in (q, k, v))
-        return dense_attention(*batched, scores).reshape(q.shape), pool
+        return dense_attention(*batched, scores=scores).reshape(q.shape), pool
 
     def _cached(self, x: jax.Array) -> jax.Array:
         return dequantize(*quantize(x, self.bits), self.bits).astype(x.dtype)

@@ -60,7 +60,7 @@ class DenseContext:
         q = rotated(qkv[:, :, :-2].reshape(tokens, -1, size), scheme)
         k, v = rotated(qkv[:, :, -2], scheme), qkv[:, :, -1]
         batched = (x.reshape(self.sequences, -1, *x.shape[1:]) for x in (q, k, v))
-        return dense_attention(*batched, scores).reshape(q.shape), pool
+        return dense_attention(*batched, scores=scores).reshape(q.shape), pool
 
 
 @jax.tree_util.register_dataclass

@@ -224,9 +224,17 @@ def _layer(
         down_bias=weights.down_bias,
         mlp_norm=weights.mlp_norm,
     )
-    axis_name = TP_AXIS if axis_size(options.mesh, TP_AXIS) > 1 else None
-    static = (options.scores, options.num_heads, options.eps, axis_name)
-    call = DecodeLayerCall(x, normed, matrices, next_norm, *where, *static)
+    call = DecodeLayerCall(
+        x,
+        normed,
+        matrices,
+        next_norm,
+        *where,
+        scores=options.scores,
+        num_heads=options.num_heads,
+        eps=options.eps,
+        axis_name=TP_AXIS if axis_size(options.mesh, TP_AXIS) > 1 else None,
+    )
     return decode_layer(call, backend=KERNELS)
 
 
