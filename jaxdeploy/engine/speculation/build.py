@@ -45,7 +45,7 @@ class DraftModel:
         folder: of its files.
         hf: its ``config.json``.
         config: the options that follow from it.
-        eagle3: the options of a head; ``None`` for a model of its own.
+        eagle3: the options of a head; ``None`` for a complete model.
     """
 
     folder: Path

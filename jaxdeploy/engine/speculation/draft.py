@@ -37,7 +37,7 @@ class _Seen(Chunk):
 
 
 class DraftProposer:
-    """Makes drafts with a model of its own, whose pools have the same blocks and use the same block tables.
+    """Makes drafts with a second model. Its pools have the same number of blocks and use the same block tables.
 
     ``Sequence.draft.computed`` tokens are computed. Tokens that it has not seen, of a prompt or decoded without drafts,
     are computed in chunks first, from token ``first`` on. Tokens accepted since the last call are then verified like
