@@ -26,7 +26,7 @@ from jaxdeploy.models.attention import PagedContext, Rows
 from jaxdeploy.models.cache_layout import CacheDtype, CacheLayout, FeaturesLayout, HeadsLayout, PoolArray
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.layers import parameter
-from jaxdeploy.models.rope import Rotary, apply_rotary
+from jaxdeploy.models.rope import Rotary, rotated
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import sharding_of
 from tests.tiny_models import (
@@ -77,8 +77,8 @@ class LatentAttention(nnx.Module):
         self, x: jax.Array, rotary: Rotary, context: PagedContext, pool: Any, selected: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         q, new = jnp.einsum("td,dnw->tnw", x, self.wq[...]), x @ self.down[...]
-        q = jnp.concatenate([q[..., :RANK], apply_rotary(q[..., RANK:], rotary)], axis=-1)
-        key = apply_rotary(new[:, None, RANK:], rotary)[:, 0]
+        q = jnp.concatenate([q[..., :RANK], rotated(q[..., RANK:], rotary)], axis=-1)
+        key = rotated(new[:, None, RANK:], rotary)[:, 0]
         pool = {"latent": put(pool["latent"], new[:, :RANK], context), "rotary": put(pool["rotary"], key, context)}
         outputs, start = [], 0
         for rows in context.regions:

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from jaxdeploy.engine.device.buckets import StepShape
-from jaxdeploy.engine.device.step_plan import plan_steps
+from jaxdeploy.engine.device.step_plan import StepPlan, plan_steps
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import PagedContext, Rows
@@ -125,6 +125,21 @@ def test_what_the_fused_kernels_refuse_runs_op_by_op(caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, "jaxdeploy"):
         step("decode_layer=pallas_triton", dtype="float32")
     assert "run op by op: decode_layer: pallas_triton takes bfloat16 and float16, not float32" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "fused"),
+    [
+        (StepShape(4, 0, ENTRIES, 8), True),
+        (StepShape(4, 0, ENTRIES, 8, repeats=3), True),
+        (StepShape(8, 0, ENTRIES, 8), False),
+        (StepShape(4, 32, ENTRIES, 8), False),
+        (StepShape(4, 0, ENTRIES, 8, drafts=2), False),
+        (StepShape(4, 0, ENTRIES, 8, adapted=True), False),
+    ],
+)
+def test_only_planned_decodes_are_fused(shape: StepShape, fused: bool) -> None:
+    assert StepPlan(make_mesh(1), frozenset({4})).is_fused(shape) == fused
 
 
 class OtherMLP(MLP):

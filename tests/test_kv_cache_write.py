@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdeploy.models.rope import apply_rotary
+from jaxdeploy.models import rope
 from pallas_kernels.dispatch import NoBackendError
 from pallas_kernels.kv_cache_write import BACKENDS, KVCacheWriteCall, kv_cache_write
 from pallas_kernels.kv_cache_write.shapes import (
@@ -217,7 +217,7 @@ def test_a_write_elsewhere_is_noticed() -> None:
 def test_it_rotates_as_the_model_does() -> None:
     qkv, cos, sin, pool, slots = made(BY_NAME["float32"])
     q, _ = write(qkv, cos, sin, pool, slots, backend="reference")
-    model = jax.jit(apply_rotary)(qkv[:, :, :-2].reshape(q.shape), (cos, sin))
+    model = jax.jit(rope.rotated)(qkv[:, :, :-2].reshape(q.shape), rope.Rotary(cos, sin))
     np.testing.assert_allclose(q, model, rtol=0, atol=8 * unit_roundoff(jnp.float32))
 
 

@@ -33,10 +33,11 @@ from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.decoder import Decoder, abstract_params, cache_layouts, decoder_from
 from jaxdeploy.models.dense import DenseDecoder
 from jaxdeploy.models.model import Positions
-from jaxdeploy.models.rope import RopeConfig, Rotary, apply_rotary
+from jaxdeploy.models.rope import PositionScheme, RopeConfig, rotated
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import ENVIRONMENT
 from pallas_kernels.kv_pool import QuantizedPool, dequantize, quantize
+from pallas_kernels.score_options import ScoreOptions
 from tests.selection import every_other
 from tests.tiny_models import (
     BLOCK_SIZE,
@@ -148,13 +149,13 @@ class Rounded:
 
     bits: int = field(metadata={"static": True})
 
-    def attend(self, qkv: jax.Array, rotary: Rotary, pool: Any, window: int | None) -> tuple[jax.Array, Any]:
+    def attend(self, qkv: jax.Array, scheme: PositionScheme, pool: Any, scores: ScoreOptions) -> tuple[jax.Array, Any]:
         tokens, _, _, size = qkv.shape
-        q = apply_rotary(qkv[:, :, :-2].reshape(tokens, -1, size), rotary)
-        both = jnp.stack([apply_rotary(qkv[:, :, -2], rotary), qkv[:, :, -1]])
+        q = rotated(qkv[:, :, :-2].reshape(tokens, -1, size), scheme)
+        both = jnp.stack([rotated(qkv[:, :, -2], scheme), qkv[:, :, -1]])
         fixed = None if pool is None else jnp.broadcast_to(pool[:, None], (*both.shape[:-1], 2))
         k, v = dequantize(*quantize(both, self.bits, fixed), self.bits)
-        return dense_attention(q[None], k[None], v[None], window=window).reshape(q.shape), pool
+        return dense_attention(q[None], k[None], v[None], scores).reshape(q.shape), pool
 
 
 @functools.cache

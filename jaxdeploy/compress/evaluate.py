@@ -23,10 +23,11 @@ from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.layers import Embedding, Head
 from jaxdeploy.models.model import Positions
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.models.rope import Rotary, apply_rotary
+from jaxdeploy.models.rope import PositionScheme, rotated
 from jaxdeploy.models.weights import tensor_parallel
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.kv_pool import Pool, dequantize, quantize
+from pallas_kernels.score_options import ScoreOptions
 
 ROWS = 128
 """Rows of V logits that are worked on at a time: what lies between logits and losses is never larger than that."""
@@ -83,14 +84,14 @@ class FakeQuantizedKV:
     bits: int = field(metadata={"static": True})
 
     def attend(
-        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+        self, qkv: jax.Array, scheme: PositionScheme, pool: Pool | None, scores: ScoreOptions
     ) -> tuple[jax.Array, Pool | None]:
         """See ``AttentionContext``."""
         tokens, _, _, size = qkv.shape
-        q = apply_rotary(qkv[:, :, :-2].reshape(tokens, -1, size), rotary)
-        k, v = self._cached(apply_rotary(qkv[:, :, -2], rotary)), self._cached(qkv[:, :, -1])
+        q = rotated(qkv[:, :, :-2].reshape(tokens, -1, size), scheme)
+        k, v = self._cached(rotated(qkv[:, :, -2], scheme)), self._cached(qkv[:, :, -1])
         batched = (x.reshape(self.sequences, -1, *x.shape[1:]) for x in (q, k, v))
-        return dense_attention(*batched, window=window).reshape(q.shape), pool
+        return dense_attention(*batched, scores=scores).reshape(q.shape), pool
 
     def _cached(self, x: jax.Array) -> jax.Array:
         return dequantize(*quantize(x, self.bits), self.bits).astype(x.dtype)

@@ -19,8 +19,9 @@ from jaxdeploy.models.attention import AttentionContext, DenseContext
 from jaxdeploy.models.block import Block, BlockConfig
 from jaxdeploy.models.linears import put_weight, weight_at
 from jaxdeploy.models.model import Positions
-from jaxdeploy.models.rope import Rotary, apply_rotary
+from jaxdeploy.models.rope import PositionScheme, rotated
 from pallas_kernels.kv_pool import Pool
+from pallas_kernels.score_options import ScoreOptions
 from pallas_kernels.w8a8_matmul.reference import quantize_tokens
 
 LayerParams = Mapping[tuple[str, ...], jax.Array]
@@ -125,11 +126,11 @@ class _Ranges:
     note: Callable[[tuple[jax.Array, jax.Array]], None]
 
     def attend(
-        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+        self, qkv: jax.Array, scheme: PositionScheme, pool: Pool | None, scores: ScoreOptions
     ) -> tuple[jax.Array, Pool | None]:
         """See ``AttentionContext``."""
-        self.note((apply_rotary(qkv[:, :, -2], rotary), qkv[:, :, -1]))
-        return self.dense.attend(qkv, rotary, pool, window)
+        self.note((rotated(qkv[:, :, -2], scheme), qkv[:, :, -1]))
+        return self.dense.attend(qkv, scheme, pool, scores)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 from jaxdeploy.models.cache_layout import HeadsLayout
 from jaxdeploy.models.layers import Weight, linear, value_of
 from jaxdeploy.models.linears import LinearInput, LinearSpec, Outputs, whole
-from jaxdeploy.models.rope import RopeConfig, Rotary, RotaryPositions, apply_rotary
+from jaxdeploy.models.rope import PositionScheme, RopeConfig, RotaryPositions, rotated, whole_head
 from jaxdeploy.parallel.sharding import per_device, spec
 from pallas_kernels.kv_cache_write import kv_cache_write
 from pallas_kernels.kv_pool import Pool
@@ -30,9 +29,16 @@ class AttentionContext(Protocol):
     """Where a step's tokens find the keys and values they attend to."""
 
     def attend(
-        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+        self, qkv: jax.Array, scheme: PositionScheme, pool: Pool | None, scores: ScoreOptions
     ) -> tuple[jax.Array, Pool | None]:
-        """``qkv`` [T, K, N / K + 2, H] (a KV head's queries, key, value) → ([T, N, H], updated ``pool``)."""
+        """Return attention [T, N, H], and the updated ``pool``.
+
+        Args:
+            qkv: [T, K, N / K + 2, H]; a KV head has its query heads, then its key, then its value.
+            scheme: how positions enter queries and keys.
+            pool: keys and values of the layer; ``None`` without a cache.
+            scores: scale, window and other options of the scores.
+        """
         ...
 
 
@@ -47,14 +53,14 @@ class DenseContext:
     sequences: int = field(metadata={"static": True})
 
     def attend(
-        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+        self, qkv: jax.Array, scheme: PositionScheme, pool: Pool | None, scores: ScoreOptions
     ) -> tuple[jax.Array, Pool | None]:
         """See ``AttentionContext``."""
         tokens, _, _, size = qkv.shape
-        q = apply_rotary(qkv[:, :, :-2].reshape(tokens, -1, size), rotary)
-        k, v = apply_rotary(qkv[:, :, -2], rotary), qkv[:, :, -1]
+        q = rotated(qkv[:, :, :-2].reshape(tokens, -1, size), scheme)
+        k, v = rotated(qkv[:, :, -2], scheme), qkv[:, :, -1]
         batched = (x.reshape(self.sequences, -1, *x.shape[1:]) for x in (q, k, v))
-        return dense_attention(*batched, window=window).reshape(q.shape), pool
+        return dense_attention(*batched, scores=scores).reshape(q.shape), pool
 
 
 @jax.tree_util.register_dataclass
@@ -92,46 +98,56 @@ class PagedContext:
     mesh: Mesh = field(metadata={"static": True})
 
     def attend(
-        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+        self, qkv: jax.Array, scheme: PositionScheme, pool: Pool | None, scores: ScoreOptions
     ) -> tuple[jax.Array, Pool | None]:
         """See ``AttentionContext``."""
         assert pool is not None, "a paged step needs its KV pool"
         heads, whole, blocks = spec(None, "kv_heads"), spec(), spec(*HeadsLayout.AXES)
-        attend = per_device(
-            self.mesh, partial(_attend_paged, window=window), (heads, whole, blocks, whole, whole), (heads, blocks)
-        )
-        attended: tuple[jax.Array, Pool] = attend(qkv, rotary, pool, self.slots, self.regions)
+        ins = (heads, whole, blocks, whole, whole, spec("heads"))
+        attend = per_device(self.mesh, _attend_paged, ins, (heads, blocks))
+        attended: tuple[jax.Array, Pool] = attend(qkv, scheme, pool, self.slots, self.regions, scores)
         return attended
 
 
 def _attend_paged(
-    qkv: jax.Array, rotary: Rotary, pool: Pool, slots: jax.Array, regions: tuple[Rows, ...], *, window: int | None
+    qkv: jax.Array,
+    scheme: PositionScheme,
+    pool: Pool,
+    slots: jax.Array,
+    regions: tuple[Rows, ...],
+    scores: ScoreOptions,
 ) -> tuple[jax.Array, Pool]:
     """Write the new keys and values, then let every region attend; heads are those of one device."""
-    q, pool = kv_cache_write(qkv, *rotary, pool, slots)
+    qkv, angles = whole_head(qkv, scheme)
+    q, pool = kv_cache_write(qkv, *angles, pool, slots)
     outputs, start = [], 0
     for rows in regions:
         queries = q[start : start + rows.tokens].reshape(-1, rows.query_length, *q.shape[1:])
         where = (rows.block_tables, rows.first_positions, rows.lengths)
-        call = PagedAttentionCall(queries, pool, *where, scores=ScoreOptions(_scale(q), window))
+        call = PagedAttentionCall(queries, pool, *where, scores=scores)
         outputs.append(paged_attention(call).reshape(-1, *q.shape[1:]))
         start += rows.tokens
     return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0], pool
 
 
-def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None) -> jax.Array:
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, scores: ScoreOptions) -> jax.Array:
     """Causal attention over whole sequences: ``q`` [B, T, N, H], ``k`` and ``v`` [B, T, K, H] → [B, T, N, H]."""
     sequences, tokens, heads, size = q.shape
-    grouped = q.reshape(sequences, tokens, k.shape[2], heads // k.shape[2], size)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * _scale(q)
+    groups = (k.shape[2], heads // k.shape[2])
+    grouped = q.reshape(sequences, tokens, *groups, size)
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * scores.scale
+    if scores.softcap is not None:
+        logits = scores.softcap * jnp.tanh(logits / scores.softcap)
     age = jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None, :]
-    visible = (age >= 0) if window is None else (age >= 0) & (age < window)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    if scores.slopes is not None:
+        logits = logits - scores.slopes.reshape(*groups, 1, 1) * age.astype(jnp.float32)
+    visible = (age >= 0) if scores.window is None else (age >= 0) & (age < scores.window)
+    logits = jnp.where(visible, logits, -jnp.inf)
+    if scores.sinks is not None:  # one more logit, whose weight is dropped
+        sinks = jnp.broadcast_to(scores.sinks.reshape(*groups, 1, 1), (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, sinks], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., :tokens].astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
-
-
-def _scale(q: jax.Array) -> float:
-    return 1.0 / math.sqrt(q.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -229,17 +245,22 @@ class Attention(nnx.Module):
         )
         return qkv, out
 
+    @property
+    def scores(self) -> ScoreOptions:
+        """Scale and window of the scores."""
+        return ScoreOptions(1.0 / math.sqrt(self.config.head_dim), self.config.window)
+
     def __call__(
         self,
         x: jax.Array,
-        rotary: Rotary,
+        scheme: PositionScheme,
         context: AttentionContext,
         pool: Pool | None,
         wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, Pool | None]:
         """``x`` [T, D] → ([T, D], or the ``wanted`` rows of it; updated ``pool``)."""
         qkv = linear(x, self.wqkv, value_of(self.bqkv))
-        out, pool = context.attend(qkv, rotary, pool, self.config.window)
+        out, pool = context.attend(qkv, scheme, pool, self.scores)
         out = out if wanted is None else out[wanted]
         return linear(out, self.wo, value_of(self.bo)), pool
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxdeploy.models.attention import AttentionContext
 from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.linears import LinearSpec
-from jaxdeploy.models.rope import Rotary, RotaryPositions
+from jaxdeploy.models.rope import PositionScheme, RotaryPositions
 from pallas_kernels.kv_pool import Pool
 
 
@@ -30,7 +30,7 @@ class Block(Protocol):
     def __call__(
         self,
         x: jax.Array,
-        rotary: Rotary,
+        scheme: PositionScheme,
         context: AttentionContext,
         pool: Pool | None,
         wanted: jax.Array | None = None,

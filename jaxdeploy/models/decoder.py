@@ -16,7 +16,7 @@ from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
 from jaxdeploy.models.model import Encoder, Hidden, Pools, Positions
-from jaxdeploy.models.rope import Rotary
+from jaxdeploy.models.rope import PositionScheme
 from jaxdeploy.models.weights import ParamPath
 from pallas_kernels.kv_pool import Pool
 
@@ -89,14 +89,14 @@ def _run_layer(
     graph: nnx.GraphDef[Any],
     weights: nnx.State[Any, Any],
     x: jax.Array,
-    rotary: Rotary,
+    scheme: PositionScheme,
     context: AttentionContext,
     pool: Pool | None,
     wanted: jax.Array | None,
 ) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
     layer: Block = nnx.merge(graph, weights)
-    return layer(x, rotary, context, pool, wanted)
+    return layer(x, scheme, context, pool, wanted)
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -17,7 +17,8 @@ from jaxdeploy.models.attention import Attention, AttentionConfig, PagedContext,
 from jaxdeploy.models.cache_layout import HeadsLayout
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.layer import Layer
-from jaxdeploy.models.layers import RMSNorm, Weight, value_of
+from jaxdeploy.models.layers import RMSNorm, Weight
+from jaxdeploy.models.leaves import axes_of
 from jaxdeploy.models.mlp import MLP, MLPConfig
 from jaxdeploy.models.model import Hidden, Model, Positions
 from jaxdeploy.models.quantized import Int4Weight
@@ -30,23 +31,6 @@ from pallas_kernels.w4a16_matmul.layout import is_packed
 
 KERNELS = "pallas_triton"
 """The backend to go this way for; the op's reference is no faster than layer by layer."""
-
-_AXES: dict[str, tuple[str | None, ...]] = {
-    "wqkv": ("embed", "kv_heads"),
-    "bqkv": ("kv_heads",),
-    "wo": ("heads", None, "embed"),
-    "bo": ("embed",),
-    "gate_up": ("embed", None, "mlp"),
-    "gate_up_bias": (None, "mlp"),
-    "down": ("mlp", "embed"),
-    "down_bias": ("embed",),
-    "mlp_norm": ("embed",),
-}
-"""Logical axes of a layer's parameters, in the shapes they have in the modules."""
-
-_INPUT_AXES = {"wo": 2}
-"""Axes of a weight that are inputs, where that is not the first alone."""
-
 
 _OPTIONS = {
     AttentionConfig: frozenset(
@@ -162,63 +146,64 @@ def decode_hidden(
     norms = [*(layer.attention_norm for layer in decoder.layers[1:]), decoder.norm]
     for layer, next_norm, pool in zip(decoder.layers, norms, pools, strict=True):
         residuals.append(x)
-        options = _options(layer, context.mesh)
-        x, normed, pool = _run_layer(options, x, normed, _weights(layer), next_norm.scale[...], pool, *where)
+        options, weights = _options(layer, context.mesh), _layer_weights(layer, lambda param: param[...])
+        x, normed, pool = _run_layer(options, x, normed, weights, next_norm.scale[...], pool, *where)
         updated.append(pool)
     return Hidden(normed[:tokens], updated, tuple(residuals[index][:tokens] for index in taps))
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What is static about a layer; ``num_heads`` of one device."""
+    """What is static in a layer.
+
+    Attributes:
+        num_heads: of one device.
+        scores: of attention.
+        eps: of both norms.
+        specs: how the weights are cut over the mesh.
+        mesh: the devices.
+    """
 
     num_heads: int
-    scale: float
+    scores: ScoreOptions
     eps: float
-    window: int | None
+    specs: LayerWeights
     mesh: Mesh
 
 
 def _options(layer: Layer, mesh: Mesh) -> _Options:
-    attention = layer.attention.config
-    heads = attention.num_heads // axis_size(mesh, TP_AXIS)
-    return _Options(heads, 1.0 / math.sqrt(attention.head_dim), layer.mlp_norm.eps, attention.window, mesh)
+    heads = layer.attention.config.num_heads // axis_size(mesh, TP_AXIS)
+    specs = _layer_weights(layer, lambda param: spec(*axes_of(param)))
+    return _Options(heads, layer.attention.scores, layer.mlp_norm.eps, specs, mesh)
 
 
-def _weights(layer: Layer) -> LayerWeights:
+def _layer_weights(layer: Layer, of: Callable[[nnx.Param[jax.Array]], Any]) -> LayerWeights:
+    """Return ``of(param)`` for each parameter of a layer that the kernels take."""
     attention, mlp = layer.attention, layer.mlp
-    return LayerWeights(
-        wqkv=_array(attention.wqkv),
-        bqkv=value_of(attention.bqkv),
-        wo=_array(attention.wo),
-        bo=value_of(attention.bo),
-        gate_up=_array(mlp.gate_up),
-        gate_up_bias=value_of(mlp.gate_up_bias),
-        down=_array(mlp.down),
-        down_bias=value_of(mlp.down_bias),
-        mlp_norm=layer.mlp_norm.scale[...],
-    )
+    params = {
+        "wqkv": _stored(attention.wqkv),
+        "bqkv": attention.bqkv,
+        "wo": _stored(attention.wo),
+        "bo": attention.bo,
+        "gate_up": _stored(mlp.gate_up),
+        "gate_up_bias": mlp.gate_up_bias,
+        "down": _stored(mlp.down),
+        "down_bias": mlp.down_bias,
+        "mlp_norm": layer.mlp_norm.scale,
+    }
+    values: dict[str, Any] = {name: None if param is None else of(param) for name, param in params.items()}
+    return LayerWeights(**values)
 
 
-def _array(weight: Weight) -> jax.Array:
-    return weight.packed[...] if isinstance(weight, Int4Weight) else cast("nnx.Param[jax.Array]", weight)[...]
-
-
-def _specs(weights: LayerWeights) -> LayerWeights:
-    """Where each array is cut; a packed weight has one input axis, and behind it one for words and scales."""
-    specs: dict[str, Any] = {}
-    for name, axes in _AXES.items():
-        array = getattr(weights, name)
-        packed = array is not None and is_packed(array)
-        specs[name] = spec(axes[0], None, *axes[_INPUT_AXES.get(name, 1) :]) if packed else spec(*axes)
-    return LayerWeights(**specs)
+def _stored(weight: Weight) -> nnx.Param[jax.Array]:
+    return weight.packed if isinstance(weight, Int4Weight) else cast("nnx.Param[jax.Array]", weight)
 
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(options: _Options, *args: Any) -> tuple[jax.Array, jax.Array, Pool]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
     whole, pool = spec(), spec(*HeadsLayout.AXES)
-    ins = (whole, whole, _specs(args[2]), whole, pool, whole, whole, whole, whole)
+    ins = (whole, whole, options.specs, whole, pool, whole, whole, whole, whole)
     layer = per_device(options.mesh, partial(_layer, options), ins, (whole, whole, pool))
     out: tuple[jax.Array, jax.Array, Pool] = layer(*args)
     return out
@@ -241,7 +226,7 @@ def _layer(
     )
     call = DecodeLayerCall(
         *(x, normed, matrices, next_norm, *where),
-        scores=ScoreOptions(options.scale, options.window),
+        scores=options.scores,
         num_heads=options.num_heads,
         eps=options.eps,
         axis_name=TP_AXIS if axis_size(options.mesh, TP_AXIS) > 1 else None,

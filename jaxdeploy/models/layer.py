@@ -14,7 +14,7 @@ from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.layers import RMSNorm
 from jaxdeploy.models.linears import LinearSpec, NormInput, within
 from jaxdeploy.models.mlp import MLPConfig
-from jaxdeploy.models.rope import Rotary, RotaryPositions
+from jaxdeploy.models.rope import PositionScheme, RotaryPositions
 from pallas_kernels.kv_pool import Pool
 
 
@@ -74,12 +74,12 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        rotary: Rotary,
+        scheme: PositionScheme,
         context: AttentionContext,
         pool: Pool | None,
         wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, Pool | None]:
         """See ``Block``."""
-        attended, pool = self.attention(self.attention_norm(x), rotary, context, pool, wanted)
+        attended, pool = self.attention(self.attention_norm(x), scheme, context, pool, wanted)
         normed, x = self.mlp_norm.added(attended, x if wanted is None else x[wanted])
         return x + self.mlp(normed), pool

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +27,7 @@ from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.device.step import DeviceState
 from jaxdeploy.engine.device.step_plan import plan_steps
 from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.limits import Limits
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.limits import SchedulerLimits
@@ -63,18 +63,6 @@ logger = logging.getLogger("jaxdeploy")
 
 DEFAULT_SESSION_LEN = 8192
 DEFAULT_CACHE_DIR = Path("~/.cache/jaxdeploy/xla")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What an engine is sized for, once the gaps of an ``EngineConfig`` are filled."""
-
-    session_len: int
-    max_batch_size: int
-    max_prefill_tokens: int
-    max_mixed_tokens: int
-    decode_steps: int
-    dtype: jnp.dtype
 
 
 def build_engine(

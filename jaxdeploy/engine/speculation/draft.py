@@ -1,4 +1,4 @@
-"""Drafts of a smaller model, which samples like the large one: with the same settings, and with the same noise."""
+"""Drafts of a smaller model, which samples with the settings and the noise of the large one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class _Known(Chunk):
-    """A chunk behind which the token is known, so that none is sampled."""
+    """A chunk whose next token is known, so none is sampled."""
 
     @property
     def samples(self) -> bool:
@@ -28,7 +28,7 @@ class _Known(Chunk):
 
 
 class _Seen(Chunk):
-    """One whose drafts are the sequence's own tokens."""
+    """A chunk whose drafts are tokens of the sequence."""
 
     @property
     def verifies(self) -> bool:
@@ -37,7 +37,7 @@ class _Seen(Chunk):
 
 
 class DraftProposer:
-    """A model of its own on the blocks of the sequences: ``runner``'s pools have as many, found by the same tables.
+    """Makes drafts with a second model. Its pools have the same number of blocks and use the same block tables.
 
     ``Sequence.draft.computed`` tokens are computed. Tokens that it has not seen, of a prompt or decoded without drafts,
     are computed in chunks first, from token ``first`` on. Tokens accepted since the last call are then verified like
@@ -53,7 +53,7 @@ class DraftProposer:
         self._vocab_size = vocab_size
         self._count = count
         self._first = first
-        self._most_prefill = max(shape.prefill_tokens for shape in shapes)
+        self._max_prefill = max(shape.prefill_tokens for shape in shapes)
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
         """See ``Proposer``."""
@@ -61,9 +61,9 @@ class DraftProposer:
         if not room:
             return {}
         self._catch_up(list(room))
-        first = self._guess_first(list(room))
-        going = [sequence for sequence, most in room.items() if most >= self._count - 1 > 0]
-        others = self._guess_others(going) if going else {}
+        first = self._draft_first(list(room))
+        longer = [sequence for sequence, most in room.items() if most >= self._count - 1 > 0]
+        others = self._draft_others(longer) if longer else {}
         return {sequence: (first[sequence], *others.get(sequence, ()))[:most] for sequence, most in room.items()}
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
@@ -79,29 +79,29 @@ class DraftProposer:
         self._runner.close()
 
     def _catch_up(self, sequences: list[Sequence]) -> None:
-        """Compute all but the last token of sequences that are too far behind for one row."""
-        behind = [
+        """Compute all but the last token of sequences whose new tokens do not fit in one row."""
+        late = [
             item
             for item in sequences
             if not item.draft.computed or len(item.token_ids) - item.draft.computed > self._count + 1
         ]
-        for sequence in behind:
+        for sequence in late:
             assert sequence.placement.slot is not None, "a sequence that decodes has a slot"
             self._runner.write_tokens(sequence.placement.slot, sequence.token_ids)
             sequence.draft.computed = max(sequence.draft.computed, self._first)
-        while behind:
-            chunks, left = [], self._most_prefill
-            for sequence in behind:
+        while late:
+            chunks, left = [], self._max_prefill
+            for sequence in late:
                 length = min(len(sequence.token_ids) - 1 - sequence.draft.computed, left)
                 if length > 0:
                     chunks.append(_Known(sequence, sequence.draft.computed, length))
                     sequence.draft.computed += length
                     left -= -(-length // ROW_LENGTH) * ROW_LENGTH
             self._run(ScheduledBatch(chunks=tuple(chunks)))
-            behind = [sequence for sequence in behind if sequence.draft.computed < len(sequence.token_ids) - 1]
+            late = [sequence for sequence in late if sequence.draft.computed < len(sequence.token_ids) - 1]
 
-    def _guess_first(self, sequences: list[Sequence]) -> dict[Sequence, int]:
-        """Compute what is new, behind the last token that is not, and sample what comes next."""
+    def _draft_first(self, sequences: list[Sequence]) -> dict[Sequence, int]:
+        """Compute tokens that are new to the model, and sample the next one."""
         rows = [
             _Seen(
                 item,
@@ -116,7 +116,7 @@ class DraftProposer:
             sequence.draft.computed = len(sequence.token_ids)
         return {row.sequence: int(tokens[0, places[row.sequence] + len(row.drafts)]) for row in rows}
 
-    def _guess_others(self, sequences: list[Sequence]) -> dict[Sequence, tuple[int, ...]]:
+    def _draft_others(self, sequences: list[Sequence]) -> dict[Sequence, tuple[int, ...]]:
         steps = self._count - 1
         rows = tuple(Chunk(sequence, len(sequence.token_ids), steps) for sequence in sequences)
         tokens, places = self._run(ScheduledBatch(decodes=rows, repeats=steps))
