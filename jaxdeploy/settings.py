@@ -11,6 +11,8 @@ import difflib
 import functools
 import itertools
 import logging
+import math
+import numbers
 import os
 import types
 import typing
@@ -25,36 +27,46 @@ from jaxdeploy.files.stored import read_text, shown
 T = TypeVar("T")
 logger = logging.getLogger("jaxdeploy")
 
-CLOSE = 0.7
-"""How much alike two names are of which one is suggested for the other; 1: the same."""
+MIN_SIMILARITY = 0.7
+"""Similarity of two names from which one is suggested for the other, from 0 to 1."""
 
 _EMPTY: tuple[Any, ...] = (False, "", [], {})
-_LARGEST = 1e308
+_PLAIN = (bool, int, float, str, list, tuple, dict)
+"""Types whose values can be compared; arrays cannot."""
+_MAX_NUMBER = 1e308
 """Whole numbers beyond it have no float; infinity and NaN fail the comparison."""
-_LONGEST_YAML = 256 * 2**10
-"""Bytes; more would take minutes to parse."""
-_DEEPEST_YAML = 50
+_MAX_YAML_SIZE = 256 * 2**10
+"""Bytes. Longer files could take minutes to parse."""
+_MAX_YAML_DEPTH = 50
 _TYPE_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+
+
+class Rule(NamedTuple):
+    """A condition on values: its text, and a function that checks it."""
+
+    text: str
+    holds: Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known about one field beside its name, type and default.
+    """Everything known about a field except its name, type and default. See ``setting`` for the first six fields.
 
-    At most one of these is set: ``ignored``, why the field means nothing here (its values are dropped and one line
-    is logged); ``missing``, what to do as long as the feature is not there (its values raise, but for those in
-    ``fine`` and empty ones); ``alias``, the field that this is another name of.
+    Attributes:
+        secret: values are never shown, and an empty one raises.
+        ignored: why values are dropped, with one line logged; empty: they are not.
+        missing: advice for users of a feature that does not exist yet. Values raise, except empty ones and ``fine``.
+        fine: the values of a missing feature that do not raise.
+        alias: the field that this one is another name of.
 
-    ``secret``: values are never shown, and an empty one raises.
+    At most one of ``ignored``, ``missing`` and ``alias`` is set.
     """
 
     help: str = ""
     choices: tuple[Any, ...] = ()
-    rule: str = ""
-    holds: Callable[[Any], bool] | None = None
+    rule: Rule | None = None
     advice: str = ""
-    words: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    reads: Callable[[Any], Any] | None = None
+    reads: Mapping[str, Any] | Callable[[Any], Any] | None = None
     flag: bool = True
     secret: bool = False
     ignored: str = ""
@@ -82,19 +94,23 @@ def setting(
     help: str,
     *,
     choices: tuple[Any, ...] = (),
-    rule: str = "",
-    holds: Callable[[Any], bool] | None = None,
+    rule: Rule | None = None,
     advice: str = "",
-    words: Mapping[str, Any] | None = None,
-    reads: Callable[[Any], Any] | None = None,
+    reads: Mapping[str, Any] | Callable[[Any], Any] | None = None,
     flag: bool = True,
 ) -> Any:
-    """A field: ``rule`` says in words what ``holds`` checks, ``advice`` what to do when it does not.
+    """Return a dataclass field.
 
-    ``words`` are texts accepted in place of values, e.g. ``int8`` for 8; ``reads`` makes a value of other forms that
-    are accepted; ``flag`` False keeps it off command lines.
+    Args:
+        default: its default.
+        help: what it does, for command lines and documentation.
+        choices: the values that it takes; empty: any.
+        rule: a condition on its values.
+        advice: what to do about a value that breaks ``rule`` or is not in ``choices``.
+        reads: texts and their values, e.g. ``int8`` and 8; or a function that converts other forms to a value.
+        flag: whether command lines have it.
     """
-    about = Setting(help, choices, rule, holds, advice, words or {}, reads, flag)
+    about = Setting(help, choices, rule, advice, reads, flag)
     return dataclasses.field(default=default, metadata={"setting": about})
 
 
@@ -150,7 +166,7 @@ def unknown_setting(name: str, value: Any, names: Iterable[str], owner: str) -> 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """``the nearest one is NAME`` for the one of ``names`` that is spelt almost like ``name``; empty without one."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=CLOSE)
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=MIN_SIMILARITY)
     return f"the nearest one is {near[0]}" if near else ""
 
 
@@ -180,9 +196,9 @@ def checked(cls: type[Any], name: str, value: Any) -> Any:
         return None
     if about.secret:
         _check_secret(name, value)
-    if isinstance(value, str):
-        value = about.words.get(value, value)
-    if about.reads is not None:
+    if isinstance(about.reads, Mapping):
+        value = about.reads.get(value, value) if isinstance(value, str) else value
+    elif about.reads is not None:
         value = about.reads(value)
     value = _as_list(name, kind, value) if is_list else _as_kind(name, kind, value, value)
     _check_rule(name, about, value)
@@ -192,8 +208,8 @@ def checked(cls: type[Any], name: str, value: Any) -> Any:
 def parse_text(cls: type[Any], name: str, text: str) -> Any:
     """The value that ``text``, from a command line, means for the field ``name``. Raises ``ConfigError``."""
     _, about, kind, _ = describe(cls)[name]
-    if text in about.words:
-        return about.words[text]
+    if isinstance(about.reads, Mapping) and text in about.reads:
+        return about.reads[text]
     if kind is bool and text.lower() in ("true", "false", "1", "0"):
         return text.lower() in ("true", "1")
     return _number(text) if kind in (int, float) else text
@@ -204,9 +220,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        text = read_text(Path(path), _LONGEST_YAML)
-        if _flow_depth(text) > _DEEPEST_YAML:
-            raise ConfigError(f"config={path!r} nests more than {_DEEPEST_YAML} lists and mappings; mend the file")
+        text = read_text(Path(path), _MAX_YAML_SIZE)
+        if _flow_depth(text) > _MAX_YAML_DEPTH:
+            raise ConfigError(f"config={path!r} nests more than {_MAX_YAML_DEPTH} lists and mappings; mend the file")
         content = yaml.safe_load(text) or {}
     except FileNotFoundError as error:
         raise ConfigError(f"config={path!r} cannot be read ({error.strerror}); name a YAML file") from None
@@ -227,14 +243,14 @@ def _flow_depth(text: str) -> int:
 
 def _naming_the_unknown(init: Callable[..., None], cls: type[Any]) -> Callable[..., None]:
     @functools.wraps(init)
-    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked_init(self: Any, /, *args: Any, **kwargs: Any) -> None:
         known = describe(cls)
         for name, value in kwargs.items():
             if name not in known:
                 raise unknown_setting(name, value, known, cls.__name__)
             target = known[name].about.alias
-            if value and target in kwargs:
-                raise ConfigError(f"{name}={value!r} is another name of {target}; give one of the two")
+            if target in kwargs and not _is_zero(value):
+                raise ConfigError(f"{name}={shown(value)} is another name of {target}; give one of the two")
         init(self, *args, **kwargs)
 
     return checked_init
@@ -251,13 +267,17 @@ def _assign(self: Any, name: str, value: Any) -> None:
     elif value is None:
         return
     elif about.ignored:
-        logger.warning("%s=%r has no meaning here: %s", name, value, about.ignored)
-    elif about.missing and not any(value == fine for fine in (*_EMPTY, *about.fine)):
-        raise ConfigError(f"{name}={value!r:.60} is not there yet; {about.missing}")
+        logger.warning("%s=%s has no meaning here: %s", name, shown(value), about.ignored)
     elif about.missing:
-        return
-    elif value != 0:
+        if not (type(value) in _PLAIN and value in (*_EMPTY, *about.fine)):
+            raise ConfigError(f"{name}={shown(value)} is not there yet; {about.missing}")
+    elif not _is_zero(value):
         setattr(self, about.alias, value)
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether ``value`` leaves the field alone that it is given for by another name."""
+    return value is None or (isinstance(value, int | float) and value == 0)
 
 
 def _type_of(hint: Any) -> tuple[type[Any], bool]:
@@ -284,9 +304,10 @@ def _as_list(name: str, kind: type[Any], value: Any) -> list[Any]:
 def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
-    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        if -_LARGEST < value < _LARGEST and (kind is float or value == int(value)):
-            return value if kind is float else int(value)
+    if kind in (int, float) and _is_number(value):
+        number = _plain_number(value)
+        if -_MAX_NUMBER < number < _MAX_NUMBER and (kind is float or number == int(number)):
+            return number if kind is float else int(number)
     elif kind not in (bool, int, float) and isinstance(value, kind):
         return value
     raise ConfigError(
@@ -294,12 +315,27 @@ def _as_kind(name: str, kind: type[Any], value: Any, given: Any) -> Any:
     )
 
 
+def _is_number(value: Any) -> bool:
+    """Whether ``value`` is a real number of any library, and no truth value."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _plain_number(value: numbers.Real) -> int | float:
+    """``value`` as Python's own type, also from NumPy's; infinity where no float is large enough."""
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def _check_rule(name: str, about: Setting, value: Any) -> None:
     if about.choices and value not in about.choices:
         names = ", ".join(str(choice) for choice in about.choices)
         raise ConfigError(f"{name}={shown(value)} is not one of {names}; {about.advice or 'take one of these'}")
-    if about.holds is not None and not about.holds(value):
-        raise ConfigError(f"{name}={shown(value)} {about.rule}; {about.advice or 'correct it or leave it out'}")
+    if about.rule is not None and not about.rule.holds(value):
+        raise ConfigError(f"{name}={shown(value)} {about.rule.text}; {about.advice or 'correct it or leave it out'}")
 
 
 def _number(text: str) -> int | float | str:

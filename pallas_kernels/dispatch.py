@@ -1,8 +1,7 @@
 """Which implementation of an op runs: the first of its ``BACKENDS`` that does not refuse, or the one that is named.
 
-A backend is a module with ``check(target)``, which raises ``RefusalError`` where the device cannot run it, and ``run``,
-which takes the op's arguments and raises ``RefusalError`` for a call that it cannot do. Naming a Pallas backend where
-there is no GPU has it interpreted: slow, and the same numbers.
+A call is a value that knows its op (``Call``). A backend is a module that runs the calls of an op (``Backend``).
+Without a GPU, a Pallas backend that is named is interpreted: slow, with the same numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from pallas_kernels.target import Target, current_target
 
@@ -42,25 +41,57 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-def dispatch(op: str, backends: Mapping[str, str], backend: str | None, *args: Any, **kwargs: Any) -> Any:
-    """Run ``op`` on ``backend``, else on the one that the environment names, else on the first that accepts.
+class Call(Protocol):
+    """The operands and options of one call of an op: a frozen dataclass that is a pytree."""
 
-    Raises ``BackendNameError`` for a name that the op does not have, and ``NoBackendError`` with all the reasons when
-    all refuse.
+    OP: ClassVar[str]
+    """The op's name in ``OPS``."""
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` for operands that do not fit together."""
+        ...
+
+
+class Backend(Protocol):
+    """What the module of a backend defines. ``call`` is the op's own class."""
+
+    def check_device(self, target: Target) -> None:
+        """Raise ``RefusalError`` if the backend does not run on ``target``."""
+        ...
+
+    def check(self, call: Any) -> None:
+        """Raise ``RefusalError`` if the backend cannot do a valid ``call``."""
+        ...
+
+    def run(self, call: Any, tiles: Any) -> Any:
+        """Return the op's result. Raises ``RefusalError`` for ``tiles`` of another backend; ``None`` chooses them."""
+        ...
+
+
+def dispatch(call: Call, *, backend: str | None = None, tiles: Any = None) -> Any:
+    """Run ``call`` on ``backend``, else on the backend that the environment names, else on the first that accepts.
+
+    Raises:
+        ValueError: operands that do not fit together.
+        BackendNameError: a name that the op does not have.
+        NoBackendError: every backend refused; the message has all the reasons.
     """
-    target, reasons = current_target(), []
-    named = backend or _from_environment(op, backends)
+    call.validate()
+    target, backends = current_target(), _backends(call.OP)
+    named = backend or _from_environment(call.OP, backends)
     if named is not None and named not in backends:
-        raise BackendNameError(f"backend={named} is none of {op}'s; choose from {', '.join(backends)}")
+        raise BackendNameError(f"backend={named} is none of {call.OP}'s; choose from {', '.join(backends)}")
+    reasons = []
     for name in backends if named is None else [named]:
-        module = importlib.import_module(backends[name])
+        module: Any = importlib.import_module(backends[name])
         try:
             if named is None or not target.interpret:
-                module.check(target)
-            return module.run(*args, **kwargs)
+                module.check_device(target)
+            module.check(call)
+            return module.run(call, tiles)
         except RefusalError as refusal:
             reasons.append(f"{name} {refusal}")
-    raise NoBackendError(f"{op}: {'; '.join(reasons)}")
+    raise NoBackendError(f"{call.OP}: {'; '.join(reasons)}")
 
 
 def preferred(op: str) -> str | None:
@@ -99,7 +130,7 @@ def _backends(op: str) -> Mapping[str, str]:
 def _refusal(module: str, target: Target) -> str:
     """Why a backend does not work on ``target``; empty where it does."""
     try:
-        importlib.import_module(module).check(target)
+        importlib.import_module(module).check_device(target)
     except RefusalError as refusal:
         return str(refusal)
     return ""

@@ -20,7 +20,9 @@ from bench_record import result_path, write_result
 from rich.console import Console
 from static_programs import SLOTS, STEP_BATCH, TABLE_LENGTH, llama_8b
 
-from jaxdeploy.engine.device.batch import StepShape, packed_size
+from jaxdeploy.engine.device.buckets import StepShape
+from jaxdeploy.engine.device.inputs import packed_size
+from jaxdeploy.engine.device.step_weights import flatten
 from jaxdeploy.parallel.mesh import make_mesh
 
 LAYERS = 32
@@ -32,7 +34,7 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=2000, help="timed launches (default: 2000)")
     parser.add_argument("--out", type=result_path, help="JSON file to write, usually under benchmarks/results/")
     args = parser.parse_args()
-    _, weights = llama_8b(LAYERS, make_mesh(1), small=True)
+    _, weights = flatten(llama_8b(LAYERS, make_mesh(1), small=True), make_mesh(1))
     leaves = tuple(jnp.zeros((1,), leaf.dtype) for leaf in weights)
     seconds = time_launches(leaves, args.launches)
     metrics: dict[str, Any] = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -38,6 +39,7 @@ from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.messages import Request, SamplingParams
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.registry import family_of
+from jaxdeploy.models.weights import declared
 
 PAUSE = 0.5
 """Seconds before each run: thread pools spin for a while after their last work, and would slow the other system."""
@@ -340,9 +342,9 @@ def shares(
     A decode step has to read the weights, a prefill to multiply each token by the matrices of all layers; in each its
     queries attend to half of the prompt on average.
     """
-    heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    products = model.hidden_size * (heads + 3 * model.intermediate_size)
-    attention = model.num_heads * model.head_dim
+    linears = declared(model.layers[0], model.hidden_size)
+    products = sum(linear.width * math.prod(linear.outputs) for linear in linears)
+    attention = sum(linear.width for linear in linears if linear.path[0] == "attention" and not linear.feeds_cache)
     found = {}
     for case, each in timings.items():
         if case.new > 2:

@@ -144,7 +144,7 @@ class Bench:
     def measure(self, op: Op, shape: Any) -> list[dict[str, Any]]:
         """A row for each backend, and for the plain product beside a matrix product."""
         arguments = op.arguments(shape)
-        programs = {name: Program(op.function(shape, name), arguments, op.carry) for name in self.backends(op)}
+        programs = {name: Program(op.function(name), arguments, op.carry) for name in self.backends(op)}
         if op.name in MATMULS:
             programs[CUBLAS] = cublas(shape)
         failed = prepare(programs, COMPILE_THREADS)

@@ -85,7 +85,7 @@ def main() -> None:
         rides = measure(systems, jobs, args.rounds)
     metrics: dict[str, Any] = {name: summary(jobs, each) for name, each in rides.items()}
     metrics["work"] = work(jobs)
-    metrics["kv_tokens"] = engine.stats.blocks * engine.scheduler.block_size
+    metrics["kv_tokens"] = engine.stats.blocks * engine.scheduler.limits.block_size
     ratios = {
         f"output_tok_s vs {name}": round(metrics[OURS]["output_tok_s"]["p50"] / metrics[name]["output_tok_s"]["p50"], 3)
         for name in rides

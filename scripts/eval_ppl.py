@@ -19,7 +19,7 @@ from typing import Any
 from bench_record import result_path, write_result
 
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
-from jaxdeploy.compress.calibration import Calibration, calibration_ids
+from jaxdeploy.compress.calibration import Calibration, Windows, calibration_ids
 from jaxdeploy.compress.evaluate import Perplexity, load_decoder, perplexity
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.models.decoder import Decoder
@@ -104,10 +104,7 @@ def read_text(args: argparse.Namespace, folder: Path) -> Calibration:
     text = calibration_ids(
         args.text,
         Tokenizer.load(folder),
-        samples=0,
-        seqlen=args.seqlen,
-        held_out=args.samples,
-        seed=0,
+        Windows(samples=0, held_out=args.samples, seqlen=args.seqlen),
         folder=folder,
         architecture=architecture,
     )

@@ -14,12 +14,15 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from pallas_kernels.dispatch import dispatch
 
 CACHE_BYTES = 256 * 2**20
 """What the arrays of a program exceed together: a few times the largest L2 cache (126 MB on a B200)."""
@@ -55,25 +58,23 @@ class Op:
 
     @property
     def carry(self) -> Carry | None:
-        """``carry`` of its shapes, where they have one."""
-        return getattr(self.shapes, "carry", None)
+        """Return ``carry`` of its shapes if they have one, as a function of the arguments."""
+        next_call = getattr(self.shapes, "carry", None)
+        return None if next_call is None else lambda args, out: (next_call(*args, out),)
 
     def arguments(self, shape: Any, count: int | None = None) -> list[tuple[Any, ...]]:
-        """``count`` sets of arrays, as many as the caches ask for unless it is given."""
+        """Return ``count`` calls, each the one argument of ``function``; by default as many as exceed the caches."""
 
         def make(seed: Any) -> Any:
-            return self.shapes.make_args(shape, seed)[0]
+            return (self.shapes.make_call(shape, seed),)
 
         nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(make, 0)))
         made = jax.jit(make)
         return [made(seed) for seed in range(calls(nbytes) if count is None else count)]
 
-    def function(self, shape: Any, backend: str, **options: Any) -> Callable[..., Any]:
-        """The op on ``backend`` with the keywords that ``shape`` asks for."""
-        keywords: dict[str, Any] = {}
-        jax.eval_shape(lambda: keywords.update(self.shapes.make_args(shape)[1]))
-        op = getattr(self.package, self.name)
-        return lambda *args: op(*args, **keywords, backend=backend, **options)
+    def function(self, backend: str, **options: Any) -> Callable[..., Any]:
+        """Return the op on ``backend``, a function of a call."""
+        return partial(dispatch, backend=backend, **options)
 
 
 def calls(nbytes: int) -> int:

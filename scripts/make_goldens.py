@@ -3,8 +3,9 @@
     python scripts/make_goldens.py [case ...]
 
 Each case becomes a folder with config.json, model.safetensors (bfloat16) and expected.safetensors (float32, from the
-same weights): every submodule's output, the logits and the greedy continuation. Weights come from numpy's frozen
-``RandomState``, so that a second run writes the same.
+same weights): every submodule's output, the logits and the greedy continuation. The metadata of expected.safetensors
+holds the versions of torch and transformers. Weights come from numpy's frozen ``RandomState``, so that a second run
+writes the same.
 """
 
 from __future__ import annotations
@@ -54,8 +55,13 @@ def main() -> None:
             folder = GOLDENS / case.name
             shutil.rmtree(folder, ignore_errors=True)
             expected = make_case(case, folder)
-            save_arrays(expected, folder / "expected.safetensors")
+            save_arrays(expected, folder / "expected.safetensors", metadata=reference_versions())
             print(f"{case.name}: {sum(file.stat().st_size for file in folder.iterdir()) / 1000:.0f} kB")
+
+
+def reference_versions() -> dict[str, str]:
+    """Return the versions of torch and transformers, as the [parity] extra pins them."""
+    return {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
 
 
 def make_case(case: Case, folder: Path) -> dict[str, Array]:

@@ -164,7 +164,7 @@ def measure(folder: Path, text: Text, **settings: Any) -> Measured:
     model = FloatModel.open(folder, read_hf_config(folder), config.load_format)
     layout, outer = Layout.of(model, config), model.outer()
     data = Calibration(text.calib, text.held_out, text.source, None)
-    passage = Passage(model, config, layout, None, data, outer["embed", "embedding"], make_mesh(1))
+    passage = Passage(model, config, layout, None, data, outer["embedding", "table"], make_mesh(1))
     for index in range(model.config.num_layers):
         passage.layer(index)
     outputs = passage.outputs(Outer.of(model.config, outer))

@@ -20,6 +20,7 @@ from bench_record import result_path, write_result
 from tqdm import tqdm
 
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
@@ -121,12 +122,14 @@ def new_scheduler() -> Scheduler:
     return Scheduler(
         blocks,
         PrefixCache(blocks, BLOCK_SIZE, host_blocks=HOST_BLOCKS),
-        block_size=BLOCK_SIZE,
-        max_batch_size=64,
-        max_prefill_tokens=2048,
-        max_mixed_tokens=512,
-        chunk_multiple=32,
-        session_len=8192,
+        SchedulerLimits(
+            block_size=BLOCK_SIZE,
+            max_batch_size=64,
+            max_prefill_tokens=2048,
+            max_mixed_tokens=512,
+            row_length=32,
+            session_len=8192,
+        ),
     )
 
 

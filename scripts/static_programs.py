@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,20 +13,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from decode_step import compile_llama_8b
 from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.adapter import adaptable
 from jaxdeploy.checkpoint.quantized import hold_quantized
 from jaxdeploy.checkpoint.tensors import TensorFiles
-from jaxdeploy.engine.device.batch import StepShape, packed_size, padding_inputs
-from jaxdeploy.engine.device.runner import LOOP_IN_GRAPH, flat_step
-from jaxdeploy.models.config import ModelConfig, RopeConfig
-from jaxdeploy.models.decoder import abstract_params, decoder_from
+from jaxdeploy.engine.device.buckets import StepShape
+from jaxdeploy.engine.device.inputs import packed_size, padding_inputs
+from jaxdeploy.engine.device.runner import LOOP_IN_GRAPH
+from jaxdeploy.engine.device.step import DeviceState, StepArrays, StepProgram, run_step
+from jaxdeploy.engine.device.step_plan import plan_steps
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import Decoder, abstract_decoder
+from jaxdeploy.models.dense import DenseDecoder
 from jaxdeploy.models.families import llama
-from jaxdeploy.models.lora import bank_of
+from jaxdeploy.models.lora import AdapterBank, bank_of
 from jaxdeploy.models.registry import family_of
-from pallas_kernels.decode_layer.step import compile_llama_8b
-from pallas_kernels.dispatch import OPS, NoBackendError
+from jaxdeploy.models.rope import RopeConfig
+from pallas_kernels.dispatch import OPS, NoBackendError, dispatch
 from pallas_kernels.kv_pool import QuantizedPool
 from pallas_kernels.offline import KernelCode, Program, compile_for, disassemble
 from pallas_kernels.offline.devices import offline_devices
@@ -103,18 +108,10 @@ def measure(entry: Entry, device: str) -> list[Found]:
 
     Within ``kernels_compiled_once``, those that no entry before had. ``count_instructions`` completes the figures.
     """
-    op = getattr(importlib.import_module(f"pallas_kernels.{entry.op}"), entry.op)
     shapes = importlib.import_module(f"pallas_kernels.{entry.op}.shapes")
-    options: dict[str, Any] = {}
-
-    def arrays() -> Any:
-        args, keywords = shapes.make_args(entry.shape)
-        options.update(keywords)
-        return args
-
-    args = jax.eval_shape(arrays)
+    call = jax.eval_shape(lambda: shapes.make_call(entry.shape))
     try:
-        program = compile_for(device, partial(op, backend=entry.backend, **options), *args)
+        program = compile_for(device, partial(dispatch, backend=entry.backend), call)
     except NoBackendError as refusal:
         return [Found.nothing(entry, device, refused=str(refusal))]
     per_trip: dict[str, int] = {}
@@ -221,19 +218,14 @@ def _measure_engine_step(name: str, shape: StepShape, *, small: bool, sampling: 
         "temp_bytes": more.memory.temp_size_in_bytes,
         "pool_copies": more.copies(f"{'u8' if small else 'bf16'}[{','.join(map(str, ENGINE_POOL))}]"),
         "bytes_in_place": more.memory.alias_size_in_bytes,
-        "bytes_held": sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(_held(2, small))),
+        "bytes_held": sum(math.prod(array.shape) * array.dtype.itemsize for array in jax.tree.leaves(_state(2, small))),
         "host_callbacks": more.hlo.count("callback"),
     }
 
 
-def llama_8b(
-    layers: int, mesh: Mesh, *, small: bool, adapted: bool = False
-) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The engine's step over ``layers`` layers of a Llama-3-8B, as ``flat_step`` gives it; weights are shapes only.
-
-    ``adapted``: beside a bank of ``ADAPTERS`` adapters of rank 16.
-    """
-    config = ModelConfig(
+def llama_8b(layers: int, mesh: Mesh, *, small: bool) -> Decoder:
+    """Return a Llama-3-8B of ``layers`` layers whose weights are shapes only; ``small``: in 4 bits."""
+    config = DenseDecoder(
         vocab_size=VOCAB,
         hidden_size=4096,
         num_layers=layers,
@@ -245,24 +237,24 @@ def llama_8b(
         max_position=8192,
         rope=RopeConfig(theta=500000.0),
         windows=(None,) * layers,
-    )
-    params = abstract_params(config, jnp.dtype(jnp.bfloat16))
+    ).model_config()
+    decoder = abstract_decoder(config, jnp.dtype(jnp.bfloat16))
     if small:
-        params, _ = hold_quantized(params, llama.weights(config), TensorFiles({}), AWQ, mesh.size)
-    values: Any = {path: param.get_value() for path, param in params.items()}
-    decoder = decoder_from(config, values, mesh)
-    if not adapted:
-        return flat_step(decoder, mesh)
+        hold_quantized(decoder, llama.weights(config), TensorFiles({}), AWQ, mesh)
+    return decoder
+
+
+def _bank(config: ModelConfig, mesh: Mesh) -> AdapterBank:
+    """Return a bank of ``ADAPTERS`` adapters of rank 16."""
     linears = adaptable(family_of({"architectures": ["LlamaForCausalLM"]}), config)
-    bank = bank_of(config, linears, mesh, slots=ADAPTERS, max_rank=16, dtype=jnp.dtype(jnp.bfloat16))
-    step, weights = flat_step(decoder, mesh, bank)
-    return step, (*weights, *jax.eval_shape(bank.zeros))
+    return bank_of(config, linears, mesh, slots=ADAPTERS, max_rank=16, dtype=jnp.dtype(jnp.bfloat16))
 
 
-def _held(layers: int, small: bool) -> tuple[Any, Any]:
-    """What the engine hands from step to step: pools and token buffer."""
-    pool = _pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16)
-    return (pool,) * layers, jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
+def _state(layers: int, small: bool) -> DeviceState:
+    """Return what the engine hands from step to step, as shapes."""
+    pool: Any = _pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16)
+    token_buffer: Any = jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
+    return DeviceState((pool,) * layers, token_buffer)
 
 
 def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) -> Program:
@@ -271,13 +263,18 @@ def _engine_step(layers: int, shape: StepShape, *, small: bool, sampling: bool) 
     ``small``: with weights in 4 bits and a KV cache in 8. ``sampling``: with the full sampler.
     """
     mesh = Mesh(np.array(offline_devices("h200")), ("tp",))
-    step, weights = llama_8b(layers, mesh, small=small, adapted=shape.adapted)
+    model, state = llama_8b(layers, mesh, small=small), _state(layers, small)
+    bank = _bank(model.config, mesh) if shape.adapted else None
+    with jax.default_device(mesh.devices.flat[0]):
+        plan = plan_steps(model, mesh, state.pools, [shape])
+    program, weights = StepProgram.of(model, plan, bank)
+    arrays = StepArrays(weights, adapters=() if bank is None else jax.eval_shape(bank.zeros))
     inputs = [jax.ShapeDtypeStruct((packed_size(shape),), jnp.int32)]
     if sampling:
-        inputs.append(jax.eval_shape(lambda: padding_inputs(shape, VOCAB, full_sampler=True).choice))
+        inputs.append(jax.eval_shape(lambda: padding_inputs(shape, VOCAB, full_sampler=True).constraints))
     options = LOOP_IN_GRAPH if shape.repeats > 1 else None
-    held = _held(layers, small)
-    return compile_for("h200", partial(step, shape), weights, *held, *inputs, donate=(1, 2), options=options)
+    step = partial(run_step, program, shape)
+    return compile_for("h200", step, arrays, state, *inputs, donate=(1,), options=options)
 
 
 def _pool_in_8_bits() -> QuantizedPool:

@@ -89,7 +89,7 @@ class Task(NamedTuple):
 
     def program(self, arguments: list[tuple[Any, ...]], tiles: Any) -> Program:
         """The call with ``tiles``, once for each of ``arguments``."""
-        return Program(self.op.function(self.shape, self.backend, tiles=tiles), arguments, self.op.carry)
+        return Program(self.op.function(self.backend, tiles=tiles), arguments, self.op.carry)
 
 
 def main() -> int:
@@ -162,7 +162,7 @@ def tune(task: Task, rounds: int, folder: Path) -> str:
     op, shape = task.op, task.shape
     arguments = op.arguments(shape)
     start = copied(arguments[0])
-    truth = expected(op, shape, start)
+    truth = expected(op, start)
     candidates = task.candidates()
     programs = {str(index): task.program(arguments, tiles) for index, tiles in enumerate(candidates)}
     failed = prepare(programs, COMPILE_THREADS)
@@ -184,10 +184,10 @@ def tune(task: Task, rounds: int, folder: Path) -> str:
     return f"{task} {task.key}: {seconds[best] * 1e6:.1f} µs with {tiles} ({counts})"
 
 
-def expected(op: Op, shape: Any, arguments: tuple[Any, ...]) -> Any:
+def expected(op: Op, arguments: tuple[Any, ...]) -> Any:
     """What the op's fallback gives, XLA where there is one; ``arguments`` are left as they are."""
     name = "xla" if "xla" in op.package.BACKENDS else "reference"
-    return Program(op.function(shape, name), [copied(arguments)], op.carry).first()
+    return Program(op.function(name), [copied(arguments)], op.carry).first()
 
 
 def copied(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -245,7 +245,7 @@ def check_one(op: Op, backend: str) -> tuple[str, bool]:
     tests = (Task(op, shape, backend) for shape in op.shapes.TEST_SHAPES)
     task, tiles = next((task, candidate) for task in tests for candidate in task.candidates())
     arguments = op.arguments(task.shape, 1)
-    truth = expected(op, task.shape, arguments[0])
+    truth = expected(op, arguments[0])
     try:
         right = agrees(task.program(arguments, tiles).first(), truth)
     except NoBackendError as refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,10 +12,8 @@ import numpy as np
 
 from pallas_kernels.kv_pool import Pool, QuantizedPool
 from pallas_kernels.numerics import ACCUMULATOR, Array, sum_bound, unit_roundoff
-from pallas_kernels.paged_attention.shapes import Shape, make_args
-
-Args = tuple[Any, ...]
-"""q, pool, block_tables, first_positions, lengths."""
+from pallas_kernels.paged_attention import PagedAttentionCall
+from pallas_kernels.paged_attention.shapes import Shape, make_call
 
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
 """For what is compiled for long and run for short, as interpreted kernels are."""
@@ -24,27 +23,26 @@ BASE = 1024
 
 
 @cache
-def made(shape: Shape, seed: int = 0) -> tuple[Args, dict[str, Any]]:
-    """``make_args`` compiled as one."""
-    options = {}
-
-    def arguments() -> Args:
-        args, keywords = make_args(shape, seed)
-        options.update(keywords)
-        return args
-
-    return jax.jit(arguments, compiler_options=FAST_COMPILE)(), options
+def made(shape: Shape, seed: int = 0) -> PagedAttentionCall:
+    """``make_call`` compiled as one."""
+    call: PagedAttentionCall = jax.jit(lambda: make_call(shape, seed), compiler_options=FAST_COMPILE)()
+    return call
 
 
-def worst(args: Args, options: dict[str, Any], got: Any) -> float:
+def rescored(call: PagedAttentionCall, **options: Any) -> PagedAttentionCall:
+    """The call with other options of its scores."""
+    return replace(call, scores=replace(call.scores, **options))
+
+
+def worst(call: PagedAttentionCall, got: Any) -> float:
     """Largest error over the real tokens, in units of what is believable; padding must be finite."""
-    q, lengths = args[0], np.asarray(args[4])
-    assert got.dtype == q.dtype
+    lengths = np.asarray(call.lengths)
+    assert got.dtype == call.queries.dtype
     found = np.asarray(got, np.float64)
     assert np.isfinite(found).all(), "padding is finite too"
     errors = [0.0]
     for row in np.flatnonzero(lengths).tolist():
-        exact, bound = _row(args, options, row)
+        exact, bound = _row(call, row)
         errors.append(float((np.abs(found[row, : lengths[row]] - exact) / bound).max()))
     return max(errors)
 
@@ -61,10 +59,10 @@ def elements(pool: Pool, head_dim: int) -> tuple[Array, Array]:
     return scale * q + zero, scale * (BASE + q) + np.abs(zero)
 
 
-def _row(args: Args, options: dict[str, Any], row: int) -> tuple[Array, Array]:
+def _row(call: PagedAttentionCall, row: int) -> tuple[Array, Array]:
     """Exact result and bound, [length, N, H]."""
-    q, pool, tables, firsts, lengths = args
-    first, length, (_, _, heads, size) = int(firsts[row]), int(lengths[row]), q.shape
+    q, pool, tables, options = call.queries, call.pool, call.block_tables, call.scores
+    first, length, (_, _, heads, size) = int(call.first_positions[row]), int(call.lengths[row]), q.shape
     true, seen = elements(pool, size)
     end, (_, _, kv_heads, block_size, _) = first + length, true.shape
     used = np.asarray(tables)[row, : -(-end // block_size)]
@@ -75,23 +73,28 @@ def _row(args: Args, options: dict[str, Any], row: int) -> tuple[Array, Array]:
         return np.repeat(of_row, heads // kv_heads, axis=0)
 
     queries = np.asarray(q, np.float64)[row, :length]
-    scores = np.einsum("qnh,nth->qnt", queries, context(true, 0)) * options["scale"]
-    reach = np.einsum("qnh,nth->qnt", np.abs(queries), context(seen, 0)) * options["scale"]
+    scores = np.einsum("qnh,nth->qnt", queries, context(true, 0)) * options.scale
+    reach = np.einsum("qnh,nth->qnt", np.abs(queries), context(seen, 0)) * options.scale
     slack = 2 * ACCUMULATOR * (size**0.5 + 4) * reach
-    if cap := options.get("softcap"):
+    if cap := options.softcap:
         scores, slack = cap * np.tanh(scores / cap), slack + 8 * ACCUMULATOR * cap
     positions = first + np.arange(length)
     age = positions[:, None] - np.arange(end)
-    visible = (age >= 0) & (age < (options.get("window") or end))
+    if options.slopes is not None:
+        bias = -np.asarray(options.slopes, np.float64)[:, None] * age[:, None]
+        scores, slack = scores + bias, slack + 4 * ACCUMULATOR * np.abs(bias)
+    visible = (age >= 0) & (age < (options.window or end))
     scores = np.where(visible[:, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights = weights / weights.sum(axis=-1, keepdims=True)
+    sinks = np.full((heads, 1), -np.inf) if options.sinks is None else np.asarray(options.sinks, np.float64)[:, None]
+    highest = np.maximum(scores.max(axis=-1, keepdims=True), sinks)
+    weights = np.exp(scores - highest)
+    weights = weights / (weights.sum(axis=-1, keepdims=True) + np.exp(sinks - highest))
     exact = np.einsum("qnt,nth->qnh", weights, context(true, 1))
     size_of = np.einsum("qnt,nth->qnh", weights, np.abs(context(true, 1)))
     raised = np.einsum("qnt,nth->qnh", weights, context(seen, 1))
     # A logit that is off by d puts its weight off by the factor e^d, and the sum of weights by no more. Arguments of
     # exponentials are rounded too, and the weights for their product with the values.
-    spread = np.abs(np.where(visible[:, None], scores - scores.max(axis=-1, keepdims=True), 0))
+    spread = np.abs(np.where(visible[:, None], scores - highest, 0))
     loose = np.where(visible[:, None], slack + 4 * ACCUMULATOR * (spread + 4), 0).max(axis=-1)[..., None]
     narrow = unit_roundoff(jnp.float16 if isinstance(pool, QuantizedPool) else pool.dtype)
     bound = sum_bound(exact, size_of, end, q.dtype) + 2 * (loose + narrow) * size_of

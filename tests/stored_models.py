@@ -193,10 +193,14 @@ class Checkpoint:
 
     def load(self, folder: Path, *, tp: int = 1, **options: Any) -> Decoder:
         """Write and read it."""
-        put_json(folder / "config.json", self.hf)
-        put_tensors(folder / "model.safetensors", self.tensors)
+        self.write(folder)
         dtype = options.pop("dtype", jnp.dtype(jnp.float32))
         return load_model(folder, read_hf_config(folder), mesh=make_mesh(tp), dtype=dtype, **options)
+
+    def write(self, folder: Path) -> None:
+        """Write ``config.json`` and the tensors."""
+        put_json(folder / "config.json", self.hf)
+        put_tensors(folder / "model.safetensors", self.tensors)
 
     def floats(self) -> Decoder:
         """The decoder of the float weights."""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdeploy.engine.scheduling.block_manager import BlockManager, OutOfBlocksError
-from jaxdeploy.engine.scheduling.sequence import Block
+from jaxdeploy.engine.scheduling.blocks import Block
 
 
 def indices(blocks: list[Block]) -> list[int]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxdeploy.compress import texts
-from jaxdeploy.compress.calibration import SPREAD, Calibration, calibration_ids
+from jaxdeploy.compress.calibration import SPREAD, Calibration, Windows, calibration_ids
 from jaxdeploy.compress.hub_texts import HUB
 from jaxdeploy.compress.rows import DOCUMENT_END
 from jaxdeploy.errors import ConfigError
@@ -46,7 +46,7 @@ def cut(
     held_out: int = 3,
     seed: int = 0,
 ) -> Calibration:
-    return calibration_ids(dataset, tokenizer, samples=samples, seqlen=seqlen, held_out=held_out, seed=seed)
+    return calibration_ids(dataset, tokenizer, Windows(samples, held_out, seqlen, seed))
 
 
 def decoded(tokenizer: Tokenizer, found: Calibration) -> str:
@@ -257,7 +257,7 @@ class TestFiles:
 
     def test_the_text_of_the_model_is_the_default(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
         write(tmp_path / texts.OWN_TEXT, json.dumps({"text": story(400)}))
-        found = calibration_ids(None, tokenizer, samples=5, seqlen=32, held_out=3, seed=0, folder=tmp_path)
+        found = calibration_ids(None, tokenizer, Windows(5, 3, 32), folder=tmp_path)
         assert found.source == "the model's own text"
         assert decoded(tokenizer, found)[:50] in story(400)
 

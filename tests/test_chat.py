@@ -339,7 +339,7 @@ def test_misshaped_and_missing_tensors_are_listed(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--tp", "3"], "tp=3 must divide num_key_value_heads=4"),
+        (["--tp", "3"], "tp=3 must divide 8 query heads"),
         (["--num-blocks", "1", "--session-len", "512"], "block"),
         (["--tp", "16"], "tp=16"),
     ],

@@ -19,10 +19,12 @@ from jaxdeploy.checkpoint.loader import AbstractParams, dummy_params, load_param
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import abstract_params, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
 from jaxdeploy.models.families import llama
 from jaxdeploy.models.registry import family_of, read_config
+from jaxdeploy.models.rope import RopeConfig
 from jaxdeploy.models.weights import WeightTable
 from tests.torch_zip import write_torch_file
 
@@ -41,7 +43,7 @@ def config(**sizes: Any) -> ModelConfig:
         "intermediate_size": 40,
     }
     options: dict[str, Any] = {"norm_eps": 1e-5, "max_position": 64, "rope": RopeConfig(), **plain, **sizes}
-    return ModelConfig(windows=(None,) * options["num_layers"], **options)
+    return DenseDecoder(windows=(None,) * options["num_layers"], **options).model_config()
 
 
 def model(**sizes: Any) -> tuple[AbstractParams, WeightTable]:
@@ -90,7 +92,7 @@ def test_dtypes(tmp_path: Path, stored: Any, wanted: Any) -> None:
     loaded = load_params(params, table, open_checkpoint(tmp_path), dtype=wanted)
     assert {value.dtype for value in loaded.values()} == {np.dtype(wanted)}
     expected = tensors["model.embed_tokens.weight"].astype(wanted)
-    np.testing.assert_array_equal(loaded["embed", "embedding"], expected)
+    np.testing.assert_array_equal(loaded["embedding", "table"], expected)
 
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
@@ -136,7 +138,7 @@ def test_parameters_outlive_their_files(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("r+b") as handle:
         handle.truncate(0)
     np.testing.assert_array_equal(loaded["norm", "scale"], tensors["model.norm.weight"])
-    np.testing.assert_array_equal(loaded["embed", "embedding"], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(loaded["embedding", "table"], tensors["model.embed_tokens.weight"])
 
 
 def test_parameters_go_straight_to_their_sharding(tmp_path: Path) -> None:

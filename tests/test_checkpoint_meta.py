@@ -138,7 +138,7 @@ def test_config_of_each_release(tmp_path: Path, params: dict[str, Any], expected
     config = meta_config(tmp_path)
     assert {name: config[name] for name in expected} == expected
     assert ("rope_scaling" in config) == ("use_scaled_rope" in params)
-    assert read_config(config).rope.kind == ("llama3" if "use_scaled_rope" in params else "default")
+    assert read_config(config).layers[0].positions.rope.kind == ("llama3" if "use_scaled_rope" in params else "default")
 
 
 def test_tied_head_dtype_and_vocabulary_come_from_the_weights(tmp_path: Path) -> None:

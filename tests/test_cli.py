@@ -170,3 +170,16 @@ def test_page_is_current() -> None:
     assert write_cli_docs.TARGET.read_text(encoding="utf-8") == write_cli_docs.render(), (
         "run: python scripts/write_cli_docs.py"
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "line"),
+    [
+        ("list > /dev/full", 2, "error: No space left on device; make room, or write to another place\n"),
+        ("chat <&-", 2, "error: stdin is empty; pipe a text into it, or give one with --prompt\n"),
+        ("list >&-", 0, ""),
+    ],
+)
+def test_streams_that_are_full_or_closed(command: str, code: int, line: str) -> None:
+    ran = subprocess.run(f"{sys.executable} -m jaxdeploy {command}", shell=True, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (code, line)

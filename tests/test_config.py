@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import jaxdeploy
 from jaxdeploy import ChatTemplateConfig, EngineConfig, GenerationConfig, PytorchEngineConfig, TurbomindEngineConfig
+from jaxdeploy.api.arguments import OWNERS
+from jaxdeploy.config import ProxyConfig, QuantConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.settings import describe, read_yaml
 
@@ -113,6 +119,57 @@ def test_a_bad_value_is_one_line_that_says_what_to_do(cls: Any, name: str, value
     assert text.startswith(f"{name}={value!r} ")
     assert "; " in text
     assert "\n" not in text
+
+
+class Unprintable:
+    """It cannot be shown or compared."""
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError
+
+
+ODD_VALUES: list[Any] = [
+    *(None, True, 0, 1, -1, 2**31, 2**64, 10**400, 0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"), 1j),
+    *("", "x", "20", "\ud83d", "\0", "a\nb", "x" * 100_000, b"x", Path("/x"), int, object(), Unprintable()),
+    *([], [None], [1], ["x"], [[[]]], [Unprintable()], [10**400], (), (1, 2), {1, 2}, range(5), iter([1])),
+    *({}, {"a": 1}, {None: None}, {"a": Unprintable()}, {"a": 10**400}, {5: float("nan")}, {"x": {"y": 1}}),
+    *(np.float32(0.5), np.int64(5), np.bool_(True), np.float64("nan"), np.array([1, 2]), np.array(5), np.zeros((2, 2))),
+    *(Decimal("0.5"), Fraction(1, 2), Fraction(10**400, 3)),
+]
+
+
+@pytest.mark.parametrize("cls", [*OWNERS, GenerationConfig, ProxyConfig, QuantConfig])
+def test_any_value_is_kept_or_refused_in_one_line(cls: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A value of a field becomes one of Python's own types, or raises nothing but ``ConfigError``."""
+    caplog.set_level(logging.ERROR)
+    lines: list[str] = []
+    for name, described in describe(cls).items():
+        for value in ODD_VALUES:
+            try:
+                kept = getattr(cls(**{name: value}), name)
+            except ConfigError as error:
+                lines.append(str(error))
+                continue
+            if described.about.live and not described.is_list and kept is not None and described.kind is not dict:
+                assert type(kept) in (bool, int, float, str), name
+    assert all(line.isprintable() and len(line) < 1100 for line in lines)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    config: Any = GenerationConfig
+    config = config(max_new_tokens=np.int64(5), temperature=np.float32(0.5), stop_token_ids=[np.int32(7)])
+    assert (config.max_new_tokens, config.temperature, config.stop_token_ids) == (5, 0.5, [7])
+
+
+@pytest.mark.parametrize("cls", [ChatTemplateConfig, EngineConfig])
+def test_self_is_no_setting(cls: Any) -> None:
+    with pytest.raises(ConfigError, match="self=1 is not a setting of"):
+        cls(self=1)
 
 
 def test_other_names() -> None:

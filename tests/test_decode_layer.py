@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decode_step import StepOptions, StepParams, decode_step, jitted_layer, partition, sharded_decode_step
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.decode_layer import LayerWeights, decode_layer, padded_rows
-from pallas_kernels.decode_layer.shapes import SHAPES, TEST_SHAPES, Shape, make_args, tiles_for
-from pallas_kernels.decode_layer.step import StepParams, decode_step, jitted_layer, partition, sharded_decode_step
+from pallas_kernels.decode_layer import DecodeLayerCall, LayerWeights, ScoreOptions, decode_layer, padded_rows
+from pallas_kernels.decode_layer.shapes import SHAPES, TEST_SHAPES, Shape, make_call, tiles_for
 from pallas_kernels.decode_layer.tiles import Tiles, candidates, fits, heuristic
 from pallas_kernels.dispatch import NoBackendError
 from pallas_kernels.kv_pool import Pool, QuantizedPool, dequantize, pool_bits
@@ -26,7 +26,6 @@ from pallas_kernels.target import Target, current_target
 from pallas_kernels.w4a16_matmul.reference import weight as unpacked
 
 Array = np.ndarray[Any, Any]
-Args = tuple[Any, ...]
 
 SHAPE = {shape.model: shape for shape in TEST_SHAPES}
 
@@ -39,28 +38,15 @@ def edge_positions(shape: Shape) -> Array:
 
 
 @cache
-def case(name: str) -> tuple[Args, dict[str, Any]]:
-    """Arguments of a test shape, with positions at edges."""
+def case(name: str) -> DecodeLayerCall:
+    """A call of a test shape, with positions at edges; what turns the vectors is that of others, which is as good."""
     shape = SHAPE[name]
-    options: dict[str, Any] = {}
-
-    @jax.jit
-    def arrays() -> Args:
-        args, given = make_args(shape)
-        options.update(given)
-        return args
-
-    args = arrays()
-    return at_positions(args, edge_positions(shape)), options
+    call: DecodeLayerCall = jax.jit(lambda: make_call(shape))()
+    return replace(call, positions=jnp.asarray(edge_positions(shape)))
 
 
-def at_positions(args: Args, positions: Array) -> Args:
-    """``args`` for other positions; what turns the vectors stays that of the old ones, which is as good."""
-    return (*args[:6], jnp.asarray(positions), *args[7:])
-
-
-def run(args: Args, backend: str, **options: Any) -> tuple[Array, Array, Pool]:
-    x, normed, pool = jitted_layer(*args, **options, backend=backend)
+def run(call: DecodeLayerCall, backend: str, tiles: Tiles | None = None) -> tuple[Array, Array, Pool]:
+    x, normed, pool = jitted_layer(call, backend=backend, tiles=tiles)
     return np.asarray(x, np.float64), np.asarray(normed, np.float64), pool
 
 
@@ -76,11 +62,11 @@ def elements(pool: Pool, head_dim: int) -> Array:
     return np.asarray(dequantize(pool.values, jnp.swapaxes(pool.scales, -1, -2), bits), np.float64)
 
 
-def exact(args: Args, written: Pool, options: dict[str, Any]) -> tuple[Array, Array]:
+def exact(call: DecodeLayerCall, written: Pool) -> tuple[Array, Array]:
     """The layer in float64, with keys and values as they are in the pool ``written``; rows that have a token."""
-    x, normed, weights, next_norm, _, tables, positions, cos, sin = args
-    count, size = len(positions), 2 * cos.shape[1]
-    stream, normed = (np.asarray(rows, np.float64)[:count] for rows in (x, normed))
+    weights, tables, positions, window = call.weights, call.block_tables, call.positions, call.scores.window
+    count, size = call.tokens, call.heads.size
+    stream, normed = (np.asarray(rows, np.float64)[:count] for rows in (call.x, call.normed))
     biases = {
         name: 0.0 if getattr(weights, name) is None else np.asarray(getattr(weights, name), np.float64)
         for name in ("bqkv", "bo", "gate_up_bias", "down_bias")
@@ -89,28 +75,28 @@ def exact(args: Args, written: Pool, options: dict[str, Any]) -> tuple[Array, Ar
     kv_heads, block = pool.shape[2], pool.shape[3]
     q = (normed @ matrix(weights.wqkv) + biases["bqkv"]).reshape(count, kv_heads, -1, size)[:, :, :-2]
     low, high = np.split(q, 2, axis=-1)
-    cos, sin = (np.asarray(table, np.float64)[:, None, None] for table in (cos, sin))
+    cos, sin = (np.asarray(table, np.float64)[:, None, None] for table in (call.cos, call.sin))
     q = np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
     out = np.zeros(q.shape)
     for row, head in np.ndindex(count, kv_heads):
         position = int(positions[row])
-        first = 0 if options["window"] is None else max(0, position - options["window"] + 1)
+        first = 0 if window is None else max(0, position - window + 1)
         places = [(int(tables[row, p // block]), p % block) for p in range(first, position + 1)]
         if places:
             keys, values = (np.stack([pool[b, half, head, o] for b, o in places]) for half in (0, 1))
-            scores = q[row, head] @ keys.T * options["scale"]
+            scores = q[row, head] @ keys.T * call.scores.scale
             shares = np.exp(scores - scores.max(axis=1, keepdims=True))
             out[row, head] = shares / shares.sum(axis=1, keepdims=True) @ values
 
     def rms(rows: Array, scale: jax.Array) -> Array:
-        deviation = np.sqrt((rows**2).mean(axis=1, keepdims=True) + options["eps"])
+        deviation = np.sqrt((rows**2).mean(axis=1, keepdims=True) + call.eps)
         scaled: Array = rows / deviation * np.asarray(scale, np.float64)
         return scaled
 
     stream = stream + out.reshape(count, -1) @ matrix(weights.wo) + biases["bo"]
     gate, up = np.split(rms(stream, weights.mlp_norm) @ matrix(weights.gate_up) + biases["gate_up_bias"], 2, axis=1)
     stream = stream + gate / (1 + np.exp(-gate)) * up @ matrix(weights.down) + biases["down_bias"]
-    return stream, rms(stream, next_norm)
+    return stream, rms(stream, call.next_norm)
 
 
 def far(got: Array, want: Array, dtype: str, layers: int = 1) -> Array:
@@ -127,15 +113,14 @@ def far(got: Array, want: Array, dtype: str, layers: int = 1) -> Array:
     return beyond
 
 
-def assert_layer(name: str, backend: str, **options: Any) -> None:
+def assert_layer(name: str, backend: str, tiles: Tiles | None = None) -> None:
     """Results are those of float64; the pool is that of the reference; rows without a sequence are zero."""
-    args, given = case(name)
-    shape, count = SHAPE[name], SHAPE[name].tokens
-    x, normed, pool = run(args, backend, **given, **options)
+    call, shape, count = case(name), SHAPE[name], SHAPE[name].tokens
+    x, normed, pool = run(call, backend, tiles)
     written = reference_pool(name)
-    assert_same_writes(shape, args, pool, written)
-    real = np.asarray(args[6]) >= 0
-    for got, want in zip((x, normed), exact(args, written, given), strict=True):
+    assert_same_writes(shape, call, pool, written)
+    real = np.asarray(call.positions) >= 0
+    for got, want in zip((x, normed), exact(call, written), strict=True):
         assert not far(got[:count], want, shape.dtype)[real].any()
         assert not got[count:].any(), "rows that pad the batch come back as zeros"
         assert np.isfinite(got[:count]).all()
@@ -143,11 +128,10 @@ def assert_layer(name: str, backend: str, **options: Any) -> None:
 
 @cache
 def reference_pool(name: str) -> Pool:
-    args, options = case(name)
-    return run(args, "reference", **options)[2]
+    return run(case(name), "reference")[2]
 
 
-def assert_same_writes(shape: Shape, args: Args, pool: Pool, written: Pool) -> None:
+def assert_same_writes(shape: Shape, call: DecodeLayerCall, pool: Pool, written: Pool) -> None:
     """Nothing but the new slots has changed, and those hold the reference's values.
 
     Sums in another order may round a key or value to its neighbour, before it is rotated with its partner and after,
@@ -155,11 +139,11 @@ def assert_same_writes(shape: Shape, args: Args, pool: Pool, written: Pool) -> N
     terms cancel, what float32 sums of D products are off counts: the products' absolute sum is at most the norm of a
     normed token, √D, times that of a column, 1.
     """
-    before, got, want = (elements(each, shape.head_dim) for each in (args[4], pool, written))
+    before, got, want = (elements(each, shape.head_dim) for each in (call.pool, pool, written))
     slots = np.zeros(before.shape, bool)
-    for row, position in enumerate(np.asarray(args[6])):
+    for row, position in enumerate(np.asarray(call.positions)):
         if position >= 0:
-            slots[args[5][row, position // shape.block_size], :, :, position % shape.block_size] = True
+            slots[call.block_tables[row, position // shape.block_size], :, :, position % shape.block_size] = True
     assert np.array_equal(got[~slots], before[~slots])
     pair = np.concatenate([np.hypot(*np.split(want, 2, axis=-1))] * 2, axis=-1)
     step = 2 * unit_roundoff(shape.dtype) * (np.abs(want) + pair) + 2 * ACCUMULATOR * shape.hidden
@@ -230,47 +214,34 @@ def test_real_shapes(real: Shape) -> None:
 
 
 def tiles(shape: Shape, **fields: Any) -> Tiles:
-    return replace(heuristic(current_target(), shape.call), **fields)
+    return replace(heuristic(current_target(), shape.problem), **fields)
 
 
-def swapped_halves(pool: Pool) -> Pool:
-    swapped: Pool = jax.tree.map(lambda leaf: leaf[:, ::-1], pool)
-    return swapped
+def weights_changed(call: DecodeLayerCall, name: str, change: Callable[[jax.Array], jax.Array]) -> DecodeLayerCall:
+    return replace(call, weights=replace(call.weights, **{name: change(getattr(call.weights, name))}))
 
 
-def changed(args: Args, index: int, change: Callable[[Any], Any]) -> Args:
-    return (*args[:index], change(args[index]), *args[index + 1 :])
-
-
-def with_pool(args: Args, pool: Pool) -> Args:
-    return changed(args, 4, lambda _: pool)
-
-
-def weights_changed(args: Args, name: str, change: Callable[[jax.Array], jax.Array]) -> Args:
-    return changed(args, 2, lambda weights: replace(weights, **{name: change(getattr(weights, name))}))
-
-
-MUTATIONS: dict[str, Callable[[Args], Args]] = {
-    "keys and values swapped": lambda args: changed(args, 4, swapped_halves),
-    "another block": lambda args: changed(args, 5, lambda tables: jnp.roll(tables, 1, axis=1)),
-    "one token fewer": lambda args: changed(args, 6, lambda positions: jnp.maximum(positions - 1, 0)),
-    "turned the other way": lambda args: changed(args, 8, jnp.negative),
-    "gate and up swapped": lambda args: weights_changed(args, "gate_up", lambda w: jnp.roll(w, w.shape[-1] // 2, -1)),
-    "no bias of o": lambda args: weights_changed(args, "bo", jnp.zeros_like),
-    "no bias of qkv": lambda args: weights_changed(args, "bqkv", jnp.zeros_like),
-    "no bias of gate and up": lambda args: weights_changed(args, "gate_up_bias", jnp.zeros_like),
-    "no bias of down": lambda args: weights_changed(args, "down_bias", jnp.zeros_like),
-    "no norm": lambda args: weights_changed(args, "mlp_norm", jnp.ones_like),
+MUTATIONS: dict[str, Callable[[DecodeLayerCall], DecodeLayerCall]] = {
+    "keys and values swapped": lambda call: replace(call, pool=jax.tree.map(lambda leaf: leaf[:, ::-1], call.pool)),
+    "another block": lambda call: replace(call, block_tables=jnp.roll(call.block_tables, 1, axis=1)),
+    "one token fewer": lambda call: replace(call, positions=jnp.maximum(call.positions - 1, 0)),
+    "turned the other way": lambda call: replace(call, sin=-call.sin),
+    "gate and up swapped": lambda call: weights_changed(call, "gate_up", lambda w: jnp.roll(w, w.shape[-1] // 2, -1)),
+    "no bias of o": lambda call: weights_changed(call, "bo", jnp.zeros_like),
+    "no bias of qkv": lambda call: weights_changed(call, "bqkv", jnp.zeros_like),
+    "no bias of gate and up": lambda call: weights_changed(call, "gate_up_bias", jnp.zeros_like),
+    "no bias of down": lambda call: weights_changed(call, "down_bias", jnp.zeros_like),
+    "no norm": lambda call: weights_changed(call, "mlp_norm", jnp.ones_like),
 }
 
 
 @pytest.mark.parametrize("mutation", list(MUTATIONS))
 def test_what_would_be_wrong_is_seen(mutation: str) -> None:
     name = "tiny 4-bit KV"
-    args, options = case(name)
-    want, _ = exact(args, reference_pool(name), options)
-    got, _, _ = run(MUTATIONS[mutation](args), "reference", **options)
-    real = np.asarray(args[6]) >= 0
+    call = case(name)
+    want, _ = exact(call, reference_pool(name))
+    got, _, _ = run(MUTATIONS[mutation](call), "reference")
+    real = np.asarray(call.positions) >= 0
     assert far(got[: len(real)], want, SHAPE[name].dtype)[real].any()
 
 
@@ -282,42 +253,43 @@ def added_to_row(row: int, change: int, weight: jax.Array) -> jax.Array:
 def test_scale_and_zero_of_each_group_count(row: int) -> None:
     """Rows 16 and 17 of a chunk describe its two groups of 64."""
     name = "tiny 4-bit KV"
-    args, options = case(name)
-    want, _ = exact(args, reference_pool(name), options)
+    call = case(name)
+    want, _ = exact(call, reference_pool(name))
     for change in (1 << 16, 1 << 8):
-        mutated = weights_changed(args, "down", partial(added_to_row, row, change))
-        assert far(run(mutated, "reference", **options)[0][: len(want)], want, SHAPE[name].dtype).any()
+        mutated = weights_changed(call, "down", partial(added_to_row, row, change))
+        assert far(run(mutated, "reference")[0][: len(want)], want, SHAPE[name].dtype).any()
 
 
 def test_window_is_exact_to_the_token() -> None:
     name = "tiny 8-bit KV"
-    args, options = case(name)
-    want, _ = exact(args, reference_pool(name), options)
-    wider, _ = exact(args, reference_pool(name), {**options, "window": options["window"] + 1})
+    call = case(name)
+    assert call.scores.window is not None
+    want, _ = exact(call, reference_pool(name))
+    wider, _ = exact(replace(call, scores=replace(call.scores, window=call.scores.window + 1)), reference_pool(name))
     assert far(wider, want, SHAPE[name].dtype).any()
 
 
-def three_layers(name: str) -> tuple[StepParams, tuple[Pool, ...], jax.Array, Args]:
+def three_layers(name: str) -> tuple[StepParams, tuple[Pool, ...], jax.Array, tuple[jax.Array, jax.Array]]:
     """Parameters, pools, tokens and (tables, positions) of three layers with 64 words."""
     shape = SHAPE[name]
-    made = [make_args(shape, seed)[0] for seed in range(3)]
+    made = [make_call(shape, seed) for seed in range(3)]
     random = np.random.default_rng(0)
     dtype = jnp.dtype(shape.dtype)
     embed, head = (
         jnp.asarray(random.standard_normal(size), dtype) for size in ((64, shape.hidden), (shape.hidden, 64))
     )
-    layers: tuple[LayerWeights, ...] = tuple(args[2] for args in made)
-    norms = (jnp.ones((shape.hidden,), dtype), *(args[3] for args in made))
+    layers: tuple[LayerWeights, ...] = tuple(call.weights for call in made)
+    norms = (jnp.ones((shape.hidden,), dtype), *(call.next_norm for call in made))
     tokens = jnp.asarray(random.integers(0, 64, shape.tokens), jnp.int32)
-    rest = made[0][5], jnp.asarray(edge_positions(shape))
-    return StepParams(embed, layers, norms, head), tuple(args[4] for args in made), tokens, rest
+    rest = made[0].block_tables, jnp.asarray(edge_positions(shape))
+    return StepParams(embed, layers, norms, head), tuple(call.pool for call in made), tokens, rest
 
 
 def step(name: str, **options: Any) -> tuple[Array, list[Array]]:
     """(tokens, pools) of a step over three layers."""
     params, pools, tokens, (tables, positions) = three_layers(name)
     size = SHAPE[name].head_dim
-    found, written = decode_step(params, pools, tokens, positions, tables, head_dim=size, **options)
+    found, written = decode_step(StepOptions(size, **options), params, pools, tokens, positions, tables)
     return np.asarray(found), [elements(pool, size) for pool in written]
 
 
@@ -339,7 +311,8 @@ def test_devices_share_a_layer() -> None:
     want, want_pools = step(name, backend="reference")
     ordered = replace(params, layers=tuple(by_device(weights, 2) for weights in params.layers))
     mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
-    sharded = sharded_decode_step(ordered, pools, mesh, head_dim=SHAPE[name].head_dim, backend="reference")
+    options = StepOptions(SHAPE[name].head_dim, backend="reference")
+    sharded = sharded_decode_step(options, ordered, pools, mesh)
     got, got_pools = jax.jit(sharded)(ordered, pools, tokens, positions, tables)
     real = edge_positions(SHAPE[name]) >= 0
     assert np.array_equal(np.asarray(got)[real], want[real])
@@ -352,24 +325,29 @@ def test_devices_share_a_layer() -> None:
 def test_devices_share_the_fused_set(splits: int) -> None:
     """Sums of a branch travel between devices whether they were split or not."""
     name = "tiny"
-    args, options = case(name)
-    weights = by_device(args[2], 2)
-    specs = partition(weights, "tp")
+    call = case(name)
+    halves = replace(call, weights=by_device(call.weights, 2), num_heads=2, axis_name="tp")
+    pool_spec = P(None, None, "tp")
+    specs = replace(
+        jax.tree.map(lambda _: P(), halves),
+        weights=partition(halves.weights, "tp"),
+        pool=jax.tree.map(lambda _: pool_spec, halves.pool),
+    )
     mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
     halved = replace(SHAPE[name], heads=2, kv_heads=1, mlp=128)
     chosen = tiles(halved, out_columns=64, out_splits=splits, down_splits=1, attend_splits=2)
     run_sharded = jax.shard_map(
-        partial(decode_layer, **{**options, "num_heads": 2}, axis_name="tp", backend="pallas_triton", tiles=chosen),
+        partial(decode_layer, backend="pallas_triton", tiles=chosen),
         mesh=mesh,
-        in_specs=(P(), P(), specs, P(), P(None, None, "tp"), P(), P(), P(), P()),
-        out_specs=(P(), P(), P(None, None, "tp")),
+        in_specs=(specs,),
+        out_specs=(P(), P(), pool_spec),
         check_vma=False,
     )
-    x, _, pool = jax.jit(run_sharded)(*changed(args, 2, lambda _: weights))
-    want, _ = exact(args, reference_pool(name), options)
-    real = np.asarray(args[6]) >= 0
+    x, _, pool = jax.jit(run_sharded)(halves)
+    want, _ = exact(call, reference_pool(name))
+    real = np.asarray(call.positions) >= 0
     assert not far(np.asarray(x, np.float64)[: len(real)], want, SHAPE[name].dtype)[real].any()
-    assert_same_writes(SHAPE[name], args, pool, reference_pool(name))
+    assert_same_writes(SHAPE[name], call, pool, reference_pool(name))
 
 
 def by_device(weights: LayerWeights, devices: int) -> LayerWeights:
@@ -381,29 +359,34 @@ def by_device(weights: LayerWeights, devices: int) -> LayerWeights:
 
 
 def test_arguments_that_do_not_fit() -> None:
-    args, options = case("tiny")
-    for index, change, words in (
-        (0, lambda x: x[:3], "must have 16 rows for 3 positions"),
-        (7, lambda cos: cos[:2], "must each have one row"),
-        (2, lambda weights: replace(weights, wo=weights.wo[:1]), r"weights.wo is \(128, 256\), expected \(256, 256\)"),
+    call = case("tiny")
+    shortened = replace(call.weights, wo=call.weights.wo[:1])
+    for changed, words in (
+        (replace(call, x=call.x[:3]), "must have 16 rows for 3 positions"),
+        (replace(call, cos=call.cos[:2]), "must each have one row"),
+        (replace(call, weights=shortened), r"weights.wo is \(128, 256\), expected \(256, 256\)"),
+        (replace(call, num_heads=3), "num_heads=3 is not a multiple of the pool's 2 KV heads"),
+        (replace(call, scores=ScoreOptions(0.0)), "scale=0.0 must be positive"),
     ):
         with pytest.raises(ValueError, match=words):
-            decode_layer(*changed(args, index, change), **options)
-    with pytest.raises(ValueError, match="num_heads=3 is not a multiple of the pool's 2 KV heads"):
-        decode_layer(*args, **{**options, "num_heads": 3})
+            decode_layer(changed)
 
 
 def test_what_the_fused_set_refuses() -> None:
-    args, options = case("tiny")
-    pool, other = args[4], {**options, "backend": "pallas_triton"}
-    for refused, words in (
-        (pool.astype(jnp.float16), "takes a pool of x's dtype bfloat16"),
-        (pool[:, :, :, :8], "takes a block_size that is a power of two"),
+    call = case("tiny")
+    pool, scale = call.pool, call.scores.scale
+    assert not isinstance(pool, QuantizedPool)
+    for changed, words in (
+        (replace(call, pool=pool.astype(jnp.float16)), "takes a pool of x's dtype bfloat16"),
+        (replace(call, pool=pool[:, :, :, :8]), "takes a block_size that is a power of two"),
     ):
         with pytest.raises(NoBackendError, match=words):
-            decode_layer(*with_pool(args, refused), **other)
+            decode_layer(changed, backend="pallas_triton")
     with pytest.raises(NoBackendError, match="has no tiles"):
-        decode_layer(*args, **other, tiles=tiles(SHAPE["tiny"], out_columns=96))
+        decode_layer(call, backend="pallas_triton", tiles=tiles(SHAPE["tiny"], out_columns=96))
+    capped = replace(call, scores=ScoreOptions(scale, softcap=30.0, sinks=jnp.zeros(4)))
+    with pytest.raises(NoBackendError, match="reference does not support softcap and sinks"):
+        decode_layer(capped)
 
 
 def test_tiles_of_real_layers() -> None:
@@ -411,12 +394,12 @@ def test_tiles_of_real_layers() -> None:
     for shape in SHAPES:
         for device in ("a100", "rtx4090", "h200", "b200"):
             chosen = tiles_for(shape, device)
-            assert fits(chosen, shape.call)
+            assert fits(chosen, shape.problem)
             assert shape.tokens < 64 or chosen.attend_splits == 1
-    parallel = replace(SHAPES[0].call, parallel=True)
+    parallel = replace(SHAPES[0].problem, parallel=True)
     assert heuristic(Target("gpu", "x", (9, 0), 132), parallel).out_splits == 1
-    assert len({replace(SHAPES[0].call, tokens=tokens).key for tokens in (1, 5, 8, 9)}) == 3
-    proposed = list(candidates(Target("gpu", "x", (9, 0), 132), SHAPES[0].call))
+    assert len({replace(SHAPES[0].problem, tokens=tokens).key for tokens in (1, 5, 8, 9)}) == 3
+    proposed = list(candidates(Target("gpu", "x", (9, 0), 132), SHAPES[0].problem))
     assert len(proposed) == len(set(proposed)) > 20
 
 

@@ -87,10 +87,11 @@ def test_a_name_is_remembered(training: list[Any], held_out: list[Any]) -> None:
 
 
 def test_held_out_wordings_do_not_occur_in_training(demo: Any) -> None:
+    draw = importlib.import_module("demo.turns").Draw
     wordings, train, test = ("What is {x}?", "And {x}?"), set(), set()
     for fillers in (f"thing{i}" for i in range(100)):
-        train.add(demo.Draw(random.Random(1)).say(wordings, x=fillers).lower())
-        test.add(demo.Draw(random.Random(1), held_out=True).say(wordings, x=fillers).lower())
+        train.add(draw(random.Random(1)).say(wordings, x=fillers).lower())
+        test.add(draw(random.Random(1), held_out=True).say(wordings, x=fillers).lower())
     assert not train & test
 
 

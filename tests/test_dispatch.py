@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,20 +25,37 @@ A100 = Target("gpu", "NVIDIA A100-SXM4-80GB", (8, 0), 108)
 BACKENDS = {"hopper": "fake_hopper", "ampere": "fake_ampere", "reference": "fake_reference"}
 
 
+@dataclass(frozen=True)
+class FakeCall:
+    """A call of ``paged_attention``, whose backends the tests replace."""
+
+    OP: ClassVar = "paged_attention"
+
+    value: int
+
+    def validate(self) -> None:
+        if self.value < 0:
+            raise ValueError(f"value={self.value} must not be negative")
+
+
 def fake_backend(name: str, lowest: tuple[int, int] | None, largest: int) -> ModuleType:
     """A backend for GPUs from ``lowest`` on (any device without) that refuses arguments above ``largest``."""
 
-    def check(target: Target) -> None:
+    def check_device(target: Target) -> None:
         if lowest:
             need_gpu(target, lowest)
 
-    def run(value: int) -> str:
-        if value > largest:
-            raise RefusalError(f"needs value <= {largest}, have {value}")
-        return f"{name} {value}"
+    def check(call: FakeCall) -> None:
+        if call.value > largest:
+            raise RefusalError(f"needs value <= {largest}, have {call.value}")
+
+    def run(call: FakeCall, tiles: Any) -> str:
+        if tiles is not None:
+            raise RefusalError("has no tiles")
+        return f"{name} {call.value}"
 
     module = ModuleType(f"fake_{name}")
-    vars(module).update(check=check, run=run)
+    vars(module).update(check_device=check_device, check=check, run=run)
     return module
 
 
@@ -55,7 +72,8 @@ def _backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, target: Target, value: int = 1, backend: str | None = None) -> Any:
     monkeypatch.setattr("pallas_kernels.dispatch.current_target", lambda: target)
-    return dispatch("paged_attention", BACKENDS, backend, value)
+    monkeypatch.setattr("pallas_kernels.paged_attention.BACKENDS", BACKENDS)
+    return dispatch(FakeCall(value), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +97,11 @@ def test_all_refusals_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> 
         "paged_attention: hopper needs sm_90 or newer, have sm_80; "
         "ampere needs value <= 100, have 2000; reference needs value <= 1000, have 2000"
     )
+
+
+def test_an_invalid_call_reaches_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^value=-1 must not be negative$"):
+        run(monkeypatch, H200, -1)
 
 
 def test_a_named_backend_is_the_only_one_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ KERNELS = Path(__file__).resolve().parents[1] / "docs/kernels.md"
 def pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The worked example of docs/kernels.md, saved and registered as that page says."""
     blocks = re.findall(r"```python\n(.*?)```", KERNELS.read_text("utf-8"), re.DOTALL)
-    (code,) = (block for block in blocks if "def check(target)" in block)
+    (code,) = (block for block in blocks if "def check_device(target)" in block)
     (tmp_path / "pieces.py").write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "pieces", raising=False)
@@ -52,7 +52,9 @@ def test_the_afternoon_with_a_kernel_as_it_is_written(tmp_path: Path) -> None:
         shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(root / "pyproject.toml", copy)
     page = KERNELS.read_text("utf-8")
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def check(target)" in block)
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def check_device(target)" in block
+    )
     (where,) = re.findall(r"save it as `(\S+)`", page)
     (line,) = re.findall(r"its preference is: `(.*?)`", page)
     (copy / where).write_text(code)

@@ -17,9 +17,12 @@ from jaxdeploy.checkpoint.eagle3 import load_eagle3
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import draft_shapes
+from jaxdeploy.engine.device.buckets import draft_shapes
+from jaxdeploy.engine.device.features import Features, FeatureTap
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.device.runner import Features, ModelRunner
+from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.draft import DraftProposer
@@ -27,8 +30,11 @@ from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.speculation import Speculation
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.attention import DenseContext
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.models.eagle3 import Eagle3, Eagle3Config, eagle3_config
+from jaxdeploy.models.model import Positions
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import replicated
@@ -44,6 +50,7 @@ from tests.tiny_models import (
     VOCAB,
     AlwaysOpen,
     LastingRunner,
+    changed,
     dense_decoder,
     prompt,
     request,
@@ -111,7 +118,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, model: ModelConfig = CONFIG, tp: int = 1) -> tuple[Eagle3, Eagle3Config]:
     config = eagle3_config(read_hf_config(folder), model)
     mesh = make_mesh(tp)
-    embedding = jax.device_put(dense_decoder().embed.embedding[...], replicated(mesh))
+    embedding = jax.device_put(dense_decoder().embedding.table[...], replicated(mesh))
     return load_eagle3(folder, config, embedding, mesh, jnp.dtype(jnp.float32)), config
 
 
@@ -119,15 +126,13 @@ def load(folder: Path, model: ModelConfig = CONFIG, tp: int = 1) -> tuple[Eagle3
 def runners(folder: Path, tp: int) -> tuple[ModelRunner, ModelRunner]:
     """The model's, and that of the head in ``folder``; all engines share them."""
     head, config = load(folder, tp=tp)
-    mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
-    plan = plan_cache(
-        CONFIG, EngineConfig(block_size=BLOCK_SIZE), mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype
-    )
-    zeros = jnp.zeros((plan.num_blocks, BLOCK_SIZE, config.layer.hidden_size))
-    features = Features(jax.device_put(zeros, replicated(mesh)), head.fuse[...], config.taps)
-    pools = allocate_pools(config.layer, plan, mesh, dtype)
-    guesses = LastingRunner(head, pools, mesh, slots=SLOTS, session_len=SESSION_LEN, features=features)
-    return runner_of(LastingRunner, tp, features=features), guesses
+    mesh, sizes, dtype = make_mesh(tp), EngineConfig(block_size=BLOCK_SIZE), CacheDtype(jnp.dtype(jnp.float32))
+    layouts = cache_layouts(CONFIG)
+    plan = plan_cache(layouts, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
+    kv, array = allocate_pools(head.cache_layouts, plan, mesh, dtype)
+    features, tap = Features(array), FeatureTap(config.taps, head.fuse[...])
+    guesses = LastingRunner(head, StepPlan(mesh), DeviceState.of((kv,), SLOTS, SESSION_LEN, mesh), features=features)
+    return runner_of(LastingRunner, tp, features=features, tap=tap), guesses
 
 
 def guessing_engine(folder: Path, tp: int = 1, **options: Any) -> Engine:
@@ -156,12 +161,11 @@ def plain_guesses(named: dict[str, Array], token_ids: list[int], count: int) -> 
     """From the paper and the authors' checkpoints, in float64, over whole sequences."""
     decoder = dense_decoder()
     known = jnp.asarray(token_ids[:-1], jnp.int32)
-    positions = jnp.arange(len(known), dtype=jnp.int32)
-    noted: dict[int, Any] = dict.fromkeys(TAPS)
-    decoder.hidden(known, positions, positions * 0 + len(known), DenseContext(1), [None, None], None, noted)
-    stream = np.concatenate([np.asarray(noted[index], np.float64) for index in TAPS], -1)
+    positions = Positions.of_prompts(1, len(known))
+    hidden = decoder.hidden(decoder.embed(known), positions, DenseContext(1), [None, None], taps=TAPS)
+    stream = np.concatenate([np.asarray(residual, np.float64) for residual in hidden.tapped], -1)
     features = list(stream @ named["fc.weight"].T.astype(np.float64))
-    table = np.asarray(decoder.embed.embedding[...], np.float64)
+    table = np.asarray(decoder.embedding.table[...], np.float64)
     tokens, found = list(token_ids[1:]), list[int]()
     for _ in range(count):
         last = plain_layer(named, table[np.array(tokens)], np.array(features))[-1]
@@ -265,7 +269,7 @@ def test_other_names(folder: Path, tmp_path: Path) -> None:
     same, _ = load(folder)
     np.testing.assert_array_equal(head.mlp_norm.scale[...], same.mlp_norm.scale[...])
     np.testing.assert_array_equal(head.fuse[...], same.fuse[...])
-    assert (head.embed.embedding[...] == 1).all()
+    assert (head.embedding.table[...] == 1).all()
 
 
 def test_heads_for_other_models(folder: Path, tmp_path: Path) -> None:
@@ -284,12 +288,42 @@ def test_heads_for_other_models(folder: Path, tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda d2t: d2t.astype(np.float32), "d2t: dtype float32, integers expected"),
+        (lambda d2t: d2t[:-1], r"d2t: shape .*59.*60"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, VOCAB - 7, d2t), f"d2t: names tokens .* vocab_size={VOCAB}"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, -8, d2t), "d2t: names tokens"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, 2**63 - 1, d2t), "d2t: names tokens"),
+        (lambda d2t: np.where(np.arange(CHOICES) == 7, 2**64 - 1, d2t.astype(np.uint64)), "d2t: names tokens"),
+    ],
+)
+def test_a_table_of_tokens_that_is_wrong(folder: Path, tmp_path: Path, change: Any, complaint: str) -> None:
+    named = tensors(HF, CONFIG.hidden_size)
+    put_json(tmp_path / "config.json", HF)
+    put_tensors(tmp_path / "model.safetensors", {**named, "d2t": change(named["d2t"])})
+    with pytest.raises(CheckpointError, match=complaint):
+        load(tmp_path)
+
+
+def test_any_type_of_integers_holds_the_table_of_tokens(folder: Path, tmp_path: Path) -> None:
+    named = tensors(HF, CONFIG.hidden_size)
+    put_json(tmp_path / "config.json", HF)
+    wanted, _ = load(folder)
+    for dtype in (np.int8, np.uint16, np.uint64):
+        put_tensors(tmp_path / "model.safetensors", {**named, "d2t": named["d2t"].astype(dtype)})
+        head, _ = load(tmp_path)
+        np.testing.assert_array_equal(head.tokens[...], wanted.tokens[...])
+        assert head.tokens[...].dtype == jnp.int32
+
+
 def test_default_taps() -> None:
     assert eagle3_config({k: v for k, v in HF.items() if k != "eagle_config"}, _deep(32)).taps == (2, 16, 29)
 
 
 def _deep(layers: int) -> ModelConfig:
-    return ModelConfig(**{**vars(SMALLER), "num_layers": layers, "windows": (None,) * layers})
+    return changed(SMALLER, num_layers=layers)
 
 
 @pytest.mark.slow

@@ -271,7 +271,7 @@ def test_abort_frees_what_a_request_holds(steps: int) -> None:
     engine.abort("gone")
     engine.abort("gone")
     engine.abort("never was")
-    assert engine.scheduler.blocks.active == (0 if steps <= 2 else engine.scheduler.blocks_for(20 + len(tokens)))
+    assert engine.scheduler.blocks.active == (0 if steps <= 2 else engine.scheduler.limits.blocks_for(20 + len(tokens)))
     while engine.has_work:
         assert step() <= {"stays"}
     assert tokens == dense_greedy(prompt(20), 16)

@@ -18,7 +18,8 @@ from jaxdeploy.checkpoint.adapter import AdapterWeights
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.adapter_reader import AdapterReader
-from jaxdeploy.engine.device.batch import StepShape, padding_inputs
+from jaxdeploy.engine.device.buckets import StepShape
+from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.front.build import build_engine
 from jaxdeploy.engine.front.engine import Engine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ from jaxdeploy.compress.evaluate import (
 )
 from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.models.attention import AttentionContext, DenseContext, PagedContext, Rows
-from jaxdeploy.models.config import RopeConfig
 from jaxdeploy.models.decoder import decoder_from
-from jaxdeploy.models.rope import Rotary, rotary
+from jaxdeploy.models.rope import RopeConfig, Rotary, rotary
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.tokenizer import Tokenizer
 from pallas_kernels.kv_pool import Pool, QuantizedPool
-from tests.tiny_models import CONFIG, VOCAB, dense_decoder, dense_logits, params, prompt
+from pallas_kernels.score_options import ScoreOptions
+from tests.tiny_models import CONFIG, VOCAB, changed, dense_decoder, dense_logits, params, prompt
 
 Array = np.ndarray[Any, Any]
 
@@ -62,8 +61,9 @@ def exact_losses(logits: Array, ids: Array) -> Array:
     return losses
 
 
-def attended(context: AttentionContext, qkv: jax.Array, rotated: Rotary, pool: Pool | None = None) -> Array:
-    return np.asarray(jax.jit(lambda x, angles, kv: context.attend(x, angles, kv, 20)[0])(qkv, rotated, pool))
+def attended(context: AttentionContext, qkv: jax.Array, angles: Rotary, pool: Pool | None = None) -> Array:
+    scores = ScoreOptions(1 / 4, 20)
+    return np.asarray(jax.jit(lambda x, scheme, kv: context.attend(x, scheme, kv, scores)[0])(qkv, angles, pool))
 
 
 @functools.cache
@@ -152,7 +152,7 @@ def test_perplexity_is_that_of_the_logits() -> None:
 
 def test_positions_are_stretched_as_the_decoder_does() -> None:
     """Dynamic NTK looks at the length of a sequence."""
-    config = replace(CONFIG, rope=RopeConfig(kind="dynamic", factor=4.0, original_length=16), windows=(None, None))
+    config = changed(CONFIG, rope=RopeConfig(kind="dynamic", factor=4.0, original_length=16), windows=(None, None))
     decoder = decoder_from(config, params(config))
     losses = token_losses(decoder(jnp.asarray(IDS)), IDS)
     assert perplexity(decoder, IDS).nll == pytest.approx(float(losses.mean()), rel=1e-5)
@@ -191,13 +191,13 @@ def test_fewer_bits_of_kv_cache_are_further_from_float() -> None:
 def test_it_is_the_kv_cache_of_the_engine(bits: int) -> None:
     """One sequence through a real pool of so many bits, whose blocks lie in any order; float pools are far away."""
     qkv = jnp.asarray(np.random.default_rng(0).normal(size=(LENGTH, 2, 4, 16)), jnp.float32)
-    rotated = rotary(CONFIG.rope, 16, jnp.arange(LENGTH), jnp.full(LENGTH, LENGTH))
+    angles = rotary(RopeConfig(), 16, jnp.arange(LENGTH), jnp.full(LENGTH, LENGTH))
     blocks, places = jnp.array([[2, 0, 1]], jnp.int32), jnp.arange(LENGTH)
     slots = blocks[0, places // 16] * 16 + places % 16
     rows = Rows(blocks, jnp.zeros(1, jnp.int32), jnp.full(1, LENGTH, jnp.int32), LENGTH)
     values, scales = jnp.zeros((3, 2, 2, 16, 2 * bits), jnp.uint8), jnp.zeros((3, 2, 2, 2, 16), jnp.float16)
-    paged = attended(PagedContext((rows,), slots, make_mesh(1)), qkv, rotated, QuantizedPool(values, scales))
-    dense, plain = (attended(context, qkv, rotated) for context in (FakeQuantizedKV(1, bits), DenseContext(1)))
+    paged = attended(PagedContext((rows,), slots, make_mesh(1)), qkv, angles, QuantizedPool(values, scales))
+    dense, plain = (attended(context, qkv, angles) for context in (FakeQuantizedKV(1, bits), DenseContext(1)))
     np.testing.assert_allclose(dense, paged, rtol=1e-5, atol=1e-5)
     assert np.abs(dense - plain).max() > 1e-3
 
@@ -218,7 +218,7 @@ def test_impossible_input_is_refused() -> None:
         perplexity(decoder, IDS[:, :1])
     with pytest.raises(ConfigError, match=f"token={VOCAB} is not in the model's vocabulary of {VOCAB}"):
         perplexity(decoder, np.array([[1, VOCAB]], np.int32))
-    with pytest.raises(ConfigError, match="tp=3 must divide num_key_value_heads=2"):
+    with pytest.raises(ConfigError, match="tp=3 must divide 4 query heads"):
         load_decoder(DEMO, tp=3)
 
 

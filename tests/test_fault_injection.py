@@ -71,32 +71,36 @@ POINTS = [
     Point("make a detokenizer", "jaxdeploy.tokenizer:Tokenizer.detokenizer", early=True),
     Point("make a text stream", f"{ENGINE}.front.generator:TextStream", early=True),
     Point("add", f"{ENGINE}.front.engine:Engine.add"),
-    Point("make a sequence", f"{ENGINE}.front.engine:Sequence"),
-    Point("lay out settings", f"{ENGINE}.front.engine:settings_of"),
+    Point("make a sequence", f"{ENGINE}.front.intake:Sequence"),
+    Point("lay out settings", f"{ENGINE}.front.intake:settings_of"),
     Point("queue", f"{ENGINE}.scheduling.scheduler:Scheduler.add"),
     Point("compile the grammar", "jaxdeploy.grammar.matcher:Grammars.matcher", FORMED, early=True),
-    Point("prepare to read the prompt", f"{ENGINE}.front.engine:PromptReader", ECHO, path="/v1/completions"),
+    Point(
+        "prepare to read the prompt", f"{ENGINE}.front.prompt_collector:PromptCollector", ECHO, path="/v1/completions"
+    ),
     Point("admit", f"{ENGINE}.scheduling.scheduler:Scheduler._admit"),
     Point("find prefixes", f"{ENGINE}.scheduling.prefix_cache:PrefixCache.find"),
     Point("schedule its prompt", f"{ENGINE}.scheduling.scheduler:Scheduler._chunk"),
-    Point("note its blocks", f"{ENGINE}.scheduling.prefix_cache:PrefixCache.note"),
+    Point("note its blocks", f"{ENGINE}.scheduling.prefix_cache:PrefixCache.add"),
     Point("make room", f"{ENGINE}.scheduling.scheduler:Scheduler._make_room"),
     Point("schedule its decode", f"{ENGINE}.scheduling.scheduler:Scheduler._decode"),
-    Point("build its row", f"{ENGINE}.device.batch:forbid", SCORED),
+    Point("build its row", f"{ENGINE}.device.packing:forbid", SCORED),
     Point("follow the grammar: mask", "jaxdeploy.grammar.matcher:Matcher.allow", FORMED, early=True),
     Point("follow the grammar: take", "jaxdeploy.grammar.matcher:Matcher.take", FORMED, early=True),
-    Point("read the prompt", f"{ENGINE}.device.prompt_reading:PromptReader.add", ECHO, True, path="/v1/completions"),
+    Point(
+        "read the prompt", f"{ENGINE}.front.prompt_collector:PromptCollector.add", ECHO, True, path="/v1/completions"
+    ),
     Point(
         "put the reading together",
-        f"{ENGINE}.device.prompt_reading:PromptReader.reading",
+        f"{ENGINE}.front.prompt_collector:PromptCollector.result",
         ECHO,
         True,
         path="/v1/completions",
     ),
     Point("accept tokens", f"{ENGINE}.front.engine:Engine._accepted"),
     Point("append tokens", f"{ENGINE}.scheduling.sequence:Sequence.append"),
-    Point("extract log-probabilities", f"{ENGINE}.front.engine:_logprob", SCORED, early=True),
-    Point("make the output", f"{ENGINE}.front.engine:Engine._output"),
+    Point("extract log-probabilities", f"{ENGINE}.front.outputs:_logprob", SCORED, early=True),
+    Point("make the output", f"{ENGINE}.front.engine:step_output"),
     Point("leave the session", f"{ENGINE}.scheduling.sessions:Sessions.leave", harmless=True),
     Point("make the text", f"{ENGINE}.front.generator:Generator._text_output"),
     Point("detokenise", f"{ENGINE}.front.text_stream:TextStream.push"),
@@ -226,9 +230,15 @@ def check_nothing_is_lost(server: RunningServer) -> None:
     generator = server.served.engine.generator
     engine = generator.engine
     assert isinstance(engine, Engine)
-    held = (generator._streams, engine._sequences, engine._readers, engine._compiling, engine._failed)
+    held = (
+        generator._streams,
+        engine._intake.sequences,
+        engine._collectors._collectors,
+        engine._intake.compiling,
+        engine._failed,
+    )
     assert not any((*held, server.served.engine._streams, server.served._running))
-    assert len(engine.scheduler._slots) == 8
+    assert engine.scheduler._running.free_slots == 8
     engine.scheduler.blocks.check()
     engine.scheduler.prefixes.check()
 
@@ -237,8 +247,8 @@ def check_nothing_is_lost(server: RunningServer) -> None:
     "where",
     [
         f"{ENGINE}.device.runner:ModelRunner.write_tokens",
-        f"{ENGINE}.front.engine:choose_shape",
-        f"{ENGINE}.front.engine:build_inputs",
+        f"{ENGINE}.front.engine:choose_bucket",
+        f"{ENGINE}.front.engine:pack",
         f"{ENGINE}.device.runner:ModelRunner.run",
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,10 @@ import pytest
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.models import fused_decode
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.parallel.mesh import make_mesh
 from tests import test_fused_decode as fused_steps
@@ -114,24 +116,24 @@ STEPS = [tiny_models.SHAPES[2], tiny_models.SHAPES[4]]
 
 
 def runner_over(decoder: Decoder) -> ModelRunner:
-    mesh, dtype, length = make_mesh(1), jnp.dtype(jnp.float32), tiny_models.SESSION_LEN
-    sizes = EngineConfig(block_size=tiny_models.BLOCK_SIZE)
-    plan = plan_cache(decoder.config, sizes, mesh, session_len=length, max_batch_size=tiny_models.SLOTS, dtype=dtype)
-    pools = allocate_pools(decoder.config, plan, mesh, dtype)
-    return tiny_models.LastingRunner(decoder, pools, mesh, slots=tiny_models.SLOTS, session_len=length)
+    mesh, dtype, length = make_mesh(1), CacheDtype(jnp.dtype(jnp.float32)), tiny_models.SESSION_LEN
+    sizes, layouts = EngineConfig(block_size=tiny_models.BLOCK_SIZE), decoder.cache_layouts
+    plan = plan_cache(layouts, sizes, mesh, session_len=length, max_batch_size=tiny_models.SLOTS, dtype=dtype)
+    pools = allocate_pools(layouts, plan, mesh, dtype)
+    return tiny_models.LastingRunner(decoder, StepPlan(mesh), DeviceState.of(pools, tiny_models.SLOTS, length, mesh))
 
 
 def test_decode_steps_through_the_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loaded weights through the fused kernels (interpreted) are those weights op by op."""
-    sizes = replace(fused_steps.CONFIG, num_layers=1, windows=(12,))
+    sizes = tiny_models.changed(fused_steps.CONFIG, num_layers=1, windows=(12,))
     monkeypatch.setattr(fused_steps, "CONFIG", sizes)
     hf = hf_of(
         "Qwen2ForCausalLM",
         num_hidden_layers=1,
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
-        num_key_value_heads=sizes.num_kv_heads,
-        head_dim=sizes.head_dim,
+        num_key_value_heads=tiny_models.attention_of(sizes).num_kv_heads,
+        head_dim=tiny_models.attention_of(sizes).head_dim,
     )
     decoder = checkpoint(AWQ, hf).load(tmp_path, dtype=jnp.dtype(jnp.bfloat16), model=sizes)
     monkeypatch.setattr(fused_steps, "decoder_on", lambda tp, dtype: decoder)
@@ -144,7 +146,7 @@ def test_decode_steps_through_the_fused_kernels(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(fused_decode, "decode_hidden", noted)
     fused, pools = fused_steps.step("pallas_triton")
     plain, plain_pools = fused_steps.step("reference")
-    assert went == ["fused"]
+    assert went == ["fused", "fused"], "planned, then run; the reference does neither"
     # As for float weights there; those of the kernel are rounded to bfloat16 once more.
     tolerance = 4 * float(jnp.finfo(jnp.bfloat16).eps)
     assert fused_steps.difference(fused, plain) < tolerance

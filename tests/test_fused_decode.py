@@ -12,22 +12,29 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxdeploy.engine.device.buckets import StepShape
+from jaxdeploy.engine.device.step_plan import StepPlan, plan_steps
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models import fused_decode
 from jaxdeploy.models.attention import PagedContext, Rows
-from jaxdeploy.models.config import ModelConfig, RopeConfig
-from jaxdeploy.models.decoder import Decoder, Layer, abstract_params, decoder_from
+from jaxdeploy.models.cache_layout import HeadsLayout
+from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
+from jaxdeploy.models.layer import Layer
 from jaxdeploy.models.layers import RMSNorm
 from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.model import Positions
+from jaxdeploy.models.rope import RopeConfig
 from jaxdeploy.parallel.mesh import make_mesh
-from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
+from jaxdeploy.parallel.sharding import sharding_of
 from pallas_kernels.dispatch import ENVIRONMENT
+from tests.tiny_models import attention_of
 
 BLOCKS, BLOCK_SIZE, ENTRIES, ROWS = 24, 16, 4, 5
 POSITIONS = (0, 15, 16, 40, 7)
 REAL = (1, 1, 1, 1, 0)  # the last row is padding
 
-CONFIG = ModelConfig(
+CONFIG = DenseDecoder(
     vocab_size=64,
     hidden_size=256,
     num_layers=2,
@@ -40,7 +47,9 @@ CONFIG = ModelConfig(
     rope=RopeConfig(),
     windows=(None, 12),
     qkv_bias=True,
-)
+).model_config()
+
+BFLOAT16 = jnp.dtype(jnp.bfloat16)
 
 Array = np.ndarray[Any, Any]
 
@@ -59,8 +68,8 @@ def step(backend: str, tp: int = 1, dtype: str = "bfloat16", shift: int = 0) -> 
     """Hidden states and pools after one step; ``shift`` moves every new token that many places on."""
     mesh, random = make_mesh(tp), np.random.default_rng(1)
     decoder = decoder_on(tp, dtype)
-    shape = (BLOCKS, 2, CONFIG.num_kv_heads, BLOCK_SIZE, CONFIG.head_dim)
-    place = sharding_of(mesh, POOL_AXES, shape)
+    shape = (BLOCKS, 2, attention_of(CONFIG).num_kv_heads, BLOCK_SIZE, attention_of(CONFIG).head_dim)
+    place = sharding_of(mesh, HeadsLayout.AXES, shape)
     pools = [jax.device_put(random.standard_normal(shape).astype(dtype), place) for _ in range(CONFIG.num_layers)]
     tables = random.permutation(BLOCKS)[: ROWS * ENTRIES].reshape(ROWS, ENTRIES).astype(np.int32)
     tokens = random.integers(0, CONFIG.vocab_size, ROWS, np.int32)
@@ -68,17 +77,21 @@ def step(backend: str, tp: int = 1, dtype: str = "bfloat16", shift: int = 0) -> 
     slots = tables[np.arange(ROWS), positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     slots = np.where(REAL, slots, BLOCKS * BLOCK_SIZE).astype(np.int32)
 
+    decodes = StepShape(ROWS, 0, ENTRIES, ROWS)
+
     def hidden(pools: list[jax.Array], tokens: Array, positions: Array, tables: Array, slots: Array) -> Any:
         rows = Rows(jnp.asarray(tables), jnp.asarray(positions), jnp.array(REAL, jnp.int32), 1)
         context = PagedContext((rows,), jnp.asarray(slots), mesh)
-        return decoder.hidden(jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(positions), context, pools)
+        places = Positions(jnp.asarray(positions), jnp.asarray(positions))
+        return plan.forward(decoder, decodes)(decoder.embed(jnp.asarray(tokens)), places, context, pools)
 
     jitted: list[Any] = [decoder_module._run_layer, fused_decode._run_layer]
     for layer in jitted:
         layer.clear_cache()  # of what was traced for another backend
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ENVIRONMENT, backend)
-        x, new_pools = jax.jit(hidden)(pools, tokens, positions, tables, slots)
+        plan = plan_steps(decoder, mesh, pools, [decodes])
+        x, new_pools, _ = jax.jit(hidden)(pools, tokens, positions, tables, slots)
     return np.asarray(x, np.float32), np.stack([np.asarray(pool, np.float32) for pool in new_pools])
 
 
@@ -114,12 +127,27 @@ def test_what_the_fused_kernels_refuse_runs_op_by_op(caplog: pytest.LogCaptureFi
     assert "run op by op: decode_layer: pallas_triton takes bfloat16 and float16, not float32" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("shape", "fused"),
+    [
+        (StepShape(4, 0, ENTRIES, 8), True),
+        (StepShape(4, 0, ENTRIES, 8, repeats=3), True),
+        (StepShape(8, 0, ENTRIES, 8), False),
+        (StepShape(4, 32, ENTRIES, 8), False),
+        (StepShape(4, 0, ENTRIES, 8, drafts=2), False),
+        (StepShape(4, 0, ENTRIES, 8, adapted=True), False),
+    ],
+)
+def test_only_planned_decodes_are_fused(shape: StepShape, fused: bool) -> None:
+    assert StepPlan(make_mesh(1), frozenset({4})).is_fused(shape) == fused
+
+
 class OtherMLP(MLP):
     """Computes something else with the same parameters."""
 
 
 def _query_norm(layer: Layer) -> None:
-    layer.attention.query_norm = RMSNorm(CONFIG.head_dim, CONFIG.norm_eps, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
+    layer.attention.query_norm = RMSNorm(64, 1e-5, dtype=jnp.dtype(jnp.bfloat16))  # type: ignore[attr-defined]
 
 
 def _softcap(layer: Layer) -> None:
@@ -131,11 +159,16 @@ def _second_norm(layer: Layer) -> None:
 
 
 def _other_mlp(layer: Layer) -> None:
-    layer.mlp = OtherMLP(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
+    sizes = layer.mlp.config, layer.mlp.width
+    layer.mlp = OtherMLP(*sizes, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.bfloat16))
 
 
 def _other_eps(layer: Layer) -> None:
     layer.mlp_norm.eps = 1e-3
+
+
+def _float32_scale(layer: Layer) -> None:
+    layer.mlp_norm = RMSNorm(CONFIG.hidden_size, CONFIG.norm_eps, dtype=jnp.dtype(jnp.float32))
 
 
 def _offset_norm(layer: Layer) -> None:
@@ -151,11 +184,12 @@ def _offset_norm(layer: Layer) -> None:
         (_offset_norm, "do not take mlp_norm.offset"),
         (_other_mlp, "mlp is OtherMLP"),
         (_other_eps, "one eps"),
+        (_float32_scale, "mlp_norm has a scale in float32, the fused kernels take the activations' bfloat16"),
     ],
 )
 def test_an_option_that_the_kernels_do_not_know_is_refused(change: Callable[[Layer], None], reason: str) -> None:
     decoder = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     layer = decoder.layers[0]
-    assert fused_decode.refusal(layer, decoder.norm) is None
+    assert fused_decode.refusal(layer, decoder.norm, BFLOAT16) is None
     change(layer)
-    assert reason in str(fused_decode.refusal(layer, decoder.norm))
+    assert reason in str(fused_decode.refusal(layer, decoder.norm, BFLOAT16))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import PagedAttentionCall, ScoreOptions, paged_attention
 from pallas_kernels.unstack import unstack
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +30,8 @@ def attention_inputs(queries: int) -> tuple[np.ndarray[Any, Any], ...]:
 def attend(device: jax.Device, queries: int, window: int | None, dtype: str) -> np.ndarray[Any, Any]:
     q, pool, *rest = jax.device_put(attention_inputs(queries), device)
     with jax.default_device(device), jax.default_matmul_precision("highest"):
-        out = paged_attention(q.astype(dtype), pool.astype(dtype), *rest, scale=HEAD_DIM**-0.5, window=window)
+        scores = ScoreOptions(HEAD_DIM**-0.5, window)
+        out = paged_attention(PagedAttentionCall(q.astype(dtype), pool.astype(dtype), *rest, scores=scores))
     return np.asarray(out.astype(jnp.float32))
 
 

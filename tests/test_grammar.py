@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.front.engine import GRAMMAR_THREADS, Engine
+from jaxdeploy.engine.front.engine import Engine
+from jaxdeploy.engine.front.intake import GRAMMAR_THREADS
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import FinishReason, Request
 from tests.tiny_models import SHAPES_IN_A_ROW, guessing, outputs_of, prompt, reasons, request, run, tiny_engine
@@ -135,7 +136,7 @@ def test_one_that_is_given_up_while_it_waits_for_others_is_never_made() -> None:
     engine = tiny_engine(grammars=grammars)
     for number in range(2 * GRAMMAR_THREADS):
         engine.add(counting(str(number), 4))
-    waiting = list(engine._compiling.values())[GRAMMAR_THREADS:]
+    waiting = list(engine._intake.compiling.values())[GRAMMAR_THREADS:]
     for number in range(2 * GRAMMAR_THREADS):
         engine.abort(str(number))
     assert all(future.cancelled() for future in waiting)

@@ -14,6 +14,8 @@ from jaxdeploy.engine.device.host_blocks import GROUP, HostBlocks
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.scheduling.host_tier import Transfer
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
+from jaxdeploy.models.cache_layout import CacheDtype
+from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.parallel.mesh import make_mesh
 from tests.test_prefix_cache import TEXT, ask, ran
 from tests.test_scheduler import FakeModel, make_scheduler, run, sequence
@@ -107,21 +109,21 @@ def test_tokens_are_those_of_a_large_device(host_blocks: int, tp: int) -> None:
 @pytest.mark.parametrize("tp", [1, 4])
 def test_copies_are_exact(bits: int | None, tp: int) -> None:
     """There and back, into other blocks, in groups of any size."""
-    mesh, dtype = make_mesh(tp), jnp.dtype(jnp.bfloat16)
+    mesh, layouts, dtype = make_mesh(tp), cache_layouts(CONFIG), CacheDtype(jnp.dtype(jnp.bfloat16), bits)
     count = 2 * GROUP + 3
     sizes = EngineConfig(block_size=4, num_blocks=2 * count)
-    plan = plan_cache(CONFIG, sizes, mesh, session_len=4, max_batch_size=1, dtype=dtype, bits=bits)
+    plan = plan_cache(layouts, sizes, mesh, session_len=4, max_batch_size=1, dtype=dtype)
     random = np.random.default_rng(0)
     pools = jax.tree.map(
         lambda array: jax.device_put(random.integers(0, 200, array.shape).astype(array.dtype), array.sharding),
-        allocate_pools(CONFIG, plan, mesh, dtype),
+        allocate_pools(layouts, plan, mesh, dtype),
     )
     before = [np.asarray(array).copy() for array in jax.tree.leaves(pools)]
     host = HostBlocks(pools)
     places = random.permutation(2 * count)
     there = [Transfer(int(block), here, to_device=False) for here, block in enumerate(places[:count])]
     back = [Transfer(int(block), here, to_device=True) for here, block in enumerate(places[count:])]
-    pools = host.carry_out(pools, [*there, *back])
+    pools = host.copy(pools, [*there, *back])
     assert all(held.sharding.memory_kind == "pinned_host" for held in jax.tree.leaves(host._held))
     for old, array in zip(before, jax.tree.leaves(pools), strict=True):
         new = np.asarray(array)

@@ -9,18 +9,26 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from jaxdeploy.api.client import is_url
+from jaxdeploy.chat.session import Conversation
+from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.checkpoint import pickle_machine, pickle_reader, safetensors_reader
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
-from jaxdeploy.errors import CheckpointError, ConfigError, JaxdeployError
+from jaxdeploy.cli import main
+from jaxdeploy.compress.texts import open_texts
+from jaxdeploy.config import ServerConfig
+from jaxdeploy.errors import CheckpointError, ConfigError, JaxdeployError, RequestError
 from jaxdeploy.files.stored import MAX_BYTES, parse_json, shown
 from jaxdeploy.models.registry import architecture_of, read_config
+from jaxdeploy.server.listening import certificate
 from jaxdeploy.settings import read_yaml
 from jaxdeploy.tokenizer import Tokenizer, huggingface_file
 from tests.fuzzed_folder import HF, VALUES, fill_byte_level
@@ -321,3 +329,28 @@ def test_numbers_of_members_are_limited(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(huggingface_file, "MOST_TOKENS", 100)
     with pytest.raises(CheckpointError, match=r"tokens, 100 at most"):
         Tokenizer.load(tmp_path)
+
+
+NO_NAMES = ["x" * 300, "a\0b", "\ud83d", "~nobody-of-that-name/x", "x" * 300 + ".json"]
+"""Names that a file system does not take, or that lead nowhere."""
+
+
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_names_that_no_file_has(name: str) -> None:
+    tokenizer: Any = SimpleNamespace(chat_templates={})
+    with pytest.raises(ConfigError, match="chat_template="):
+        ChatTemplate.resolve(name, tokenizer, "LlamaForCausalLM")
+    with pytest.raises(ConfigError, match="ssl_certfile="):
+        certificate(ServerConfig(ssl=True, ssl_certfile=name))
+    with pytest.raises(ConfigError, match="calib_dataset="):
+        open_texts(name, folder=None, setting="calib_dataset", evaluate=False, render=str)
+    with pytest.raises(RequestError, match=r"path=.* cannot be written"):
+        Conversation().save(name + "/x")
+    assert not is_url(name)
+
+
+@pytest.mark.parametrize("argv", [["chat", "--config", ""], ["chat", ""], ["serve", "api_server", ""]])
+def test_an_empty_name_is_no_default(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As a script gives it whose variable is not set."""
+    assert main([*argv, *(["--prompt", "hi"] if argv[0] == "chat" else ["--server-port", "0"])]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

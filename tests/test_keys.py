@@ -86,6 +86,33 @@ def test_keys_of_a_file_and_of_the_environment(tmp_path: Path, monkeypatch: pyte
         ApiClient("http://127.0.0.1:1", "")
 
 
+@pytest.mark.parametrize(
+    ("content", "keys"),
+    [
+        (b"\xef\xbb\xbfone\r\n\r\ntwo\r\n", ["one", "two"]),
+        ("ключ\n".encode(), ["ключ"]),
+        (b"x" * 10_000, ["x" * 10_000]),
+        ("one".encode("utf-16"), None),
+        (b"one\0\n", None),
+        (b"\n" * 2**21, None),
+    ],
+)
+def test_odd_files_of_keys(tmp_path: Path, content: bytes, keys: list[str] | None) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    if keys is not None:
+        assert with_keys(ServerConfig(api_keys_file=str(file))).api_keys == keys
+        return
+    with pytest.raises(ConfigError, match="api_keys"):
+        with_keys(ServerConfig(api_keys_file=str(file)))
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "x" * 300, "a\0b", "\ud83d", "/"])
+def test_odd_names_of_files_of_keys(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"api_keys_file=.*; name a"):
+        with_keys(ServerConfig(api_keys_file=name))
+
+
 class Client:
     """Somebody with a key."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ import pytest
 
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.engine.device import kv_cache
-from jaxdeploy.engine.device.kv_cache import CPU_LIMIT, CachePlan, allocate_pools, plan_cache
+from jaxdeploy.engine.device.kv_cache import MAX_CPU_BYTES, CachePlan, allocate_pools, plan_cache
 from jaxdeploy.errors import CacheTooSmallError
+from jaxdeploy.models.cache_layout import CacheDtype
 from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.kv_pool import QuantizedPool, fits, pool_bits
-from tests.tiny_models import CONFIG
+from tests.tiny_models import CONFIG, attention_of, changed
 
 BLOCK_BYTES = 2 * 2 * 4 * 8 * 16 * 4
 """Keys and values · layers · KV heads · head dim · tokens in a block · bytes of a float32."""
@@ -35,9 +36,15 @@ def plan(
     **kw: Any,
 ) -> CachePlan:
     config = EngineConfig(**{"block_size": 16, **kw})
+    stored = CacheDtype(jnp.dtype(dtype), bits)
     return plan_cache(
-        model, config, make_mesh(tp), session_len=session_len, max_batch_size=batch, dtype=jnp.dtype(dtype), bits=bits
+        cache_layouts(model), config, make_mesh(tp), session_len=session_len, max_batch_size=batch, dtype=stored
     )
+
+
+def allocate(made: CachePlan, tp: int, ranges: Any = None) -> tuple[Any, ...]:
+    dtype = CacheDtype(jnp.dtype(jnp.bfloat16), made.bits)
+    return allocate_pools(cache_layouts(CONFIG), made, make_mesh(tp), dtype, ranges)
 
 
 def test_on_cpu_every_sequence_can_be_full() -> None:
@@ -47,10 +54,10 @@ def test_on_cpu_every_sequence_can_be_full() -> None:
 
 
 def test_on_cpu_one_gib_is_the_limit() -> None:
-    large = replace(CONFIG, num_layers=64, num_kv_heads=32, head_dim=128)
+    large = changed(CONFIG, num_layers=64, num_heads=32, num_kv_heads=32, head_dim=128, windows=(None,) * 64)
     made = plan(large, session_len=512, batch=8)
     assert made.block_bytes == 2 * 64 * 32 * 128 * 16 * 4
-    assert made.num_blocks == CPU_LIMIT // made.block_bytes < 8 * 32
+    assert made.num_blocks == MAX_CPU_BYTES // made.block_bytes < 8 * 32
 
 
 def test_an_explicit_number_of_blocks_wins() -> None:
@@ -94,7 +101,7 @@ def test_the_plan_reads_as_a_sentence() -> None:
     assert str(plan(num_blocks=7)) == expected
 
 
-LARGE = replace(CONFIG, num_layers=32, num_kv_heads=8, head_dim=128)
+LARGE = changed(CONFIG, num_layers=32, num_kv_heads=8, head_dim=128, windows=(None,) * 32)
 
 
 @pytest.mark.parametrize(("bits", "times"), [(8, 2 * 128 / 132), (4, 2 * 128 / 68)])
@@ -112,9 +119,9 @@ def test_quantised_blocks_are_more(monkeypatch: pytest.MonkeyPatch, tp: int, bit
 @pytest.mark.parametrize("tp", [1, 4])
 def test_quantised_pools_take_the_bytes_that_were_planned(tp: int, bits: int) -> None:
     made = plan(tp=tp, num_blocks=7, bits=bits)
-    pools = allocate_pools(CONFIG, made, make_mesh(tp), jnp.dtype(jnp.bfloat16))
-    assert all(fits(pool, CONFIG.num_heads, CONFIG.head_dim) for pool in pools)
-    assert {pool_bits(pool, CONFIG.head_dim) for pool in pools} == {bits}
+    pools = allocate(made, tp)
+    assert all(fits(pool, attention_of(CONFIG).num_heads, attention_of(CONFIG).head_dim) for pool in pools)
+    assert {pool_bits(pool, attention_of(CONFIG).head_dim) for pool in pools} == {bits}
     for pool in pools:
         assert isinstance(pool, QuantizedPool)
         assert not pool.values.any()
@@ -128,18 +135,18 @@ def test_quantised_pools_take_the_bytes_that_were_planned(tp: int, bits: int) ->
 def test_calibrated_pools_hold_their_layers_ranges(tp: int) -> None:
     ranges = np.arange(CONFIG.num_layers * 2 * 4 * 2, dtype=np.float16).reshape(CONFIG.num_layers, 2, 4, 2)
     made = plan(tp=tp, num_blocks=7, bits=8)
-    pools = allocate_pools(CONFIG, made, make_mesh(tp), jnp.dtype(jnp.bfloat16), ranges)
+    pools = allocate(made, tp, ranges)
     for pool, layer in zip(pools, ranges, strict=True):
         assert isinstance(pool, QuantizedPool)
         assert pool.calibrated
-        assert fits(pool, CONFIG.num_heads, CONFIG.head_dim)
+        assert fits(pool, attention_of(CONFIG).num_heads, attention_of(CONFIG).head_dim)
         np.testing.assert_array_equal(pool.scales, np.broadcast_to(layer[None, ..., None], pool.scales.shape))
         assert {shard.data.shape for shard in pool.scales.addressable_shards} == {(7, 2, 4 // tp, 2, 16)}
 
 
 @pytest.mark.parametrize("tp", [1, 4])
 def test_pools_are_zero_and_cut_along_kv_heads(tp: int) -> None:
-    pools = jax.tree.leaves(allocate_pools(CONFIG, plan(tp=tp, num_blocks=7), make_mesh(tp), jnp.dtype(jnp.bfloat16)))
+    pools = jax.tree.leaves(allocate(plan(tp=tp, num_blocks=7), tp))
     assert [pool.shape for pool in pools] == [(7, 2, 4, 16, 8)] * CONFIG.num_layers
     assert not any(pool.any() for pool in pools)
     assert {shard.data.shape for pool in pools for shard in pool.addressable_shards} == {(7, 2, 4 // tp, 16, 8)}

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdeploy.models.rope import apply_rotary
+from jaxdeploy.models import rope
 from pallas_kernels.dispatch import NoBackendError
-from pallas_kernels.kv_cache_write import BACKENDS, kv_cache_write
+from pallas_kernels.kv_cache_write import BACKENDS, KVCacheWriteCall, kv_cache_write
 from pallas_kernels.kv_cache_write.shapes import (
     SHAPES,
     TEST_SHAPES,
@@ -24,7 +24,7 @@ from pallas_kernels.kv_cache_write.shapes import (
     cost,
     elements_per_trip,
     key_for,
-    make_args,
+    make_call,
     tiles_for,
 )
 from pallas_kernels.kv_cache_write.tiles import Tiles
@@ -39,8 +39,12 @@ BY_NAME = {shape.model: shape for shape in TEST_SHAPES}
 
 @cache
 def made(shape: Shape) -> Args:
-    args: Args = jax.jit(lambda: make_args(shape)[0], compiler_options=FAST_COMPILE)()
-    return args
+    call = jax.jit(lambda: make_call(shape), compiler_options=FAST_COMPILE)()
+    return operands(call)
+
+
+def operands(call: KVCacheWriteCall) -> Args:
+    return call.qkv, call.cos, call.sin, call.pool, call.slots
 
 
 @partial(jax.jit, static_argnames=("backend", "tiles"), compiler_options=FAST_COMPILE)
@@ -213,7 +217,7 @@ def test_a_write_elsewhere_is_noticed() -> None:
 def test_it_rotates_as_the_model_does() -> None:
     qkv, cos, sin, pool, slots = made(BY_NAME["float32"])
     q, _ = write(qkv, cos, sin, pool, slots, backend="reference")
-    model = jax.jit(apply_rotary)(qkv[:, :, :-2].reshape(q.shape), (cos, sin))
+    model = jax.jit(rope.rotated)(qkv[:, :, :-2].reshape(q.shape), rope.Rotary(cos, sin))
     np.testing.assert_allclose(q, model, rtol=0, atol=8 * unit_roundoff(jnp.float32))
 
 
@@ -242,7 +246,7 @@ def test_angles_in_half_precision_are_refused() -> None:
 
 
 def test_refusals() -> None:
-    args = jax.eval_shape(lambda: make_args(Shape("head dim", 3, 2, 1, 24))[0])
+    args = operands(jax.eval_shape(lambda: make_call(Shape("head dim", 3, 2, 1, 24))))
     with pytest.raises(NoBackendError, match="pallas_triton needs a head_dim that is a multiple of 16, have 24"):
         kv_cache_write(*args, backend="pallas_triton")
     with pytest.raises(NoBackendError, match="reference has no tiles"):

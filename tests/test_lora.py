@@ -19,13 +19,14 @@ from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder, decoder_from
 from jaxdeploy.models.lora import AdaptedWeight, AdapterBank, LowRank, bank_of
+from jaxdeploy.models.model import Positions
 from jaxdeploy.models.registry import family_of, read_config
 from jaxdeploy.models.weights import Linear, ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from tests.selection import every_other
 from tests.stored_models import AWQ, SCATTERED, SMOOTH_QUANT, Layout, apart, checkpoint, hf_of, weights_of
 from tests.tiny_adapters import ALL, LINEARS, QKV, TinyAdapter
-from tests.tiny_models import CONFIG, VOCAB, params
+from tests.tiny_models import CONFIG, VOCAB, changed, params
 
 Array = np.ndarray[Any, Any]
 FLOAT = jnp.dtype(jnp.float32)
@@ -79,10 +80,9 @@ def with_adapters(decoder: Decoder, bank: AdapterBank, arrays: tuple[jax.Array, 
     def run(arrays: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
         slots = jnp.repeat(jnp.array(SLOTS, jnp.int32), LENGTH)
         adapted = bank.adapted(decoder, arrays, slots, wanted)
-        positions = jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), len(SLOTS))
-        lengths, context = jnp.full_like(positions, LENGTH), DenseContext(len(SLOTS))
+        positions, context = Positions.of_prompts(len(SLOTS), LENGTH), DenseContext(len(SLOTS))
         pools = [None] * len(adapted.layers)
-        x, _ = adapted.hidden(tokens.reshape(-1), positions, lengths, context, pools, wanted)
+        x = adapted.hidden(adapted.embed(tokens.reshape(-1)), positions, context, pools, wanted).states
         return bank.logits(adapted, arrays, x, slots if wanted is None else slots[wanted])
 
     logits = np.asarray(run(arrays, jnp.asarray(TOKENS)))
@@ -106,7 +106,7 @@ def truth() -> Array:
 
 @pytest.mark.parametrize("tp", [1, *every_other([2, 4])])
 def test_each_sequence_has_its_own_adapter(tp: int, folder: Path) -> None:
-    decoder = decoder_from(CONFIG, params(tp=tp), make_mesh(tp))
+    decoder = decoder_from(CONFIG, params(tp=tp))
     ours, expected = with_adapters(decoder, *filled(folder, tp), None), truth()
     for row, slot in enumerate(SLOTS):
         assert apart(ours[row], expected[row]) < 1e-5
@@ -121,14 +121,14 @@ def test_the_last_layer_computes_what_is_wanted(folder: Path) -> None:
 
 def test_a_tied_head_is_adapted_too(folder: Path) -> None:
     held = {path: value for path, value in params().items() if path != ("head", "weight")}
-    held["embed", "embedding"] = params()["head", "weight"].T
+    held["embedding", "table"] = params()["head", "weight"].T
     tied, untied = (decoder_from(config, held | more) for config, more in _tied_and_not(held))
     bank = filled(folder)
     assert apart(with_adapters(tied, *bank, None), with_adapters(untied, *bank, None)) < 1e-6
 
 
 def _tied_and_not(held: dict[ParamPath, jax.Array]) -> list[tuple[ModelConfig, dict[ParamPath, jax.Array]]]:
-    return [(TIED, {}), (CONFIG, {("head", "weight"): held["embed", "embedding"].T})]
+    return [(TIED, {}), (CONFIG, {("head", "weight"): held["embedding", "table"].T})]
 
 
 def test_arrays_are_cut_as_the_weights_are(folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_arrays_are_cut_as_the_weights_are(folder: Path) -> None:
     for row, kind in enumerate(bank.kinds):
         shardings: list[Any] = [array.sharding for array in arrays[2 * row : 2 * row + 2]]
         assert sum(axis is not None for sharding in shardings for axis in sharding.spec) == 1, kind.path
-    assert bank.nbytes == sum(array.nbytes for array in arrays[:-1])
+    assert bank.device_bytes == sum(array.addressable_shards[0].data.nbytes for array in arrays[:-1])
 
 
 def test_layers_are_traced_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_layers_are_traced_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         return multiply(self, x)
 
     monkeypatch.setattr(AdaptedWeight, "multiply", counted)
-    config = replace(CONFIG, windows=(None, None))
+    config = changed(CONFIG, windows=(None, None))
     bank, arrays = filled(folder, config=config)
     decoder = decoder_from(config, params(config))
     jax.jit(lambda arrays: bank.adapted(decoder, arrays, jnp.zeros(24, jnp.int32))(jnp.asarray(TOKENS[:2]))).lower(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels.dispatch import NoBackendError
-from pallas_kernels.lora_matmul import BACKENDS, lora_matmul
-from pallas_kernels.lora_matmul.shapes import SHAPES, TEST_SHAPES, Shape, candidates_for, make_args, tiles_for
-from pallas_kernels.lora_matmul.tiles import Call, Tiles, heuristic
+from pallas_kernels.lora_matmul import BACKENDS, LoRAMatmulCall, lora_matmul
+from pallas_kernels.lora_matmul.shapes import SHAPES, TEST_SHAPES, Shape, candidates_for, make_call, tiles_for
+from pallas_kernels.lora_matmul.tiles import ProblemSize, Tiles, heuristic
 from pallas_kernels.numerics import ACCUMULATOR, Array, sum_bound, unit_roundoff
 from tests.selection import complete, every_other
 
@@ -31,10 +31,15 @@ WHOLE = replace(MIXED, n=256, segments=(64, 32, 32))
 """Its modules fill tiles."""
 
 
+def make_args(shape: Shape, seed: int = 0) -> Arrays:
+    """The arrays of a call, in the order of its fields."""
+    return tuple(jax.tree.leaves(make_call(shape, seed)))
+
+
 def multiplied(shape: Shape, args: Arrays, backend: str | None, tiles: Tiles | None = None) -> Array:
     """What the op gives, in float64."""
-    options: dict[str, Any] = {"segments": shape.segments, "backend": backend, "tiles": tiles}
-    out = jax.jit(lambda *arrays: lora_matmul(*arrays, **options))(*args)
+    call = LoRAMatmulCall(*args, segments=shape.segments)
+    out = jax.jit(partial(lora_matmul, backend=backend, tiles=tiles))(call)
     assert out.dtype == args[X].dtype
     return np.asarray(out, np.float64)
 
@@ -79,7 +84,7 @@ def unused(args: Arrays) -> jax.Array:
 @pytest.mark.parametrize("shape", every_other(TEST_SHAPES), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backend(backend: str, shape: Shape) -> None:
-    args, _ = make_args(shape)
+    args = make_args(shape)
     assert worst(shape, args, multiplied(shape, args, backend)) < 1
 
 
@@ -98,7 +103,7 @@ def test_real_shapes(shape: Shape) -> None:
     tokens = min(shape.tokens, 96 if shape.phase == "decode" else 300)
     width = tiles.tile_n * 3 // 2 // shape.modules
     shape = replace(shape, tokens=tokens, n=width * shape.modules, segments=(width,) * shape.modules)
-    args, _ = make_args(shape)
+    args = make_args(shape)
     assert worst(shape, args, multiplied(shape, args, "pallas_triton", tiles)) < 1
 
 
@@ -135,7 +140,7 @@ def test_any_shape(
     seed: int,
 ) -> None:
     shape = Shape("any", tokens, k, n, rank, slots, layers, mixed, dtype, segments)
-    args, _ = make_args(shape, seed)
+    args = make_args(shape, seed)
     for backend in complete(BACKENDS):
         assert worst(shape, args, multiplied(shape, args, backend)) < 1
 
@@ -147,13 +152,13 @@ def test_any_shape(
     ids=str,
 )
 def test_tiles_change_nothing(tiles: Tiles, shape: Shape) -> None:
-    args, _ = make_args(shape)
+    args = make_args(shape)
     assert worst(shape, args, multiplied(shape, args, "pallas_triton", tiles)) < 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_entries_that_no_token_uses_are_not_read(backend: str) -> None:
-    args, _ = make_args(MIXED)
+    args = make_args(MIXED)
     spoilt = args
     for place in (A, B):
         spoilt = changed(spoilt, place, jnp.where(unused(args)[:, None, None], jnp.nan, spoilt[place]))
@@ -163,7 +168,7 @@ def test_entries_that_no_token_uses_are_not_read(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_adapter_that_overflows_harms_its_own_tokens_alone(backend: str) -> None:
-    args, _ = make_args(MIXED)
+    args = make_args(MIXED)
     bad = args[ADAPTER][0]
     got = multiplied(MIXED, changed(args, A, args[A].at[bad].set(jnp.inf)), backend)
     own = np.asarray(args[ADAPTER] == bad)
@@ -172,7 +177,7 @@ def test_an_adapter_that_overflows_harms_its_own_tokens_alone(backend: str) -> N
 
 
 def test_ranks_that_an_adapter_does_not_have_are_not_read() -> None:
-    args, _ = make_args(MIXED)
+    args = make_args(MIXED)
     beyond = jnp.arange(MIXED.rank) >= -(-args[RANKS][:, None] // 16) * 16
     of_modules = jnp.tile(beyond, len(MIXED.segments or ()))
     spoilt = changed(args, A, jnp.where(of_modules[:, None], jnp.nan, args[A]))
@@ -183,7 +188,7 @@ def test_ranks_that_an_adapter_does_not_have_are_not_read() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tokens_without_an_adapter_are_zero(backend: str) -> None:
-    args, _ = make_args(MIXED)
+    args = make_args(MIXED)
     got = multiplied(MIXED, args, backend)
     without = np.asarray(args[ADAPTER]) < 0
     assert without.any()
@@ -195,7 +200,7 @@ def test_tokens_without_an_adapter_are_zero(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_order_of_candidates_changes_nothing(backend: str) -> None:
-    args, _ = make_args(MIXED)
+    args = make_args(MIXED)
     turned = changed(args, CANDIDATES, args[CANDIDATES][::-1])
     np.testing.assert_array_equal(multiplied(MIXED, turned, backend), multiplied(MIXED, args, backend))
 
@@ -203,10 +208,10 @@ def test_the_order_of_candidates_changes_nothing(backend: str) -> None:
 def test_under_shard_map() -> None:
     """Columns of the result spread over devices; what is in the bank, and who uses it, is only known when it runs."""
     shape = replace(MIXED, dtype="float32", segments=(10, 5, 3))
-    args, _ = make_args(shape)
+    args = make_args(shape)
     everywhere, columns = PartitionSpec(), PartitionSpec(None, None, "tp")
     spread = jax.shard_map(
-        lambda *arrays: lora_matmul(*arrays, segments=shape.segments, backend="reference"),
+        lambda *arrays: lora_matmul(LoRAMatmulCall(*arrays, segments=shape.segments), backend="reference"),
         mesh=Mesh(np.array(jax.devices()[:4]), ("tp",)),
         in_specs=(everywhere, everywhere, columns, *[everywhere] * 3),
         out_specs=PartitionSpec(None, "tp"),
@@ -255,12 +260,12 @@ MIXEDIFTS = [
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_wrong_input_is_noticed(backend: str, mutate: Callable[[Arrays], Arrays]) -> None:
-    args, _ = make_args(MIXED)
+    args = make_args(MIXED)
     assert worst(MIXED, args, multiplied(MIXED, mutate(args), backend)) > 5
 
 
 def test_teams_and_splits_leave_work_for_each_program() -> None:
-    decode = Call(16, 4096, 6144, 16, 8, "bfloat16")
+    decode = ProblemSize(16, 4096, 6144, 16, 8, "bfloat16")
     assert heuristic(decode, 132) == Tiles(16, 128, 128, 16, 8, 4, 3)
     assert heuristic(replace(decode, tokens=1), 132) == Tiles(16, 128, 32, 16, 1, 4, 3), "one adapter needs no teams"
     assert heuristic(replace(decode, tokens=256), 132).tile_m == 64
@@ -281,7 +286,7 @@ def test_what_the_kernel_refuses() -> None:
     args = tuple(map(jnp.zeros, ((1, 32), (2, 32, 8), (2, 8, 16))))
     numbers = tuple(jnp.zeros(size, jnp.int32) for size in (1, 4, 2))
     with pytest.raises(NoBackendError, match="needs R in steps of 16, have R=8; pad a and b with zeros"):
-        lora_matmul(*args, *numbers, backend="pallas_triton")
+        lora_matmul(LoRAMatmulCall(*args, *numbers, segments=None), backend="pallas_triton")
 
 
 FITTING = ((3, 32), (2, 32, 8), (2, 8, 16), (3,), (4,), (2,))
@@ -303,7 +308,7 @@ def test_shapes_that_do_not_fit(place: int, shape: tuple[int, ...], told: str) -
     shapes = (*FITTING[:place], shape, *FITTING[place + 1 :])
     x, a, b, *numbers = (jnp.zeros(s, jnp.float32 if i < ADAPTER else jnp.int32) for i, s in enumerate(shapes))
     with pytest.raises(ValueError, match=told):
-        lora_matmul(x, a, b, *numbers)
+        lora_matmul(LoRAMatmulCall(x, a, b, *numbers, segments=None))
 
 
 @pytest.mark.parametrize(
@@ -318,7 +323,7 @@ def test_shapes_that_do_not_fit(place: int, shape: tuple[int, ...], told: str) -
 def test_segments_that_do_not_fit(segments: tuple[int, ...], told: str) -> None:
     x, a, b, *numbers = (jnp.zeros(s, jnp.float32 if i < ADAPTER else jnp.int32) for i, s in enumerate(FITTING))
     with pytest.raises(ValueError, match=told):
-        lora_matmul(x, a, b, *numbers, segments=segments)
+        lora_matmul(LoRAMatmulCall(x, a, b, *numbers, segments=segments))
 
 
 def test_dtypes_that_do_not_fit() -> None:
@@ -326,6 +331,6 @@ def test_dtypes_that_do_not_fit() -> None:
         jnp.zeros(shape, jnp.float32 if place < ADAPTER else jnp.int32) for place, shape in enumerate(FITTING)
     )
     with pytest.raises(ValueError, match="b bfloat16 must be floats of one dtype; cast them"):
-        lora_matmul(x, a, b.astype(jnp.bfloat16), adapter, candidates, ranks)
+        lora_matmul(LoRAMatmulCall(x, a, b.astype(jnp.bfloat16), adapter, candidates, ranks))
     with pytest.raises(ValueError, match="ranks float32"):
-        lora_matmul(x, a, b, adapter, candidates, ranks.astype(jnp.float32))
+        lora_matmul(LoRAMatmulCall(x, a, b, adapter, candidates, ranks.astype(jnp.float32)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.device.batch import StepShape, padding_inputs
+from jaxdeploy.engine.device.buckets import StepShape
+from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.models.attention import DenseContext
-from jaxdeploy.models.config import RopeConfig
 from jaxdeploy.models.decoder import decoder_from
+from jaxdeploy.models.model import Positions
+from jaxdeploy.models.rope import RopeConfig
 from tests.tiny_models import (
     CONFIG,
     SHAPES,
     SHAPES_IN_A_ROW,
     VOCAB,
+    changed,
     lasting_runner,
     live_arrays,
     params,
@@ -40,20 +42,20 @@ def test_the_device_knows_the_tokens_that_the_host_knows() -> None:
     for _ in range(9):
         engine.step()
         for sequence in engine.scheduler._running:
-            known = np.asarray(runner._buffer)[sequence.slot, : len(sequence.token_ids)]
+            known = np.asarray(runner._own_state.token_buffer)[sequence.placement.slot, : len(sequence.token_ids)]
             assert known.tolist() == sequence.token_ids
 
 
 def test_dynamic_rope_goes_by_the_prompt() -> None:
     """The base is picked once for a sequence, so that keys in the cache and later queries agree."""
-    config = replace(CONFIG, rope=RopeConfig(kind="dynamic", factor=4.0, original_length=16))
+    config = changed(CONFIG, rope=RopeConfig(kind="dynamic", factor=4.0, original_length=16))
     runner, decoder = runner_of(ModelRunner, config=config), decoder_from(config, params(config))
     engine = tiny_engine(runner=runner, shapes=[SHAPES[0], SHAPES[3]], batch=1, max_prefill=32)
     tokens = [*prompt(50), *run_one(engine, prompt(50))]
-    positions = jnp.arange(len(tokens), dtype=jnp.int32)
+    values = jnp.arange(len(tokens), dtype=jnp.int32)
     for prompt_length, same in ((50, True), (len(tokens), False)):
-        lengths = jnp.full_like(positions, prompt_length)
-        x, _ = decoder.hidden(jnp.array(tokens), positions, lengths, DenseContext(1), [None, None])
+        positions = Positions(values, jnp.full_like(values, prompt_length))
+        x = decoder.hidden(decoder.embed(jnp.array(tokens)), positions, DenseContext(1), [None, None]).states
         assert (np.asarray(decoder.logits(x)).argmax(axis=-1)[49:-1].tolist() == tokens[50:]) == same
     engine.close()
 
@@ -63,7 +65,7 @@ def test_pools_and_buffer_are_donated() -> None:
     engine, runner = tiny_engine(), lasting_runner(1)
     engine.add(request("a", prompt(5)))
     for _ in range(2):
-        before = (*runner._pools, runner._buffer)
+        before = jax.tree.leaves(runner._own_state)
         engine.step()
         assert all(array.is_deleted() for array in before)
     engine.abort("a")
@@ -74,7 +76,7 @@ def test_pools_and_buffer_are_donated() -> None:
 def test_no_step_copies_a_pool(shape: StepShape, full_sampler: bool) -> None:
     """XLA may find a copy handy, and then every step would move the whole cache; pools are updated in place."""
     compiled = lasting_runner(1).compiled(padding_inputs(shape, VOCAB, full_sampler=full_sampler))
-    pools = jax.tree.leaves(lasting_runner(1)._pools)
+    pools = jax.tree.leaves(lasting_runner(1)._own_state.pools)
     dims = ",".join(map(str, pools[0].shape))
     assert not re.findall(rf"f32\[{dims}\]\S* copy\(", str(compiled.as_text()))
     memory: Any = compiled.memory_analysis()
@@ -101,11 +103,11 @@ def test_a_cpu_computes_angles_once_a_step() -> None:
 
 def test_only_what_is_wanted_passes_the_last_layer() -> None:
     decoder, tokens = decoder_from(CONFIG, params()), jnp.array(prompt(12))
-    wanted, positions = jnp.array([11, 3]), jnp.arange(12, dtype=jnp.int32)
-    step = (tokens, positions, jnp.full_like(positions, 12), DenseContext(1), [None, None])
-    every, _ = decoder.hidden(*step)
-    some, _ = decoder.hidden(*step, wanted)
+    wanted = jnp.array([11, 3])
+    step = (decoder.embed(tokens), Positions.of_prompts(1, 12), DenseContext(1), [None, None])
+    every = decoder.hidden(*step).states
+    some = decoder.hidden(*step, wanted).states
     np.testing.assert_allclose(some, every[wanted], rtol=0, atol=2e-5)
     for rows, narrow in ((None, False), (wanted, True)):
-        traced = str(jax.make_jaxpr(lambda rows=rows: decoder.hidden(*step, rows)[0])())
-        assert (f"f32[2,2,{CONFIG.intermediate_size}]" in traced) == narrow, "the feed-forward of two tokens"
+        traced = str(jax.make_jaxpr(lambda rows=rows: decoder.hidden(*step, rows).states)())
+        assert ("f32[2,2,64]" in traced) == narrow, "the feed-forward of two tokens"

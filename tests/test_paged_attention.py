@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -14,71 +15,80 @@ import pytest
 from jaxdeploy.models.attention import dense_attention
 from pallas_kernels.dispatch import NoBackendError
 from pallas_kernels.kv_cache_write import kv_cache_write
-from pallas_kernels.kv_pool import Pool
+from pallas_kernels.kv_pool import Pool, stored
 from pallas_kernels.numerics import unit_roundoff
-from pallas_kernels.paged_attention import BACKENDS, paged_attention, reference
+from pallas_kernels.paged_attention import BACKENDS, PagedAttentionCall, ScoreOptions, paged_attention, reference
 from pallas_kernels.paged_attention.shapes import SHAPES, TEST_SHAPES, Shape, cost
 from pallas_kernels.paged_attention.tiles import Tiles
 from pallas_kernels.target import Target
-from tests.paged_attention_truth import FAST_COMPILE, Args, made, worst
+from tests.paged_attention_truth import FAST_COMPILE, made, rescored, worst
 from tests.selection import every_other
 
 PLAIN = TEST_SHAPES[0]
+SINKS = next(shape for shape in TEST_SHAPES if shape.slopes and shape.sinks)
 FLOAT32 = Shape("float32", 7, 5, 6, 2, 32, (0, 1, 14, 15, 16, 17, 40), block_size=16, window=20, dtype="float32")
 
 
-@partial(jax.jit, static_argnames=("scale", "window", "softcap", "platform"), compiler_options=FAST_COMPILE)
-def attend(*args: Any, platform: str = "cpu", **options: Any) -> jax.Array:
+@partial(jax.jit, static_argnames="platform", compiler_options=FAST_COMPILE)
+def attend(call: PagedAttentionCall, platform: str = "cpu") -> jax.Array:
     """``platform`` is what the reference takes this machine for; static, so that each has a program of its own."""
     with mock.patch.object(reference, "current_target", return_value=Target(platform, platform)):
-        return paged_attention(*args, **options, backend="reference")
+        return paged_attention(call, backend="reference")
 
 
 @pytest.mark.parametrize("shape", every_other([*TEST_SHAPES, FLOAT32]), ids=str)
 def test_reference(shape: Shape) -> None:
-    args, options = made(shape)
-    assert worst(args, options, attend(*args, **options)) < 1
+    call = made(shape)
+    assert worst(call, attend(call)) < 1
 
 
 @pytest.mark.parametrize("shape", [FLOAT32, TEST_SHAPES[4]], ids=str)
 def test_all_rows_at_once(shape: Shape) -> None:
     """As on a GPU; on a CPU row follows row."""
-    args, options = made(shape)
-    assert worst(args, options, attend(*args, **options, platform="gpu")) < 1
+    call = made(shape)
+    assert worst(call, attend(call, platform="gpu")) < 1
 
 
-def swap_keys_and_values(args: Args) -> Args:
-    return (args[0], args[1][:, ::-1], *args[2:])
+def swap_keys_and_values(call: PagedAttentionCall) -> PagedAttentionCall:
+    return replace(call, pool=stored(call.pool)[:, ::-1])
 
 
-def swap_kv_heads(args: Args) -> Args:
-    return (args[0], args[1][:, :, ::-1], *args[2:])
+def swap_kv_heads(call: PagedAttentionCall) -> PagedAttentionCall:
+    return replace(call, pool=stored(call.pool)[:, :, ::-1])
 
 
-def shift_block_tables(args: Args) -> Args:
-    return (*args[:2], jnp.roll(args[2][::-1], 1, axis=0), *args[3:])
+def shift_block_tables(call: PagedAttentionCall) -> PagedAttentionCall:
+    return replace(call, block_tables=jnp.roll(call.block_tables[::-1], 1, axis=0))
 
 
-def start_one_earlier(args: Args) -> Args:
-    return (*args[:3], jnp.maximum(args[3] - 1, 0), args[4])
+def start_one_earlier(call: PagedAttentionCall) -> PagedAttentionCall:
+    return replace(call, first_positions=jnp.maximum(call.first_positions - 1, 0))
 
 
 @pytest.mark.parametrize("mutate", [swap_keys_and_values, shift_block_tables, swap_kv_heads, start_one_earlier])
 @pytest.mark.parametrize("shape", [PLAIN, FLOAT32], ids=str)
 def test_a_wrong_input_is_noticed(mutate: Any, shape: Shape) -> None:
-    args, options = made(shape)
-    assert worst(args, options, attend(*mutate(args), **options)) > 10
+    call = made(shape)
+    assert worst(call, attend(mutate(call))) > 10
 
 
 @pytest.mark.parametrize("changed", [{"window": 19}, {"window": 21}, {"window": None}, {"softcap": 5.0}], ids=str)
 def test_a_wrong_option_is_noticed(changed: dict[str, Any]) -> None:
-    args, options = made(FLOAT32)
-    assert worst(args, {**options, **changed}, attend(*args, **options)) > 10
+    call = made(FLOAT32)
+    assert worst(rescored(call, **changed), attend(call)) > 10
+
+
+@pytest.mark.parametrize("name", ["slopes", "sinks"])
+def test_a_wrong_slope_or_sink_is_noticed(name: str) -> None:
+    call = made(SINKS)
+    for other in (None, jnp.roll(getattr(call.scores, name), 1)):
+        assert worst(rescored(call, **{name: other}), attend(call)) > 2
 
 
 def test_rows_without_tokens_are_finite() -> None:
-    (*args, lengths), options = made(FLOAT32)
-    assert np.isfinite(np.asarray(attend(*args, jnp.zeros_like(lengths), **options))).all()
+    call = made(FLOAT32)
+    empty = replace(call, lengths=jnp.zeros_like(call.lengths))
+    assert np.isfinite(np.asarray(attend(empty))).all()
 
 
 @pytest.mark.parametrize("window", [None, 10])
@@ -98,8 +108,8 @@ def test_paged_is_dense(window: int | None) -> None:
             queries.append(q)
         q = jnp.concatenate(queries)[None]
         rows = (jnp.asarray(table), *(jnp.array([n], jnp.int32) for n in (0, 40)))
-        dense = dense_attention(q, qkv[None, :, :, -2], qkv[None, :, :, -1], window=window)
-        return paged_attention(q, pool, *rows, scale=0.25, window=window), dense
+        dense = dense_attention(q, qkv[None, :, :, -2], qkv[None, :, :, -1], ScoreOptions(0.25, window))
+        return paged_attention(PagedAttentionCall(q, pool, *rows, scores=ScoreOptions(0.25, window))), dense
 
     paged, dense = both(jnp.zeros((6, 2, 2, 16, 16), jnp.float32))
     # Logits below 10 from sums over H, and outputs below 4 from sums over the tokens.
@@ -108,33 +118,45 @@ def test_paged_is_dense(window: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "shape"),
-    [(0, (7, 1, 5, 64)), (0, (7, 1, 8, 32)), (2, (6, 7)), (3, (6,)), (4, (8,)), (1, (49, 1, 2, 16, 64))],
+    ("name", "shape"),
+    [
+        ("queries", (7, 1, 5, 64)),
+        ("queries", (7, 1, 8, 32)),
+        ("block_tables", (6, 7)),
+        ("first_positions", (6,)),
+        ("lengths", (8,)),
+        ("pool", (49, 1, 2, 16, 64)),
+    ],
 )
-def test_shapes_that_do_not_fit(index: int, shape: tuple[int, ...]) -> None:
-    args, options = made(PLAIN)
-    changed = [jnp.zeros(shape, array.dtype) if i == index else array for i, array in enumerate(args)]
+def test_shapes_that_do_not_fit(name: str, shape: tuple[int, ...]) -> None:
+    call = made(PLAIN)
+    changed: Any = {name: jnp.zeros(shape, getattr(call, name).dtype)}
     with pytest.raises(ValueError, match=r"does not fit|must each have"):
-        paged_attention(*changed, **options)
+        paged_attention(replace(call, **changed))
 
 
 @pytest.mark.parametrize("changed", [{"scale": 0.0}, {"window": 0}, {"softcap": -1.0}], ids=str)
 def test_options_that_make_no_sense(changed: dict[str, Any]) -> None:
-    args, options = made(PLAIN)
     with pytest.raises(ValueError, match=r"^(scale|window|softcap)=\S+ must be positive"):
-        paged_attention(*args, **{**options, **changed})
+        paged_attention(rescored(made(PLAIN), **changed))
+
+
+@pytest.mark.parametrize("name", ["slopes", "sinks"])
+def test_operands_per_head_that_do_not_fit(name: str) -> None:
+    for array, found in ((jnp.zeros(7), r"float32\(7,\)"), (jnp.zeros(8, jnp.bfloat16), r"bfloat16\(8,\)")):
+        with pytest.raises(ValueError, match=rf"^{name} {found} must be float32 \[8\], one for each query head"):
+            paged_attention(rescored(made(PLAIN), **{name: array}))
 
 
 def test_the_reference_has_no_tiles() -> None:
-    args, options = made(PLAIN)
     with pytest.raises(NoBackendError, match="reference has no tiles"):
-        paged_attention(*args, **options, backend="reference", tiles=Tiles(16, 64, 1, 4, 3))
+        paged_attention(made(PLAIN), backend="reference", tiles=Tiles(16, 64, 1, 4, 3))
 
 
 def test_a_cpu_takes_the_reference() -> None:
-    args, options = made(PLAIN)
-    with mock.patch.object(reference, "run", return_value=args[0]) as run:
-        paged_attention(*args, **options)
+    call = made(PLAIN)
+    with mock.patch.object(reference, "run", return_value=call.queries) as run:
+        paged_attention(call)
     assert run.called
     assert list(BACKENDS)[-1] == "reference"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.front.build import longest_shared
+from jaxdeploy.engine.front.build import max_shared_len
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.messages import Request, SamplingParams
-from jaxdeploy.models.config import RopeConfig
+from jaxdeploy.models.rope import RopeConfig
 from tests import test_quantized_kv as quantized
 from tests.test_scheduler import BLOCK_SIZE, SESSION_LEN, FakeModel, make_scheduler, run
-from tests.tiny_models import CONFIG, outputs_of, prompt, request, tiny_engine
+from tests.tiny_models import CONFIG, changed, outputs_of, prompt, request, tiny_engine
 from tests.tiny_models import run as run_engine
 
 TEXT = tuple(range(100, 100 + SESSION_LEN))
@@ -34,7 +33,7 @@ def ran(scheduler: Scheduler, *sequences: Sequence) -> list[int]:
     model = FakeModel(scheduler)
     for sequence in sequences:
         run(scheduler, [sequence], model)
-    return [sequence.cached for sequence in sequences]
+    return [sequence.placement.cached_tokens for sequence in sequences]
 
 
 @pytest.mark.parametrize(("length", "cached"), [(1, 0), (4, 0), (5, 4), (19, 16), (20, 16), (21, 20)])
@@ -65,7 +64,7 @@ def test_a_prompt_that_is_still_being_computed_is_shared_as_far_as_it_is() -> No
     scheduler.add(later)
     while scheduler.has_work:
         model.step()
-    assert later.cached == 56
+    assert later.placement.cached_tokens == 56
 
 
 def test_the_next_turn_finds_the_reply_too() -> None:
@@ -74,7 +73,7 @@ def test_the_next_turn_finds_the_reply_too() -> None:
     run(scheduler, [first], model)
     second = ask("b", (*first.token_ids, 1, 2, 3))
     run(scheduler, [second], model)
-    assert second.cached == 20
+    assert second.placement.cached_tokens == 20
 
 
 def test_what_was_evicted_is_computed_again() -> None:
@@ -84,7 +83,7 @@ def test_what_was_evicted_is_computed_again() -> None:
 
 
 def test_prompts_that_are_too_long_do_not_share() -> None:
-    scheduler = make_scheduler(longest_prompt=20)
+    scheduler = make_scheduler(max_prompt_len=20)
     asked = [ask(name, TEXT[:length]) for name, length in (("a", 21), ("b", 20), ("c", 21), ("d", 20))]
     assert ran(scheduler, *asked) == [0, 0, 0, 16]
 
@@ -98,7 +97,7 @@ def test_aborted_sequences_leave_what_they_computed() -> None:
     assert scheduler.blocks.active == 0
     again = ask("b", TEXT[:70])
     run(scheduler, [again], model)
-    assert again.cached == 32
+    assert again.placement.cached_tokens == 32
 
 
 LIKE = st.tuples(
@@ -144,7 +143,7 @@ def test_shared_blocks_hold_what_everybody_expects(
         scheduler.prefixes.check()
     assert not scheduler.has_work
     assert (scheduler.blocks.active, scheduler.blocks.available) == (0, blocks)
-    assert scheduler.prefixes.found == sum(item.cached for item in items)
+    assert scheduler.prefixes.found == sum(item.placement.cached_tokens for item in items)
 
 
 def alike(**sampling: Any) -> list[Request]:
@@ -200,5 +199,5 @@ def test_alternatives_share_their_prompt() -> None:
 )
 def test_who_shares(kind: Any, enabled: bool, longest: int) -> None:
     """Dynamic NTK turns the keys of long prompts by angles of their own."""
-    model = replace(CONFIG, rope=RopeConfig(kind=kind, original_length=48))
-    assert longest_shared(model, EngineConfig(enable_prefix_caching=enabled)) == longest
+    model = changed(CONFIG, rope=RopeConfig(kind=kind, original_length=48))
+    assert max_shared_len(model, EngineConfig(enable_prefix_caching=enabled)) == longest

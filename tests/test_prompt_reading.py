@@ -7,15 +7,15 @@ from functools import lru_cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.device.batch import reading_shapes, step_shapes
+from jaxdeploy.engine.device.buckets import prompt_output_shapes, step_shapes
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import PromptReading, Request, StepOutput
 from jaxdeploy.models.attention import DenseContext
+from jaxdeploy.models.model import Positions
 from tests.tiny_models import (
     CONFIG,
     SESSION_LEN,
@@ -37,9 +37,8 @@ def dense_hidden_function() -> Any:
     decoder = dense_decoder()
 
     def hidden(tokens: jax.Array) -> jax.Array:
-        positions = jnp.arange(SESSION_LEN, dtype=jnp.int32)
-        lengths, pools = jnp.full_like(positions, SESSION_LEN), [None] * CONFIG.num_layers
-        return decoder.hidden(tokens, positions, lengths, DenseContext(1), pools)[0]
+        positions, pools = Positions.of_prompts(1, SESSION_LEN), [None] * CONFIG.num_layers
+        return decoder.hidden(decoder.embed(tokens), positions, DenseContext(1), pools).states
 
     return jax.jit(hidden)
 
@@ -117,7 +116,7 @@ def test_others_go_on_while_what_reads_prompts_is_compiled(monkeypatch: pytest.M
 
 
 def leftovers(engine: Engine) -> list[Any]:
-    return [*engine._readers, *engine._compiling, *engine._sequences]
+    return [*engine._collectors._collectors, *engine._intake.compiling, *engine._intake.sequences]
 
 
 def test_too_many_alternatives_are_refused() -> None:
@@ -128,7 +127,7 @@ def test_too_many_alternatives_are_refused() -> None:
 @pytest.mark.parametrize("sizes", [(16, 512, 128), (1, 2048, 2048), (128, 8192, 2048), (8, 32, 32)])
 def test_few_shapes_read_prompts_and_hold_every_batch(sizes: tuple[int, int, int]) -> None:
     shapes = step_shapes(*sizes, 4)
-    few = reading_shapes(shapes)
+    few = prompt_output_shapes(shapes)
     assert len(few) <= 3
     assert max(shape.prefill_tokens for shape in few) == max(shape.prefill_tokens for shape in shapes)
     beside = [shape for shape in shapes if shape.decodes and shape.prefill_tokens]

@@ -96,6 +96,10 @@ class ToyFold:
     pooled: bool
     applied: list[Array] = field(default_factory=list)
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return (self.linear,)
+
     def tie(self, values: jax.Array) -> jax.Array:
         return jnp.repeat(values.reshape(-1, 2).max(1), 2) if self.pooled else values
 

@@ -17,7 +17,8 @@ from bench_record import write_result
 from rich.console import Console
 
 from jaxdeploy.compress import picture
-from jaxdeploy.compress.report import LinearReport, Quality, Report, change, show, size, write
+from jaxdeploy.compress.report import LinearReport, Quality, Report, change, show, size
+from jaxdeploy.compress.report_files import write
 
 LINEARS = ("wqkv", "wo", "gate_up", "down")
 

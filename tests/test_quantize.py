@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -29,14 +30,15 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.cli import main
 from jaxdeploy.compress.evaluate import load_decoder, perplexity
-from jaxdeploy.compress.forward import LINEARS
 from jaxdeploy.compress.passage import Passage
 from jaxdeploy.compress.quantize import quantize
 from jaxdeploy.compress.report import Report
 from jaxdeploy.compress.texts import OWN_TEXT
 from jaxdeploy.errors import CheckpointError, JaxdeployError
 from jaxdeploy.files.atomic import put_file
+from jaxdeploy.models.cache_layout import HeadsLayout
 from jaxdeploy.models.families import llama
+from jaxdeploy.models.linears import weight_at
 from jaxdeploy.models.quantized import Int4Weight, Int8Weight
 from jaxdeploy.models.registry import FAMILIES, family_of
 from jaxdeploy.models.weights import ParamPath, decoder_weights, less
@@ -58,6 +60,8 @@ HF: dict[str, Any] = {
     "vocab_size": 1024,
 }
 SETTINGS: dict[str, Any] = {"calib_samples": 8, "calib_seqlen": 32, "eval_samples": 4}
+LAYOUTS = [HeadsLayout(2, 16, 16)] * 3
+
 METHODS = ("rtn", "awq", "gptq", "smooth_quant")
 
 
@@ -187,10 +191,10 @@ def held_values(decoder: Any) -> dict[ParamPath, Array]:
     """The weights [K, N] that the decoder's integers stand for; there are no other weights in its layers."""
     values: dict[ParamPath, Array] = {}
     for index, layer in enumerate(decoder.layers):
-        for block, name in LINEARS.values():
-            weight = getattr(getattr(layer, block), name)
+        for spec in layer.linears():
+            weight = weight_at(layer, spec.path)
             assert isinstance(weight, Int4Weight | Int8Weight)
-            values["layers", index, block, name] = value_of(weight)
+            values["layers", index, *spec.path] = value_of(weight)
     return values
 
 
@@ -273,11 +277,11 @@ def test_calibrated_kv_parameters(model: Path, tmp_path: Path) -> None:
     before, after = open_checkpoint(model), open_checkpoint(tmp_path / "out")
     for name, ref in before.items():
         np.testing.assert_array_equal(after[name].read(), ref.read())
-    parameters = read_kv_parameters(tmp_path / "out", 3, 2)
+    parameters = read_kv_parameters(tmp_path / "out", LAYOUTS)
     assert parameters is not None
-    assert (parameters.reshape(-1, 2, 2)[..., 0] > 0).all()
+    assert all((ranges[..., 0] > 0).all() for ranges in parameters)
     run(model, tmp_path / "four", method="calibrate", kv_bits=4)
-    assert read_kv_parameters(tmp_path / "four", 3, 2) is None, "there quant_policy 4 is to mean int4"
+    assert read_kv_parameters(tmp_path / "four", LAYOUTS) is None, "there quant_policy 4 is to mean int4"
 
 
 def test_calibrate_beside_the_model(model: Path, tmp_path: Path) -> None:
@@ -289,7 +293,7 @@ def test_calibrate_beside_the_model(model: Path, tmp_path: Path) -> None:
     flags = ["--calib-samples", "8", "--calib-seqlen", "32", "--eval-samples", "4"]
     command = ["lite", "calibrate", str(own), "--work-dir", str(own), *flags]
     assert main(command) == 0
-    parameters = read_kv_parameters(own, 3, 2)
+    parameters = read_kv_parameters(own, LAYOUTS)
     assert parameters is not None
     assert {
         file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in own.iterdir() if file.name in before
@@ -298,7 +302,9 @@ def test_calibrate_beside_the_model(model: Path, tmp_path: Path) -> None:
     assert added == {NAME, *read_marker(own).files}
     assert main(command) == 2, "an earlier run is replaced only if that is asked for"
     assert main([*command, "--overwrite", "--kv-bits", "4"]) == 0
-    assert read_kv_parameters(own, 3, 2) is None, "parameters of the earlier run would make quant_policy 4 mean 8 bits"
+    assert read_kv_parameters(own, LAYOUTS) is None, (
+        "parameters of the earlier run would make quant_policy 4 mean 8 bits"
+    )
     assert before.keys() <= {file.name for file in own.iterdir()}
 
 
@@ -426,6 +432,24 @@ def test_another_run_starts_afresh(model: Path, tmp_path: Path, monkeypatch: pyt
     run(model, tmp_path / "out", method="rtn", w_group_size=32)
     found = json.loads((tmp_path / "out" / "quant_report.json").read_text())["linears"]
     assert [linear["group_size"] for linear in found] == [32] * 12
+
+
+def test_other_weights_start_afresh(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer of the old weights is not joined with layers of new ones."""
+    mine = shutil.copytree(model, tmp_path / "mine")
+
+    def dying(self: Passage, index: int) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(Passage, "layer", dying)
+    runs = []
+    for changed in (0, 0, 1):
+        (weights,) = mine.glob("*.safetensors")
+        os.utime(weights, (changed, changed))
+        with pytest.raises(KilledError):
+            run(mine, tmp_path / "out", method="rtn")
+        runs.append(read_marker(tmp_path / "out.partial").run)
+    assert runs[0] == runs[1] != runs[2]
 
 
 # Bad input

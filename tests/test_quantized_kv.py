@@ -6,7 +6,7 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,23 +15,29 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, padding_inputs
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape
+from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
-from jaxdeploy.engine.device.kv_policy import Ranges, as_ranges
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import StepPlan, plan_steps
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.messages import Request
 from jaxdeploy.models import decoder as decoder_module
 from jaxdeploy.models.attention import PagedContext, Rows, dense_attention
-from jaxdeploy.models.config import ModelConfig, RopeConfig
-from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
-from jaxdeploy.models.rope import Rotary, apply_rotary
+from jaxdeploy.models.cache_layout import CacheDtype
+from jaxdeploy.models.decoder import Decoder, abstract_params, cache_layouts, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
+from jaxdeploy.models.model import Positions
+from jaxdeploy.models.rope import PositionScheme, RopeConfig, rotated
 from jaxdeploy.parallel.mesh import make_mesh
 from pallas_kernels.dispatch import ENVIRONMENT
 from pallas_kernels.kv_pool import QuantizedPool, dequantize, quantize
+from pallas_kernels.score_options import ScoreOptions
 from tests.selection import every_other
 from tests.tiny_models import (
     BLOCK_SIZE,
@@ -42,6 +48,8 @@ from tests.tiny_models import (
     VOCAB,
     Array,
     LastingRunner,
+    attention_of,
+    changed,
     dense_decoder,
     dense_logits,
     lasting_runner,
@@ -53,6 +61,8 @@ from tests.tiny_models import (
     run,
     tiny_engine,
 )
+
+LAYOUTS = cache_layouts(CONFIG)
 
 FEW_SHAPES = [SHAPES[2], SHAPES[4]]
 """One to prefill, one to decode, so that few programs are compiled."""
@@ -66,12 +76,13 @@ Sums in another order now and then land on the other side of a rounding: one q o
 """
 
 
-def new_runner(kind: type[ModelRunner], bits: int, tp: int = 1, ranges: Ranges | None = None) -> ModelRunner:
-    mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
+def new_runner(kind: type[ModelRunner], bits: int, tp: int = 1, ranges: Any = None) -> ModelRunner:
+    mesh, dtype = make_mesh(tp), CacheDtype(jnp.dtype(jnp.float32), bits)
     sizes = EngineConfig(block_size=BLOCK_SIZE)
-    plan = plan_cache(CONFIG, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype, bits=bits)
-    pools = allocate_pools(CONFIG, plan, mesh, dtype, ranges)
-    return kind(decoder_from(CONFIG, params(CONFIG, tp)), pools, mesh, slots=SLOTS, session_len=SESSION_LEN)
+    plan = plan_cache(LAYOUTS, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
+    pools = allocate_pools(LAYOUTS, plan, mesh, dtype, ranges)
+    state = DeviceState.of(pools, SLOTS, SESSION_LEN, mesh)
+    return kind(decoder_from(CONFIG, params(CONFIG, tp)), StepPlan(mesh), state)
 
 
 @functools.cache
@@ -79,30 +90,32 @@ def runner_of(bits: int, tp: int) -> ModelRunner:
     return new_runner(LastingRunner, bits, tp)
 
 
-INTERPRETED = replace(CONFIG, num_layers=1, windows=(None,), num_heads=2, num_kv_heads=1, head_dim=64)
+INTERPRETED = changed(CONFIG, num_layers=1, windows=(None,), num_heads=2, num_kv_heads=1, head_dim=64)
 """The smallest model that the Triton kernels take."""
 
 
 def short_engine(bits: int | None) -> Any:
     """An engine with blocks of the default size, so that most of a sequence's last block was never written."""
     block_size, session_len = EngineConfig().block_size, 96
-    mesh, dtype = make_mesh(1), jnp.dtype(jnp.float32)
-    sizes = EngineConfig(block_size=block_size)
-    plan = plan_cache(INTERPRETED, sizes, mesh, session_len=session_len, max_batch_size=2, dtype=dtype, bits=bits)
-    pools = allocate_pools(INTERPRETED, plan, mesh, dtype)
+    mesh, dtype = make_mesh(1), CacheDtype(jnp.dtype(jnp.float32), bits)
+    sizes, layouts = EngineConfig(block_size=block_size), cache_layouts(INTERPRETED)
+    plan = plan_cache(layouts, sizes, mesh, session_len=session_len, max_batch_size=2, dtype=dtype)
+    pools = allocate_pools(layouts, plan, mesh, dtype)
     decoder = decoder_from(INTERPRETED, params(INTERPRETED))
-    runner = ModelRunner(decoder, pools, mesh, slots=2, session_len=session_len)
+    runner = ModelRunner(decoder, StepPlan(mesh), DeviceState.of(pools, 2, session_len, mesh))
     blocks = BlockManager(plan.num_blocks)
     scheduler = Scheduler(
         blocks,
         PrefixCache(blocks, block_size, 0, 0),
-        block_size=block_size,
-        max_batch_size=2,
-        max_prefill_tokens=32,
-        max_mixed_tokens=32,
-        chunk_multiple=ROW_LENGTH,
-        session_len=session_len,
-        decode_steps=1,
+        SchedulerLimits(
+            block_size=block_size,
+            max_batch_size=2,
+            max_prefill_tokens=32,
+            max_mixed_tokens=32,
+            row_length=ROW_LENGTH,
+            session_len=session_len,
+            decode_steps=1,
+        ),
     )
     shapes = [StepShape(2, prefill, plan.blocks_for(session_len), 2) for prefill in (0, 32)]
     return Engine(scheduler, runner, shapes, VOCAB)
@@ -136,13 +149,13 @@ class Rounded:
 
     bits: int = field(metadata={"static": True})
 
-    def attend(self, qkv: jax.Array, rotary: Rotary, pool: Any, window: int | None) -> tuple[jax.Array, Any]:
+    def attend(self, qkv: jax.Array, scheme: PositionScheme, pool: Any, scores: ScoreOptions) -> tuple[jax.Array, Any]:
         tokens, _, _, size = qkv.shape
-        q = apply_rotary(qkv[:, :, :-2].reshape(tokens, -1, size), rotary)
-        both = jnp.stack([apply_rotary(qkv[:, :, -2], rotary), qkv[:, :, -1]])
+        q = rotated(qkv[:, :, :-2].reshape(tokens, -1, size), scheme)
+        both = jnp.stack([rotated(qkv[:, :, -2], scheme), qkv[:, :, -1]])
         fixed = None if pool is None else jnp.broadcast_to(pool[:, None], (*both.shape[:-1], 2))
         k, v = dequantize(*quantize(both, self.bits, fixed), self.bits)
-        return dense_attention(q[None], k[None], v[None], window=window).reshape(q.shape), pool
+        return dense_attention(q[None], k[None], v[None], scores).reshape(q.shape), pool
 
 
 @functools.cache
@@ -151,13 +164,14 @@ def _rounded(bits: int) -> Any:
 
     def logits(tokens: jax.Array, ranges: Any) -> jax.Array:
         positions = jnp.arange(SESSION_LEN, dtype=jnp.int32)
-        x, _ = decoder.hidden(tokens, positions, positions, Rounded(bits), ranges)
+        x = decoder.embed(tokens)
+        x = decoder.hidden(x, Positions(positions, positions), Rounded(bits), ranges).states
         return decoder.logits(x)
 
     return jax.jit(logits)
 
 
-def rounded_logits(token_ids: Sequence[int], bits: int, ranges: Ranges | None = None) -> Array:
+def rounded_logits(token_ids: Sequence[int], bits: int, ranges: Array | None = None) -> Array:
     padded = np.zeros(SESSION_LEN, np.int32)
     padded[: len(token_ids)] = token_ids
     layers = [None] * CONFIG.num_layers if ranges is None else [jnp.asarray(layer) for layer in ranges]
@@ -235,9 +249,9 @@ def test_several_devices_generate_what_one_does(tp: int, bits: int) -> None:
     whole = [*item.prompt_token_ids, *tokens]
     effect = chosen(dense_logits(whole), tokens) - chosen(rounded_logits(whole, bits), tokens)
     assert np.abs(logprobs - truth).max() < ROUNDING * np.abs(effect).max()
-    for pool in runner_of(bits, tp)._pools:
+    for pool in runner_of(bits, tp)._own_state.pools:
         for array in jax.tree.leaves(pool):
-            share = (*array.shape[:2], CONFIG.num_kv_heads // tp, *array.shape[3:])
+            share = (*array.shape[:2], attention_of(CONFIG).num_kv_heads // tp, *array.shape[3:])
             assert [shard.data.shape for shard in array.addressable_shards] == [share] * tp
 
 
@@ -246,7 +260,10 @@ def test_several_devices_generate_what_one_does(tp: int, bits: int) -> None:
 def test_no_step_copies_a_pool(shape: StepShape, bits: int) -> None:
     """Values and scales are updated in place, and donated."""
     runner = runner_of(bits, 1)
-    compiled, arrays = runner.compiled(padding_inputs(shape, VOCAB, full_sampler=False)), jax.tree.leaves(runner._pools)
+    compiled, arrays = (
+        runner.compiled(padding_inputs(shape, VOCAB, full_sampler=False)),
+        jax.tree.leaves(runner._own_state.pools),
+    )
     for array in arrays[:2]:
         dims = ",".join(map(str, array.shape))
         assert re.findall(rf"\[{dims}\]\S* parameter\(", str(compiled.as_text()))
@@ -281,18 +298,23 @@ def own_ranges() -> tuple[Array, Array]:
     runner = lasting_runner(1)
     run(tiny_engine(), [request(f"{length}", prompt(length), max_new_tokens=1) for length in (90, 100, 111)])
     low_high = []
-    for pool in runner._pools:
+    for pool in runner._own_state.pools:
         both = np.moveaxis(np.asarray(pool, np.float64), 1, 0).reshape(2, -1)
         low_high.append(np.stack([both.min(axis=1), both.max(axis=1)], axis=-1))
     ranges = np.stack(low_high)
     layers = parameters_of(ranges).reshape(CONFIG.num_layers, 1, 4)
-    return ranges, np.repeat(layers, CONFIG.num_kv_heads, axis=1).astype(np.float32)
+    return ranges, np.repeat(layers, attention_of(CONFIG).num_kv_heads, axis=1).astype(np.float32)
+
+
+def ranges_of(parameters: Array) -> Array:
+    """Scale and zero for each layer, [L, 2, K, 2]."""
+    return np.stack([layout.ranges(rows) for layout, rows in zip(LAYOUTS, parameters, strict=True)])
 
 
 def test_ranges_reach_from_the_lowest_to_the_highest() -> None:
     true, parameters = own_ranges()
-    ranges = as_ranges(parameters).astype(np.float64)
-    assert ranges.shape == (CONFIG.num_layers, 2, CONFIG.num_kv_heads, 2)
+    ranges = ranges_of(parameters).astype(np.float64)
+    assert ranges.shape == (CONFIG.num_layers, 2, attention_of(CONFIG).num_kv_heads, 2)
     scale, zero = ranges[..., 0], ranges[..., 1]
     # The middle of a range is 0, so that of its 256 integers the first lies half a step outside, and the last inside.
     assert (np.abs(zero + scale / 2 - true[..., :1]) < scale / 8).all()
@@ -306,9 +328,9 @@ def test_calibrated_ranges(tp: int) -> None:
     absurd = parameters * np.array([0.02, 1, 0.02, 1], np.float32)
     worst = {}
     for name, given in (("own", parameters), ("absurd", absurd)):
-        ranges = as_ranges(given)
+        ranges = ranges_of(given)
         runner = new_runner(ModelRunner, 8, tp, ranges)
-        before = [np.asarray(pool.scales) for pool in runner._pools if isinstance(pool, QuantizedPool)]
+        before = [np.asarray(pool.scales) for pool in runner._own_state.pools if isinstance(pool, QuantizedPool)]
         engine = tiny_engine(runner=runner, shapes=FEW_SHAPES)
         item = request("a", prompt(100), logprobs=0, max_new_tokens=8)
         tokens, logprobs = generated(engine, item)
@@ -317,7 +339,7 @@ def test_calibrated_ranges(tp: int) -> None:
         worst[name] = np.abs(logprobs - floats).max()
         worst[f"int4 of {name}"] = np.abs(chosen(rounded_logits(whole, 4), tokens) - floats).max()
         assert np.abs(logprobs - truth).max() < ROUNDING * worst[name]
-        after = [np.asarray(pool.scales) for pool in runner._pools if isinstance(pool, QuantizedPool)]
+        after = [np.asarray(pool.scales) for pool in runner._own_state.pools if isinstance(pool, QuantizedPool)]
         np.testing.assert_array_equal(np.stack(after), np.stack(before))
         assert len(after) == CONFIG.num_layers
         engine.close()
@@ -326,7 +348,7 @@ def test_calibrated_ranges(tp: int) -> None:
     assert worst["absurd"] > 2 * worst["int4 of absurd"]
 
 
-WIDE = ModelConfig(
+WIDE = DenseDecoder(
     vocab_size=64,
     hidden_size=256,
     num_layers=1,
@@ -338,7 +360,7 @@ WIDE = ModelConfig(
     max_position=256,
     rope=RopeConfig(),
     windows=(None,),
-)
+).model_config()
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -351,14 +373,18 @@ def test_fused_decode_steps_leave_calibrated_pools_alone(
     values, scales = jnp.zeros((4, 2, 2, 16, 64), jnp.uint8), jnp.zeros((4, 2, 2, 2, 16), jnp.float16)
     pool = QuantizedPool(values, scales, calibrated)
 
+    shape = StepShape(1, 0, 2, 1)
+
     def step(weights: Any, pool: Any) -> Any:
         decoder: Decoder = decoder_from(WIDE, weights)
         one = jnp.zeros(1, jnp.int32)
         context = PagedContext((Rows(jnp.zeros((1, 2), jnp.int32), one, one + 1, 1),), one, make_mesh(1))
-        return decoder.hidden(one, one, one, context, [pool])
+        return plan.forward(decoder, shape)(decoder.embed(one), Positions(one, one), context, [pool])
 
     with caplog.at_level(logging.INFO, "jaxdeploy"):
-        _, (updated,) = jax.eval_shape(step, weights, pool)
+        plan = plan_steps(decoder_from(WIDE, weights), make_mesh(1), [pool], [shape])
+    assert plan.is_fused(shape) != calibrated
+    (updated,) = jax.eval_shape(step, weights, pool).pools
     assert updated.calibrated == calibrated
     refused = "run op by op: decode_layer: pallas_triton takes each key's and value's own range, not one that was"
     assert (refused in caplog.text) == calibrated

@@ -14,16 +14,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from numpy.testing import assert_allclose
 
 from jaxdeploy.engine.checks import RequestLimits
+from jaxdeploy.engine.front.adapter_loader import unload
 from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.engine.front.child import Calls, Commands
-from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.front.engine_like import EngineLike
 from jaxdeploy.engine.front.process import EngineDiedError
 from jaxdeploy.engine.front.remote import STEP_TIMEOUT, RemoteEngine
@@ -89,7 +88,7 @@ class Echo:
         return self._loader.submit(read)
 
     def unload_adapter(self, name: str) -> Future[None]:
-        return Engine.unload_adapter(cast(Engine, SimpleNamespace(_adapters=self._adapters)), name)
+        return unload(self._adapters, name)
 
     def add(self, item: Request) -> None:
         if item.adapter is not None:

@@ -88,9 +88,9 @@ def test_pip_would_install_neither_torch_nor_cuda(tmp_path: Path) -> None:
     assert {name for name in names if UNWANTED.fullmatch(name)} == set()
 
 
-def test_torch_is_pinned() -> None:
+def test_the_reference_is_pinned() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras["parity"] == ["torch==2.13.0", "peft==0.18.0"]
+    assert extras["parity"] == ["torch==2.13.0", "transformers==5.24.0", "peft==0.18.0"]
     assert not [text for name, texts in extras.items() if name != "parity" for text in texts if "torch" in text]
 
 

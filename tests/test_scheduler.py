@@ -8,13 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxdeploy.engine.device.batch import ROW_LENGTH, choose_shape, step_shapes
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, BucketTable, step_shapes
+from jaxdeploy.engine.device.packing import choose_bucket
+from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
 from jaxdeploy.engine.scheduling.host_tier import Transfer
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
-from jaxdeploy.engine.scheduling.scheduler import MOST_PARTIAL, Chunk, ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduling.scheduler import MAX_PARTIAL, Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
-from jaxdeploy.engine.scheduling.waiting import MOST_TENANTS
+from jaxdeploy.engine.scheduling.waiting import MAX_TENANTS
 from jaxdeploy.messages import FinishReason, Request, SamplingParams
 
 BLOCK_SIZE = 4
@@ -25,7 +28,7 @@ def make_scheduler(
     blocks: int = 64,
     batch: int = 4,
     budget: int = 64,
-    longest_prompt: int = SESSION_LEN,
+    max_prompt_len: int = SESSION_LEN,
     host_blocks: int = 0,
     mixed: int | None = None,
     decode_steps: int = 1,
@@ -33,14 +36,16 @@ def make_scheduler(
     manager = BlockManager(blocks)
     return Scheduler(
         manager,
-        PrefixCache(manager, BLOCK_SIZE, longest_prompt, host_blocks),
-        block_size=BLOCK_SIZE,
-        max_batch_size=batch,
-        max_prefill_tokens=budget,
-        max_mixed_tokens=budget + batch if mixed is None else mixed,
-        chunk_multiple=ROW_LENGTH,
-        session_len=SESSION_LEN,
-        decode_steps=decode_steps,
+        PrefixCache(manager, BLOCK_SIZE, max_prompt_len, host_blocks),
+        SchedulerLimits(
+            block_size=BLOCK_SIZE,
+            max_batch_size=batch,
+            max_prefill_tokens=budget,
+            max_mixed_tokens=budget + batch if mixed is None else mixed,
+            row_length=ROW_LENGTH,
+            session_len=SESSION_LEN,
+            decode_steps=decode_steps,
+        ),
     )
 
 
@@ -85,7 +90,7 @@ class FakeModel:
             self._copy(copy)
         chunks = [*batch.decodes, *batch.chunks]
         for chunk in chunks:
-            assert chunk.end == chunk.sequence.computed
+            assert chunk.end == chunk.sequence.placement.computed
             self.computed += chunk.length
             for position in range(chunk.start, chunk.end):
                 self._contents[self._place(chunk, position)] = self._keys_and_values(chunk, position)
@@ -115,7 +120,7 @@ class FakeModel:
                 self._host[here] = self._contents[block]
 
     def _place(self, chunk: Chunk, position: int) -> tuple[int, int]:
-        return chunk.sequence.blocks[position // BLOCK_SIZE].index, position % BLOCK_SIZE
+        return chunk.sequence.placement.blocks[position // BLOCK_SIZE].index, position % BLOCK_SIZE
 
 
 def run(scheduler: Scheduler, sequences: list[Sequence], model: FakeModel | None = None) -> list[ScheduledBatch]:
@@ -144,7 +149,7 @@ def test_prefill_then_decode() -> None:
     assert [names(batch) for batch in batches] == [("", "a", "a"), ("a", "", ""), ("a", "", "")]
     assert item.token_ids == [token_at("a", position) for position in range(8)]
     assert item.finish_reason is FinishReason.LENGTH
-    assert item.slot is None
+    assert item.placement.slot is None
 
 
 def test_nothing_to_do() -> None:
@@ -228,7 +233,7 @@ def test_few_prompts_are_half_computed() -> None:
         scheduler.add(sequence(f"{index}", 90, new=1))
     while scheduler.has_work:
         model.step()
-        assert sum(item.prefilling for item in scheduler._running) <= MOST_PARTIAL
+        assert sum(item.prefilling for item in scheduler._running) <= MAX_PARTIAL
 
 
 def asked(name: str, *, priority: int = 0, tenant: str = "", length: int = 3, new: int = 2) -> Sequence:
@@ -252,7 +257,7 @@ def test_the_least_urgent_makes_room() -> None:
         scheduler.add(item)
     while not scheduler.preemptions:
         batch = model.step()
-    assert (names(batch)[0], items[0].slot) == ("bc", None)
+    assert (names(batch)[0], items[0].placement.slot) == ("bc", None)
     while scheduler.has_work:
         model.step()
 
@@ -277,11 +282,11 @@ def test_service_cannot_be_saved_up() -> None:
 
 def test_accounts_are_few() -> None:
     scheduler = make_scheduler()
-    for tenant in range(MOST_TENANTS + 50):
+    for tenant in range(MAX_TENANTS + 50):
         item = asked("a", tenant=f"{tenant}")
         scheduler.add(item)
         scheduler.abort(item)
-    assert len(scheduler._waiting._served) <= MOST_TENANTS + 1
+    assert len(scheduler._waiting._served) <= MAX_TENANTS + 1
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -382,7 +387,7 @@ def test_the_youngest_makes_room() -> None:
     while not scheduler.preemptions:
         batch = model.step()
     assert names(batch)[0] == "ab"
-    assert items[2].slot is None
+    assert items[2].placement.slot is None
     while scheduler.has_work:
         model.step()
     assert [item.token_ids for item in items] == [[token_at(name, p) for p in range(19)] for name in "abc"]
@@ -395,7 +400,7 @@ def preempted(scheduler: Scheduler) -> Sequence:
     model.step()
     model.step()
     scheduler._preempt(item)
-    assert (item.computed, len(item.token_ids), scheduler.blocks.cached) == (9, 10, 3)
+    assert (item.placement.computed, len(item.token_ids), scheduler.blocks.cached) == (9, 10, 3)
     return item
 
 
@@ -444,7 +449,7 @@ def test_abort_frees_everything(steps: int) -> None:
     for _ in range(steps):
         model.step()
     scheduler.abort(item)
-    assert (scheduler.has_work, scheduler.blocks.active, item.slot) == (False, 0, None)
+    assert (scheduler.has_work, scheduler.blocks.active, item.placement.slot) == (False, 0, None)
     assert item.finish_reason is FinishReason.ABORT
     run(scheduler, [sequence(name, 3) for name in "bcdef"])  # its slot is free again
 
@@ -483,7 +488,10 @@ def test_every_request_finishes_in_order_and_within_bounds(
     decode_steps: int,
 ) -> None:
     scheduler = make_scheduler(blocks, batch, budget, host_blocks=host_blocks, decode_steps=decode_steps)
-    shapes = step_shapes(batch, budget, scheduler.max_mixed_tokens, scheduler.blocks_for(SESSION_LEN), decode_steps)
+    shapes = step_shapes(
+        batch, budget, scheduler.limits.max_mixed_tokens, scheduler.limits.blocks_for(SESSION_LEN), decode_steps
+    )
+    buckets = BucketTable(shapes)
     model = FakeModel(scheduler, ahead=ahead)
     items = [sequence(f"{index:03}", length, new) for index, (length, new, _, _) in enumerate(requests)]
     arrival = sorted(range(len(items)), key=lambda index: requests[index][2])
@@ -500,7 +508,7 @@ def test_every_request_finishes_in_order_and_within_bounds(
             break
         done = model.step()
         if done:
-            choose_shape(shapes, done)  # asserts that one fits
+            choose_bucket(buckets, done)  # asserts that one fits
         queue = [position[item] for item in (*scheduler._running, *scheduler._waiting)]
         assert queue == sorted(queue), "who came first runs first, preempted or not"
         admitted += [position[item] for item in done.admitted if position[item] not in admitted]

@@ -27,18 +27,18 @@ def test_all_but_the_last_token_is_there() -> None:
     run(scheduler, [second], model)
     third = turn("c", (*second.token_ids, 4))
     run(scheduler, [third], model)
-    assert [second.cached, third.cached] == [9 + 4, 17 + 4]
+    assert [second.placement.cached_tokens, third.placement.cached_tokens] == [9 + 4, 17 + 4]
     assert scheduler.blocks.active == 0
 
 
 def test_prompts_that_share_nothing_go_on_from_nothing() -> None:
     """Say, for the angles of their positions depend on their length."""
-    scheduler = make_scheduler(longest_prompt=15)
+    scheduler = make_scheduler(max_prompt_len=15)
     model, first = FakeModel(scheduler), turn("a", TEXT[:9])
     run(scheduler, [first], model)
     second = turn("b", (*first.token_ids, 1, 2, 3))
     run(scheduler, [second], model)
-    assert second.cached == 0
+    assert second.placement.cached_tokens == 0
 
 
 def test_what_does_not_go_on_gets_whole_blocks_only() -> None:
@@ -49,7 +49,11 @@ def test_what_does_not_go_on_gets_whole_blocks_only() -> None:
     stranger = turn("c", (*first.token_ids, 1), session="two")
     nobody = turn("d", (*first.token_ids[:14], 7), session=None)
     run(scheduler, [other, stranger, nobody], model)
-    assert [other.cached, stranger.cached, nobody.cached] == [12, 12, 12]
+    assert [other.placement.cached_tokens, stranger.placement.cached_tokens, nobody.placement.cached_tokens] == [
+        12,
+        12,
+        12,
+    ]
 
 
 def test_only_one_may_go_on() -> None:
@@ -59,9 +63,9 @@ def test_only_one_may_go_on() -> None:
     run(scheduler, [first], model)
     both = [turn(name, (*first.token_ids, token)) for name, token in (("b", 1), ("c", 2))]
     run(scheduler, both, model)
-    assert [item.cached for item in both] == [13, 12]
-    assert not both[0].block_table
-    assert not both[1].block_table
+    assert [item.placement.cached_tokens for item in both] == [13, 12]
+    assert not both[0].placement.block_table
+    assert not both[1].placement.block_table
 
 
 def test_blocks_are_not_kept_from_others() -> None:
@@ -72,8 +76,8 @@ def test_blocks_are_not_kept_from_others() -> None:
     run(scheduler, [turn("x", range(500, 580), session=None)], model)
     again = turn("b", (*first.token_ids, 1))
     run(scheduler, [again], model)
-    assert again.cached < 40
-    assert again.cached % BLOCK_SIZE == 0
+    assert again.placement.cached_tokens < 40
+    assert again.placement.cached_tokens % BLOCK_SIZE == 0
 
 
 def test_an_aborted_turn_can_be_gone_on_from() -> None:
@@ -86,7 +90,7 @@ def test_an_aborted_turn_can_be_gone_on_from() -> None:
     scheduler.abort(first)
     second = turn("b", (*first.token_ids, 1, 2))
     run(scheduler, [second], model)
-    assert second.cached >= 9 + 4
+    assert second.placement.cached_tokens >= 9 + 4
 
 
 def test_old_sessions_are_forgotten() -> None:

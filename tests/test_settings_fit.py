@@ -12,18 +12,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import (
-    ModelInputs,
-    build_inputs,
-    choose_shape,
-    draft_shapes,
-    reading_of,
-    reading_shapes,
-)
+from jaxdeploy.engine.device.buckets import BucketTable, draft_shapes, prompt_output_shapes
+from jaxdeploy.engine.device.inputs import ModelInputs
 from jaxdeploy.engine.device.kv_cache import CachePlan
-from jaxdeploy.engine.front.build import longest_shared, make_scheduler, resolve_limits, shapes_of
+from jaxdeploy.engine.device.packing import choose_bucket, pack, prompt_outputs_of
+from jaxdeploy.engine.front.build import make_scheduler, max_shared_len, resolve_limits, scheduler_limits, shapes_of
+from jaxdeploy.engine.prompt_outputs import PromptOutputs
+from jaxdeploy.engine.scheduling.batch import ScheduledBatch
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
-from jaxdeploy.engine.scheduling.scheduler import ScheduledBatch, Scheduler
+from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.draft import DraftProposer
 from jaxdeploy.engine.speculation.ngram import NgramProposer
@@ -110,9 +107,10 @@ def test_every_batch_fits_a_shape(platform: str, config: EngineConfig, spare: in
     limits = resolve_limits(CONFIG, config, mesh)
     needed = -(-limits.session_len // config.block_size)
     plan = CachePlan(needed + spare, config.block_size, 1, "as few as may be", host_blocks=config.num_cpu_blocks or 0)
-    scheduler = make_scheduler(BlockManager(plan.num_blocks), plan, limits, longest_shared(CONFIG, config))
+    bounds = scheduler_limits(limits, plan)
+    scheduler = make_scheduler(BlockManager(plan.num_blocks), plan, bounds, max_shared_len(CONFIG, config))
     speculation = drafter(config, limits, plan)
-    shapes = shapes_of(limits, plan, speculation.count if speculation else 0)
+    shapes = shapes_of(bounds, speculation.count if speculation else 0)
     dice = random.Random(seed)
     run(scheduler, shapes, speculation, dice)
     scheduler.blocks.check()
@@ -122,19 +120,19 @@ def test_every_batch_fits_a_shape(platform: str, config: EngineConfig, spare: in
 def run(scheduler: Scheduler, shapes: Any, speculation: Speculation | None, dice: random.Random) -> None:
     for step in range(STEPS):
         for index in range(dice.randrange(3) if step < STEPS // 2 else 0):
-            scheduler.add(Sequence(some_request(10 * step + index, scheduler.session_len, dice)))
-        guesses = speculation if speculation is not None and speculation.wanted(scheduler.decoding) else None
+            scheduler.add(Sequence(some_request(10 * step + index, scheduler.limits.session_len, dice)))
+        guesses = speculation if speculation is not None and speculation.should_draft(scheduler.decoding) else None
         batch = scheduler.schedule(guesses)
         assert batch or not scheduler.has_work, "work waits and nothing can run"
         scheduler.prefixes.transfers()
         assert not scheduler.faults
         if batch:
-            of_kind = reading_shapes(shapes) if reading_of(batch) else shapes
-            build_inputs(choose_shape(of_kind, batch), batch, VOCAB)
+            of_kind = prompt_output_shapes(shapes) if prompt_outputs_of(batch) else shapes
+            pack(choose_bucket(BucketTable(of_kind), batch), batch, VOCAB)
             scheduler.commit(new_tokens(batch, speculation, dice))
             for chunk in batch.chunks:
                 if chunk.samples:
-                    chunk.sequence.reading = type(chunk.sequence.reading).NOTHING
+                    chunk.sequence.prompt_outputs = PromptOutputs.NONE
 
 
 @pytest.mark.parametrize(

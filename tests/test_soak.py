@@ -8,8 +8,9 @@ import random
 import pytest
 from simulate_traffic import BLOCKS, HOST_BLOCKS, HOUR, Device, new_scheduler, simulate
 
+from jaxdeploy.engine.scheduling.blocks import Node
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
-from jaxdeploy.engine.scheduling.sequence import Node, Sequence
+from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.messages import Request, SamplingParams
 from tests.test_scheduler import SESSION_LEN, FakeModel, make_scheduler
 
@@ -41,7 +42,7 @@ def test_operations_at_random(operations: int, ahead: bool) -> None:
         elif what == "abort" and alive:
             scheduler.abort(chance.choice(alive))
         elif what == "preempt" and scheduler._running:
-            scheduler._preempt(chance.choice(scheduler._running))
+            scheduler._preempt(chance.choice(list(scheduler._running)))
         else:
             model.step()
         for item in [item for item in alive if item.finish_reason is not None]:
@@ -70,7 +71,8 @@ def assert_nothing_is_left(scheduler: Scheduler, blocks: int, host_blocks: int) 
     scheduler.blocks.check()
     scheduler.prefixes.check()
     assert (scheduler.blocks.active, scheduler.blocks.available) == (0, blocks)
-    assert (scheduler.running, scheduler.waiting, len(scheduler._slots)) == (0, 0, len(set(scheduler._slots)))
+    assert (scheduler.running, scheduler.waiting) == (0, 0)
+    assert sorted(scheduler._running._free_slots) == list(range(scheduler.limits.max_batch_size))
     assert len(scheduler.prefixes._known) <= blocks + host_blocks
     assert not scheduler._waiting._queues
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape
 from jaxdeploy.engine.scheduling.sequence import Sequence
-from jaxdeploy.engine.speculation.gate import FEW, PATIENCE, Gate
+from jaxdeploy.engine.speculation.gate import MIN_SAMPLES, RETRY_FACTOR, Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.messages import FinishReason, Request, SamplingParams, SpeculationCounts, StepOutput
 from tests.tiny_models import (
@@ -243,7 +243,7 @@ class Clocked:
         for _ in range(steps):
             drafted = self.gate.is_open(batch)
             seconds, tokens = (self.drafted, self.tokens) if drafted else (self.plain, 1)
-            self.gate.note(batch, drafted=drafted, seconds=seconds, tokens=tokens * batch)
+            self.gate.record(batch, drafted=drafted, seconds=seconds, tokens=tokens * batch)
             self.tried += drafted
             self.seconds += seconds
             self.made += tokens * batch
@@ -253,15 +253,15 @@ class Clocked:
 def test_guesses_that_pay_are_kept() -> None:
     clocked = Clocked(plain=1.0, drafted=1.5, tokens=3)
     assert clocked.run(100) > 1.8
-    assert clocked.tried == 100 - FEW
+    assert clocked.tried == 100 - MIN_SAMPLES
 
 
 @pytest.mark.parametrize(("drafted", "tokens"), [(4.0, 1), (1.1, 1), (2.2, 2)])
 def test_guesses_that_lose_cost_little(drafted: float, tokens: int) -> None:
     clocked = Clocked(plain=1.0, drafted=drafted, tokens=tokens)
     clocked.run(100)
-    assert clocked.run(4000) > 1 - 1.2 / PATIENCE
-    assert clocked.tried > FEW  # they get another chance
+    assert clocked.run(4000) > 1 - 1.2 / RETRY_FACTOR
+    assert clocked.tried > MIN_SAMPLES  # they get another chance
 
 
 def test_guesses_get_better() -> None:
@@ -274,9 +274,9 @@ def test_guesses_get_better() -> None:
 def test_batches_of_each_size_are_judged_by_themselves() -> None:
     gate = Gate()
     for batch, tokens in ((1, 3), (8, 8)):
-        for _ in range(2 * FEW):
+        for _ in range(2 * MIN_SAMPLES):
             drafted = gate.is_open(batch)
-            gate.note(batch, drafted=drafted, seconds=1.5 if drafted else 1.0, tokens=tokens if drafted else batch)
+            gate.record(batch, drafted=drafted, seconds=1.5 if drafted else 1.0, tokens=tokens if drafted else batch)
     assert [gate.is_open(batch) for batch in (1, 5, 8)] == [True, False, False]
 
 
@@ -285,5 +285,5 @@ def test_an_engine_measures_both_ways() -> None:
     engine = tiny_engine(speculation=speculation)
     run(engine, [request(f"{n}", prompt(6, seed=n) * 4, max_new_tokens=60) for n in range(4)])
     size = speculation.gate._sizes[4]
-    assert size.plain.seen >= FEW
+    assert size.plain.seen >= MIN_SAMPLES
     assert size.drafted.seen or size.wait

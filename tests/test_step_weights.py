@@ -32,7 +32,7 @@ def test_a_step_gets_one_array_for_all_norms_and_makes_the_same_decoder_of_it(de
     norms = 2 * CONFIG.num_layers + 1
     assert len(arrays) == len(before) - norms + 1
     assert arrays[0].shape == (norms, CONFIG.hidden_size)
-    after = jax.jit(lambda arrays: jax.tree.leaves(nnx.state(weights.decoder(arrays))))(arrays)
+    after = jax.jit(lambda arrays: jax.tree.leaves(nnx.state(weights.model(arrays))))(arrays)
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)
 

@@ -9,14 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+from jaxdeploy.checkpoint.adapter import adaptable
+from jaxdeploy.compress.streams import HiddenStates
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import padding_inputs
+from jaxdeploy.engine.device.inputs import padding_inputs
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
+from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.models.decoder import abstract_params
+from jaxdeploy.models.cache_layout import CacheDtype, HeadsLayout
+from jaxdeploy.models.decoder import abstract_params, cache_layouts
+from jaxdeploy.models.lora import bank_of
+from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import TP_AXIS, make_mesh
-from jaxdeploy.parallel.sharding import POOL_AXES, RULES, check_divisible, replicated, sharding_of
+from jaxdeploy.parallel.sharding import RULES, device_bytes, replicated, sharding_of
+from tests import tiny_models
 from tests.selection import every_other
 from tests.tiny_models import (
     BLOCK_SIZE,
@@ -24,11 +32,14 @@ from tests.tiny_models import (
     SESSION_LEN,
     SHAPES,
     VOCAB,
+    attention_of,
     lasting_runner,
     outputs_of,
     params,
     prompt,
     request,
+    run,
+    runner_of,
     tiny_engine,
 )
 
@@ -77,8 +88,8 @@ def test_pools_stay_cut_along_kv_heads(tp: int) -> None:
     """After steps too: the donated pools that come back are where they were."""
     runner = lasting_runner(tp)
     outputs_of(tiny_engine(tp=tp, shapes=TP_SHAPES), [request("a", prompt(3), logprobs=0, max_new_tokens=2)])
-    shape = (128, 2, CONFIG.num_kv_heads // tp, BLOCK_SIZE, CONFIG.head_dim)
-    for pool in jax.tree.leaves(runner._pools):
+    shape = (128, 2, attention_of(CONFIG).num_kv_heads // tp, BLOCK_SIZE, attention_of(CONFIG).head_dim)
+    for pool in jax.tree.leaves(runner._own_state.pools):
         assert {shard.data.shape for shard in pool.addressable_shards} == {shape}
         assert len({shard.device for shard in pool.addressable_shards}) == tp
 
@@ -94,16 +105,54 @@ def test_a_layer_costs_two_all_reduces(tp: int) -> None:
 
 
 def test_pools_take_a_share_of_memory_on_each_device() -> None:
-    mesh, dtype = make_mesh(4), jnp.dtype(jnp.float32)
-    plan = plan_cache(CONFIG, EngineConfig(), mesh, session_len=SESSION_LEN, max_batch_size=1, dtype=dtype)
-    pools = jax.tree.leaves(allocate_pools(CONFIG, plan, mesh, dtype))
+    mesh, layouts, dtype = make_mesh(4), cache_layouts(CONFIG), CacheDtype(jnp.dtype(jnp.float32))
+    plan = plan_cache(layouts, EngineConfig(), mesh, session_len=SESSION_LEN, max_batch_size=1, dtype=dtype)
+    pools = jax.tree.leaves(allocate_pools(layouts, plan, mesh, dtype))
     on_one = sum(shard.data.nbytes for pool in pools for shard in pool.addressable_shards if shard.device.id == 0)
     assert on_one == plan.num_blocks * plan.block_bytes
 
 
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch) -> Mesh:
+    """A mesh with a second axis, (dp, tp) = (2, 2), which ``tiny_models`` takes for every mesh."""
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", TP_AXIS))
+    monkeypatch.setattr(tiny_models, "make_mesh", lambda tp: mesh)
+    return mesh
+
+
+def test_sizes_are_those_of_the_tp_axis(grid: Mesh) -> None:
+    """Each device of a (dp, tp) mesh holds what it holds under tp alone, and a batch is spread over tp."""
+    alone, dtype, sizes = make_mesh(2), jnp.dtype(jnp.float32), EngineConfig(num_blocks=9)
+    for path, param in abstract_params(CONFIG, dtype).items():
+        shape = param.get_value().shape
+        expected = sharding_of(alone, param.axes, shape)
+        assert sharding_of(grid, param.axes, shape).spec == expected.spec, path
+        assert device_bytes(sharding_of(grid, param.axes, shape), shape, dtype) == device_bytes(expected, shape, dtype)
+    on_grid, on_two = (
+        plan_cache(cache_layouts(CONFIG), sizes, mesh, session_len=64, max_batch_size=1, dtype=CacheDtype(dtype))
+        for mesh in (grid, alone)
+    )
+    assert on_grid == on_two
+    batches = HiddenStates(np.zeros((2, 3, 4), np.float32), 1, grid).batches()
+    shardings: list[Any] = [batch.sharding for _, batch in batches]
+    assert [sharding.spec for sharding in shardings] == [jax.sharding.PartitionSpec(TP_AXIS)]
+    linears = adaptable(family_of({"architectures": ["LlamaForCausalLM"]}), CONFIG)
+    banks = [bank_of(CONFIG, linears, mesh, slots=2, max_rank=8, dtype=dtype) for mesh in (grid, alone)]
+    assert banks[0].device_bytes == banks[1].device_bytes
+    assert banks[0].kinds == banks[1].kinds
+
+
+@pytest.mark.slow
+def test_a_second_axis_changes_no_token(grid: Mesh) -> None:
+    runner = runner_of(ModelRunner, 2)
+    assert {len(array.sharding.device_set) for array in jax.tree.leaves(runner._own_state.pools)} == {4}
+    items = [request(str(length), prompt(length)) for length in (1, 33, 40)]
+    assert run(tiny_engine(shapes=TP_SHAPES, runner=runner), items) == run(tiny_engine(shapes=TP_SHAPES), items)
+
+
 def test_every_logical_axis_has_a_rule() -> None:
     named = {axis for param in abstract_params(CONFIG, jnp.dtype(jnp.float32)).values() for axis in param.axes}
-    assert {axis for axis in named | set(POOL_AXES) if axis is not None} <= set(RULES)
+    assert {axis for axis in named | set(HeadsLayout.AXES) if axis is not None} <= set(RULES)
 
 
 def test_an_axis_that_does_not_divide_stays_whole() -> None:
@@ -111,23 +160,6 @@ def test_an_axis_that_does_not_divide_stays_whole() -> None:
     assert sharding_of(mesh, ("embed", "vocab"), (32, 98)).spec == jax.sharding.PartitionSpec(None, None)
     assert sharding_of(mesh, ("embed", "vocab"), (32, 96)).spec == jax.sharding.PartitionSpec(None, TP_AXIS)
     assert replicated(mesh).is_fully_replicated
-
-
-@pytest.mark.parametrize(
-    ("tp", "sizes", "message"),
-    [
-        (3, {"num_key_value_heads": 4}, "tp=3 must divide num_key_value_heads=4; choose tp from [1, 2]"),
-        (8, {"num_key_value_heads": 8, "mlp": 172}, "tp=8 must divide mlp=172; choose tp from [1, 2, 4]"),
-    ],
-)
-def test_tp_must_divide(tp: int, sizes: dict[str, int], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        check_divisible(tp, sizes)
-    assert str(caught.value) == message
-
-
-def test_tp_that_divides() -> None:
-    check_divisible(4, {"num_key_value_heads": 4, "intermediate_size": 64})
 
 
 @pytest.mark.parametrize("tp", [0, 9])

@@ -296,6 +296,20 @@ def test_unusable_files_are_one_line_saying_what_to_do(tmp_path: Path, name: str
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [(b"<0x41>", b"<0x4Z>"), (b"<0x41>", b"<0xA>>"), ("你好".encode(), b"\xff" * 6)]
+)
+def test_a_sentencepiece_model_with_an_odd_piece(tmp_path: Path, old: bytes, new: bytes) -> None:
+    """A byte piece that names no byte, or a piece that is not UTF-8."""
+    file = train_sentencepiece(tmp_path) / "tokenizer.model"
+    content = file.read_bytes()
+    assert old in content
+    file.write_bytes(content.replace(old, new))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model is not a sentencepiece model; download") as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_a_missing_folder_and_an_ambiguous_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist; give the folder"):
         Tokenizer.load(tmp_path / "nowhere")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.w4a16_matmul import packing
+from pallas_kernels.w4a16_matmul import layout, packing
 from tests.packed_weights import weight_of
 
 Array = np.ndarray[Any, Any]
@@ -43,7 +43,9 @@ def test_pack_and_unpack(chunks: int, n: int, group_size: int, seed: int) -> Non
     packed = packing.pack(*weight, group_size)
     stored = 128 if group_size == -1 else group_size
     assert (packed.shape, packed.dtype) == ((chunks, 16 + 128 // stored, n), np.int32)
-    assert packing.group_size(packed.shape) == stored
+    assert layout.group_size(packed.shape) == stored
+    assert layout.packed_shape(128 * chunks, (n,), stored) == packed.shape
+    assert layout.input_size(packed.shape) == 128 * chunks
     q, scales, zeros = packing.unpack(packed)
     np.testing.assert_array_equal(q, weight[0])
     np.testing.assert_array_equal(weight_of(packed), dense(*weight))

@@ -15,7 +15,7 @@ from bench_record import result_path, save_figure, write_result
 from jaxdeploy.chat.session import Conversation
 from jaxdeploy.checkpoint.marker import NAME, Marker, foreign_files, read_marker, remove_ours
 from jaxdeploy.cli import check_env
-from jaxdeploy.compress import folder_swap
+from jaxdeploy.compress import folder_lock, folder_swap
 from jaxdeploy.compress.beside_model import BesideModel
 from jaxdeploy.compress.work_dir import WorkDir
 from jaxdeploy.config import ChatTemplateConfig
@@ -143,6 +143,56 @@ def test_partial_and_old_folders_of_others_stay(source: Path, tmp_path: Path) ->
     write(source, tmp_path / "out", 1.0)
     write(source, tmp_path / "out", 2.0, overwrite=True)
     assert (tmp_path / "out.old" / "thesis.txt").exists()
+
+
+def test_a_model_or_result_named_partial_stays(source: Path, tmp_path: Path) -> None:
+    """Its marker alone does not make it the partial folder of a run."""
+    write(source, tmp_path / "out.partial", 1.0)
+    before = snapshot(tmp_path)
+    with pytest.raises(ConfigError, match=r"out\.partial first, which holds a finished result; move that folder away"):
+        begin(source, tmp_path / "out", overwrite=True)
+    with pytest.raises(ConfigError, match=r"out\.partial first, which holds the model itself; move that folder away"):
+        begin(tmp_path / "out.partial", tmp_path / "out")
+    assert snapshot(tmp_path) == before
+
+
+def test_what_a_crash_after_the_exchange_left_is_replaced(source: Path, tmp_path: Path) -> None:
+    write(source, tmp_path / "out", 1.0)
+    write(source, tmp_path / "new", 2.0)
+    finished = read_marker(tmp_path / "new")
+    Marker(finished.command, finished.files, "a run").write(tmp_path / "new")
+    (tmp_path / "out").rename(tmp_path / "out.partial")
+    (tmp_path / "new").rename(tmp_path / "out")
+    write(source, tmp_path / "out", 3.0, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "out"]
+
+
+def test_two_processes_cannot_write_to_one_folder(source: Path, tmp_path: Path) -> None:
+    begin(source, tmp_path / "out").write_layer(0, {"layer": np.zeros(3, np.float32)}, {})
+    before = snapshot(tmp_path)
+    held = folder_lock._held.pop(tmp_path / "out.partial")  # as if another process had it
+    with pytest.raises(ConfigError, match=r"out is being written by another process; wait until it ends, or name"):
+        begin(source, tmp_path / "out", run="b")
+    assert snapshot(tmp_path) == before
+    os.close(held)
+    write(source, tmp_path / "out")
+    assert tmp_path / "out.partial" not in folder_lock._held
+
+
+def test_a_result_that_appears_during_a_run_stays(source: Path, tmp_path: Path) -> None:
+    work = begin(source, tmp_path / "out")
+    write(source, tmp_path / "other", 1.0)
+    (tmp_path / "other").rename(tmp_path / "out")
+    before = snapshot(tmp_path)
+    with pytest.raises(ConfigError, match="exists and is not empty; name another, or add --overwrite"):
+        work.take_name()
+    assert snapshot(tmp_path) == before
+
+
+def test_a_mount_point_is_refused_at_the_start(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == "/mnt/results")
+    with pytest.raises(ConfigError, match="/mnt/results is a mount point, which cannot be renamed; name a folder in"):
+        begin(source, "/mnt/results")
 
 
 def test_files_added_during_a_run_stop_the_replacement(source: Path, tmp_path: Path) -> None:

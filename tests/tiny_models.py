@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, draft_shapes
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, StepShape, draft_shapes
 from jaxdeploy.engine.device.kv_cache import allocate_pools, plan_cache
 from jaxdeploy.engine.device.runner import ModelRunner
+from jaxdeploy.engine.device.step import DeviceState
+from jaxdeploy.engine.device.step_plan import StepPlan
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.speculation.draft import DraftProposer
@@ -26,8 +29,13 @@ from jaxdeploy.engine.speculation.gate import Gate
 from jaxdeploy.engine.speculation.ngram import NgramProposer
 from jaxdeploy.engine.speculation.speculation import Proposer, Speculation
 from jaxdeploy.messages import FinishReason, Request, SamplingParams, StepOutput
-from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.attention import AttentionConfig
+from jaxdeploy.models.cache_layout import CacheDtype
+from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
+from jaxdeploy.models.dense import DenseDecoder
+from jaxdeploy.models.layer import LayerConfig
+from jaxdeploy.models.rope import RopeConfig
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import sharding_of
@@ -52,7 +60,7 @@ GUESSES = 4
 GUESSING = [StepShape(decodes, 0, TABLE_LENGTH, SLOTS, drafts=GUESSES) for decodes in (1, SLOTS)]
 """Beside the others for engines that guess."""
 
-CONFIG = ModelConfig(
+CONFIG = DenseDecoder(
     vocab_size=VOCAB,
     hidden_size=32,
     num_layers=2,
@@ -64,10 +72,45 @@ CONFIG = ModelConfig(
     max_position=256,
     rope=RopeConfig(),
     windows=(None, 40),
-)
+).model_config()
 
 
-SMALLER = replace(CONFIG, num_layers=1, windows=(None,))
+def changed(config: ModelConfig, **fields: Any) -> ModelConfig:
+    """``config`` with other fields of ``DenseDecoder``."""
+    first = config.layers[0]
+    assert isinstance(first, LayerConfig)
+    attention, own = first.attention, vars(config)
+    flat = DenseDecoder(
+        **{name: value for name, value in own.items() if name != "layers"},
+        num_layers=config.num_layers,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        intermediate_size=first.mlp.intermediate_size,
+        rope=attention.rope,
+        windows=windows_of(config),
+        qkv_bias=attention.qkv_bias,
+        o_bias=attention.o_bias,
+        mlp_bias=first.mlp.bias,
+    )
+    if "num_layers" in fields and "windows" not in fields:
+        fields["windows"] = (None,) * fields["num_layers"]
+    return replace(flat, **fields).model_config()
+
+
+def attention_of(config: ModelConfig) -> AttentionConfig:
+    """The attention of all layers, which differ in their windows only."""
+    layer = config.layers[0]
+    assert isinstance(layer, LayerConfig)
+    return layer.attention
+
+
+def windows_of(config: ModelConfig) -> tuple[int | None, ...]:
+    """The window of each layer."""
+    return tuple(layer.attention.window for layer in config.layers if isinstance(layer, LayerConfig))
+
+
+SMALLER = changed(CONFIG, num_layers=1, windows=(None,))
 """SpeculationCounts for the other, and is right where that is easy."""
 
 
@@ -90,21 +133,27 @@ def params(config: ModelConfig = CONFIG, tp: int = 1) -> dict[ParamPath, jax.Arr
 
 
 def _matrix(random: np.random.Generator, path: ParamPath, shape: Sequence[int]) -> Array:
-    inputs = {"wo": CONFIG.num_heads * CONFIG.head_dim, "embedding": 1}.get(str(path[-1]), shape[0])
+    attention = attention_of(CONFIG)
+    inputs = {"wo": attention.num_heads * attention.head_dim, "table": 1}.get(str(path[-1]), shape[0])
     matrix: Array = random.standard_normal(shape) * 2.0 / np.sqrt(inputs)
     return matrix
 
 
 def runner_of(
-    kind: type[ModelRunner], tp: int = 1, config: ModelConfig = CONFIG, bits: int | None = None, **options: Any
+    kind: type[ModelRunner],
+    tp: int = 1,
+    config: ModelConfig = CONFIG,
+    bits: int | None = None,
+    model: Decoder | None = None,
+    **options: Any,
 ) -> ModelRunner:
-    """A new runner with weights of its own and pools for whole sessions in every slot."""
-    mesh, dtype = make_mesh(tp), jnp.dtype(jnp.float32)
+    """A new runner of ``model`` (default: a new decoder of ``config``) with pools for whole sessions in every slot."""
+    decoder = model or decoder_from(config, params(config, tp))
+    mesh, layouts, dtype = make_mesh(tp), decoder.cache_layouts, CacheDtype(jnp.dtype(jnp.float32), bits)
     sizes = EngineConfig(block_size=BLOCK_SIZE)
-    plan = plan_cache(config, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype, bits=bits)
-    pools = allocate_pools(config, plan, mesh, dtype)
-    decoder = decoder_from(config, params(config, tp))
-    return kind(decoder, pools, mesh, slots=SLOTS, session_len=SESSION_LEN, **options)
+    plan = plan_cache(layouts, sizes, mesh, session_len=SESSION_LEN, max_batch_size=SLOTS, dtype=dtype)
+    pools = allocate_pools(layouts, plan, mesh, dtype)
+    return kind(decoder, StepPlan(mesh), DeviceState.of(pools, SLOTS, SESSION_LEN, mesh), **options)
 
 
 @functools.cache
@@ -153,14 +202,16 @@ def tiny_engine(
     scheduler = Scheduler(
         manager,
         PrefixCache(manager, BLOCK_SIZE, SESSION_LEN if sharing else 0, host_blocks),
-        block_size=BLOCK_SIZE,
-        max_batch_size=batch,
-        max_prefill_tokens=max_prefill,
-        max_mixed_tokens=max_prefill + batch,
-        chunk_multiple=ROW_LENGTH,
-        session_len=SESSION_LEN,
-        decode_steps=decode_steps,
-        adapters=adapters,
+        SchedulerLimits(
+            block_size=BLOCK_SIZE,
+            max_batch_size=batch,
+            max_prefill_tokens=max_prefill,
+            max_mixed_tokens=max_prefill + batch,
+            row_length=ROW_LENGTH,
+            session_len=SESSION_LEN,
+            decode_steps=decode_steps,
+        ),
+        adapters,
     )
     every = [*shapes, *GUESSING] if speculation else shapes
     return Engine(scheduler, runner or lasting_runner(tp), every, VOCAB, grammars, speculation, reader)

@@ -13,6 +13,7 @@ from jaxdeploy.api.prompts import Prompt
 from jaxdeploy.api.response import Response, Session
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ConfigError, ContextLengthError, JaxdeployError, RequestError
+from jaxdeploy.files.stored import exists
 from jaxdeploy.messages import FinishReason
 
 OTHER_NAMES = {"max_new_tokens": "max_tokens", "stop_words": "stop", "random_seed": "seed"}
@@ -133,7 +134,7 @@ class ApiClient:
 
 def is_url(text: str) -> bool:
     """Whether it is the address of a server; ``HOST:PORT`` is one too, unless a file has that name."""
-    return text.startswith(SCHEMES) or (HOST_AND_PORT.fullmatch(text) is not None and not Path(text).exists())
+    return text.startswith(SCHEMES) or (HOST_AND_PORT.fullmatch(text) is not None and not exists(Path(text)))
 
 
 def base_url(url: str) -> str:

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxdeploy.api.prompts import Prompt
@@ -17,6 +16,7 @@ from jaxdeploy.api.response import Response, Session
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
 from jaxdeploy.files.atomic import check_replaceable, is_json, put_text
+from jaxdeploy.files.stored import user_path
 from jaxdeploy.generation.reply import Reply
 from jaxdeploy.messages import FinishReason, TextOutput
 
@@ -93,12 +93,13 @@ class Conversation:
         """Write the conversation as a JSON list of messages. Raises ``RequestError``."""
         begin = [{"role": "system", "content": self.system}] if self.system else []
         text = json.dumps([*begin, *self.messages], ensure_ascii=False, indent=2) + "\n"
-        file = Path(path).expanduser()
+        file = user_path(path)
         try:
             check_replaceable(file, is_json(list))
             put_text(file, text)
-        except OSError as error:
-            raise RequestError(f"path={path!r} cannot be written ({error.strerror}); name another file") from None
+        except (OSError, ValueError) as error:  # ValueError: the file system does not take the name
+            reason = getattr(error, "strerror", None) or error
+            raise RequestError(f"path={path!r} cannot be written ({reason}); name another file") from None
 
 
 @dataclass

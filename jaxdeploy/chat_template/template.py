@@ -14,6 +14,7 @@ from jaxdeploy.chat_template.pieces import BuiltinTemplate
 from jaxdeploy.chat_template.variables import check_variables
 from jaxdeploy.config import ChatTemplateConfig
 from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.files.stored import is_file
 from jaxdeploy.settings import nearest
 from jaxdeploy.tokenizer import Tokenizer
 from jaxdeploy.tokenizer.settings import DEFAULT
@@ -178,7 +179,7 @@ def _read_spec(spec: str) -> ChatTemplateConfig | Path:
     if find_builtin(spec) is not None:
         return ChatTemplateConfig(model_name=spec)
     path = Path(spec)
-    if path.is_file():
+    if is_file(path):
         return ChatTemplateConfig.from_json(path) if path.suffix == ".json" else path
     if path.suffix in (".json", ".jinja"):
         raise ConfigError(f"chat_template={spec!r} does not exist; give a file or a name (jaxdeploy list shows them)")

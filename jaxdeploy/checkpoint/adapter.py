@@ -70,7 +70,7 @@ def adaptable(family: Family, model: ModelConfig) -> dict[ParamPath, Linear]:
 def base_tensors(family: Family, model: ModelConfig, files: Tensors) -> dict[str, TensorRef]:
     """The tensors of a model by name, a tied head among them under its own name."""
     table = family.weights(replace(model, tie_embeddings=False))
-    (head,), (embedding,) = table["head", "weight"].names, table["embed", "embedding"].names
+    (head,), (embedding,) = table["head", "weight"].names, table["embedding", "table"].names
     tied = {head: files[embedding]} if model.tie_embeddings and embedding in files else {}
     return {**files, **tied}
 

@@ -45,7 +45,7 @@ def load_eagle3(
     shapes: Any = dict(nnx.to_flat_state(nnx.state(head, nnx.Param)))
     place = partial(sharding_of, mesh)
     arrays = load_params({path: shapes[path] for path in table}, table, files, sharding_of=place, progress=progress)
-    arrays.setdefault(("embed", "embedding"), embedding)
+    arrays.setdefault(("embedding", "table"), embedding)
     arrays.setdefault(("tokens",), jnp.arange(config.draft_vocab_size, dtype=jnp.int32))
     nnx.update(head, nnx.from_flat_state({path: shape.replace(arrays[path]) for path, shape in shapes.items()}))
     return head

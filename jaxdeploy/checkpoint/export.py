@@ -14,6 +14,7 @@ from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.writing import put_json, write_tensors
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.files.atomic import put_file
+from jaxdeploy.files.stored import user_path
 from jaxdeploy.models.weights import ParamPath, WeightTable
 
 WEIGHTS = "model.safetensors"
@@ -27,7 +28,7 @@ def check_writable(folder: str | Path, names: Iterable[str] = ()) -> Path:
 
     Raises ``CheckpointError``: the folder cannot be written, or holds one of ``names`` that jaxdeploy did not write.
     """
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

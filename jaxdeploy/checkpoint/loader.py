@@ -22,7 +22,7 @@ from jaxdeploy.checkpoint.finite import is_finite
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.models.quantized import RANDOM_LEAVES
+from jaxdeploy.models.leaves import Draw, draw_of
 from jaxdeploy.models.weights import IGNORED, ParamPath, Source, WeightTable
 from jaxdeploy.progress import progress as report
 
@@ -94,6 +94,8 @@ def dummy_params(
 ) -> dict[ParamPath, jax.Array]:
     """Random parameters in place of a checkpoint's: N(0, 0.02²), quantised ones about as large, norm scales 1.
 
+    Each parameter knows how it is drawn (``models.leaves``).
+
     They are made where they are used, in their own dtype and sharding, and depend on ``seed``, path and shape only.
     """
     return {
@@ -106,24 +108,17 @@ def _random(
     param: nnx.Param[Any], path: ParamPath, dtype: Any, sharding: jax.sharding.Sharding | None, seed: int
 ) -> jax.Array:
     own = param.get_value()
-    floats = jnp.issubdtype(own.dtype, jnp.floating) and path[-1] != "scales"
-    draw = _drawing(own.shape, np.dtype(dtype if floats else own.dtype), sharding, str(path[-1]))
+    drawn = np.dtype(dtype) if jnp.issubdtype(own.dtype, jnp.floating) else own.dtype
     number = zlib.crc32(".".join(map(str, path)).encode())
-    return draw(jax.random.fold_in(jax.random.key(seed), number))
+    return _drawing(draw_of(param), own.shape, drawn, sharding)(jax.random.fold_in(jax.random.key(seed), number))
 
 
 @cache
 def _drawing(
-    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding | None, name: str
+    draw: Draw, shape: tuple[int, ...], dtype: np.dtype[Any], sharding: jax.sharding.Sharding | None
 ) -> Callable[[jax.Array], jax.Array]:
     """One compiled function for all parameters that look alike: layers share them."""
-
-    def draw(key: jax.Array) -> jax.Array:
-        if name in RANDOM_LEAVES:
-            return RANDOM_LEAVES[name](key, shape)
-        return jnp.ones(shape, dtype) if name == "scale" else 0.02 * jax.random.normal(key, shape, dtype)
-
-    return jax.jit(draw, out_shardings=sharding)
+    return jax.jit(lambda key: draw(key, shape, dtype), out_shardings=sharding)
 
 
 def _sharding(param: nnx.Param[Any], sharding_of: ShardingOf | None) -> jax.sharding.Sharding | None:

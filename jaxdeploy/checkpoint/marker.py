@@ -85,16 +85,21 @@ def add_to_marker(folder: Path, command: str, names: Iterable[str]) -> None:
     Marker(command, read_marker(folder).files | frozenset(names)).write(folder)
 
 
-def remove_ours(folder: Path) -> None:
-    """Delete the files that the marker of ``folder`` lists, then the marker, then the folder if it is empty.
-
-    Raises ``OSError``.
-    """
+def remove_files(folder: Path) -> None:
+    """Delete the files that the marker of ``folder`` lists, then the marker. Raises ``OSError``."""
     ours = read_marker(folder).files
     if not ours:
         return
     for file in (*unfinished_files(folder, ours), *(folder / name for name in ours), folder / NAME):
         file.unlink(missing_ok=True)
+
+
+def remove_ours(folder: Path) -> None:
+    """Delete the files that the marker of ``folder`` lists, then the marker, then the folder if it is empty.
+
+    Raises ``OSError``.
+    """
+    remove_files(folder)
     if not any(folder.iterdir()):
         folder.rmdir()
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.checkpoint.loader import AbstractParams, dummy_params, load_params
+from jaxdeploy.checkpoint.loader import dummy_params, load_params
 from jaxdeploy.checkpoint.quantized import hold_quantized, without_zero_biases
 from jaxdeploy.checkpoint.tensors import TensorFiles, open_checkpoint
 from jaxdeploy.formats.registry import quantization_of
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder, abstract_params, decoder_from
-from jaxdeploy.models.output_major import output_major_leaves
+from jaxdeploy.models.decoder import Decoder, abstract_decoder, fill, parameters_of
+from jaxdeploy.models.linears import put_weight
+from jaxdeploy.models.output_major import OutputMajorWeight
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.models.weights import ParamPath, Source, WeightTable, output_major
+from jaxdeploy.models.weights import WeightTable, output_major
 from jaxdeploy.parallel.sharding import sharding_of
 
 
@@ -44,25 +44,27 @@ def load_model(
     """
     family = family_of(hf)
     model = model or family.model_config(hf)
-    params, place, table = abstract_params(model, dtype), partial(sharding_of, mesh), family.weights(model)
+    decoder, table = abstract_decoder(model, dtype), family.weights(model)
     files = TensorFiles({}) if load_format == "dummy" else open_checkpoint(folder, model_format)
     if quantization := quantization_of(hf, model_format):
-        params, table = hold_quantized(params, table, files, quantization, mesh.size)
+        table = hold_quantized(decoder, table, files, quantization, mesh)
         files = without_zero_biases(files, table)
     if outputs_first:
-        params, table = _outputs_first(params, table)
+        table = _hold_outputs_first(decoder, table, mesh)
+    params, place = parameters_of(decoder), partial(sharding_of, mesh)
     if load_format == "dummy":
-        return decoder_from(model, dummy_params(params, sharding_of=place), mesh)
-    return decoder_from(model, load_params(params, table, files, sharding_of=place, progress=progress), mesh)
+        fill(decoder, dummy_params(params, sharding_of=place))
+    else:
+        fill(decoder, load_params(params, table, files, sharding_of=place, progress=progress))
+    return decoder
 
 
-def _outputs_first(
-    params: AbstractParams, table: WeightTable
-) -> tuple[dict[ParamPath, nnx.Param[Any]], dict[ParamPath, Source]]:
-    """Parameters and table with every float weight of a linear map as the leaf of an ``OutputMajorWeight``."""
-    held, sources = dict(params), dict(table)
+def _hold_outputs_first(decoder: Decoder, table: WeightTable, mesh: Mesh) -> WeightTable:
+    """Put an ``OutputMajorWeight`` in place of every float weight of a linear map; return the table of its rows."""
+    params, sources = parameters_of(decoder), dict(table)
     for path, source in table.items():
         if path in params and source.linear is not None:
-            ((name, leaf),) = output_major_leaves(held.pop(path), len(source.linear.inputs)).items()
-            held[*path, name], sources[*path, name] = leaf, output_major(sources.pop(path))
-    return held, sources
+            weight = OutputMajorWeight.abstract(params[path], len(source.linear.inputs), mesh=mesh)
+            put_weight(decoder, path, weight)
+            sources[*path, "rows"] = output_major(sources.pop(path))
+    return sources

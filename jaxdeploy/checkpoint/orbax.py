@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxdeploy.errors import CheckpointError
+from jaxdeploy.files.stored import user_path
 
 
 class TrainingCheckpoints:
@@ -20,7 +21,7 @@ class TrainingCheckpoints:
     def __init__(self, folder: str | Path, *, keep: int = 3) -> None:
         import orbax.checkpoint as ocp
 
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = user_path(folder).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
         with _one_line(self.folder, "cannot be written"):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Where a checkpoint holds linear maps quantised: the leaves that the decoder then has, and how they are read.
+"""Where a checkpoint holds linear maps quantised: the weights that the decoder then has, and how they are read.
 
 A linear map of the decoder may be several modules of the checkpoint. It stays quantised where all of them are, alike,
 and the kernels know the result; else it is expanded to floats, and one line says so.
@@ -14,49 +14,52 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.formats.quantized import ChannelQuantized, GroupQuantized
 from jaxdeploy.formats.registry import Format, SkippedModules, format_of
-from jaxdeploy.models.quantized import CHUNK, int4_leaves, int8_leaves
+from jaxdeploy.models.decoder import Decoder, parameters_of
+from jaxdeploy.models.linears import put_weight
+from jaxdeploy.models.quantized import Int4Weight, Int8Weight
 from jaxdeploy.models.weights import Linear, ParamPath, Source, WeightTable
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 from jaxdeploy.parallel.sharding import RULES
+from pallas_kernels.w4a16_matmul.layout import CHUNK, GROUP_SIZES
 from pallas_kernels.w4a16_matmul.packing import pack
 
 logger = logging.getLogger("jaxdeploy")
 
-AbstractParams = Mapping[ParamPath, nnx.Param[Any]]
 Quantized = GroupQuantized | ChannelQuantized
-Leaves = dict[str, tuple[nnx.Param[Any], Source]]
-
-_PACKED_GROUPS = (128, 64, 32)
+Held = tuple[Int4Weight | Int8Weight, dict[str, Source]]
+"""A weight whose parameters are shapes, and the source of each parameter by attribute."""
 
 
 def hold_quantized(
-    params: AbstractParams, table: WeightTable, files: TensorFiles, config: Mapping[str, Any], tp: int
-) -> tuple[dict[ParamPath, nnx.Param[Any]], dict[ParamPath, Source]]:
-    """Parameters and table of a float decoder → those of the decoder that the checkpoint holds.
+    decoder: Decoder, table: WeightTable, files: TensorFiles, config: Mapping[str, Any], mesh: Mesh
+) -> dict[ParamPath, Source]:
+    """Put the integer weights of a checkpoint, as shapes, into an abstract decoder; return the table of its parameters.
 
-    ``config`` is its ``quantization_config``; ``tp`` devices share each layer.
+    ``config`` is the checkpoint's ``quantization_config``.
 
     Raises ``UnsupportedModelError``: a format, or an option of it, that cannot be read.
     """
-    held, sources, lost = dict(params), dict(table), Counter[str]()
+    params, sources, lost = parameters_of(decoder), dict(table), Counter[str]()
     for path, source, modules in _quantized(table, files, config):
         try:
-            leaves = _leaves(path, source, modules, params[path], tp)
+            weight, own = _held(path, source, modules, params[path], mesh)
         except _CannotKeepError as reason:
             lost[str(reason)] += 1
             sources[path] = _expanded(source, modules)
             continue
-        del held[path], sources[path]
-        for name, (param, leaf) in leaves.items():
-            held[*path, name], sources[*path, name] = param, leaf
+        put_weight(decoder, path, weight)
+        del sources[path]
+        sources |= {(*path, name): leaf for name, leaf in own.items()}
     for why, count in lost.items():
         logger.warning("quantised linear maps expanded to floats: %d; %s", count, why)
-    return held, sources
+    return sources
 
 
 def expand_quantized(table: WeightTable, files: TensorFiles, config: Mapping[str, Any]) -> dict[ParamPath, Source]:
@@ -158,8 +161,8 @@ def _scattered(groups: Array) -> Array | None:
     return None if bool((np.diff(groups) >= 0).all()) else groups
 
 
-def _leaves(path: ParamPath, source: Source, modules: Sequence[_Module], param: nnx.Param[Any], tp: int) -> Leaves:
-    """The leaves that stand for the weight at ``path``. Raises ``_CannotKeepError``."""
+def _held(path: ParamPath, source: Source, modules: Sequence[_Module], param: nnx.Param[Any], mesh: Mesh) -> Held:
+    """The weight in place of the float one at ``path``, and its sources. Raises ``_CannotKeepError``."""
     assert source.linear is not None
     linear = source.linear
     if path[0] != "layers":
@@ -169,14 +172,14 @@ def _leaves(path: ParamPath, source: Source, modules: Sequence[_Module], param: 
         raise _CannotKeepError(f"{_kinds(linear)} are not stored alike")
     if any(not _same(module.groups, first.groups) for module in modules):
         raise _CannotKeepError(f"{_kinds(linear)} order their inputs differently")
-    cut = tp if RULES[param.axes[0]] else 1
+    tp = axis_size(mesh, TP_AXIS)
     if first.group_count is None:
-        return _int8(linear, modules, int8_leaves(param, inputs))
-    if -(-linear.width // CHUNK) % cut:
+        return Int8Weight.abstract(param, inputs, mesh=mesh), _int8(linear, modules)
+    if RULES[param.axes[0]] and -(-linear.width // CHUNK) % tp:
         raise _CannotKeepError(f"tp={tp} devices cannot share {linear.width} inputs in multiples of {CHUNK}")
     group = _packed_group(linear.width, first.group_count)
-    leaves = int4_leaves(param, inputs, group, ordered=first.groups is not None)
-    return _int4(linear, modules, group, leaves)
+    weight = Int4Weight.abstract(param, inputs, group, ordered=first.groups is not None, mesh=mesh)
+    return weight, _int4(linear, modules, group)
 
 
 def _kinds(linear: Linear) -> str:
@@ -191,30 +194,32 @@ def _same(a: Array | None, b: Array | None) -> bool:
 def _packed_group(width: int, groups: int) -> int:
     """The largest group size of the packed form of which the stored groups are multiples."""
     stored = width // groups
-    for size in _PACKED_GROUPS:
+    for size in GROUP_SIZES:
         if groups == 1 or stored % size == 0:
             return size
-    raise _CannotKeepError(f"groups of {stored} inputs are no multiple of {_PACKED_GROUPS[-1]}")
+    raise _CannotKeepError(f"groups of {stored} inputs are no multiple of {GROUP_SIZES[-1]}")
 
 
-def _int8(linear: Linear, modules: Sequence[_Module], leaves: Mapping[str, nnx.Param[Any]]) -> Leaves:
+def _int8(linear: Linear, modules: Sequence[_Module]) -> dict[str, Source]:
+    """The sources of the parameters of an ``Int8Weight``, by attribute."""
+
     def part(name: str) -> Callable[[Sequence[Array]], Array]:
         return lambda arrays: linear.outputs.join([getattr(w, name) for w in _decoded(modules, arrays)])
 
-    values, scales = _source(modules, part("q")), _source(modules, part("scales"))
-    return {"values": (leaves["values"], values), "scales": (leaves["scales"], scales)}
+    return {"values": _source(modules, part("q")), "scales": _source(modules, part("scales"))}
 
 
-def _int4(linear: Linear, modules: Sequence[_Module], group: int, leaves: Mapping[str, nnx.Param[Any]]) -> Leaves:
+def _int4(linear: Linear, modules: Sequence[_Module], group: int) -> dict[str, Source]:
+    """The sources of the parameters of an ``Int4Weight``, by attribute."""
     groups = modules[0].groups
     order = None if groups is None else np.argsort(groups, kind="stable").astype(np.int32)
 
     def packed(arrays: Sequence[Array]) -> Array:
         return _packed(linear, [w for w in _decoded(modules, arrays) if isinstance(w, GroupQuantized)], group, order)
 
-    held = {"packed": (leaves["packed"], _source(modules, packed))}
+    held = {"packed": _source(modules, packed)}
     if order is not None:
-        held["order"] = (leaves["order"], _source(modules, lambda _: order))
+        held["order"] = _source(modules, lambda _: order)
     return held
 
 

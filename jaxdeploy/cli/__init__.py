@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -50,16 +51,29 @@ class CommandModule(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Errors that a user can mend are one line on stderr and exit code 2."""
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        code = _dispatch(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
     except JaxdeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read our output has left. Python would complain once more when it flushes at its own end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _discard_output()
+        print(f"error: {error.strerror}; make room, or write to another place", file=sys.stderr)
+        return ConfigError.exit_code
+
+
+def _discard_output() -> None:
+    """Lead stdout nowhere; Python would complain again when it flushes it at its own end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def program(argv: Sequence[str] | None = None) -> NoReturn:
@@ -68,6 +82,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
     After Ctrl-C the interpreter is not shut down: that can crash while XLA compiles or computes in other threads. The
     command has closed its model by then.
     """
+    _open_missing_streams()
     try:
         code = main(argv)
     except KeyboardInterrupt:  # once more, while the first one was handled
@@ -79,6 +94,13 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _open_missing_streams() -> None:
+    """Replace standard streams that were closed before the start, which are ``None``."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def command_parser(name: str) -> Parser:

@@ -76,7 +76,7 @@ def _load(model: str | None, options: ChatOptions, config: EngineConfig) -> Pipe
     from jaxdeploy.bundled import bundled_model
 
     return pipeline(
-        model or bundled_model(),
+        bundled_model() if model is None else model,
         backend_config=config,
         chat_template_config=template,
         log_level=options.log_level or "WARNING",

@@ -57,7 +57,7 @@ def read_settings(args: Namespace, *classes: type[Any], skipped: Collection[str]
     """
     given = vars(args)
     path = given.get("config")
-    from_file = {_field_name(key): value for key, value in read_yaml(path).items()} if path else {}
+    from_file = {} if path is None else {_field_name(key): value for key, value in read_yaml(path).items()}
     faults = _faults(from_file, classes, str(path), skipped)
     if len(faults) == 1:
         raise ConfigError(faults[0])

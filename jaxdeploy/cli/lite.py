@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
 
 def _check_file(path: str | None, argument: str, method: str) -> None:
     """Raise ``ConfigError`` if the file at ``path`` is for another method than the command line names."""
-    named = read_yaml(path).get("method", method) if path else method
+    named = method if path is None else read_yaml(path).get("method", method)
     if METHODS.get(str(named).replace("-", "_"), named) != method:
         raise ConfigError(f"method={named!r} of {path} is not {argument}; give the method that the file is for")
 

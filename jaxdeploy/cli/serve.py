@@ -197,7 +197,7 @@ def _serve(model: str | None, options: ServeOptions, config: ServerConfig, engin
     from jaxdeploy.server import serve
 
     serve(
-        model or bundled_model(),
+        bundled_model() if model is None else model,
         engine,
         config,
         chat_template=template_config(options.chat_template, options.cap, options.meta_instruction),
@@ -234,13 +234,12 @@ def _show(
         message = f"the web chat needs {error.name}, which is missing; pip install 'jaxdeploy[gradio]'"
         raise ConfigError(message) from None
     web_chat(
-        what or bundled_model(),
+        bundled_model() if what is None else what,
         Manner(options.meta_instruction or "", generation),
         config,
         engine_config=engine,
         api_key=options.api_key,
         chat_template=template_config(options.chat_template, options.cap),
         log_level=options.log_level,
-        progress=sys.stderr.isatty(),
     )
     return 0

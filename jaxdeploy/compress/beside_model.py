@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxdeploy.checkpoint.kv_parameters import file_names, write_kv_parameters
 from jaxdeploy.checkpoint.marker import add_to_marker, foreign_among, read_marker
-from jaxdeploy.compress import report as reports
+from jaxdeploy.compress import report_files
 from jaxdeploy.compress.report import Report
 from jaxdeploy.errors import ConfigError
 
@@ -24,7 +24,7 @@ class BesideModel:
 
     def __init__(self, folder: Path, *, num_layers: int, overwrite: bool) -> None:
         self._folder, self._parameters = folder, file_names(num_layers)
-        names = [*self._parameters, reports.JSON_NAME, reports.PNG_NAME]
+        names = [*self._parameters, report_files.JSON_NAME, report_files.PNG_NAME]
         if others := foreign_among(folder, names):
             raise ConfigError(
                 f"work_dir={folder} holds {others[0]}, which jaxdeploy did not write; move that file away, or name "
@@ -41,7 +41,7 @@ class BesideModel:
 
         Raises ``ConfigError`` if the folder cannot be written.
         """
-        names = [reports.JSON_NAME, reports.PNG_NAME]
+        names = [report_files.JSON_NAME, report_files.PNG_NAME]
         try:
             if parameters is None:
                 for name in read_marker(self._folder).files.intersection(self._parameters):
@@ -51,7 +51,7 @@ class BesideModel:
             add_to_marker(self._folder, COMMAND, names)
             if parameters is not None:
                 write_kv_parameters(self._folder, parameters)
-            reports.write(report, self._folder)
+            report_files.write(report, self._folder)
         except OSError as error:
             raise ConfigError(
                 f"work_dir={self._folder} cannot be written ({error.strerror}); make room or name another folder"

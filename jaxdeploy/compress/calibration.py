@@ -38,21 +38,35 @@ class Calibration:
     scored: npt.NDArray[np.bool_] | None = None
 
 
+@dataclass(frozen=True)
+class Windows:
+    """The windows to cut from a text.
+
+    Attributes:
+        samples: windows to calibrate on.
+        held_out: windows to measure with.
+        seqlen: tokens in a window.
+        seed: seed of the choice of ``samples``.
+    """
+
+    samples: int
+    held_out: int
+    seqlen: int
+    seed: int = 0
+
+
 def calibration_ids(
     dataset: str | Sequence[Sequence[int]] | None,
     tokenizer: Tokenizer,
+    asked: Windows,
     *,
-    samples: int,
-    seqlen: int,
-    held_out: int,
-    seed: int,
     folder: Path | None = None,
     architecture: str = "",
 ) -> Calibration:
-    """Cut ``samples`` and ``held_out`` windows of ``seqlen`` tokens from a text.
+    """Return the windows that are ``asked`` for, cut from a text.
 
     ``dataset`` is what ``texts.open_texts`` takes, or lists of token ids, which are joined and used as they are. A
-    window of text begins with what the tokenizer puts before a text. Windows to calibrate on are drawn with ``seed``;
+    window of text begins with what the tokenizer puts before a text. Windows to calibrate on are drawn with a seed;
     those held out are the last ones, whatever the seed. At most ``SPREAD`` times the tokens needed are read, from the
     beginning.
 
@@ -66,6 +80,7 @@ def calibration_ids(
         ConfigError: there is no such text, it cannot be read, it has fewer than ``SHORTEST`` tokens for a purpose, or
             an id is outside the vocabulary.
     """
+    samples, seqlen = asked.samples, asked.seqlen
     setting = "calib_dataset" if samples else "eval_dataset"
     if dataset is None or isinstance(dataset, str):
         render = ConversationWriter(tokenizer, architecture)
@@ -76,16 +91,15 @@ def calibration_ids(
     if seqlen <= len(prefix):
         rule = f"must be more than the {len(prefix)} tokens that begin a text"
         raise ConfigError(f"calib_seqlen={seqlen} {rule}; raise it")
-    asked = samples + held_out
-    tokens = _first(pieces, SPREAD * asked * seqlen)
-    purposes = (samples > 0) + (held_out > 0)
+    tokens = _first(pieces, SPREAD * (samples + asked.held_out) * seqlen)
+    purposes = (samples > 0) + (asked.held_out > 0)
     length = _length(len(tokens), seqlen, len(prefix), purposes, f"{setting}={source}")
     windows = _windows(tokens, length, prefix)
-    kept = min(held_out, max(len(windows) // 4, 1, len(windows) - samples))
+    kept = min(asked.held_out, max(len(windows) // 4, 1, len(windows) - samples))
     front, end = windows[: len(windows) - kept], windows[len(windows) - kept :]
-    drawn = np.random.default_rng(seed).permutation(len(front))[:samples]
+    drawn = np.random.default_rng(asked.seed).permutation(len(front))[:samples]
     calib = front[np.sort(drawn)]
-    short = _note(source, length, seqlen, len(calib), samples, len(end), held_out)
+    short = _note(source, asked, length, len(calib), len(end))
     scored = _scored(tokens, end)
     replies = None if scored is None else "of conversations only the replies are measured"
     note = "; ".join(note for note in (short, replies) if note)
@@ -163,8 +177,8 @@ def _windows(tokens: Ids, length: int, prefix: Sequence[int]) -> Ids:
     return np.concatenate([begin, tokens[: count * body].reshape(count, body, 2)], axis=1)
 
 
-def _note(source: str, length: int, seqlen: int, calib: int, samples: int, end: int, held_out: int) -> str | None:
-    if (length, calib, end) == (seqlen, samples, held_out):
+def _note(source: str, asked: Windows, length: int, calib: int, end: int) -> str | None:
+    if (length, calib, end) == (asked.seqlen, asked.samples, asked.held_out):
         return None
-    asked = f"{samples} + {held_out} samples of {seqlen} tokens"
-    return f"{source} is short of {asked}: {calib} + {end} (held out) of {length} are used"
+    wanted = f"{asked.samples} + {asked.held_out} samples of {asked.seqlen} tokens"
+    return f"{source} is short of {wanted}: {calib} + {end} (held out) of {length} are used"

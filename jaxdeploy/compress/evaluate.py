@@ -21,11 +21,13 @@ from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.models.attention import AttentionContext, DenseContext, dense_attention
 from jaxdeploy.models.decoder import Decoder
 from jaxdeploy.models.layers import Embedding, Head
+from jaxdeploy.models.model import Positions
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.models.rope import Rotary, apply_rotary
+from jaxdeploy.models.rope import PositionScheme, rotated
+from jaxdeploy.models.weights import tensor_parallel
 from jaxdeploy.parallel.mesh import make_mesh
-from jaxdeploy.parallel.sharding import check_divisible
 from pallas_kernels.kv_pool import Pool, dequantize, quantize
+from pallas_kernels.score_options import ScoreOptions
 
 ROWS = 128
 """Rows of V logits that are worked on at a time: what lies between logits and losses is never larger than that."""
@@ -82,14 +84,14 @@ class FakeQuantizedKV:
     bits: int = field(metadata={"static": True})
 
     def attend(
-        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+        self, qkv: jax.Array, scheme: PositionScheme, pool: Pool | None, scores: ScoreOptions
     ) -> tuple[jax.Array, Pool | None]:
         """See ``AttentionContext``."""
         tokens, _, _, size = qkv.shape
-        q = apply_rotary(qkv[:, :, :-2].reshape(tokens, -1, size), rotary)
-        k, v = self._cached(apply_rotary(qkv[:, :, -2], rotary)), self._cached(qkv[:, :, -1])
+        q = rotated(qkv[:, :, :-2].reshape(tokens, -1, size), scheme)
+        k, v = self._cached(rotated(qkv[:, :, -2], scheme)), self._cached(qkv[:, :, -1])
         batched = (x.reshape(self.sequences, -1, *x.shape[1:]) for x in (q, k, v))
-        return dense_attention(*batched, window=window).reshape(q.shape), pool
+        return dense_attention(*batched, scores=scores).reshape(q.shape), pool
 
     def _cached(self, x: jax.Array) -> jax.Array:
         return dequantize(*quantize(x, self.bits), self.bits).astype(x.dtype)
@@ -114,11 +116,12 @@ def load_decoder(
     Raises ``ConfigError``, ``CheckpointError``, ``UnsupportedModelError``.
     """
     hf, mesh = read_hf_config(folder, model_format), make_mesh(tp)
-    model = family_of(hf).model_config(hf)
-    check_divisible(tp, {"num_key_value_heads": model.num_kv_heads, "intermediate_size": model.intermediate_size})
+    model = tensor_parallel(family_of(hf).model_config(hf), tp)
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else model.dtype
-    return load_model(folder, hf, mesh=mesh, dtype=jnp.dtype(dtype), model_format=model_format, progress=progress)
+    return load_model(
+        folder, hf, mesh=mesh, dtype=jnp.dtype(dtype), model=model, model_format=model_format, progress=progress
+    )
 
 
 def perplexity(
@@ -276,7 +279,7 @@ def _exp(nll: float) -> float:
 
 
 def _head(decoder: Decoder) -> Embedding | Head:
-    return decoder.embed if decoder.config.tie_embeddings else decoder.head
+    return decoder.embedding if decoder.config.tie_embeddings else decoder.head
 
 
 def _hidden_batches(
@@ -307,8 +310,8 @@ def _hidden(graph: nnx.GraphDef[Decoder], weights: Any, ids: jax.Array, kv_bits:
     """Whole sequences ``ids`` [B, T] through the layers → [B, T, D]."""
     decoder = nnx.merge(graph, weights)
     sequences, length = ids.shape
-    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
     context: AttentionContext = DenseContext(sequences) if kv_bits is None else FakeQuantizedKV(sequences, kv_bits)
     pools = [None] * len(decoder.layers)
-    x, _ = decoder.hidden(ids.reshape(-1), positions, jnp.full_like(positions, length), context, pools)
-    return x.reshape(sequences, length, -1)
+    x = decoder.embed(ids.reshape(-1))
+    hidden = decoder.hidden(x, Positions.of_prompts(sequences, length), context, pools)
+    return hidden.states.reshape(sequences, length, -1)

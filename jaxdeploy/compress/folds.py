@@ -1,32 +1,31 @@
-"""Scalings of a decoder layer that move size from activations into weights and leave its outputs as they are.
+"""Scalings of a layer that move size from activations into weights and leave its outputs unchanged.
 
-They follow from how a layer is built, so they hold for every family of it: the inputs of ``wqkv`` and ``gate_up`` come
-from a norm, those of ``wo`` from the values, those of ``down`` from ``up``.
+They follow from what the block declares about the inputs of its linear maps (``models.linears``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.linears import LinearInput, LinearSpec, NormInput, Path
 
-Params = MutableMapping[tuple[str, ...], jax.Array]
+Params = MutableMapping[Path, jax.Array]
 Rows = Callable[[str, jax.Array], None]
 """Multiplies the rows of a linear map, by name, with factors [K]."""
-Rounded = Callable[[tuple[str, ...], jax.Array], jax.Array]
+Rounded = Callable[[Path, jax.Array], jax.Array]
 """A parameter, by path, as it is after it was written to a checkpoint and read again."""
 
 
 @dataclass(frozen=True)
 class NormFold:
-    """Norm → linear map. The norm's scale is divided and ``rounded``; the rows make up for the rounding."""
+    """Norm → linear maps. The norm's scale is divided and ``rounded``; the rows make up for the rounding."""
 
-    linear: str
-    norm: str
+    linears: tuple[str, ...]
+    scale: Path
     params: Params
     rounded: Rounded
     multiply_rows: Rows
@@ -37,65 +36,57 @@ class NormFold:
 
     def apply(self, factors: jax.Array) -> None:
         """See ``layer_view.Fold``."""
-        old = self.params[self.norm, "scale"]
-        new = self.rounded((self.norm, "scale"), old / factors)
-        self.params[self.norm, "scale"] = new
-        self.multiply_rows(self.linear, jnp.where(new == 0, 1.0, old / jnp.where(new == 0, 1.0, new)))
+        old = self.params[self.scale]
+        new = self.rounded(self.scale, old / factors)
+        self.params[self.scale] = new
+        for linear in self.linears:
+            self.multiply_rows(linear, jnp.where(new == 0, 1.0, old / jnp.where(new == 0, 1.0, new)))
 
 
 @dataclass(frozen=True)
-class ValueFold:
-    """Values → ``wo``. The query heads that share a KV head share its factors (grouped-query attention)."""
+class LinearFold:
+    """Outputs of ``producer`` → linear maps; see ``LinearInput``."""
 
-    config: ModelConfig
+    linears: tuple[str, ...]
+    source: LinearInput
+    producer: LinearSpec
     params: Params
     multiply_rows: Rows
-    linear: str = "wo"
 
     def tie(self, values: jax.Array) -> jax.Array:
-        """The mean over the query heads of a KV head."""
-        heads = self._per_kv_head(values)
-        return jnp.broadcast_to(heads.mean(axis=1, keepdims=True), heads.shape).reshape(-1)
+        """The mean over the inputs that one output feeds."""
+        groups = self._per_output(values)
+        return jnp.broadcast_to(groups.mean(axis=1, keepdims=True), groups.shape).reshape(-1)
 
     def apply(self, factors: jax.Array) -> None:
         """See ``layer_view.Fold``."""
-        per_value = self._per_kv_head(factors)[:, 0]
-        for name in ("wqkv", "bqkv"):
-            if ("attention", name) in self.params:
-                weight = self.params["attention", name]
-                self.params["attention", name] = weight.at[..., -1, :].divide(per_value)
-        self.multiply_rows(self.linear, factors)
+        divisors = self._per_output(factors)[:, 0]
+        axis, bias = self.source.axis, self.producer.bias_path
+        first_output = {self.producer.path: len(self.producer.inputs)} | ({bias: 0} if bias else {})
+        for path, axes_before in first_output.items():
+            index = (*(slice(None),) * (axes_before + axis), self.source.index)
+            self.params[path] = self.params[path].at[index].divide(divisors)
+        for linear in self.linears:
+            self.multiply_rows(linear, factors)
 
-    def _per_kv_head(self, values: jax.Array) -> jax.Array:
-        return values.reshape(self.config.num_kv_heads, self.config.queries_per_kv, self.config.head_dim)
-
-
-@dataclass(frozen=True)
-class UpFold:
-    """Up → ``down``: the gate multiplies what up gives, so up's outputs can be scaled."""
-
-    params: Params
-    multiply_rows: Rows
-    linear: str = "down"
-
-    def tie(self, values: jax.Array) -> jax.Array:
-        """Every channel has a factor of its own."""
-        return values
-
-    def apply(self, factors: jax.Array) -> None:
-        """See ``layer_view.Fold``."""
-        for name in ("gate_up", "gate_up_bias"):
-            if ("mlp", name) in self.params:
-                weight = self.params["mlp", name]
-                self.params["mlp", name] = weight.at[..., 1, :].divide(factors)
-        self.multiply_rows(self.linear, factors)
+    def _per_output(self, values: jax.Array) -> jax.Array:
+        """[K] → [X, shared, *Y], where [X, *Y] is the shape of the outputs."""
+        outputs = self.producer.outputs
+        first, *rest = (*outputs[: self.source.axis], *outputs[self.source.axis + 1 :])
+        return values.reshape(first, self.source.shared, *rest)
 
 
 def folds(
-    config: ModelConfig, params: Params, rounded: Rounded, multiply_rows: Rows
-) -> Iterator[NormFold | ValueFold | UpFold]:
-    """The scalings of a layer with ``params``, in the order in which its maps run."""
-    yield NormFold("wqkv", "attention_norm", params, rounded, multiply_rows)
-    yield ValueFold(config, params, multiply_rows)
-    yield NormFold("gate_up", "mlp_norm", params, rounded, multiply_rows)
-    yield UpFold(params, multiply_rows)
+    specs: Sequence[LinearSpec], params: Params, rounded: Rounded, multiply_rows: Rows
+) -> Iterator[NormFold | LinearFold]:
+    """Yield the scalings of a layer with ``params``, in the order in which its linear maps run.
+
+    Linear maps with the same inputs are scaled together.
+    """
+    paths = {spec.path: spec for spec in specs}
+    for source in dict.fromkeys(spec.source for spec in specs if spec.source is not None):
+        fed = tuple(spec.name for spec in specs if spec.source == source)
+        if isinstance(source, NormInput):
+            yield NormFold(fed, source.scale, params, rounded, multiply_rows)
+        else:
+            yield LinearFold(fed, source, paths[source.producer], params, multiply_rows)

@@ -16,25 +16,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdeploy.models.attention import AttentionContext, DenseContext
-from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Layer
-from jaxdeploy.models.rope import Rotary, apply_rotary, rotary
+from jaxdeploy.models.block import Block, BlockConfig
+from jaxdeploy.models.linears import put_weight, weight_at
+from jaxdeploy.models.model import Positions
+from jaxdeploy.models.rope import PositionScheme, rotated
 from pallas_kernels.kv_pool import Pool
+from pallas_kernels.score_options import ScoreOptions
 from pallas_kernels.w8a8_matmul.reference import quantize_tokens
 
 LayerParams = Mapping[tuple[str, ...], jax.Array]
-"""Parameters of one layer, float32, by path within it: ``("attention", "wqkv")``."""
-
-LINEARS: Mapping[str, tuple[str, ...]] = {
-    "wqkv": ("attention", "wqkv"),
-    "wo": ("attention", "wo"),
-    "gate_up": ("mlp", "gate_up"),
-    "down": ("mlp", "down"),
-}
-"""The linear maps of a layer, in the order in which they run."""
-
-INPUT_AXES: Mapping[str, int] = {"wo": 2}
-"""Axes of a weight that are its inputs, where that is not the first alone."""
+"""Parameters of one layer, float32, by path within it: ``("attention", "wo")``."""
 
 
 class Sums(NamedTuple):
@@ -52,18 +43,20 @@ class Sums(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerForward:
-    """The forward pass of layer ``index`` of a model.
+    """The forward pass of a layer.
 
-    The linear maps ``rounding`` round their inputs to int8 per token, as they do at run time with int8 weights.
+    ``block``: options of the layer.
+    ``width``: size of its hidden states, D.
+    ``rounding``: linear maps that round their inputs to int8 per token, as they do at run time with int8 weights.
     """
 
-    config: ModelConfig
-    index: int
+    block: BlockConfig
+    width: int
     rounding: tuple[str, ...] = ()
 
     def outputs(self, params: LayerParams, x: jax.Array, context: AttentionContext) -> jax.Array:
         """``x`` [B, T, D] → [B, T, D]."""
-        out: jax.Array = _outputs(self.config, self.config.windows[self.index], self.rounding, dict(params), x, context)
+        out: jax.Array = _outputs(self, dict(params), x, context)
         return out
 
     def listen(
@@ -73,8 +66,7 @@ class LayerForward:
 
         ``picks`` int32 [n] are the tokens, of all B · T, that become the sample.
         """
-        window = self.config.windows[self.index]
-        heard: dict[str, Sums] = _listen(self.config, window, names, gram, dict(params), x, picks)
+        heard: dict[str, Sums] = _listen(self, names, gram, dict(params), x, picks)
         return heard
 
     def kv_range(self, params: LayerParams, x: jax.Array) -> jax.Array:
@@ -82,8 +74,22 @@ class LayerForward:
 
         Keys are those of a KV cache: rotated.
         """
-        found: jax.Array = _kv_range(self.config, self.config.windows[self.index], dict(params), x)
+        found: jax.Array = _kv_range(self, dict(params), x)
         return found
+
+    def layer(self, params: Mapping[Any, jax.Array], dtype: jnp.dtype) -> Block:
+        """Return the layer's module with ``params`` in ``dtype``."""
+        layer = nnx.eval_shape(lambda: self.block.build(self.width, rngs=nnx.Rngs(0), dtype=dtype))
+        flat: Any = {path: nnx.Param(value.astype(dtype)) for path, value in params.items()}
+        nnx.update(layer, nnx.from_flat_state(flat))
+        return layer
+
+    def run(self, layer: Block, x: jax.Array, context: AttentionContext) -> jax.Array:
+        """Return the outputs [B, T, D] of ``layer`` for ``x`` [B, T, D]."""
+        sequences, length, _ = x.shape
+        tables = self.block.positions.tables(*Positions.of_prompts(sequences, length))
+        out, _ = layer(x.reshape(sequences * length, -1), tables, context, None)
+        return out.reshape(x.shape)
 
 
 class _Fed:
@@ -104,11 +110,12 @@ def round_tokens(x: jax.Array) -> jax.Array:
     return (q.astype(jnp.float32) * steps[:, None]).astype(x.dtype)
 
 
-def _hook(layer: Layer, name: str, hook: Callable[[jax.Array], jax.Array]) -> None:
-    """Let ``hook`` see, and change, what the linear map ``name`` is fed."""
-    block, attribute = LINEARS[name]
-    module = getattr(layer, block)
-    setattr(module, attribute, _Fed(getattr(module, attribute), INPUT_AXES.get(name, 1), hook))
+def _hook(layer: Block, name: str, hook: Callable[[jax.Array], jax.Array]) -> None:
+    """Let ``hook`` see, and change, the inputs of the linear map ``name``."""
+    (spec,) = (spec for spec in layer.linears() if spec.name == name)
+    weight = weight_at(layer, spec.path)
+    assert isinstance(weight, nnx.Param), "a layer under calibration has float weights"
+    put_weight(layer, spec.path, _Fed(weight, len(spec.inputs), hook))
 
 
 @dataclass(frozen=True)
@@ -119,47 +126,39 @@ class _Ranges:
     note: Callable[[tuple[jax.Array, jax.Array]], None]
 
     def attend(
-        self, qkv: jax.Array, rotary: Rotary, pool: Pool | None, window: int | None
+        self, qkv: jax.Array, scheme: PositionScheme, pool: Pool | None, scores: ScoreOptions
     ) -> tuple[jax.Array, Pool | None]:
         """See ``AttentionContext``."""
-        self.note((apply_rotary(qkv[:, :, -2], rotary), qkv[:, :, -1]))
-        return self.dense.attend(qkv, rotary, pool, window)
+        self.note((rotated(qkv[:, :, -2], scheme), qkv[:, :, -1]))
+        return self.dense.attend(qkv, scheme, pool, scores)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _kv_range(config: ModelConfig, window: int | None, params: dict[Any, jax.Array], x: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=0)
+def _kv_range(forward: LayerForward, params: dict[Any, jax.Array], x: jax.Array) -> jax.Array:
     noted: list[tuple[jax.Array, jax.Array]] = []
-    _run(_layer(config, window, params, x.dtype), config, x, _Ranges(DenseContext(x.shape[0]), noted.append))
+    forward.run(forward.layer(params, x.dtype), x, _Ranges(DenseContext(x.shape[0]), noted.append))
     (pair,) = noted
     return jnp.stack([jnp.stack([part.min(), part.max()]) for part in pair]).astype(jnp.float32)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _outputs(
-    config: ModelConfig,
-    window: int | None,
-    rounding: tuple[str, ...],
-    params: dict[Any, jax.Array],
-    x: jax.Array,
-    context: AttentionContext,
-) -> jax.Array:
-    layer = _layer(config, window, params, x.dtype)
-    for name in rounding:
+@partial(jax.jit, static_argnums=0)
+def _outputs(forward: LayerForward, params: dict[Any, jax.Array], x: jax.Array, context: AttentionContext) -> jax.Array:
+    layer = forward.layer(params, x.dtype)
+    for name in forward.rounding:
         _hook(layer, name, round_tokens)
-    return _run(layer, config, x, context)
+    return forward.run(layer, x, context)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _listen(
-    config: ModelConfig,
-    window: int | None,
+    forward: LayerForward,
     names: tuple[str, ...],
     gram: bool,
     params: dict[Any, jax.Array],
     x: jax.Array,
     picks: jax.Array,
 ) -> dict[str, Sums]:
-    layer, heard = _layer(config, window, params, x.dtype), dict[str, jax.Array]()
+    layer, heard = forward.layer(params, x.dtype), dict[str, jax.Array]()
 
     def note(name: str, inputs: jax.Array) -> jax.Array:
         heard[name] = inputs
@@ -167,7 +166,7 @@ def _listen(
 
     for name in names:
         _hook(layer, name, partial(note, name))
-    _run(layer, config, x, DenseContext(x.shape[0]))
+    forward.run(layer, x, DenseContext(x.shape[0]))
     return {name: _sums(inputs.astype(jnp.float32), picks, gram) for name, inputs in heard.items()}
 
 
@@ -175,19 +174,3 @@ def _sums(x: jax.Array, picks: jax.Array, gram: bool) -> Sums:
     size = jnp.abs(x)
     outer = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST) if gram else None
     return Sums(size.sum(axis=0), size.max(axis=0), x[picks], outer)
-
-
-def _layer(config: ModelConfig, window: int | None, params: dict[Any, jax.Array], dtype: jnp.dtype) -> Layer:
-    """The layer's module with ``params`` in ``dtype``."""
-    layer = nnx.eval_shape(lambda: Layer(config, window, rngs=nnx.Rngs(0), dtype=dtype))
-    flat: Any = {path: nnx.Param(value.astype(dtype)) for path, value in params.items()}
-    nnx.update(layer, nnx.from_flat_state(flat))
-    return layer
-
-
-def _run(layer: Layer, config: ModelConfig, x: jax.Array, context: AttentionContext) -> jax.Array:
-    sequences, length, _ = x.shape
-    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
-    angles = rotary(config.rope, config.head_dim, positions, jnp.full_like(positions, length))
-    out, _ = layer(x.reshape(sequences * length, -1), angles, context, None)
-    return out.reshape(x.shape)

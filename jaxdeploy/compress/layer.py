@@ -10,27 +10,31 @@ import jax.numpy as jnp
 
 from jaxdeploy.compress.folds import Rounded as AsStored
 from jaxdeploy.compress.folds import folds
-from jaxdeploy.compress.forward import INPUT_AXES, LINEARS, LayerParams, round_tokens
+from jaxdeploy.compress.forward import LayerParams, round_tokens
 from jaxdeploy.compress.grid import ChannelRounded, Grid, Rounded
 from jaxdeploy.compress.layer_view import Fold, Inputs
 from jaxdeploy.errors import CheckpointError
-from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.linears import LinearSpec
 
 Listen = Callable[[LayerParams, Sequence[str]], dict[str, Inputs]]
 """Statistics of what linear maps of a layer with such parameters are fed."""
 
 
 class LayerInWork:
-    """See ``layer_view.LayerView``. ``params`` are the layer's as they are now, ``errors`` those of stored linear maps.
+    """See ``layer_view.LayerView``.
 
-    ``grids`` says what to quantise, ``rounded`` how a float parameter is rounded when it is stored. With ``one_by_one``
-    the inputs of a linear map are computed when they are asked for, after what was stored before it; otherwise those of
-    all maps at the first question.
+    ``specs``: its linear maps.
+    ``params``: its parameters as they are now.
+    ``errors``: those of the linear maps that are stored.
+    ``grids``: which linear maps are quantised, and how.
+    ``rounded``: how a float parameter is rounded when it is stored.
+    ``one_by_one``: compute the inputs of a linear map on request, after what was stored before it; otherwise compute
+    the inputs of all maps at the first request.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        specs: Sequence[LinearSpec],
         params: LayerParams,
         listen: Listen,
         grids: Mapping[str, Grid],
@@ -44,13 +48,14 @@ class LayerInWork:
         self.notes: dict[str, str] = {}
         self._grids, self._listen, self._one_by_one = grids, listen, one_by_one
         self._inputs: dict[str, Inputs] = {}
-        known = folds(config, self.params, rounded, self._multiply_rows)
-        self._folds = tuple(fold for fold in known if fold.linear in grids)
+        self._specs = {spec.name: spec for spec in specs}
+        known = folds(specs, self.params, rounded, self._multiply_rows)
+        self._folds = tuple(fold for fold in known if any(name in grids for name in fold.linears))
 
     @property
     def linears(self) -> tuple[str, ...]:
         """Those to quantise."""
-        return tuple(name for name in LINEARS if name in self._grids)
+        return tuple(name for name in self._specs if name in self._grids)
 
     @property
     def folds(self) -> tuple[Fold, ...]:
@@ -63,8 +68,8 @@ class LayerInWork:
 
     def weight(self, name: str) -> jax.Array:
         """See ``LayerView``."""
-        weight = self.params[LINEARS[name]]
-        return weight.reshape(math.prod(weight.shape[: INPUT_AXES.get(name, 1)]), -1)
+        spec = self._specs[name]
+        return self.params[spec.path].reshape(spec.width, -1)
 
     def inputs(self, name: str) -> Inputs:
         """See ``LayerView``."""
@@ -83,14 +88,14 @@ class LayerInWork:
             raise CheckpointError(f"{name}: the quantised weight or its output is not finite")
         self.errors[name], self.rounded[name] = (output, weight), rounded
         self.notes[name] = note
-        path = LINEARS[name]
+        path = self._specs[name].path
         self.params[path] = after.reshape(self.params[path].shape)
         if self._one_by_one:
             self._inputs.clear()
 
     def _multiply_rows(self, name: str, factors: jax.Array) -> None:
         """Multiply the inputs' rows of a linear map; what it is fed is divided by the same factors."""
-        path = LINEARS[name]
+        path = self._specs[name].path
         self.params[path] = (self.weight(name) * factors[:, None]).reshape(self.params[path].shape)
         if known := self._inputs.get(name):
             self._inputs[name] = Inputs(

@@ -33,14 +33,11 @@ class Inputs:
 
 
 class Fold(Protocol):
-    """A linear whose inputs can be scaled, because what produces them can undo it: a norm or another linear.
-
-    ``linear`` is its name in the layer.
-    """
+    """Linears whose inputs can be scaled, because the norm or linear that produces them can undo it."""
 
     @property
-    def linear(self) -> str:
-        """The name of the linear whose inputs are scaled."""
+    def linears(self) -> tuple[str, ...]:
+        """The names of the linears with these inputs."""
         ...
 
     def tie(self, values: jax.Array) -> jax.Array:
@@ -48,7 +45,7 @@ class Fold(Protocol):
         ...
 
     def apply(self, factors: jax.Array) -> None:
-        """Multiply the linear's rows by ``factors`` [K] and divide by them what produces its inputs."""
+        """Multiply the rows of the linears by ``factors`` [K] and divide by them what produces its inputs."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ import numpy as np
 from jaxdeploy.checkpoint.quantized import expand_quantized
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
-from jaxdeploy.compress.forward import LINEARS, LayerParams
+from jaxdeploy.compress.forward import LayerParams
 from jaxdeploy.compress.grid import ChannelRounded, Grid, Rounded
 from jaxdeploy.compress.weights import FloatModel, within
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.formats.quantized import ChannelQuantized, GroupQuantized
 from jaxdeploy.formats.registry import format_named, format_of, is_skipped
+from jaxdeploy.models.linears import LinearSpec
 from jaxdeploy.models.weights import Linear, Source, WeightTable
 
 GROUP_SIZES = (128, 64, 32)
@@ -101,21 +103,23 @@ class Layout:
 
     def expected_bytes(self, model: FloatModel) -> int:
         """About how large the result will be on disk."""
-        count = sum(
-            linear.width * sum(linear.outputs.rows) * (8 * self.dtype.itemsize - self.grids[name].bits - 1)
-            for name, linear in _linears(model).items()
-            if name in self.grids
+        saved_bits = sum(
+            spec.width * math.prod(spec.outputs) * (8 * self.dtype.itemsize - self.grids[spec.name].bits - 1)
+            for index in range(model.config.num_layers)
+            for spec in model.linears(index)
+            if spec.name in self.grids
         )
-        return model.nbytes - count * model.config.num_layers // 8
+        return model.nbytes - saved_bits // 8
 
     def tensors(
         self,
+        specs: Sequence[LinearSpec],
         sources: Mapping[tuple[str, ...], Source],
         params: LayerParams,
         rounded: Mapping[str, Rounded | ChannelRounded],
     ) -> dict[str, Array]:
         """What a layer becomes on disk: quantised linear maps in the chosen format, the rest as floats."""
-        names = {path: name for name, path in LINEARS.items()}
+        names = {spec.path: spec.name for spec in specs}
         tensors: dict[str, Array] = {}
         for path, source in sources.items():
             name = names.get(path, "")
@@ -171,10 +175,16 @@ def _module_weights(
 
 
 def _linears(model: FloatModel) -> dict[str, Linear]:
-    """The linear maps of a layer, which all layers share, by name."""
-    sources = model.sources(0)
-    found = {name: sources[path].linear for name, path in LINEARS.items() if path in sources}
-    return {name: linear for name, linear in found.items() if linear is not None}
+    """The linear maps of the layers by name; those of one name are alike in all layers."""
+    found: dict[str, Linear] = {}
+    for layer in dict.fromkeys(model.config.layers):
+        index = model.config.layers.index(layer)
+        sources = model.sources(index)
+        for spec in model.linears(index):
+            linear = sources[spec.path].linear
+            assert linear is not None
+            found.setdefault(spec.name, linear)
+    return found
 
 
 def _in_layer(linear: Linear) -> list[str]:

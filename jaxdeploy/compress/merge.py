@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,12 +16,12 @@ from jaxdeploy.checkpoint.loader import check_tensors
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles, open_checkpoint
-from jaxdeploy.compress.work_dir import WorkDir
+from jaxdeploy.compress.work_dir import WorkDir, weight_stamps
 from jaxdeploy.errors import CheckpointError, ConfigError
 from jaxdeploy.formats.registry import quantization_of
 from jaxdeploy.models.registry import family_of
 
-_HEAD, _EMBEDDING = ("head", "weight"), ("embed", "embedding")
+_HEAD, _EMBEDDING = ("head", "weight"), ("embedding", "table")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def merge_lora(
         hf = {**hf, "tie_word_embeddings": False}
         bases[f"{head}.weight"] = family.weights(config)[_EMBEDDING].names[0], head
         shards[-1].append(f"{head}.weight")
-    run = {"model": str(folder), "config": hf, "adapter": _fingerprint(weights), "tensors": _stamps(files)}
+    run = {"model": str(folder), "config": hf, "adapter": _fingerprint(weights), "tensors": weight_stamps(files)}
     version = metadata.version("jaxdeploy")
     work = WorkDir(
         work_dir,
@@ -127,9 +126,3 @@ def _fingerprint(weights: AdapterWeights) -> str:
     for name, pair in weights.modules.items():
         digest.update(name.encode() + pair.a.tobytes() + pair.b.tobytes())
     return digest.hexdigest()
-
-
-def _stamps(files: TensorFiles) -> Mapping[str, Any]:
-    """What tells whether the files of the base are still the same."""
-    stats = {ref.file: ref.file.stat() for ref in files.values()}
-    return {file.name: (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxdeploy.compress.calibration import Calibration
 from jaxdeploy.compress.evaluate import FakeQuantizedKV, Outputs, compare_outputs
-from jaxdeploy.compress.forward import LINEARS, LayerForward, LayerParams
+from jaxdeploy.compress.forward import LayerForward, LayerParams
 from jaxdeploy.compress.layer import LayerInWork
 from jaxdeploy.compress.layer_view import Inputs
 from jaxdeploy.compress.layout import Layout
@@ -27,6 +27,7 @@ from jaxdeploy.compress.work_dir import WorkDir
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import CheckpointError, JaxdeployError
 from jaxdeploy.models.attention import AttentionContext, DenseContext
+from jaxdeploy.models.linears import LinearSpec, NormInput
 from jaxdeploy.parallel.sharding import replicated
 
 Array = np.ndarray[Any, Any]
@@ -70,7 +71,9 @@ class Passage:
         Raises ``CheckpointError`` where something is not finite, with the layer's name.
         """
         begin = time.perf_counter()
-        forward, floats = LayerForward(self._model.config, index), self._model.layer(index)
+        config = self._model.config
+        forward = LayerForward(config.layers[index], config.hidden_size)
+        floats = self._model.layer(index)
         if self._work is not None and self._work.is_done(index):
             files, record = self._work.read_layer(index)
             params = self._layout.params(self._model, index, files)
@@ -97,15 +100,15 @@ class Passage:
     def _quantized(self, index: int, forward: LayerForward, floats: LayerParams) -> tuple[LayerParams, dict[str, Any]]:
         """The layer's parameters as they are stored, and what there is to say about it; both are written."""
         config, layout = self._config, self._layout
-        sources = self._model.sources(index)
+        sources, specs = self._model.sources(index), self._model.linears(index)
 
         def stored(path: tuple[str, ...], value: jax.Array) -> jax.Array:
             return jnp.asarray(sources[path].rounded(np.asarray(value), layout.dtype))
 
         view = LayerInWork(
-            self._model.config,
+            specs,
             floats,
-            self._listener(forward),
+            self._listener(forward, specs),
             layout.grids,
             rounded=stored,
             one_by_one=config.true_sequential and self._method.needs_gram,
@@ -114,7 +117,7 @@ class Passage:
             self._method.quantize_layer(view)
         except JaxdeployError as error:
             raise CheckpointError(f"layers.{index}.{error}") from error
-        quantized = {LINEARS[name] for name in view.rounded}
+        quantized = {spec.path for spec in specs if spec.name in view.rounded}
         params = {path: value if path in quantized else stored(path, value) for path, value in view.params.items()}
         record: dict[str, Any] = {
             "linears": [dataclasses.asdict(report) for report in self._reports(index, view)],
@@ -122,19 +125,24 @@ class Passage:
         }
         _check_finite(index, "a weight", params.values())
         if self._work is not None:
-            self._work.write_layer(index, layout.tensors(sources, params, view.rounded), record)
+            self._work.write_layer(index, layout.tensors(specs, sources, params, view.rounded), record)
         return params, record
 
-    def _listener(self, forward: LayerForward) -> Callable[[LayerParams, Sequence[str]], dict[str, Inputs]]:
+    def _listener(
+        self, forward: LayerForward, specs: Sequence[LinearSpec]
+    ) -> Callable[[LayerParams, Sequence[str]], dict[str, Inputs]]:
         gram, states = self._method.needs_gram, self._calib
         if states is None:
-            return lambda params, names: no_data(_typical_sizes(params, names), gram=gram, seed=self._config.seed)
+            return lambda params, names: no_data(
+                _typical_sizes(specs, params, names), gram=gram, seed=self._config.seed
+            )
         return lambda params, names: states.listen(forward, params, names, gram=gram)
 
     def _reports(self, index: int, view: LayerInWork) -> list[LinearReport]:
         sources, made = self._model.sources(index), []
+        paths = {spec.name: spec.path for spec in self._model.linears(index)}
         for name, (output_error, weight_error) in view.errors.items():
-            linear, grid = sources[LINEARS[name]].linear, view.grid(name)
+            linear, grid = sources[paths[name]].linear, view.grid(name)
             assert linear is not None
             made.append(
                 LinearReport(
@@ -191,12 +199,14 @@ def _outputs_of(
     return forward.outputs(params, x, context(x.shape[0]))
 
 
-def _typical_sizes(params: LayerParams, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Without data: what comes out of a norm is about as large as its scale; of the rest nothing is known."""
-    norms = {"wqkv": "attention_norm", "gate_up": "mlp_norm"}
-    sizes = {name: jnp.abs(params[norm, "scale"]) for name, norm in norms.items()}
-    sizes["wo"] = jnp.ones(int(np.prod(params[LINEARS["wo"]].shape[:2])), jnp.float32)
-    sizes["down"] = jnp.ones(params[LINEARS["down"]].shape[0], jnp.float32)
+def _typical_sizes(specs: Sequence[LinearSpec], params: LayerParams, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Without data: the outputs of a norm are about as large as its scale; nothing is known about other inputs."""
+    sizes = {}
+    for spec in specs:
+        if isinstance(spec.source, NormInput):
+            sizes[spec.name] = jnp.abs(params[spec.source.scale])
+        else:
+            sizes[spec.name] = jnp.ones(spec.width, jnp.float32)
     return {name: sizes[name] for name in names}
 
 

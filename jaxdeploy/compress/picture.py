@@ -50,8 +50,7 @@ def _tiles(figure: Any, report: Report) -> None:
 
 
 def _headlines(report: Report) -> list[tuple[str, str]]:
-    shrink = report.bytes_before / max(report.bytes_after, 1)
-    smaller = (f"÷ {shrink:.2f}", "size of the weights")
+    smaller = (f"÷ {report.shrink:.2f}", "size of the weights")
     quality = report.quality
     if quality is None:
         return [smaller, ("–", "quality not measured")]

@@ -14,21 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdeploy.checkpoint.kv_parameters import file_names, write_kv_parameters
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
-from jaxdeploy.compress import report as reports
+from jaxdeploy.compress import report_files
 from jaxdeploy.compress.beside_model import BesideModel
-from jaxdeploy.compress.calibration import Calibration, calibration_ids
+from jaxdeploy.compress.calibration import Calibration, Windows, calibration_ids
 from jaxdeploy.compress.layout import Layout
 from jaxdeploy.compress.passage import Passage
 from jaxdeploy.compress.report import LinearReport, Report
 from jaxdeploy.compress.weights import FloatModel, Outer
-from jaxdeploy.compress.work_dir import WorkDir, is_folder_of, real_path
+from jaxdeploy.compress.work_dir import WorkDir, is_folder_of, real_path, weight_stamps
 from jaxdeploy.config import QuantConfig
 from jaxdeploy.errors import ConfigError
 from jaxdeploy.formats.registry import quantization_of
+from jaxdeploy.models.cache_layout import CacheDtype
+from jaxdeploy.models.decoder import cache_layouts
 from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.models.weights import ParamPath
 from jaxdeploy.parallel.mesh import make_mesh
@@ -89,15 +92,13 @@ def _calibration(model: FloatModel, config: QuantConfig, token_ids: Sequence[Seq
     cut = partial(
         calibration_ids,
         tokenizer=tokenizer,
-        seqlen=seqlen,
-        seed=config.seed,
         folder=model.folder,
         architecture=architecture,
     )
-    data = cut(token_ids or config.calib_dataset, samples=samples, held_out=own)
+    data = cut(token_ids or config.calib_dataset, asked=Windows(samples, own, seqlen, config.seed))
     if config.eval_dataset is None or not held_out:
         return data
-    other = cut(config.eval_dataset, samples=0, held_out=held_out)
+    other = cut(config.eval_dataset, asked=Windows(0, held_out, seqlen, config.seed))
     notes = "; ".join(note for note in (data.note, other.note) if note)
     source = f"{data.source}, measured on {other.source}"
     return Calibration(data.calib, other.held_out, source, notes or None, other.scored)
@@ -119,7 +120,7 @@ class _Run:
         start, mesh = time.perf_counter(), make_mesh(self.config.tp)
         beside, work = self._beside(), self._work_dir()
         outer = self.model.outer()
-        passage = Passage(self.model, self.config, self.layout, work, self.data, outer["embed", "embedding"], mesh)
+        passage = Passage(self.model, self.config, self.layout, work, self.data, outer["embedding", "table"], mesh)
         for index in self._layers():
             passage.layer(index)
         quality = passage.quality(Outer.of(self.model.config, outer))
@@ -142,7 +143,7 @@ class _Run:
         )
         if work is not None:
             with work.disk():
-                reports.write(report, work.partial)
+                report_files.write(report, work.partial)
             work.take_name()
         if beside is not None:
             beside.write(report, self._kv_parameters(passage))
@@ -174,14 +175,15 @@ class _Run:
         depends = {"model": self.name, "config": self.model.hf, "settings": dataclasses.asdict(self.config)}
         tokens = hashlib.sha256(self.data.calib.tobytes() + self.data.held_out.tobytes()).hexdigest()
         layers = self.model.config.num_layers
-        run = {**depends, "tokens": tokens, "version": metadata.version("jaxdeploy")}
+        stamps = None if self.model.files is None else weight_stamps(self.model.files)
+        run = {**depends, "tokens": tokens, "weights": stamps, "version": metadata.version("jaxdeploy")}
         work = WorkDir(
             self.config.work_dir,
             source=self.model.folder,
             layers=layers,
             command=f"lite {self.config.method}",
             run=run,
-            extra=(reports.JSON_NAME, reports.PNG_NAME, *file_names(layers)),
+            extra=(report_files.JSON_NAME, report_files.PNG_NAME, *file_names(layers)),
             overwrite=self.config.overwrite,
         )
         work.check_room(self.layout.expected_bytes(self.model))
@@ -216,14 +218,12 @@ class _Run:
 
     def _predicted(self, weights: int) -> dict[str, float]:
         """GiB of device memory: weights, and 1000 tokens of KV cache by ``quant_policy``."""
-        config = self.model.config
-        vectors = 1000 * 2 * config.num_layers * config.num_kv_heads
-        sizes = {
-            "weights": weights,
-            "KV cache, 1000 tokens in 16 bits": vectors * config.head_dim * 2,
-            "KV cache, 1000 tokens in 8 bits": vectors * (config.head_dim + 4),
-            "KV cache, 1000 tokens in 4 bits": vectors * (config.head_dim // 2 + 4),
-        }
+        layouts = cache_layouts(self.model.config)
+        sizes = {"weights": weights}
+        for bits in (16, 8, 4):
+            dtype = CacheDtype(jnp.dtype(jnp.float16), None if bits == 16 else bits)
+            size = sum(layout.bytes_per_block(1000, dtype) for layout in layouts)
+            sizes[f"KV cache, 1000 tokens in {bits} bits"] = size
         return {name: size / 2**30 for name, size in sizes.items()}
 
     def _notes(self, linears: Sequence[LinearReport]) -> Iterator[str]:

@@ -1,31 +1,17 @@
-"""What a quantisation did and what it cost: as values, as JSON, as a table and (``picture``) as a PNG."""
+"""The report of a quantisation: its values, and a table of them. ``report_files`` writes it as JSON and PNG."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
 import math
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
-
-from jaxdeploy.files.atomic import put_file
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-logger = logging.getLogger("jaxdeploy")
-
-SCHEMA = "quant_report/1"
-JSON_NAME = "quant_report.json"
-PNG_NAME = "quant_report.png"
-PACKAGES = ("jaxdeploy", "jax", "jaxlib", "flax", "numpy")
 GIB = 2**30
 SHOWN_LINEARS = 8
 SHOWN_MODULES = 4
@@ -93,6 +79,11 @@ class Report:
         return sorted(self.linears, key=lambda linear: -_magnitude(linear.output_error))
 
     @property
+    def shrink(self) -> float:
+        """How many times smaller the weight files became."""
+        return self.bytes_before / max(self.bytes_after, 1)
+
+    @property
     def title(self) -> str:
         """The method with its widths: ``awq, 4 bits, groups of 128``."""
         sizes = sorted({linear.group_size for linear in self.linears})
@@ -100,55 +91,6 @@ class Report:
         parts = [f"{_joined(bits)} bits"] if bits else []
         parts += [f"groups of {_joined(sizes)}"] if sizes and min(bits) < 8 else []
         return ", ".join([self.method, *parts])
-
-
-def write(report: Report, folder: Path) -> None:
-    """Write ``quant_report.json`` and ``quant_report.png`` into ``folder``, which is made if need be.
-
-    Each appears whole or not at all. The JSON has the keys of the files in ``benchmarks/results/`` (``schema, device,
-    versions, config, metrics, ratios``) and this report's own; a figure that is no finite number is null. Without
-    matplotlib there is no picture, and one line in the log.
-    """
-    from jaxdeploy.compress.picture import draw
-
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(as_dict(report)), indent=2, allow_nan=False, default=str) + "\n"
-    put_file(folder / JSON_NAME, lambda file: file.write(text.encode()))
-    try:
-        put_file(folder / PNG_NAME, lambda file: draw(report, file))
-    except ImportError:
-        logger.warning("no %s: matplotlib is not installed; pip install matplotlib (extra: quantize)", PNG_NAME)
-
-
-def as_dict(report: Report) -> dict[str, Any]:
-    """The report as it is written."""
-    errors = [linear.output_error for linear in report.linears]
-    spread = {"output_error_p50": median(errors), "output_error_max": report.worst[0].output_error} if errors else {}
-    return {
-        "schema": SCHEMA,
-        "device": _device(),
-        "versions": _versions(),
-        "config": {
-            "model": report.model,
-            "method": report.method,
-            "calibration": report.calibration,
-            "settings": dict(report.settings),
-        },
-        "metrics": {
-            **(dataclasses.asdict(report.quality) if report.quality else {}),
-            **spread,
-            "bytes_before": report.bytes_before,
-            "bytes_after": report.bytes_after,
-            "predicted_memory_gib": dict(report.predicted_memory),
-            "seconds": report.seconds,
-            "seconds_per_layer": list(report.seconds_per_layer),
-            "peak_memory_bytes": report.peak_memory,
-        },
-        "ratios": _ratios(report),
-        "linears": [dataclasses.asdict(linear) for linear in report.linears],
-        "kept_float": dict(report.kept_float),
-        "notes": list(report.notes),
-    }
 
 
 def show(report: Report, console: Console) -> None:
@@ -198,7 +140,7 @@ def _summary_rows(report: Report) -> Iterator[tuple[str, str]]:
         yield "greedy tokens", f"{100 * quality.greedy_same:.1f} % unchanged"
     else:
         yield "quality", "not measured"
-    yield "size", f"{size(report.bytes_before)} → {size(report.bytes_after)} (÷ {_shrink(report):.2f})"
+    yield "size", f"{size(report.bytes_before)} → {size(report.bytes_after)} (÷ {report.shrink:.2f})"
     if memory := report.predicted_memory:
         yield "memory", ", ".join(f"{name.replace('_', ' ')} {gib:.3g} GiB" for name, gib in memory.items())
     peak = "" if report.peak_memory is None else f", peak memory {report.peak_memory / GIB:.2f} GiB"
@@ -244,33 +186,3 @@ def _joined(values: Sequence[int]) -> str:
 
 def _magnitude(error: float) -> float:
     return math.inf if math.isnan(error) else error
-
-
-def _shrink(report: Report) -> float:
-    return report.bytes_before / max(report.bytes_after, 1)
-
-
-def _ratios(report: Report) -> dict[str, float]:
-    quality = report.quality
-    loss = {"ppl_after_vs_before": quality.ppl_after / quality.ppl_before} if quality else {}
-    return {**loss, "bytes_before_vs_after": _shrink(report)}
-
-
-def _plain(value: Any) -> Any:
-    """``value`` with null for every float that JSON cannot hold."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _device() -> dict[str, Any]:
-    import jax
-
-    first = jax.devices()[0]
-    return {"type": first.platform, "name": first.device_kind, "count": jax.device_count()}
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}

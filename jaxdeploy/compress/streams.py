@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdeploy.compress.forward import LayerForward, LayerParams, Sums
 from jaxdeploy.compress.layer_view import Inputs
-from jaxdeploy.parallel.mesh import TP_AXIS
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 from jaxdeploy.parallel.sharding import replicated
 
 Array = np.ndarray[Any, Any]
@@ -36,7 +36,7 @@ class HiddenStates:
 
     def __init__(self, values: Array, batch_size: int, mesh: Mesh) -> None:
         self.values, self._mesh = values, mesh
-        self._most = max(batch_size, mesh.size)
+        self._most = max(batch_size, axis_size(mesh, TP_AXIS))
 
     def batches(self, rows: Array | None = None) -> Iterator[tuple[Array, jax.Array]]:
         """The numbers of the sequences of each batch, and the batch [B, T, D] on the devices.
@@ -45,7 +45,7 @@ class HiddenStates:
         """
         rows = np.arange(len(self.values)) if rows is None else rows
         size = next((n for n in range(min(self._most, len(rows)), 0, -1) if len(rows) % n == 0), 1)
-        spread = PartitionSpec(TP_AXIS) if size % self._mesh.size == 0 else PartitionSpec()
+        spread = PartitionSpec(TP_AXIS) if size % axis_size(self._mesh, TP_AXIS) == 0 else PartitionSpec()
         for place in rows.reshape(-1, size):
             yield place, jax.device_put(self.values[place], NamedSharding(self._mesh, spread))
 

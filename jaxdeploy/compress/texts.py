@@ -11,6 +11,7 @@ from typing import Any
 from jaxdeploy.compress.hub_texts import HUB, first_line, hub_pieces, imported
 from jaxdeploy.compress.rows import DOCUMENT_END, FIELDS, Piece, Render, pieces_of
 from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.files.stored import is_file, is_folder, user_path
 
 BUNDLED = Path(__file__).parent / "text/default.txt"
 BUNDLED_BOUNDARY = "\n<<<>>>\n"
@@ -40,14 +41,14 @@ def open_texts(
         return "the model's own text", _json_lines(f"{setting}={folder / OWN_TEXT}", folder / OWN_TEXT, render)
     if dataset is None:
         return "the bundled text", _cut(_bundled())
-    label, path = f"{setting}={dataset}", Path(dataset).expanduser()
-    if path.is_file():
+    label, path = f"{setting}={dataset}", user_path(dataset)
+    if is_file(path):
         return dataset, _cut(_reader(label, path)(label, path, render))
     if dataset in HUB:
         hub = HUB[dataset]
         split = hub.eval_split if evaluate else hub.calib_split
         return f"{dataset} ({hub.path}, {split})", _cut(hub_pieces(label, hub, split, render))
-    rule = "is a folder" if path.is_dir() else "is neither a file nor a known data set"
+    rule = "is a folder" if is_folder(path) else "is neither a file nor a known data set"
     raise ConfigError(f"{label} {rule}; give a file ({', '.join(READERS)}) or one of {', '.join(HUB)}")
 
 

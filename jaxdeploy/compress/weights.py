@@ -19,8 +19,9 @@ from jaxdeploy.compress.forward import LayerParams
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import abstract_params
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
+from jaxdeploy.models.linears import LinearSpec
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.models.weights import ParamPath, Source, WeightTable
+from jaxdeploy.models.weights import ParamPath, Source, WeightTable, declared
 
 _FLOAT = jnp.dtype(jnp.float32)
 
@@ -52,7 +53,7 @@ class FloatModel:
         """What the checkpoint's weights are stored in."""
         if self.files is None:
             return jnp.dtype(self.config.dtype)
-        return self.files[self.table["embed", "embedding"].names[0]].dtype
+        return self.files[self.table["embedding", "table"].names[0]].dtype
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +64,10 @@ class FloatModel:
     def sources(self, index: int) -> dict[tuple[str, ...], Source]:
         """The weight table of one layer, by path within it."""
         return {within(path): source for path, source in self.table.items() if path[:2] == ("layers", index)}
+
+    def linears(self, index: int) -> tuple[LinearSpec, ...]:
+        """The linear maps of one layer, as its block declares them."""
+        return declared(self.config.layers[index], self.config.hidden_size)
 
     def layer(self, index: int) -> LayerParams:
         """A layer's parameters, float32."""
@@ -103,7 +108,7 @@ class Outer:
         """The modules that hold ``params``."""
         sizes = (config.vocab_size, config.hidden_size)
         embed = nnx.eval_shape(lambda: Embedding(*sizes, rngs=nnx.Rngs(0), dtype=_FLOAT))
-        embed.embedding = nnx.Param(params["embed", "embedding"])
+        embed.table = nnx.Param(params["embedding", "table"])
         norm = nnx.eval_shape(lambda: RMSNorm(config.hidden_size, config.norm_eps, dtype=_FLOAT))
         norm.scale = nnx.Param(params["norm", "scale"])
         if config.tie_embeddings:

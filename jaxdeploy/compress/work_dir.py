@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxdeploy.checkpoint.marker import NAME, Marker, foreign_files, read_marker, remove_ours
+from jaxdeploy.checkpoint.marker import NAME, Marker, foreign_files, read_marker, remove_files, remove_ours
 from jaxdeploy.checkpoint.safetensors_reader import read_safetensors_file
 from jaxdeploy.checkpoint.tensor_ref import Array
 from jaxdeploy.checkpoint.tensors import TensorFiles
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
+from jaxdeploy.compress.folder_lock import lock, unlock
 from jaxdeploy.compress.folder_swap import swap
 from jaxdeploy.compress.texts import OWN_TEXT
 from jaxdeploy.errors import ConfigError
@@ -60,6 +61,7 @@ class WorkDir:
         self.target = real_path(target)
         self.partial = Path(f"{self.target}.partial")
         self._source, self._files, self._command = source, layers + 1, command
+        self._overwrite = overwrite
         with self.disk():
             check_target(self.target, source, overwrite=overwrite)
             planned = {*self._weight_names(), *self._record_names(), INDEX, "config.json", *extra}
@@ -114,7 +116,7 @@ class WorkDir:
         The name changes hands in one step where the system can do that. A crash leaves both folders on the disk.
         """
         with self.disk():
-            check_target(self.target, self._source, overwrite=True)  # others may have written there meanwhile
+            check_target(self.target, self._source, overwrite=self._overwrite)  # others may have written meanwhile
             old = swap(self.partial, self.target)
             if old is not None:
                 remove_ours(old)
@@ -123,6 +125,7 @@ class WorkDir:
             planned = read_marker(self.target).files
             written = frozenset(name for name in planned if (self.target / name).exists())
             Marker(self._command, written).write(self.target)
+            unlock(self.partial)
 
     @contextmanager
     def disk(self) -> Iterator[None]:
@@ -136,17 +139,30 @@ class WorkDir:
             ) from error
 
     def _begin(self, marker: Marker) -> None:
-        if read_marker(self.partial).run != marker.run:
-            remove_ours(self.partial)
-        if others := foreign_files(self.partial):
-            raise ConfigError(
-                f"work_dir={self.target} is written to {self.partial.name} first, which holds files of others "
-                f"({others[0]}); move that folder away, or name another work_dir"
-            )
+        if is_folder_of(self.partial, self._source):
+            raise self._occupied("the model itself")
         self.partial.mkdir(parents=True, exist_ok=True)
+        if not lock(self.partial):
+            raise ConfigError(
+                f"work_dir={self.target} is being written by another process; wait until it ends, or name another "
+                "folder"
+            )
+        if others := foreign_files(self.partial):
+            raise self._occupied(f"files of others ({others[0]})")
+        found = read_marker(self.partial)
+        if found.files and not found.run and not read_marker(self.target).run:
+            raise self._occupied("a finished result")
+        if found.run != marker.run:
+            remove_files(self.partial)
         for unfinished in self.partial.glob(".*.tmp"):
             unfinished.unlink()
         marker.write(self.partial)
+
+    def _occupied(self, content: str) -> ConfigError:
+        return ConfigError(
+            f"work_dir={self.target} is written to {self.partial.name} first, which holds {content}; move that folder "
+            "away, or name another work_dir"
+        )
 
     def _weight_names(self) -> list[str]:
         return [self._weights(number).name for number in range(self._files)]
@@ -180,6 +196,8 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"work_dir={target} is the current folder or the root; name a folder below it")
     if target.exists() and not target.is_dir():
         raise ConfigError(f"work_dir={target} is a file; name a folder")
+    if os.path.ismount(target):
+        raise ConfigError(f"work_dir={target} is a mount point, which cannot be renamed; name a folder in it")
     if is_folder_of(target, source):
         raise ConfigError(f"work_dir={target} is the folder of the model itself; name another folder")
     if others := foreign_files(target):
@@ -188,6 +206,12 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         )
     if not overwrite and read_marker(target).files:
         raise ConfigError(f"work_dir={target} exists and is not empty; name another, or add --overwrite")
+
+
+def weight_stamps(files: TensorFiles) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of each file that holds tensors, to see whether the files are still the same."""
+    stats = {ref.file: ref.file.stat() for ref in files.values()}
+    return {str(file): (stat.st_size, stat.st_mtime_ns) for file, stat in stats.items()}
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from jaxdeploy.errors import ContextLengthError, RequestError, UnknownAdapterError
+from jaxdeploy.errors import ContextLengthError, RequestError
+from jaxdeploy.files.stored import shown
 from jaxdeploy.messages import Request
 
 MAX_LOGPROBS = 20
@@ -41,6 +42,7 @@ _OPTIONAL_INTEGERS: tuple[tuple[str, float, float], ...] = (
 """The same for fields that may be ``None``."""
 
 _ONLY_INTEGERS = frozenset({int})
+_GROUPS = (tuple, list, set, frozenset)
 
 _NUMBERS = (
     ("temperature", 0.0, MAX_FLOAT),
@@ -71,6 +73,8 @@ class RequestLimits:
         check runs in the server and in the engine's process. It is a few comparisons; functions are called for the
         values that fail them, and raise.
         """
+        if not isinstance(request.prompt_token_ids, _GROUPS):
+            _check_group("prompt_token_ids", request.prompt_token_ids)
         self._check_prompt(request.prompt_token_ids)
         sampling = request.sampling
         for name, value, optional in (
@@ -81,7 +85,7 @@ class RequestLimits:
             ("grammar", sampling.grammar, True),
         ):
             if not (isinstance(value, str) or (optional and value is None)):
-                raise RequestError(f"{name}={value!r:.60} must be a text; correct it")
+                raise RequestError(f"{name}={shown(value)} must be a text; correct it")
         if type(request.priority) is not int:
             _check_integer("priority", request.priority, -math.inf, math.inf)
         if request.timeout is not None:
@@ -98,8 +102,11 @@ class RequestLimits:
             value = getattr(sampling, name)
             if type(value) not in (int, float) or not low <= value <= high:
                 _check_number(name, value, low, high)
-        if not set(map(type, sampling.stop_token_ids)) <= _ONLY_INTEGERS:
-            _check_ids("stop_token_ids", sampling.stop_token_ids)
+        stops = sampling.stop_token_ids
+        if not isinstance(stops, _GROUPS) or not set(map(type, stops)) <= _ONLY_INTEGERS:
+            _check_ids("stop_token_ids", stops)
+        if not isinstance(sampling.bad_token_sequences, _GROUPS):
+            _check_group("bad_token_sequences", sampling.bad_token_sequences)
         for ids in sampling.bad_token_sequences:
             _check_ids("bad_token_sequences", ids)
             if not ids:
@@ -122,6 +129,9 @@ class RequestLimits:
             raise RequestError(f"prompt_token_ids must be between 0 and {self.vocab_size - 1}; check the tokenizer")
 
     def _check_bias(self, bias: tuple[tuple[int, float], ...]) -> None:
+        _check_group("logit_bias", bias)
+        if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in bias):
+            raise RequestError("logit_bias must have pairs of a token id and a number; correct it")
         if len(bias) > MAX_BIASES:
             raise RequestError(f"logit_bias has {len(bias)} tokens, {MAX_BIASES} at most; name fewer")
         _check_ids("logit_bias", [token for token, _ in bias])
@@ -129,7 +139,7 @@ class RequestLimits:
             if not 0 <= token < self.vocab_size:
                 raise RequestError(f"logit_bias: token {token} must be between 0 and {self.vocab_size - 1}; check it")
             if not isinstance(value, int | float) or not -MAX_FLOAT <= value <= MAX_FLOAT:
-                raise RequestError(f"logit_bias: {value!r:.60} for token {token} must be finite; -100 forbids it")
+                raise RequestError(f"logit_bias: {shown(value)} for token {token} must be finite; -100 forbids it")
 
 
 def _check_timeout(timeout: float) -> None:
@@ -140,22 +150,28 @@ def _check_timeout(timeout: float) -> None:
 
 def _check_integer(name: str, value: object, low: float, high: float) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise RequestError(f"{name}={value!r:.60} must be an integer; correct it")
+        raise RequestError(f"{name}={shown(value)} must be an integer; correct it")
     if not low <= value <= high:
         bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
         advice = "ask for fewer" if name.endswith("logprobs") else "correct it"
-        raise RequestError(f"{name}={value!r:.60} must be {bounds}; {advice}")
+        raise RequestError(f"{name}={shown(value)} must be {bounds}; {advice}")
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
     """NaN is in no range."""
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise RequestError(f"{name}={value!r:.60} must be a number; correct it")
+        raise RequestError(f"{name}={shown(value)} must be a number; correct it")
     if not low <= value <= high:
-        raise RequestError(f"{name}={value!r:.60} must be between {low:g} and {high:g}; correct it")
+        raise RequestError(f"{name}={shown(value)} must be between {low:g} and {high:g}; correct it")
+
+
+def _check_group(name: str, values: object) -> None:
+    if not isinstance(values, _GROUPS):
+        raise RequestError(f"{name}={shown(values)} must be a tuple or a set; correct it")
 
 
 def _check_ids(name: str, ids: Collection[object]) -> None:
+    _check_group(name, ids)
     if not set(map(type, ids)) <= _ONLY_INTEGERS:
         raise RequestError(f"{name} must have integers only; give token ids")
 
@@ -164,10 +180,3 @@ def check_name(request: Request, used: bool) -> None:
     """Raise ``RequestError`` if another request has the name of this one."""
     if used:
         raise RequestError(f"request_id={request.request_id} is in use; choose another")
-
-
-def check_adapter(name: str, loaded: Collection[str]) -> None:
-    """Raise ``UnknownAdapterError`` unless the adapter is among those that are ``loaded``."""
-    if name not in loaded:
-        known = f"choose one of {', '.join(loaded)}" if loaded else "none is loaded; load it first"
-        raise UnknownAdapterError(f"adapter={name!r:.80} is not loaded; {known}")

@@ -1,4 +1,4 @@
-"""Names for the parts of a step: seen in a profiler's trace, and told to whoever listens."""
+"""Names and times of the parts of a step, for a profiler's trace and a listener."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 
 
 class Spans:
-    """``listener`` hears the name of each part and the seconds that it took on the host."""
+    """Times parts of a step. ``listener`` is called with the name of each part and its seconds on the host."""
 
     def __init__(self) -> None:
         self.listener: Callable[[str, float], None] | None = None

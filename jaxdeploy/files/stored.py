@@ -26,8 +26,8 @@ _SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:
-    """Return a short ``repr`` of ``value``, whatever its size and depth."""
-    return _SHORT.repr(value)
+    """Return a short ``repr`` of ``value`` in one line, whatever its size and depth."""
+    return " ".join(_SHORT.repr(value).splitlines())
 
 
 def check_regular(path: Path) -> int:
@@ -57,7 +57,15 @@ def is_folder(path: Path) -> bool:
     """Return whether ``path`` is a directory; false also for names that the file system does not take."""
     try:
         return path.is_dir()
-    except OSError:
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Return whether ``path`` is a regular file; false also for names that the file system does not take."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
         return False
 
 

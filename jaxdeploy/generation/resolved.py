@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeAlias
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.files.stored import shown
 from jaxdeploy.generation.defaults import token_ids
 from jaxdeploy.grammar.response_format import grammar_of
 from jaxdeploy.messages import SamplingParams, TextOptions
@@ -173,8 +174,8 @@ def _biases(given: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
     """Raises ``ConfigError`` for what are no numbers."""
     try:
         return tuple((int(token), float(value)) for token, value in given.items())
-    except (TypeError, ValueError):
-        raise ConfigError(f"logit_bias={given!r:.60} must map token ids to numbers; correct it") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"logit_bias={shown(given)} must map token ids to numbers; correct it") from None
 
 
 def _grammar(given: Mapping[str, Any], to_grammar: Callable[[Mapping[str, Any]], str | None]) -> str | None:

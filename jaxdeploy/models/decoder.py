@@ -2,56 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
-from jaxdeploy.models import fused_decode
-from jaxdeploy.models.attention import Attention, AttentionContext, DenseContext
+from jaxdeploy.models.attention import AttentionContext, DenseContext
+from jaxdeploy.models.block import Block, BlockConfig
+from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
-from jaxdeploy.models.mlp import MLP
-from jaxdeploy.models.quantized import weight_like
-from jaxdeploy.models.rope import Rotary, rotary
+from jaxdeploy.models.model import Encoder, Hidden, Pools, Positions
+from jaxdeploy.models.rope import PositionScheme
 from jaxdeploy.models.weights import ParamPath
-from jaxdeploy.parallel.mesh import make_mesh
-from pallas_kernels.dispatch import NoBackendError
 from pallas_kernels.kv_pool import Pool
 
-logger = logging.getLogger("jaxdeploy")
-
 Params = Mapping[ParamPath, jax.Array]
-Pools = Sequence[Pool | None]
-
-
-class Layer(nnx.Module):
-    """One pre-norm block: attention, then feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: ModelConfig, window: int | None, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.attention = Attention(config, window, rngs=rngs, dtype=dtype)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rotary: Rotary,
-        context: AttentionContext,
-        pool: Pool | None,
-        wanted: jax.Array | None = None,
-    ) -> tuple[jax.Array, Pool | None]:
-        """``x`` [T, D] → ([T, D], or the ``wanted`` rows of it; updated ``pool``)."""
-        attended, pool = self.attention(self.attention_norm(x), rotary, context, pool, wanted)
-        normed, x = self.mlp_norm.added(attended, x if wanted is None else x[wanted])
-        return x + self.mlp(normed), pool
 
 
 class Decoder(nnx.Module):
@@ -60,104 +29,115 @@ class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype | type = jnp.float32) -> None:
         dtype = jnp.dtype(dtype)
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
-        self.layers = nnx.List([Layer(config, window, rngs=rngs, dtype=dtype) for window in config.windows])
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
+        blocks = [layer.build(config.hidden_size, rngs=rngs, dtype=dtype) for layer in config.layers]
+        self.layers: nnx.List[Any] = nnx.List(blocks)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         if not config.tie_embeddings:
             self.head = Head(config.vocab_size, config.hidden_size, rngs=rngs, dtype=dtype)
 
+    @property
+    def cache_layouts(self) -> tuple[CacheLayout, ...]:
+        """What each layer keeps in the cache."""
+        return tuple(layer.cache_layout for layer in self.layers)
+
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Whole sequences without a cache: ``tokens`` int32 [B, T] → logits float32 [B, T, V]."""
         sequences, length = tokens.shape
-        positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), sequences)
-        lengths = jnp.full_like(positions, length)
-        pools = [None] * len(self.layers)
-        x, _ = self.hidden(tokens.reshape(-1), positions, lengths, DenseContext(sequences), pools)
-        return self.logits(x).reshape(sequences, length, -1)
+        x, positions = self.embed(tokens.reshape(-1)), Positions.of_prompts(sequences, length)
+        hidden = self.hidden(x, positions, DenseContext(sequences), [None] * len(self.layers))
+        return self.logits(hidden.states).reshape(sequences, length, -1)
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        """None: it reads text only."""
+        return {}
+
+    def embed(self, tokens: jax.Array, media_rows: jax.Array | None = None) -> jax.Array:
+        """Return the embeddings [T, D] of ``tokens`` int32 [T]."""
+        assert media_rows is None, "a model without encoders has no media buffer"
+        return self.embedding(tokens)
 
     def hidden(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        lengths: jax.Array,
+        x: jax.Array,
+        positions: Positions,
         context: AttentionContext,
         pools: Pools,
-        wanted: jax.Array | None = None,
-        noted: dict[int, jax.Array] | None = None,
-    ) -> tuple[jax.Array, list[Pool | None]]:
-        """The normed hidden state of every token, or of those at ``wanted``, int32 [B].
-
-        ``tokens``, ``positions`` and ``lengths`` (prompt length of the token's sequence) are int32 [T], ``pools`` one
-        KV pool a layer. Returns [T, D] or [B, D], and the updated pools. Beyond its keys and values the last layer is
-        computed only for what is wanted: of a prompt that is one token. ``noted`` gets the residual stream [T, D]
-        before each layer whose index is one of its keys.
-        """
-        x = self.embed(tokens)
-        angles = rotary(self.config.rope, self.config.head_dim, positions, lengths)
-        if wanted is None and fused_decode.serves(context, self.layers, self.norm):
-            try:
-                return fused_decode.decode_hidden(self.layers, self.norm, x, angles, context, pools, noted)
-            except NoBackendError as refusal:
-                logger.info("decode steps run op by op: %s", refusal)
-        updated = []
-        for index, (layer, pool) in enumerate(zip(self.layers, pools, strict=True), 1):
+        selected: jax.Array | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Hidden:
+        """See ``Model.hidden``. Pools may be ``None`` where ``context`` needs no cache."""
+        schemes = [layer.positions for layer in self.config.layers]
+        tables = {scheme: scheme.tables(*positions) for scheme in dict.fromkeys(schemes)}
+        updated, residuals = [], []
+        for index, (layer, pool) in enumerate(zip(self.layers, pools, strict=True)):
             graph, weights = nnx.split(layer)
-            rows = wanted if index == len(self.layers) else None
-            if noted is not None and index - 1 in noted:
-                noted[index - 1] = x
-            x, pool = _run_layer(graph, weights, x, angles, context, pool, rows)
+            rows = selected if index == len(self.layers) - 1 else None
+            residuals.append(x)
+            x, pool = _run_layer(graph, weights, x, tables[schemes[index]], context, pool, rows)
             updated.append(pool)
-        return self.norm(x), updated
+        return Hidden(self.norm(x), updated, tuple(residuals[index] for index in taps))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``x`` [T, D] → float32 [T, V]."""
-        return self.embed.logits(x) if self.config.tie_embeddings else self.head.logits(x)
+        return self.embedding.logits(x) if self.config.tie_embeddings else self.head.logits(x)
 
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(
-    graph: nnx.GraphDef[Layer],
+    graph: nnx.GraphDef[Any],
     weights: nnx.State[Any, Any],
     x: jax.Array,
-    rotary: Rotary,
+    scheme: PositionScheme,
     context: AttentionContext,
     pool: Pool | None,
     wanted: jax.Array | None,
 ) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
-    return nnx.merge(graph, weights)(x, rotary, context, pool, wanted)
+    layer: Block = nnx.merge(graph, weights)
+    return layer(x, scheme, context, pool, wanted)
 
 
-def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:
-    """Every parameter of a decoder by path: ``get_value()`` is a ``ShapeDtypeStruct``, ``axes`` its logical axes."""
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
-    flat: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
+@cache
+def cache_layouts(config: ModelConfig) -> tuple[CacheLayout, ...]:
+    """Return what each layer of a decoder keeps in the cache. Builds one layer of each kind, without arrays."""
+
+    def layout(layer: BlockConfig) -> CacheLayout:
+        block = nnx.eval_shape(lambda: layer.build(config.hidden_size, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
+        return block.cache_layout
+
+    kinds = {layer: layout(layer) for layer in set(config.layers)}
+    return tuple(kinds[layer] for layer in config.layers)
+
+
+def abstract_decoder(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
+    """Return a decoder whose parameters are shapes. Weights of other types may be put into it before it is filled."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def parameters_of(model: nnx.Module) -> dict[ParamPath, nnx.Param[Any]]:
+    """Return every parameter by its path: ``axes`` are the logical axes, ``get_value()`` is an array or a shape."""
+    flat: Any = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return dict(flat)
 
 
-def decoder_from(config: ModelConfig, params: Params, mesh: Mesh | None = None) -> Decoder:
-    """A decoder that holds the arrays of ``params``.
+def fill(model: nnx.Module, arrays: Params) -> None:
+    """Put an array into every parameter of ``model``; ``arrays`` has the paths of ``parameters_of``."""
+    params = parameters_of(model)
+    if unknown := arrays.keys() - params.keys():
+        raise KeyError(f"the model has no parameters {sorted(map(str, unknown))}")
+    flat: Any = {path: param.replace(arrays[path]) for path, param in params.items()}
+    nnx.update(model, nnx.from_flat_state(flat))
 
-    Paths are those of ``abstract_params``, or for a weight that is no plain array those of its leaves, below the path
-    that the plain one would have; they lie on ``mesh`` (default: the first device).
-    """
-    decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    _hold_leaves(decoder, params, mesh or make_mesh(1))
-    shapes: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
-    flat: Any = {path: shape.replace(params[path]) for path, shape in shapes}
-    nnx.update(decoder, nnx.from_flat_state(flat))
+
+def abstract_params(config: ModelConfig, dtype: jnp.dtype) -> dict[ParamPath, nnx.Param[Any]]:
+    """Return the parameters of a decoder with float weights, as shapes."""
+    return parameters_of(abstract_decoder(config, dtype))
+
+
+def decoder_from(config: ModelConfig, params: Params) -> Decoder:
+    """Return a decoder with float weights that holds the arrays of ``params``, by the paths of ``abstract_params``."""
+    decoder = abstract_decoder(config, jnp.dtype(jnp.float32))
+    fill(decoder, params)
     return decoder
-
-
-def _hold_leaves(decoder: Decoder, params: Params, mesh: Mesh) -> None:
-    """Put weights of other kinds, still without arrays, where ``params`` has leaves of such."""
-    flat: Any = nnx.to_flat_state(nnx.state(decoder, nnx.Param))
-    floats, leaves = dict(flat), defaultdict[ParamPath, dict[str, jax.Array]](dict)
-    for path, value in params.items():
-        if path not in floats:
-            leaves[path[:-1]][str(path[-1])] = value
-    for path, arrays in leaves.items():
-        module: Any = decoder
-        for name in path[:-1]:
-            module = module[name] if isinstance(name, int) else getattr(module, name)
-        setattr(module, str(path[-1]), weight_like(floats[path], arrays, mesh))

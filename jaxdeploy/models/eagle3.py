@@ -17,21 +17,26 @@ from flax import nnx
 
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.files.fields import StoredFields, is_whole
-from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext, Rows
-from jaxdeploy.models.config import ModelConfig, read_decoder
-from jaxdeploy.models.layers import Embedding, Head, RMSNorm, Weight, parameter
-from jaxdeploy.models.mlp import MLP
-from jaxdeploy.models.rope import rotary
-from jaxdeploy.models.weights import (
-    ParamPath,
-    Source,
-    gate_and_up,
-    linear,
-    plain,
-    separate_qkv,
-    whole,
+from jaxdeploy.models.attention import PagedContext, Rows
+from jaxdeploy.models.cache_layout import CacheLayout, FeaturesLayout
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.families.llama import NAMES as LLAMA
+from jaxdeploy.models.hf_config import read_decoder
+from jaxdeploy.models.layer import LayerConfig
+from jaxdeploy.models.layers import Embedding, Head, RMSNorm, parameter
+from jaxdeploy.models.linears import LinearSpec, NormInput, whole, within
+from jaxdeploy.models.model import Encoder, Hidden, Positions
+from jaxdeploy.models.weights import ParamPath, Source, block_weights, linear, plain
+
+NAMES = replace(
+    LLAMA,
+    norms={
+        "attention_norm": "input_layernorm",
+        "hidden_norm": "hidden_norm",
+        "mlp_norm": "post_attention_layernorm",
+    },
 )
-from pallas_kernels.kv_pool import Pool, block_size
+"""Tensors of a head are called as Llama calls them, with one norm more."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,13 @@ class Eagle3Config:
     taps: tuple[int, ...]
     draft_vocab_size: int
     norm_before_residual: bool = False
+
+    @property
+    def block(self) -> LayerConfig:
+        """The options of the head's one layer."""
+        (block,) = self.layer.layers
+        assert isinstance(block, LayerConfig), "read_decoder describes pre-norm layers"
+        return block
 
 
 def eagle3_config(hf: Mapping[str, Any], model: ModelConfig) -> Eagle3Config:
@@ -85,50 +97,70 @@ class Eagle3(nnx.Module):
 
     def __init__(self, config: Eagle3Config, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         layer = config.layer
-        size, eps = layer.hidden_size, layer.norm_eps
+        size, eps = layer.hidden_size, config.block.norm_eps
         self.config = layer
         self.norm_before_residual = config.norm_before_residual
-        self.embed = Embedding(layer.vocab_size, size, rngs=rngs, dtype=dtype)
+        self.embedding = Embedding(layer.vocab_size, size, rngs=rngs, dtype=dtype)
         self.fuse = parameter(rngs, (len(config.taps) * config.model_size, size), ("embed", None), dtype)
         self.attention_norm = RMSNorm(size, eps, dtype=dtype)
         self.hidden_norm = RMSNorm(size, eps, dtype=dtype)
-        self.attention = Attention(layer, None, rngs=rngs, dtype=dtype)
-        groups = (layer.num_kv_heads, layer.queries_per_kv + 2, layer.head_dim)
-        wide: Weight = parameter(rngs, (2 * size, *groups), ("embed", "kv_heads", None, None), dtype)
-        self.attention.wqkv = wide
+        self.attention = config.block.attention.build(size, inputs=2 * size, rngs=rngs, dtype=dtype)
         self.mlp_norm = RMSNorm(size, eps, dtype=dtype)
-        self.mlp = MLP(layer, rngs=rngs, dtype=dtype)
+        self.mlp = config.block.mlp.build(size, rngs=rngs, dtype=dtype)
         self.norm = RMSNorm(size, eps, dtype=dtype)
         self.head = Head(config.draft_vocab_size, size, rngs=rngs, dtype=dtype)
         self.tokens = nnx.Param(jnp.arange(config.draft_vocab_size, dtype=jnp.int32), axes=(None,))
 
+    @property
+    def cache_layouts(self) -> tuple[CacheLayout, ...]:
+        """Return the layout of the keys and values, and that of the features."""
+        return (self.attention.cache_layout, FeaturesLayout(self.config.hidden_size))
+
+    @property
+    def encoders(self) -> Mapping[str, Encoder]:
+        """None: it reads text only."""
+        return {}
+
+    def embed(self, tokens: jax.Array, media_rows: jax.Array | None = None) -> jax.Array:
+        """Return the embeddings [T, D] of ``tokens`` int32 [T]."""
+        assert media_rows is None, "a model without encoders has no media buffer"
+        return self.embedding(tokens)
+
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Return the linear maps of its one layer. Two norms feed the attention, so nothing is folded into one."""
+        return (
+            *within("attention", self.attention.linears()),
+            *within("mlp", self.mlp.linears(), NormInput(("mlp_norm", "scale"))),
+        )
+
     def hidden(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        lengths: jax.Array,
-        context: AttentionContext,
+        x: jax.Array,
+        positions: Positions,
+        context: PagedContext,
         pools: Sequence[Any],
-        wanted: jax.Array | None = None,
-    ) -> tuple[jax.Array, list[Any]]:
-        """The normed hidden state of every token, or of those ``wanted``, and the updated pools; as ``Decoder.hidden``.
+        selected: jax.Array | None = None,
+        taps: tuple[int, ...] = (),
+    ) -> Hidden:
+        """See ``Model.hidden``. ``pools`` are the keys and values, and the features [P, S, D].
 
-        No token is the first of its sequence. Keys and values of a pair stand where its feature does, one token back.
-        Where all are wanted, the last token of each row has no feature of the model yet, and gets this one's.
+        No token is the first of its sequence. The keys and values of a pair are in the slot of its feature, one token
+        before. Without ``selected`` it writes the feature of each row's last token, which the model has not made yet.
         """
-        assert isinstance(context, PagedContext), "features are found by the tables of blocks"
+        assert not taps, "the head has no layers to tap"
         kv, features = pools
-        before = _one_back(context, kv)
+        before = _one_back(context, self.attention.cache_layout.block_size(kv))
         given = features.reshape(-1, features.shape[-1]).at[before.slots].get(mode="clip")
         normed = self.hidden_norm(given)
-        both = jnp.concatenate([self.attention_norm(self.embed(tokens)), normed], axis=-1)
-        angles = rotary(self.config.rope, self.config.head_dim, jnp.maximum(positions - 1, 0), lengths)
+        both = jnp.concatenate([self.attention_norm(x), normed], axis=-1)
+        places = jnp.maximum(positions.values - 1, 0)
+        angles = self.attention.config.positions.tables(places, positions.prompt_lengths)
         attended, kv = self.attention(both, angles, before, kv)
         normed, x = self.mlp_norm.added(attended, normed if self.norm_before_residual else given)
         x = x + self.mlp(normed)
-        if wanted is None:
+        if selected is None:
             features = put_features(features, x, _last_of_rows(context, features))
-        return self.norm(x if wanted is None else x[wanted]), [kv, features]
+        return Hidden(self.norm(x if selected is None else x[selected]), [kv, features])
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``x`` [T, D] → float32 [T, V]; tokens that it does not know have none."""
@@ -143,9 +175,9 @@ def put_features(features: jax.Array, values: jax.Array, slots: jax.Array) -> ja
     return flat.at[slots].set(values.astype(flat.dtype), mode="drop").reshape(features.shape)
 
 
-def _one_back(context: PagedContext, pool: Pool) -> PagedContext:
+def _one_back(context: PagedContext, size: int) -> PagedContext:
     """The same for the token before each."""
-    size, regions, slots = block_size(pool), [], []
+    regions, slots = [], []
     for rows in context.regions:
         first = rows.first_positions - 1
         positions = first[:, None] + jnp.arange(rows.query_length, dtype=jnp.int32)
@@ -173,22 +205,14 @@ def _real(rows: Rows) -> jax.Array:
 
 def eagle3_weights(config: Eagle3Config, layer: str, *, own_embedding: bool) -> dict[ParamPath, Source]:
     """The weight table of a head whose layer is called ``layer`` in its files."""
-    sizes = config.layer
-    size, width = sizes.hidden_size, sizes.intermediate_size
-    qkv = [f"{layer}.self_attn.{name}_proj" for name in "qkv"]
-    gate_up = [f"{layer}.mlp.{name}_proj" for name in ("gate", "up")]
+    size, vocab = config.layer.hidden_size, config.layer.vocab_size
+    head = nnx.eval_shape(lambda: Eagle3(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
     table: dict[ParamPath, Source] = {
         ("fuse",): linear(["fc"], (len(config.taps) * config.model_size,), whole(size)),
-        ("attention_norm", "scale"): plain(f"{layer}.input_layernorm.weight", size),
-        ("hidden_norm", "scale"): plain(f"{layer}.hidden_norm.weight", size),
-        ("attention", "wqkv"): linear(qkv, (2 * size,), separate_qkv(sizes)),
-        ("attention", "wo"): linear([f"{layer}.self_attn.o_proj"], (sizes.num_heads, sizes.head_dim), whole(size)),
-        ("mlp_norm", "scale"): plain(f"{layer}.post_attention_layernorm.weight", size),
-        ("mlp", "gate_up"): linear(gate_up, (size,), gate_and_up(sizes)),
-        ("mlp", "down"): linear([f"{layer}.mlp.down_proj"], (width,), whole(size)),
         ("norm", "scale"): plain("norm.weight", size),
         ("head", "weight"): linear(["lm_head"], (size,), whole(config.draft_vocab_size)),
     }
+    table |= dict(block_weights(head.linears(), NAMES, layer, size).items())
     if own_embedding:
-        table["embed", "embedding"] = plain("embed_tokens.weight", sizes.vocab_size, size)
+        table["embedding", "table"] = plain("embed_tokens.weight", vocab, size)
     return table

@@ -1,95 +1,115 @@
-"""The decoder over one new token of every sequence, each layer in seven launches (``pallas_kernels.decode_layer``)."""
+"""A decode step of a ``Decoder`` in which each layer takes seven launches (``pallas_kernels.decode_layer``)."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.models.attention import Attention, AttentionContext, PagedContext
-from jaxdeploy.models.layers import RMSNorm, Weight, value_of
-from jaxdeploy.models.mlp import MLP
+from jaxdeploy.models.attention import Attention, AttentionConfig, PagedContext, Rows
+from jaxdeploy.models.cache_layout import HeadsLayout
+from jaxdeploy.models.decoder import Decoder
+from jaxdeploy.models.layer import Layer
+from jaxdeploy.models.layers import RMSNorm, Weight
+from jaxdeploy.models.leaves import axes_of
+from jaxdeploy.models.mlp import MLP, MLPConfig
+from jaxdeploy.models.model import Hidden, Model, Positions
 from jaxdeploy.models.quantized import Int4Weight
-from jaxdeploy.models.rope import Rotary
-from jaxdeploy.parallel.mesh import TP_AXIS
-from jaxdeploy.parallel.sharding import POOL_AXES, per_device, spec
-from pallas_kernels.decode_layer import LayerWeights, decode_layer, padded_rows
-from pallas_kernels.decode_layer.weights import is_packed
-from pallas_kernels.dispatch import preferred
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
+from jaxdeploy.parallel.sharding import per_device, spec
+from pallas_kernels.decode_layer import DecodeLayerCall, LayerWeights, ScoreOptions, decode_layer, padded_rows
+from pallas_kernels.dispatch import NoBackendError, preferred
 from pallas_kernels.kv_pool import Pool
-
-if TYPE_CHECKING:
-    from jaxdeploy.models.decoder import Layer
-
-logger = logging.getLogger("jaxdeploy")
+from pallas_kernels.w4a16_matmul.layout import is_packed
 
 KERNELS = "pallas_triton"
 """The backend to go this way for; the op's reference is no faster than layer by layer."""
 
-_AXES: dict[str, tuple[str | None, ...]] = {
-    "wqkv": ("embed", "kv_heads"),
-    "bqkv": ("kv_heads",),
-    "wo": ("heads", None, "embed"),
-    "bo": ("embed",),
-    "gate_up": ("embed", None, "mlp"),
-    "gate_up_bias": (None, "mlp"),
-    "down": ("mlp", "embed"),
-    "down_bias": ("embed",),
-    "mlp_norm": ("embed",),
+_OPTIONS = {
+    AttentionConfig: frozenset(
+        {"num_heads", "num_kv_heads", "head_dim", "rope", "window", "qkv_bias", "o_bias", "kv_copies"}
+    ),
+    MLPConfig: frozenset({"intermediate_size", "bias"}),
 }
-"""Logical axes of a layer's parameters, in the shapes they have in the modules."""
-
-_INPUT_AXES = {"wo": 2}
-"""Axes of a weight that are inputs, where that is not the first alone."""
-
+"""The options of modules that the kernels honour."""
 
 _PARTS: dict[str, tuple[type[nnx.Module], frozenset[str]]] = {
     "attention_norm": (RMSNorm, frozenset({"scale", "eps"})),
-    "attention": (Attention, frozenset({"num_heads", "head_dim", "window", "wqkv", "bqkv", "wo", "bo"})),
+    "attention": (Attention, frozenset({"config", "width", "inputs", "wqkv", "bqkv", "wo", "bo"})),
     "mlp_norm": (RMSNorm, frozenset({"scale", "eps"})),
-    "mlp": (MLP, frozenset({"gate_up", "gate_up_bias", "down", "down_bias"})),
+    "mlp": (MLP, frozenset({"config", "width", "gate_up", "gate_up_bias", "down", "down_bias"})),
 }
 """Modules of a layer that the kernels compute: the exact class of each, and all attributes that they honour."""
 
 
-def serves(context: AttentionContext, layers: Sequence[Layer], norm: RMSNorm) -> TypeGuard[PagedContext]:
-    """Return whether the fused kernels run this step: single tokens over a paged cache, on a device that has them."""
-    if not isinstance(context, PagedContext) or [rows.query_length for rows in context.regions] != [1]:
-        return False
-    if preferred("decode_layer") != KERNELS:
-        return False
-    for index, layer in enumerate(layers):
-        if reason := refusal(layer, norm):
-            logger.info("decode steps run op by op: layer %d: %s", index, reason)
-            return False
-    return True
+def refusal_of(model: Model) -> str | None:
+    """Return why the kernels cannot compute the layers of ``model`` on this device, or ``None`` if they can."""
+    backend = preferred("decode_layer")
+    if backend != KERNELS:
+        return f"decode_layer runs on {backend} here"
+    if type(model) is not Decoder:
+        return f"the model is {type(model).__name__}, the fused kernels take {Decoder.__name__}"
+    dtype = model.embedding.table.dtype
+    for index, layer in enumerate(model.layers):
+        if reason := refusal(layer, model.norm, dtype):
+            return f"layer {index}: {reason}"
+    if len({layer.positions for layer in model.config.layers}) > 1:
+        return "the fused kernels take one rotary table for all layers"
+    return None
 
 
-def refusal(layer: Layer, final_norm: RMSNorm) -> str | None:
+def refusal_of_call(model: Model, mesh: Mesh, pools: Sequence[Any], sequences: int, table_length: int) -> str | None:
+    """Return why the kernels do not take the sizes or dtypes of a step of ``sequences``, or ``None`` if they do.
+
+    The step is evaluated abstractly: nothing is compiled, and weights and pools may be abstract.
+    """
+    graph, weights = nnx.split(model)
+
+    def decode(weights: Any, pools: Sequence[Any], row: jax.Array, tables: jax.Array) -> jax.Array:
+        context = PagedContext((Rows(tables, row, row, 1),), row, mesh)
+        merged: Model = nnx.merge(graph, weights)
+        return decode_hidden(merged, merged.embed(row), Positions(row, row), context, pools).states
+
+    row, tables = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((sequences,), (sequences, table_length)))
+    try:
+        jax.eval_shape(decode, weights, tuple(pools), row, tables)
+    except NoBackendError as reason:
+        return str(reason)
+    return None
+
+
+def refusal(layer: Layer, final_norm: RMSNorm, dtype: jnp.dtype) -> str | None:
     """Return why the fused kernels cannot compute ``layer`` and ``final_norm``, or ``None`` if they can.
 
-    The kernels compute one fixed block. A module, class or attribute that is not in ``_PARTS`` is refused, so that an
-    option added to a model is never ignored.
+    ``dtype`` is that of the activations. The kernels compute one fixed block. A module, class or attribute that is not
+    in ``_PARTS`` is refused, so that an option added to a model is never ignored.
     """
+    if type(layer) is not Layer:
+        return f"the layer is {type(layer).__name__}, the fused kernels take {Layer.__name__}"
     unknown = _attributes(layer) - _PARTS.keys()
-    parts = {**vars(layer), "final_norm": final_norm}
+    parts: dict[str, Any] = {**vars(layer), "final_norm": final_norm}
     for name, (kind, known) in {**_PARTS, "final_norm": _PARTS["mlp_norm"]}.items():
         part = parts[name]
         if type(part) is not kind:
             return f"{name} is {type(part).__name__}, the fused kernels take {kind.__name__}"
         unknown |= {f"{name}.{attribute}" for attribute in _attributes(part) - known}
+    for name, config in (("attention", layer.attention.config), ("mlp", layer.mlp.config)):
+        unknown |= {f"{name}.{option}" for option in vars(config).keys() - _OPTIONS.get(type(config), frozenset())}
     if unknown:
         return f"the fused kernels do not take {', '.join(sorted(unknown))}"
     if not layer.attention_norm.eps == layer.mlp_norm.eps == final_norm.eps:
         return "the fused kernels take one eps for all norms"
+    for name in ("attention_norm", "mlp_norm", "final_norm"):
+        scale = parts[name].scale
+        if scale.dtype != dtype:  # RMSNorm would multiply in float32
+            return f"{name} has a scale in {scale.dtype}, the fused kernels take the activations' {dtype}"
     weights = (layer.attention.wqkv, layer.attention.wo, layer.mlp.gate_up, layer.mlp.down)
     if not all(isinstance(w, nnx.Param) or (isinstance(w, Int4Weight) and w.takes_as_is) for w in weights):
         return "the fused kernels take float weights, and 4-bit weights whose inputs need no reordering or sum"
@@ -102,86 +122,88 @@ def _attributes(module: nnx.Module) -> set[str]:
 
 
 def decode_hidden(
-    layers: Sequence[Layer],
-    norm: RMSNorm,
+    model: Model,
     x: jax.Array,
-    rotary: Rotary,
+    positions: Positions,
     context: PagedContext,
     pools: Sequence[Any],
-    noted: dict[int, jax.Array] | None = None,
-) -> tuple[jax.Array, list[Any]]:
-    """The normed hidden state [B, D] of B new tokens whose embeddings are ``x``, and the updated pools.
+    selected: jax.Array | None = None,
+    taps: tuple[int, ...] = (),
+) -> Hidden:
+    """Return what ``model.hidden`` returns for one token [B, D] of each sequence.
 
-    ``noted`` is that of ``Decoder.hidden``.
-
-    Raises ``NoBackendError`` where the kernels do not do such a model: its sizes, its dtype.
+    The caller has checked with ``refusal_of`` and ``refusal_of_call`` that the kernels compute this model.
     """
+    assert selected is None, "a decode step returns the states of all its tokens"
+    decoder = cast(Decoder, model)
+    angles = decoder.config.layers[0].positions.tables(*positions)
     (rows,) = context.regions
     tokens = x.shape[0]
-    where = (rows.block_tables, jnp.where(rows.lengths > 0, rows.first_positions, -1), *rotary)
+    where = (rows.block_tables, jnp.where(rows.lengths > 0, rows.first_positions, -1), *angles)
     x = jnp.pad(x, ((0, padded_rows(tokens) - tokens), (0, 0)))
-    normed, updated = layers[0].attention_norm(x), []
-    norms = [*(layer.attention_norm for layer in layers[1:]), norm]
-    for index, (layer, next_norm, pool) in enumerate(zip(layers, norms, pools, strict=True)):
-        if noted is not None and index in noted:
-            noted[index] = x[:tokens]
-        options = _options(layer, context.mesh)
-        x, normed, pool = _run_layer(options, x, normed, _weights(layer), next_norm.scale[...], pool, *where)
+    normed = decoder.layers[0].attention_norm(x)
+    updated, residuals = [], []
+    norms = [*(layer.attention_norm for layer in decoder.layers[1:]), decoder.norm]
+    for layer, next_norm, pool in zip(decoder.layers, norms, pools, strict=True):
+        residuals.append(x)
+        options, weights = _options(layer, context.mesh), _layer_weights(layer, lambda param: param[...])
+        x, normed, pool = _run_layer(options, x, normed, weights, next_norm.scale[...], pool, *where)
         updated.append(pool)
-    return normed[:tokens], updated
+    return Hidden(normed[:tokens], updated, tuple(residuals[index][:tokens] for index in taps))
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What is static about a layer; ``num_heads`` of one device."""
+    """What is static in a layer.
+
+    Attributes:
+        num_heads: of one device.
+        scores: of attention.
+        eps: of both norms.
+        specs: how the weights are cut over the mesh.
+        mesh: the devices.
+    """
 
     num_heads: int
-    scale: float
+    scores: ScoreOptions
     eps: float
-    window: int | None
+    specs: LayerWeights
     mesh: Mesh
 
 
 def _options(layer: Layer, mesh: Mesh) -> _Options:
-    attention = layer.attention
-    heads = attention.num_heads // mesh.size
-    return _Options(heads, 1.0 / math.sqrt(attention.head_dim), layer.mlp_norm.eps, attention.window, mesh)
+    heads = layer.attention.config.num_heads // axis_size(mesh, TP_AXIS)
+    specs = _layer_weights(layer, lambda param: spec(*axes_of(param)))
+    return _Options(heads, layer.attention.scores, layer.mlp_norm.eps, specs, mesh)
 
 
-def _weights(layer: Layer) -> LayerWeights:
+def _layer_weights(layer: Layer, of: Callable[[nnx.Param[jax.Array]], Any]) -> LayerWeights:
+    """Return ``of(param)`` for each parameter of a layer that the kernels take."""
     attention, mlp = layer.attention, layer.mlp
-    return LayerWeights(
-        wqkv=_array(attention.wqkv),
-        bqkv=value_of(attention.bqkv),
-        wo=_array(attention.wo),
-        bo=value_of(attention.bo),
-        gate_up=_array(mlp.gate_up),
-        gate_up_bias=value_of(mlp.gate_up_bias),
-        down=_array(mlp.down),
-        down_bias=value_of(mlp.down_bias),
-        mlp_norm=layer.mlp_norm.scale[...],
-    )
+    params = {
+        "wqkv": _stored(attention.wqkv),
+        "bqkv": attention.bqkv,
+        "wo": _stored(attention.wo),
+        "bo": attention.bo,
+        "gate_up": _stored(mlp.gate_up),
+        "gate_up_bias": mlp.gate_up_bias,
+        "down": _stored(mlp.down),
+        "down_bias": mlp.down_bias,
+        "mlp_norm": layer.mlp_norm.scale,
+    }
+    values: dict[str, Any] = {name: None if param is None else of(param) for name, param in params.items()}
+    return LayerWeights(**values)
 
 
-def _array(weight: Weight) -> jax.Array:
-    return weight.packed[...] if isinstance(weight, Int4Weight) else cast("nnx.Param[jax.Array]", weight)[...]
-
-
-def _specs(weights: LayerWeights) -> LayerWeights:
-    """Where each array is cut; a packed weight has one input axis, and behind it one for words and scales."""
-    specs: dict[str, Any] = {}
-    for name, axes in _AXES.items():
-        array = getattr(weights, name)
-        packed = array is not None and is_packed(array)
-        specs[name] = spec(axes[0], None, *axes[_INPUT_AXES.get(name, 1) :]) if packed else spec(*axes)
-    return LayerWeights(**specs)
+def _stored(weight: Weight) -> nnx.Param[jax.Array]:
+    return weight.packed if isinstance(weight, Int4Weight) else cast("nnx.Param[jax.Array]", weight)
 
 
 @partial(jax.jit, static_argnums=0)
 def _run_layer(options: _Options, *args: Any) -> tuple[jax.Array, jax.Array, Pool]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
-    whole, pool = spec(), spec(*POOL_AXES)
-    ins = (whole, whole, _specs(args[2]), whole, pool, whole, whole, whole, whole)
+    whole, pool = spec(), spec(*HeadsLayout.AXES)
+    ins = (whole, whole, options.specs, whole, pool, whole, whole, whole, whole)
     layer = per_device(options.mesh, partial(_layer, options), ins, (whole, whole, pool))
     out: tuple[jax.Array, jax.Array, Pool] = layer(*args)
     return out
@@ -202,19 +224,14 @@ def _layer(
         down_bias=weights.down_bias,
         mlp_norm=weights.mlp_norm,
     )
-    return decode_layer(
-        x,
-        normed,
-        matrices,
-        next_norm,
-        *where,
+    call = DecodeLayerCall(
+        *(x, normed, matrices, next_norm, *where),
+        scores=options.scores,
         num_heads=options.num_heads,
-        scale=options.scale,
         eps=options.eps,
-        window=options.window,
-        axis_name=TP_AXIS if options.mesh.size > 1 else None,
-        backend=KERNELS,
+        axis_name=TP_AXIS if axis_size(options.mesh, TP_AXIS) > 1 else None,
     )
+    return decode_layer(call, backend=KERNELS)
 
 
 def _matrix(weight: jax.Array, inputs: int) -> jax.Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxdeploy.models.leaves import Draw, normal, ones
 from jaxdeploy.models.output_major import OutputMajorWeight, product
 from pallas_kernels.rms_norm import rms_norm
 
@@ -18,14 +19,14 @@ def parameter(
 ) -> nnx.Param[jax.Array]:
     """A weight drawn from N(0, 0.02²) that names its logical axes (``jaxdeploy.parallel.sharding`` maps them)."""
     value = (0.02 * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype)
-    return nnx.Param(value, axes=axes)
+    return nnx.Param(value, axes=axes, draw=normal)
 
 
 def constant(
-    value: float, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype
+    value: float, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype, draw: Draw = normal
 ) -> nnx.Param[jax.Array]:
     """A parameter that starts as ``value`` everywhere: norm scales and biases."""
-    return nnx.Param(jnp.full(tuple(shape), value, dtype), axes=axes)
+    return nnx.Param(jnp.full(tuple(shape), value, dtype), axes=axes, draw=draw)
 
 
 def value_of(bias: nnx.Param[jax.Array] | None) -> jax.Array | None:
@@ -64,7 +65,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, size: int, eps: float, *, dtype: jnp.dtype) -> None:
-        self.scale = constant(1.0, (size,), ("embed",), dtype)
+        self.scale = constant(1.0, (size,), ("embed",), dtype, ones)
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -86,15 +87,15 @@ class Embedding(nnx.Module):
     """Token embeddings [V, D]; replicated under tensor parallelism, so that looking a token up needs no traffic."""
 
     def __init__(self, vocab: int, size: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        self.embedding = parameter(rngs, (vocab, size), ("table", "embed"), dtype)
+        self.table = parameter(rngs, (vocab, size), ("table", "embed"), dtype)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """``tokens`` int32 [...] → [..., D]."""
-        return jnp.take(self.embedding[...], tokens, axis=0)
+        return jnp.take(self.table[...], tokens, axis=0)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """``x`` [T, D] → float32 [T, V], through the transposed table (a tied head)."""
-        return product(x, self.embedding[...], jnp.float32)
+        return product(x, self.table[...], jnp.float32)
 
 
 class Head(nnx.Module):

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,17 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.decoder import Decoder, abstract_params
 from jaxdeploy.models.layers import Weight, linear
-from jaxdeploy.models.leaves import Axes, axes_of
-from jaxdeploy.models.weights import Linear, ParamPath
-from jaxdeploy.parallel.sharding import product_per_device, replicated, sharding_of, spec
-from pallas_kernels.lora_matmul import lora_matmul
+from jaxdeploy.models.leaves import Axes
+from jaxdeploy.models.linears import put_weight, weight_at
+from jaxdeploy.models.model import Model
+from jaxdeploy.models.weights import Linear, ParamPath, declared
+from jaxdeploy.parallel.sharding import device_bytes, mesh_axis, product_per_device, replicated, sharding_of, spec
+from pallas_kernels.lora_matmul import LoRAMatmulCall, lora_matmul
 
 Array = np.ndarray[Any, Any]
 Arrays = tuple[jax.Array, ...]
+AnyModel = TypeVar("AnyModel", bound=Model)
 
 HEAD = ("head", "weight")
 """The output projection, tied or not. It is no part of a layer."""
@@ -53,13 +55,20 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Kind:
-    """Linear maps [*inputs, *outputs] that are alike in ``count`` layers; ``path`` is theirs within a layer.
+    """Linear maps [*inputs, *outputs] that are alike in some layers.
 
-    ``rank`` is the most that a module may have; modules lie along the output ``axis``, each with its own of ``shares``.
-    ``input_axis`` and ``output_axes`` are logical.
+    ``path``: path of the linear map within a layer.
+    ``layers``: the layers that have it; the output projection has the one entry 0.
+    ``inputs``, ``outputs``: sizes of the axes.
+    ``input_axis``, ``output_axes``: logical axes.
+    ``axis``: output axis along which the modules of the checkpoint lie.
+    ``shares``: number of indices of ``axis`` that each module has.
+    ``rank``: largest rank that a module may have.
+    ``feeds_cache``: see ``LinearSpec``.
     """
 
     path: tuple[str, ...]
+    layers: tuple[int, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     input_axis: str | None
@@ -67,7 +76,12 @@ class Kind:
     axis: int
     shares: tuple[int, ...]
     rank: int
-    count: int
+    feeds_cache: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of layers that have it."""
+        return len(self.layers)
 
     @property
     def modules(self) -> int:
@@ -89,7 +103,7 @@ class Kind:
         behind = math.prod(b.shape[self.axis + 3 :])
         segments = tuple(share * behind for share in self.shares) if self.modules > 1 else None
         flat = b.reshape(*b.shape[:2], -1)
-        return lora_matmul(x, a, flat, *which, segments=segments).reshape(-1, *b.shape[2:])
+        return lora_matmul(LoRAMatmulCall(x, a, flat, *which, segments=segments)).reshape(-1, *b.shape[2:])
 
 
 class AdaptedWeight(nnx.Module):
@@ -131,10 +145,13 @@ class AdapterBank:
         return 2 * len(self.kinds) + 1
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays but the ranks, on all devices together."""
-        sizes = (math.prod(shape) for kind in self.kinds for shape in self._shapes(kind))
-        return sum(sizes) * self.dtype.itemsize
+    def device_bytes(self) -> int:
+        """Bytes of all arrays except the ranks, on one device."""
+        return sum(
+            device_bytes(sharding, shape, self.dtype)
+            for kind in self.kinds
+            for shape, sharding in zip(self._shapes(kind), self._shardings(kind), strict=True)
+        )
 
     def zeros(self) -> Arrays:
         """The arrays of a bank without adapters, on their devices."""
@@ -148,7 +165,7 @@ class AdapterBank:
 
     def fits(self, path: ParamPath) -> bool:
         """Whether there is a place for the pair of the linear map at ``path``."""
-        return _within(path) in {kind.path for kind in self.kinds}
+        return any(path == _path(kind, layer) for kind in self.kinds for layer in kind.layers)
 
     def content(self, pairs: Mapping[ParamPath, LowRank]) -> tuple[Array, ...]:
         """What a slot holds of an adapter, on the host: as the arrays, with its own entries alone."""
@@ -156,8 +173,8 @@ class AdapterBank:
         ranks = np.zeros((self.layers, len(self.kinds)), np.int32)
         for row, kind in enumerate(self.kinds):
             a, b = (np.zeros((kind.count, *shape), self.dtype) for shape in kind.shapes)
-            for index in range(kind.count):
-                pair = pairs.get(_path(kind, index))
+            for index, layer in enumerate(kind.layers):
+                pair = pairs.get(_path(kind, layer))
                 if pair is not None:
                     places = a[index].reshape(len(a[index]), kind.modules, -1)
                     places[..., : pair.rank] = pair.a.reshape(len(pair.a), kind.modules, -1)
@@ -172,24 +189,25 @@ class AdapterBank:
         filled: Arrays = self._put(arrays, np.int32(slot), placed)
         return filled
 
-    def adapted(self, decoder: Decoder, arrays: Arrays, slots: jax.Array, wanted: jax.Array | None = None) -> Decoder:
+    def adapted(self, decoder: AnyModel, arrays: Arrays, slots: jax.Array, wanted: jax.Array | None = None) -> AnyModel:
         """``decoder`` for tokens whose adapters are in ``slots``, int32 [T] (negative: none); inside a step.
 
-        ``wanted`` int32 [B] are the tokens that the last layer computes to its end (``Decoder.hidden``).
+        ``wanted`` int32 [B] are the tokens that the last layer computes to its end (``Model.hidden``).
         """
-        copy: Decoder = nnx.merge(*nnx.split(decoder))
+        copy: Any = nnx.merge(*nnx.split(decoder))
         for index, layer in enumerate(copy.layers):
             last = wanted is not None and index == self.layers - 1
             for row, kind in enumerate(self.kinds):
-                if kind.path == HEAD:
+                if kind.path == HEAD or index not in kind.layers:
                     continue
-                own = slots[wanted] if last and kind.path != ("attention", "wqkv") else slots
-                block = getattr(layer, kind.path[0])
-                base: Weight = getattr(block, kind.path[1])
-                setattr(block, kind.path[1], AdaptedWeight(base, kind, self.mesh, self._use(arrays, row, index, own)))
-        return copy
+                own = slots[wanted] if last and not kind.feeds_cache else slots
+                base: Weight = weight_at(layer, kind.path)
+                use = self._use(arrays, row, kind.layers.index(index), own)
+                put_weight(layer, kind.path, AdaptedWeight(base, kind, self.mesh, use))
+        adapted: AnyModel = copy
+        return adapted
 
-    def logits(self, decoder: Decoder, arrays: Arrays, x: jax.Array, slots: jax.Array) -> jax.Array:
+    def logits(self, decoder: Model, arrays: Arrays, x: jax.Array, slots: jax.Array) -> jax.Array:
         """``x`` [T, D] → float32 [T, V], of tokens whose adapters are in ``slots``, int32 [T]."""
         logits = decoder.logits(x)
         for row, kind in enumerate(self.kinds):
@@ -199,7 +217,7 @@ class AdapterBank:
         return logits
 
     def _use(self, arrays: Arrays, row: int, index: int, slots: jax.Array) -> dict[str, jax.Array]:
-        """What ``_update`` takes beside ``x``, of the kind in ``row`` and the layer ``index``."""
+        """What ``_update`` takes beside ``x``, of the kind in ``row`` and its layer number ``index``."""
         count, first = self.kinds[row].count * self.slots, index * self.slots
         return {
             "a": arrays[2 * row],
@@ -249,42 +267,59 @@ def bank_of(
 
     ``linears`` are the linear maps of the model as an untied one has them.
     """
-    params = abstract_params(replace(model, tie_embeddings=False), dtype)
-    first = [path for path in linears if path[:2] == ("layers", 0)] + ([HEAD] if head else [])
-    kinds = []
-    for path in first:
-        shape, axes, inputs = params[path].get_value().shape, axes_of(params[path]), len(linears[path].inputs)
-        outputs = tuple(
-            axis if axis is not None and size % mesh.size == 0 else None
-            for axis, size in zip(axes[inputs:], shape[inputs:], strict=True)
-        )
-        count, joined = 1 if path == HEAD else model.num_layers, linears[path].outputs
-        whole = _within(path), shape[:inputs], shape[inputs:], axes[0], outputs
-        kinds.append(Kind(*whole, joined.axis, joined.shares, max_rank, count))
-    return AdapterBank(tuple(kinds), slots, model.num_layers, dtype, mesh)
+    kinds: dict[tuple[Any, ...], Kind] = {}
+    for index, layer in enumerate(model.layers):
+        for linear_spec in declared(layer, model.hidden_size):
+            joined = linears["layers", index, *linear_spec.path].outputs
+            alike = (linear_spec.path, linear_spec.inputs, linear_spec.outputs, joined.axis, joined.shares)
+            before = kinds[alike].layers if alike in kinds else ()
+            kinds[alike] = Kind(
+                path=linear_spec.path,
+                layers=(*before, index),
+                inputs=linear_spec.inputs,
+                outputs=linear_spec.outputs,
+                input_axis=linear_spec.input_axes[0],
+                output_axes=_even(mesh, linear_spec.output_axes, linear_spec.outputs),
+                axis=joined.axis,
+                shares=joined.shares,
+                rank=max_rank,
+                feeds_cache=linear_spec.feeds_cache,
+            )
+    if head:
+        kinds[HEAD] = _head_kind(model, mesh, max_rank)
+    return AdapterBank(tuple(kinds.values()), slots, model.num_layers, dtype, mesh)
 
 
-def _within(path: ParamPath) -> tuple[str, ...]:
-    """A path less the layer that it is in."""
-    return tuple(str(name) for name in (path[2:] if path[0] == "layers" else path))
+def _head_kind(model: ModelConfig, mesh: Mesh, max_rank: int) -> Kind:
+    outputs = (model.vocab_size,)
+    return Kind(
+        path=HEAD,
+        layers=(0,),
+        inputs=(model.hidden_size,),
+        outputs=outputs,
+        input_axis="embed",
+        output_axes=_even(mesh, ("vocab",), outputs),
+        axis=0,
+        shares=outputs,
+        rank=max_rank,
+    )
+
+
+def _even(mesh: Mesh, axes: Axes, sizes: Sequence[int]) -> Axes:
+    """``axes``, but ``None`` where the devices cannot share the size evenly."""
+    return tuple(axis if mesh_axis(mesh, axis, size) else None for axis, size in zip(axes, sizes, strict=True))
 
 
 def _path(kind: Kind, index: int) -> ParamPath:
     return kind.path if kind.path == HEAD else ("layers", index, *kind.path)
 
 
-def _update(
-    kind: Kind,
-    mesh: Mesh,
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    entries: jax.Array,
-    candidates: jax.Array,
-    ranks: jax.Array,
-) -> jax.Array:
-    """What adapters add: ``x`` [T, K] → [T, *outputs]; each device has its share of inputs or of outputs."""
+def _update(kind: Kind, mesh: Mesh, x: jax.Array, *use: jax.Array) -> jax.Array:
+    """What adapters add: ``x`` [T, K] → [T, *outputs]; each device has its share of inputs or of outputs.
+
+    ``use`` holds ``a``, ``b``, ``entries``, ``candidates`` and ``ranks`` of ``AdaptedWeight``.
+    """
     inputs, outputs = kind.input_axis, kind.output_axes
     ins = (spec(None, inputs), spec(None, inputs, None), spec(None, None, *outputs), spec(), spec(), spec())
     product = product_per_device(mesh, kind.product, inputs, ins, spec(None, *outputs))
-    return product(x, a, b, entries, candidates, ranks)
+    return product(x, *use)

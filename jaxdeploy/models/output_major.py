@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxdeploy.models.leaves import Leaf, axes_of, leaf
+from jaxdeploy.models.leaves import Leaf, axes_of, leaf, normal
 from jaxdeploy.parallel.sharding import product_per_device, spec
 from pallas_kernels.target import current_target
 
@@ -23,17 +23,18 @@ class OutputMajorWeight(nnx.Module):
     def __init__(self, rows: Leaf, *, mesh: Mesh) -> None:
         self.rows, self.mesh = rows, mesh
 
+    @classmethod
+    def abstract(cls, param: Leaf, inputs: int, *, mesh: Mesh) -> OutputMajorWeight:
+        """Return a weight of shapes in place of the ``param``, whose first ``inputs`` axes are its inputs."""
+        own, axes = param.get_value(), axes_of(param)
+        shape = (*own.shape[inputs:], math.prod(own.shape[:inputs]))
+        return cls(leaf(shape, own.dtype, (*axes[inputs:], axes[0]), normal), mesh=mesh)
+
     def multiply(self, x: jax.Array) -> jax.Array:
         """``x`` [T, K] → [T, *outputs], dtype of ``x``."""
         *outputs, inputs = axes_of(self.rows)
         ins = (spec(None, inputs), spec(*outputs, inputs))
         return product_per_device(self.mesh, product, inputs, ins, spec(None, *outputs))(x, self.rows[...])
-
-
-def output_major_leaves(param: Leaf, inputs: int) -> dict[str, Leaf]:
-    """The leaves of an ``OutputMajorWeight``, as shapes, in place of a ``param`` with so many axes of ``inputs``."""
-    own, axes = param.get_value(), axes_of(param)
-    return {"rows": leaf((*own.shape[inputs:], math.prod(own.shape[:inputs])), own.dtype, (*axes[inputs:], axes[0]))}
 
 
 def product(x: jax.Array, rows: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:

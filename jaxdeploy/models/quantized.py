@@ -6,25 +6,17 @@ Each knows its logical axes and the mesh it lies on, and multiplies by itself: `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax import lax
 from jax.sharding import Mesh
 
-from jaxdeploy.models.leaves import Leaf, axes_of, leaf
-from jaxdeploy.models.output_major import OutputMajorWeight, output_major_leaves
+from jaxdeploy.models.leaves import DEVIATION, Leaf, axes_of, leaf
 from jaxdeploy.parallel.sharding import product_per_device, spec
 from pallas_kernels.w4a16_matmul import w4a16_matmul
+from pallas_kernels.w4a16_matmul.layout import assemble, input_size, packed_shape, part_shapes
 from pallas_kernels.w8a8_matmul import w8a8_matmul
-
-_DEVIATION = 0.02
-
-CHUNK = 128
-"""Inputs that the packed form keeps together (``pallas_kernels.w4a16_matmul``)."""
 
 
 class Int4Weight(nnx.Module):
@@ -37,17 +29,30 @@ class Int4Weight(nnx.Module):
     def __init__(self, packed: Leaf, order: Leaf | None = None, *, inputs: int, mesh: Mesh) -> None:
         self.packed, self.order, self.inputs, self.mesh = packed, order, inputs, mesh
 
+    @classmethod
+    def abstract(cls, param: Leaf, inputs: int, group: int, *, ordered: bool, mesh: Mesh) -> Int4Weight:
+        """Return a weight of shapes in place of the float ``param``, whose first ``inputs`` axes are its inputs.
+
+        ``ordered``: the groups are scattered over the inputs.
+        """
+        shape, axes = param.get_value().shape, axes_of(param)
+        width = math.prod(shape[:inputs])
+        packed = packed_shape(width, shape[inputs:], group)
+        order = leaf((width,), jnp.int32, (None,), _random_order) if ordered else None
+        words = leaf(packed, jnp.int32, (axes[0], None, *axes[inputs:]), _random_packed)
+        return cls(words, order, inputs=width, mesh=mesh)
+
     @property
     def takes_as_is(self) -> bool:
         """Whether inputs go in as they are: none is moved, none is added."""
-        return self.order is None and self.inputs == CHUNK * self.packed.shape[0]
+        return self.order is None and self.inputs == input_size(self.packed.shape)
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """``x`` [T, K] → [T, *outputs], dtype of ``x``."""
         packed, (inputs, _, *outputs) = self.packed[...], axes_of(self.packed)
         if self.order is not None:
             x = jnp.take(x, self.order[...], axis=1)
-        x = jnp.pad(x, ((0, 0), (0, CHUNK * packed.shape[0] - self.inputs)))
+        x = jnp.pad(x, ((0, 0), (0, input_size(packed.shape) - self.inputs)))
         ins = (spec(None, inputs), spec(inputs, None, *outputs))
         return product_per_device(self.mesh, _int4_product, inputs, ins, spec(None, *outputs))(x, packed)
 
@@ -61,62 +66,19 @@ class Int8Weight(nnx.Module):
     def __init__(self, values: Leaf, scales: Leaf, *, mesh: Mesh) -> None:
         self.values, self.scales, self.mesh = values, scales, mesh
 
+    @classmethod
+    def abstract(cls, param: Leaf, inputs: int, *, mesh: Mesh) -> Int8Weight:
+        """Return a weight of shapes in place of the float ``param``, whose first ``inputs`` axes are its inputs."""
+        shape, axes = param.get_value().shape, axes_of(param)
+        values = leaf((*shape[inputs:], math.prod(shape[:inputs])), jnp.int8, (*axes[inputs:], axes[0]), _random_int8)
+        return cls(values, leaf(shape[inputs:], jnp.float32, axes[inputs:], _random_scales), mesh=mesh)
+
     def multiply(self, x: jax.Array) -> jax.Array:
         """``x`` [T, K] → [T, *outputs], dtype of ``x``."""
         *outputs, inputs = axes_of(self.values)
         ins = (spec(None, inputs), spec(*outputs, inputs), spec(*outputs))
         product = product_per_device(self.mesh, _int8_product, inputs, ins, spec(None, *outputs))
         return product(x, self.values[...], self.scales[...])
-
-
-HeldInLeaves = Int4Weight | Int8Weight | OutputMajorWeight
-"""The weights that are no plain array."""
-
-
-def int4_leaves(param: Leaf, inputs: int, group: int, *, ordered: bool) -> dict[str, Leaf]:
-    """The leaves of an ``Int4Weight``, as shapes, in place of a float ``param`` with so many axes of ``inputs``."""
-    shape, axes = param.get_value().shape, axes_of(param)
-    width = math.prod(shape[:inputs])
-    packed = (-(-width // CHUNK), 16 + CHUNK // group, *shape[inputs:])
-    leaves = {"packed": leaf(packed, jnp.int32, (axes[0], None, *axes[inputs:]))}
-    return leaves | ({"order": leaf((width,), jnp.int32, (None,))} if ordered else {})
-
-
-def int8_leaves(param: Leaf, inputs: int) -> dict[str, Leaf]:
-    """The leaves of an ``Int8Weight``, as shapes, in place of a float ``param`` with so many axes of ``inputs``."""
-    shape, axes = param.get_value().shape, axes_of(param)
-    outputs, widths = axes[inputs:], shape[inputs:]
-    values = leaf((*widths, math.prod(shape[:inputs])), jnp.int8, (*outputs, axes[0]))
-    return {"values": values, "scales": leaf(widths, jnp.float32, outputs)}
-
-
-def weight_like(param: Leaf, arrays: Mapping[str, jax.Array], mesh: Mesh) -> HeldInLeaves:
-    """The weight, its leaves still shapes, that ``arrays`` hold in place of a float ``param``."""
-    shape = param.get_value().shape
-    if "rows" in arrays:
-        return OutputMajorWeight(**output_major_leaves(param, len(shape) - arrays["rows"].ndim + 1), mesh=mesh)
-    if "packed" not in arrays:
-        return Int8Weight(**int8_leaves(param, len(shape) - arrays["scales"].ndim), mesh=mesh)
-    inputs = len(shape) - arrays["packed"].ndim + 2
-    group = CHUNK // (arrays["packed"].shape[1] - 16)
-    leaves = int4_leaves(param, inputs, group, ordered="order" in arrays)
-    return Int4Weight(**leaves, inputs=math.prod(shape[:inputs]), mesh=mesh)
-
-
-def _random_packed(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    words = lax.bitcast_convert_type(jax.random.bits(key, (shape[0], 16, *shape[2:]), jnp.uint32), jnp.int32)
-    scale = int(np.float16(_DEVIATION / 4.6).view(np.uint16))
-    meta = jnp.full((shape[0], shape[1] - 16, *shape[2:]), 8 << 16 | scale, jnp.int32)
-    return jnp.concatenate([words, meta], axis=1)
-
-
-RANDOM_LEAVES: Mapping[str, Callable[[jax.Array, tuple[int, ...]], jax.Array]] = {
-    "packed": _random_packed,
-    "order": lambda key, shape: jax.random.permutation(key, jnp.arange(shape[0], dtype=jnp.int32)),
-    "values": lambda key, shape: jax.random.randint(key, shape, -127, 128, jnp.int32).astype(jnp.int8),
-    "scales": lambda key, shape: jnp.full(shape, _DEVIATION / 73, jnp.float32),
-}
-"""Random leaves, by name, of weights that are about as large as random float ones."""
 
 
 def _int4_product(x: jax.Array, packed: jax.Array) -> jax.Array:
@@ -127,3 +89,21 @@ def _int4_product(x: jax.Array, packed: jax.Array) -> jax.Array:
 def _int8_product(x: jax.Array, values: jax.Array, scales: jax.Array) -> jax.Array:
     product = w8a8_matmul(x, values.reshape(-1, values.shape[-1]), scales.reshape(-1))
     return product.reshape(-1, *scales.shape)
+
+
+def _random_packed(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    words, groups = part_shapes(shape)
+    scales = jnp.full(groups, DEVIATION / 4.6, jnp.float16)
+    return assemble(jax.random.bits(key, words, jnp.uint32), scales, jnp.full(groups, 8, jnp.int32))
+
+
+def _random_order(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jax.random.permutation(key, jnp.arange(shape[0], dtype=jnp.int32))
+
+
+def _random_int8(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jax.random.randint(key, shape, -127, 128, jnp.int32).astype(jnp.int8)
+
+
+def _random_scales(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.full(shape, DEVIATION / 73, jnp.float32)

@@ -3,14 +3,66 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxdeploy.models.config import RopeConfig
 from pallas_kernels.target import current_target
 
-Rotary = tuple[jax.Array, jax.Array]
+
+class Rotary(NamedTuple):
+    """Angles of a rotary embedding. It rotates the first R of a head's H numbers, pairing i with i + R/2.
+
+    Attributes:
+        cos: float32 [T, R/2].
+        sin: float32 [T, R/2].
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+PositionScheme = Rotary | None
+"""How positions enter queries and keys; ``None``: they do not (ALiBi is an option of the scores)."""
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+ROPE_KINDS: tuple[RopeKind, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (RoFormer, arXiv:2104.09864) and how it is stretched to longer contexts.
+
+    ``original_length`` is the context length (tokens) that the stretching starts from. ``attention_factor`` multiplies
+    cos and sin (YaRN, arXiv:2309.00071); ``None`` derives it from the other fields.
+    """
+
+    theta: float = 10000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    original_length: int = 2048
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class RotaryPositions:
+    """Rotary position embedding of heads of size ``head_dim``."""
+
+    rope: RopeConfig
+    head_dim: int
+
+    def tables(self, positions: jax.Array, lengths: jax.Array) -> Rotary:
+        """See ``rotary``."""
+        return rotary(self.rope, self.head_dim, positions, lengths)
 
 
 def rotary(config: RopeConfig, head_dim: int, positions: jax.Array, lengths: jax.Array) -> Rotary:
@@ -22,7 +74,7 @@ def rotary(config: RopeConfig, head_dim: int, positions: jax.Array, lengths: jax
     frequencies = _inverse_frequencies(config, head_dim, lengths)
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     scale = attention_factor(config)
-    return _kept(jnp.cos(angles) * scale), _kept(jnp.sin(angles) * scale)
+    return Rotary(_kept(jnp.cos(angles) * scale), _kept(jnp.sin(angles) * scale))
 
 
 def _kept(table: jax.Array) -> jax.Array:
@@ -36,11 +88,30 @@ def _kept(table: jax.Array) -> jax.Array:
     return table @ jnp.eye(table.shape[1], dtype=jnp.float32)
 
 
-def apply_rotary(x: jax.Array, rotary: Rotary) -> jax.Array:
-    """Rotate ``x`` [T, heads, H] by its token's angles; same dtype."""
-    cos, sin = (table[:, None, :] for table in rotary)
+def rotated(x: jax.Array, scheme: PositionScheme) -> jax.Array:
+    """Return ``x`` [T, heads, H] with each token's position in it; same dtype."""
+    if scheme is None:
+        return x
+    part = 2 * scheme.cos.shape[-1]
+    if part < x.shape[-1]:
+        return jnp.concatenate([rotated(x[..., :part], scheme), x[..., part:]], axis=-1)
+    cos, sin = (table[:, None, :] for table in scheme)
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
+
+
+def whole_head(qkv: jax.Array, scheme: PositionScheme) -> tuple[jax.Array, Rotary]:
+    """Return ``qkv`` [T, K, N/K + 2, H], and angles [T, H/2] for a kernel that rotates whole heads.
+
+    A scheme that leaves a part of the head alone is applied here; the angles are then 0, which changes nothing.
+    """
+    tokens, _, vectors, size = qkv.shape
+    if scheme is not None and 2 * scheme.cos.shape[-1] == size:
+        return qkv, scheme
+    turned = rotated(qkv[:, :, :-1].reshape(tokens, -1, size), scheme).reshape(tokens, -1, vectors - 1, size)
+    shape = (tokens, size // 2)
+    none = Rotary(jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32))
+    return jnp.concatenate([turned, qkv[:, :, -1:]], axis=2), none
 
 
 def attention_factor(config: RopeConfig) -> float:

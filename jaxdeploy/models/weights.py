@@ -8,11 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from jaxdeploy.models.block import BlockConfig
 from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.linears import LinearSpec, Outputs, whole
+from jaxdeploy.parallel.mesh import TP_AXIS
+from jaxdeploy.parallel.sharding import RULES, check_divisible
 
 Array = np.ndarray[Any, Any]
 ParamPath = tuple[str | int, ...]
@@ -20,22 +27,6 @@ WeightTable = Mapping[ParamPath, "Source"]
 
 IGNORED = (r".*rotary_emb\.inv_freq", r".*\.masked_bias", r".*rotary_emb\.(cos|sin)_cached")
 """Checkpoint tensors that hold no weight of ours (regular expressions, whole name)."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """How the rows of stored [out, in] tensors, or the elements of [out] ones, become the output axes of a parameter.
-
-    ``rows`` says how many each tensor has. ``join`` takes arrays [rows, X], one for each, and gives [*outputs, X], or
-    the same without X; ``cut`` is its inverse. X is the input width of a weight; quantised weights have others.
-    Tensors lie side by side along the output ``axis``, each with its own of ``shares``.
-    """
-
-    rows: tuple[int, ...]
-    join: Callable[[Sequence[Array]], Array]
-    cut: Callable[[Array], list[Array]]
-    axis: int
-    shares: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -139,98 +130,92 @@ def bias(modules: Sequence[str], outputs: Outputs) -> Source:
     return Source(names, tuple((rows,) for rows in outputs.rows), outputs.join, outputs.cut)
 
 
-def whole(*shape: int) -> Outputs:
-    """One tensor, its rows in the order of the parameter's axes."""
-    size = math.prod(shape)
-    return Outputs(
-        (size,),
-        lambda arrays: arrays[0].reshape(*shape, *arrays[0].shape[1:]),
-        lambda value: [value.reshape(size, *value.shape[len(shape) :])],
-        axis=0,
-        shares=shape[:1],
-    )
-
-
-def separate_qkv(config: ModelConfig) -> Outputs:
-    """Query, key and value stored apart → [K, N/K + 2, H]."""
-    kv, group, size = config.num_kv_heads, config.queries_per_kv, config.head_dim
-    heads = (group, 1, 1)
-    rows = tuple(kv * n * size for n in heads)
-
-    def join(arrays: Sequence[Array]) -> Array:
-        parts = [array.reshape(kv, n, size, *array.shape[1:]) for array, n in zip(arrays, heads, strict=True)]
-        return np.concatenate(parts, axis=1)
-
-    def cut(value: Array) -> list[Array]:
-        parts = np.split(value, (group, group + 1), axis=1)
-        return [part.reshape(n, *value.shape[3:]) for part, n in zip(parts, rows, strict=True)]
-
-    return Outputs(rows, join, cut, axis=1, shares=heads)
-
-
-def grouped_qkv(config: ModelConfig) -> Outputs:
-    """One tensor whose rows are, per KV head, its query heads, its key and its value (InternLM2)."""
-    return whole(config.num_kv_heads, config.queries_per_kv + 2, config.head_dim)
-
-
-def gate_and_up(config: ModelConfig) -> Outputs:
-    """Gate and up stored apart → [2, F]."""
-    return Outputs((config.intermediate_size,) * 2, np.stack, list, axis=0, shares=(1, 1))
-
-
 @dataclass(frozen=True)
 class DecoderNames:
-    """What a family calls the tensors of a decoder whose linear maps are stored [out, in]."""
+    """What a family calls the tensors of a decoder whose linear maps are stored [out, in].
+
+    ``embedding``, ``norm``, ``head``: modules outside of the layers.
+    ``layer``: prefix of a layer's modules, with ``{}`` for its index.
+    ``norms``: the modules of a layer's norms, by attribute of our block.
+    ``linears``: the modules of a layer's linear maps. A key is the name of a part of ``LinearSpec.parts``, or the name
+    of a linear map, where one tensor holds all its outputs in the order of our axes.
+    """
 
     embedding: str
     norm: str
     head: str
     layer: str
-    attention_norm: str
-    mlp_norm: str
-    qkv: tuple[str, ...]
-    out: str
-    gate: str
-    up: str
-    down: str
+    norms: Mapping[str, str]
+    linears: Mapping[str, str]
 
 
 def decoder_weights(config: ModelConfig, names: DecoderNames, norm: Plain = plain) -> WeightTable:
-    """The weight table of a decoder with those names; one name in ``qkv`` means grouped, three mean separate.
+    """Return the weight table of a decoder with those names.
 
     ``norm`` makes the source of a norm's scale, e.g. ``partial(less, 1.0)``.
     """
     size, vocab = config.hidden_size, config.vocab_size
     table: dict[ParamPath, Source] = {
-        ("embed", "embedding"): plain(f"{names.embedding}.weight", vocab, size),
+        ("embedding", "table"): plain(f"{names.embedding}.weight", vocab, size),
         ("norm", "scale"): norm(f"{names.norm}.weight", size),
     }
     if not config.tie_embeddings:
         table["head", "weight"] = linear([names.head], (size,), whole(vocab))
-    for index in range(config.num_layers):
-        layer = _layer_weights(config, names, names.layer.format(index), norm)
-        table |= {("layers", index, *path): source for path, source in layer.items()}
+    for index, layer in enumerate(config.layers):
+        prefix = names.layer.format(index)
+        for path, source in block_weights(declared(layer, size), names, prefix, size, norm).items():
+            table["layers", index, *path] = source
     return table
 
 
-def _layer_weights(config: ModelConfig, names: DecoderNames, prefix: str, norm: Plain) -> dict[tuple[str, ...], Source]:
-    size, width = config.hidden_size, config.intermediate_size
-    gate, up, down, out = (f"{prefix}.{name}" for name in (names.gate, names.up, names.down, names.out))
-    qkv, gate_up = [f"{prefix}.{name}" for name in names.qkv], [gate, up]
-    heads = grouped_qkv(config) if len(qkv) == 1 else separate_qkv(config)
+@cache
+def declared(layer: BlockConfig, width: int) -> tuple[LinearSpec, ...]:
+    """Return the linear maps of a layer with hidden states of size ``width``."""
+    block = nnx.eval_shape(lambda: layer.build(width, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
+    return block.linears()
+
+
+def tensor_parallel(config: ModelConfig, tp: int) -> ModelConfig:
+    """Return ``config`` for ``tp`` devices that share each layer: KV heads are repeated until ``tp`` divides them.
+
+    Raises ``ConfigError`` if ``tp`` does not divide another size.
+    """
+    check_divisible(tp, {axis: sizes for axis, sizes in _shared_sizes(config).items() if axis != "kv_heads"})
+    shared = replace(config, layers=tuple(layer.shared_by(tp) for layer in config.layers))
+    check_divisible(tp, _shared_sizes(shared))
+    return shared
+
+
+def _shared_sizes(config: ModelConfig) -> dict[str, set[int]]:
+    """Return the sizes of the axes that tensor-parallel devices share, by logical axis."""
+    sizes: dict[str, set[int]] = {}
+    for layer in dict.fromkeys(config.layers):
+        for spec in declared(layer, config.hidden_size):
+            for axis, size in zip(spec.axes, (*spec.inputs, *spec.outputs), strict=True):
+                if axis is not None and RULES[axis] == TP_AXIS:
+                    sizes.setdefault(axis, set()).add(size)
+    return sizes
+
+
+def has_biased_keys(config: ModelConfig) -> bool:
+    """Return whether a linear map whose outputs enter the cache has a bias."""
+    specs = (spec for layer in dict.fromkeys(config.layers) for spec in declared(layer, config.hidden_size))
+    return any(spec.feeds_cache and spec.bias is not None for spec in specs)
+
+
+def block_weights(
+    specs: Sequence[LinearSpec], names: DecoderNames, prefix: str, size: int, norm: Plain = plain
+) -> dict[tuple[str, ...], Source]:
+    """Return the weight table of the layer whose modules begin with ``prefix``, by path within the layer."""
     table: dict[tuple[str, ...], Source] = {
-        ("attention_norm", "scale"): norm(f"{prefix}.{names.attention_norm}.weight", size),
-        ("attention", "wqkv"): linear(qkv, (size,), heads),
-        ("attention", "wo"): linear([out], (config.num_heads, config.head_dim), whole(size)),
-        ("mlp_norm", "scale"): norm(f"{prefix}.{names.mlp_norm}.weight", size),
-        ("mlp", "gate_up"): linear(gate_up, (size,), gate_and_up(config)),
-        ("mlp", "down"): linear([down], (width,), whole(size)),
+        (attribute, "scale"): norm(f"{prefix}.{module}.weight", size) for attribute, module in names.norms.items()
     }
-    if config.qkv_bias:
-        table["attention", "bqkv"] = bias(qkv, heads)
-    if config.o_bias:
-        table["attention", "bo"] = bias([out], whole(size))
-    if config.mlp_bias:
-        table["mlp", "gate_up_bias"] = bias(gate_up, gate_and_up(config))
-        table["mlp", "down_bias"] = bias([down], whole(size))
+    for spec in specs:
+        together = spec.name in names.linears
+        parts = (spec.name,) if together else spec.parts
+        modules = [f"{prefix}.{names.linears[part]}" for part in parts]
+        outputs = (spec.joined or whole(*spec.outputs)) if together else spec.fused
+        table[spec.path] = linear(modules, spec.inputs, outputs)
+        if spec.bias_path is not None:
+            table[spec.bias_path] = bias(modules, outputs)
     return table

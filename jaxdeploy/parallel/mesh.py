@@ -17,3 +17,8 @@ def make_mesh(tp: int) -> Mesh:
     if not 1 <= tp <= len(devices):
         raise ConfigError(f"tp={tp} must be between 1 and the {len(devices)} devices of this machine; choose fewer")
     return Mesh(np.array(devices[:tp]), (TP_AXIS,))
+
+
+def axis_size(mesh: Mesh, axis: str | None) -> int:
+    """Return the number of devices along the mesh axis ``axis``; 1 for ``None`` and for an axis that ``mesh`` lacks."""
+    return 1 if axis is None else mesh.shape.get(axis, 1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxdeploy.errors import ConfigError
-from jaxdeploy.parallel.mesh import TP_AXIS
+from jaxdeploy.parallel.mesh import TP_AXIS, axis_size
 
 Axes = Sequence[str | None]
 """One logical axis for each dimension; ``None`` has no name and stays whole."""
@@ -24,15 +26,25 @@ RULES: dict[str, str | None] = {
 }
 """Logical axis → mesh axis; ``None`` keeps the axis whole on every device."""
 
-POOL_AXES = (None, None, "kv_heads", None, None)
-"""Logical axes of a KV pool [P, 2, K, S, H]."""
+NOUNS = {"heads": "query heads", "kv_heads": "KV heads", "mlp": "intermediate features"}
+"""Logical axis → its elements, for messages."""
 
 
 def sharding_of(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
     """The placement of an array with these logical ``axes``; an axis that does not divide evenly stays whole."""
-    mapped = (None if axis is None else RULES[axis] for axis in axes)
-    even = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(mapped, shape, strict=True))
-    return NamedSharding(mesh, PartitionSpec(*even))
+    mapped = (mesh_axis(mesh, axis, size) for axis, size in zip(axes, shape, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*mapped))
+
+
+def mesh_axis(mesh: Mesh, axis: str | None, size: int) -> str | None:
+    """Return the mesh axis that cuts ``size`` elements of the logical ``axis``; ``None`` if they stay whole."""
+    name = None if axis is None else RULES[axis]
+    return name if name in mesh.shape and size % axis_size(mesh, name) == 0 else None
+
+
+def device_bytes(sharding: Sharding, shape: Sequence[int], dtype: jnp.dtype) -> int:
+    """Return the bytes that one device holds of an array with this placement."""
+    return math.prod(sharding.shard_shape(tuple(shape))) * dtype.itemsize
 
 
 def spec(*axes: str | None) -> PartitionSpec:
@@ -45,7 +57,7 @@ def per_device(mesh: Mesh, function: Callable[..., Any], ins: Any, outs: Any) ->
 
     ``ins`` and ``outs`` give a ``spec`` for every argument and result, or one for a whole tree.
     """
-    if mesh.size == 1:
+    if mesh.devices.size == 1:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
@@ -54,8 +66,8 @@ def product_per_device(
     mesh: Mesh, product: Callable[..., jax.Array], inputs: str | None, ins: Any, outs: Any
 ) -> Callable[..., jax.Array]:
     """``product`` on each device's share, summed over the devices where the logical axis ``inputs`` is cut."""
-    axis = None if inputs is None or mesh.size == 1 else RULES[inputs]
-    if axis is None:
+    axis = None if inputs is None else RULES[inputs]
+    if axis is None or axis_size(mesh, axis) == 1:
         return per_device(mesh, product, ins, outs)
     return per_device(mesh, lambda *args: jax.lax.psum(product(*args), axis), ins, outs)
 
@@ -65,9 +77,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_divisible(tp: int, sizes: Mapping[str, int]) -> None:
-    """Raise ``ConfigError`` unless ``tp`` divides each of ``sizes`` (name in ``config.json`` → number)."""
-    for name, size in sizes.items():
-        if size % tp:
-            fits = [n for n in range(1, tp) if all(value % n == 0 for value in sizes.values())]
-            raise ConfigError(f"tp={tp} must divide {name}={size}; choose tp from {fits}")
+def check_divisible(tp: int, sizes: Mapping[str, Collection[int]]) -> None:
+    """Raise ``ConfigError`` unless ``tp`` divides each of ``sizes``, which are those of a logical axis."""
+    every = math.gcd(*(size for values in sizes.values() for size in values))
+    for axis, values in sizes.items():
+        for size in sorted(values):
+            if size % tp:
+                raise ConfigError(
+                    f"tp={tp} must divide {size} {NOUNS.get(axis, axis)} ({size} = {size // tp} x {tp} + {size % tp}); "
+                    f"use tp={_either(n for n in range(1, every + 1) if every % n == 0)}"
+                )
+
+
+def _either(numbers: Iterable[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

@@ -10,6 +10,8 @@ from jaxdeploy.config import ServerConfig
 from jaxdeploy.errors import ConfigError
 
 ENVIRONMENT = "JAXDEPLOY_API_KEYS"
+MAX_BYTES = 2**20
+"""Bytes of a file of keys that are read."""
 
 
 def with_keys(config: ServerConfig) -> ServerConfig:
@@ -36,10 +38,14 @@ def with_keys(config: ServerConfig) -> ServerConfig:
 def _in_file(path: Path) -> list[str]:
     """Return the keys of a file, one on each line. Empty lines and those that begin with ``#`` are skipped."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:  # ValueError: also a name that the file system does not take
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise ConfigError(f"api_keys_file={str(path)!r} cannot be read ({reason}); name a text file") from None
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"api_keys_file={str(path)!r} has more than {MAX_BYTES} bytes; name a file of keys")
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ConfigError(f"api_keys_file={str(path)!r} has no key; write one on each line")

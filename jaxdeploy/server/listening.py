@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from jaxdeploy.config import ServerConfig
 from jaxdeploy.errors import ConfigError, JaxdeployError
+from jaxdeploy.files.stored import is_file
 from jaxdeploy.server.http_connection import HttpConnection
 
 DRAIN_SECONDS = 60
@@ -174,7 +175,7 @@ def certificate(config: ServerConfig) -> tuple[str, str] | None:
     found = []
     for name, value in names.items():
         path = value or os.environ.get(name.upper())
-        if path is None or not Path(path).is_file():
+        if path is None or not is_file(Path(path)):
             raise ConfigError(f"{name}={path!r} is no file; name the PEM file, or leave ssl out")
         found.append(path)
     return found[0], found[1]

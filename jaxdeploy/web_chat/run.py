@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -43,7 +44,6 @@ def web_chat(
     api_key: str | None = None,
     chat_template: ChatTemplateConfig | str | None = None,
     log_level: str = "INFO",
-    progress: bool = False,
 ) -> None:
     """Let browsers talk with a model until SIGINT or SIGTERM.
 
@@ -66,7 +66,7 @@ def web_chat(
                 engine_config or EngineConfig(),
                 server_config,
                 chat_template=chat_template,
-                progress=progress,
+                progress=sys.stderr.isatty(),
             )
             local = LocalServer(served, server_config)
             model = RemoteModel(local.url, local.api_key)

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.decode_layer.call import DecodeLayerCall
 from pallas_kernels.decode_layer.linear import Source, SplitAttention, whole
 from pallas_kernels.decode_layer.new_token import NewVector, Projection, encode, store
 from pallas_kernels.kv_pool import Pool, pool_bits
@@ -42,62 +43,26 @@ class AttentionTile:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class Heads:
-    """N query heads over K KV heads of H elements each."""
-
-    queries: int
-    kv: int
-    size: int
-
-    @property
-    def group(self) -> int:
-        """Query heads of a KV head."""
-        return self.queries // self.kv
-
-
-def attend(
-    partials: jax.Array,
-    bias: jax.Array | None,
-    pool: Pool,
-    block_tables: jax.Array,
-    positions: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    *,
-    heads: Heads,
-    rows: int,
-    scale: float,
-    window: int | None,
-    dtype: jnp.dtype,
-    tile: AttentionTile,
-) -> tuple[Source, Pool]:
+def attend(call: DecodeLayerCall, partials: jax.Array, tile: AttentionTile) -> tuple[Source, Pool]:
     """Attention as the activations of the output projection, and the pool with the new token's keys and values.
 
     Args:
-        partials: float32 [splits, B, K · (N/K + 2) · H], parts of the QKV projection.
-        bias: [K · (N/K + 2) · H] or ``None``.
-        pool: updated in place.
-        block_tables: int32 [B, M].
-        positions: int32 [B].
-        cos: float32 [B, H/2].
-        sin: float32 [B, H/2].
-        heads: their numbers and size.
-        rows: what B is padded to.
-        scale: of the scores.
-        window: or ``None``.
-        dtype: of the activations.
-        tile: how contexts are cut up.
+        call: of the layer; its pool is updated in place.
+        partials: float32 [splits, B, K · (N/K + 2) · H], parts of the QKV projection, without the bias.
+        tile: how contexts are divided.
     """
-    tokens, arrays = positions.shape[0], as_words(pool)
-    words = Words(pool_bits(pool, heads.size), heads.size)
-    body = _Attention(words, tile, heads.group, scale, window, dtype, has_bias=bias is not None)
+    heads, tokens, dtype = call.heads, call.tokens, call.x.dtype
+    bias, arrays, rows = call.weights.bqkv, as_words(call.pool), call.x.shape[0]
+    words = Words(pool_bits(call.pool, heads.size), heads.size)
+    scores = call.scores
+    body = _Attention(words, tile, heads.group, scores.scale, scores.window, dtype, has_bias=bias is not None)
     if tile.splits == 1:
         results = [jax.ShapeDtypeStruct((rows, heads.queries * heads.size), dtype)]
     else:
         parts = (tile.splits, tokens, heads.queries)
         results = [jax.ShapeDtypeStruct((*parts, heads.size), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)]
-    operands = [*arrays, partials, *([] if bias is None else [bias]), block_tables, positions, cos, sin]
+    per_token = (call.block_tables, call.positions, call.cos, call.sin)
+    operands = [*arrays, partials, *([] if bias is None else [bias]), *per_token]
     shapes = [*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays), *results]
     outputs = pl.pallas_call(
         body.run,

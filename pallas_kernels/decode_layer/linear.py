@@ -20,7 +20,8 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.decode_layer.weights import weight_shape
 from pallas_kernels.paged_attention.instructions import exp2
 from pallas_kernels.target import current_target
-from pallas_kernels.w4a16_matmul.dequant import CHUNK, STEP, add_chunk, load_chunk
+from pallas_kernels.w4a16_matmul.dequant import STEP, add_chunk, load_chunk
+from pallas_kernels.w4a16_matmul.layout import CHUNK, is_packed
 
 _PLAIN_STEP = 64
 """Rows of a plain weight in one dot."""
@@ -240,7 +241,7 @@ def _add_chunk(
     def load(offset: int, width: int) -> jax.Array:
         return plt.load(x.at[pl.ds(first_row, acc.shape[0]), pl.ds(chunk * CHUNK + offset, width)])
 
-    if weight.dtype == jnp.int32:
+    if is_packed(weight):
         words, groups = load_chunk(weight, chunk)
         return add_chunk(acc, lambda j: load(j * STEP, STEP), words, groups, interpret=interpret)
     for offset in range(0, CHUNK, _PLAIN_STEP):

@@ -6,58 +6,51 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.decode_layer.call import DecodeLayerCall
 from pallas_kernels.decode_layer.tiles import Tiles
-from pallas_kernels.decode_layer.weights import LayerWeights, is_packed
 from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, dequantize, pool_bits, put, stored
 from pallas_kernels.target import Target
+from pallas_kernels.w4a16_matmul.layout import is_packed
 from pallas_kernels.w4a16_matmul.reference import weight as unpacked
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Runs everywhere."""
 
 
-def run(
-    x: jax.Array,
-    normed: jax.Array,
-    weights: LayerWeights,
-    next_norm: jax.Array,
-    pool: Pool,
-    block_tables: jax.Array,
-    positions: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    *,
-    num_heads: int,
-    scale: float,
-    eps: float,
-    window: int | None,
-    axis_name: str | None,
-    tiles: Tiles | None,
-) -> tuple[jax.Array, jax.Array, Pool]:
-    """See ``pallas_kernels.decode_layer.decode_layer``; ``tiles`` mean nothing here."""
-    tokens, size = positions.shape[0], 2 * cos.shape[1]
-    stream, dtype = x[:tokens].astype(jnp.float32), x.dtype
+def check(call: DecodeLayerCall) -> None:
+    """Refuse options of the scores that the layer does not implement."""
+    call.scores.refuse("softcap", "slopes", "sinks")
 
-    def end_branch(rows: jax.Array, weight: jax.Array, bias: jax.Array | None, norm: jax.Array) -> None:
-        nonlocal stream, normed
+
+def run(call: DecodeLayerCall, tiles: Tiles | None = None) -> tuple[jax.Array, jax.Array, Pool]:
+    """See ``pallas_kernels.decode_layer.decode_layer``; ignores ``tiles``."""
+    tokens, heads, weights, dtype = call.tokens, call.heads, call.weights, call.x.dtype
+    stream = call.x[:tokens].astype(jnp.float32)
+
+    def end_branch(
+        stream: jax.Array, rows: jax.Array, weight: jax.Array, bias: jax.Array | None, norm: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         out = product(rows, weight)
-        if axis_name is not None:
-            out = lax.psum(out.astype(dtype), axis_name).astype(jnp.float32)
+        if call.axis_name is not None:
+            out = lax.psum(out.astype(dtype), call.axis_name).astype(jnp.float32)
         stream = rounded(stream + _with_bias(out, bias), dtype)
-        normed = rms_norm(stream, norm, eps)
+        return stream, rms_norm(stream, norm, call.eps)
 
-    projected = rounded(_with_bias(product(normed[:tokens], weights.wqkv), weights.bqkv), dtype)
-    kv_heads = projected.shape[1] // size - num_heads >> 1
-    grouped = projected.reshape(tokens, kv_heads, -1, size)
-    queries = rotate(grouped[:, :, :-2], cos, sin)
-    key = rounded(rotate(grouped[:, :, -2:-1], cos, sin), dtype)
-    pool = write(pool, jnp.concatenate([key, grouped[:, :, -1:]], axis=2), block_tables, positions)
-    attended = attention(rounded(queries * scale, dtype), pool, block_tables, positions, window)
-    end_branch(attended.reshape(tokens, -1).astype(dtype), weights.wo, weights.bo, weights.mlp_norm)
+    projected = rounded(_with_bias(product(call.normed[:tokens], weights.wqkv), weights.bqkv), dtype)
+    grouped = projected.reshape(tokens, heads.kv, -1, heads.size)
+    queries = rotate(grouped[:, :, :-2], call.cos, call.sin)
+    key = rounded(rotate(grouped[:, :, -2:-1], call.cos, call.sin), dtype)
+    vectors = jnp.concatenate([key, grouped[:, :, -1:]], axis=2)
+    pool = write(call.pool, vectors, call.block_tables, call.positions)
+    scaled = rounded(queries * call.scores.scale, dtype)
+    attended = attention(scaled, pool, call.block_tables, call.positions, call.scores.window)
+    attended = attended.reshape(tokens, -1).astype(dtype)
+    stream, normed = end_branch(stream, attended, weights.wo, weights.bo, weights.mlp_norm)
     gate, up = jnp.split(_with_bias(product(normed, weights.gate_up), weights.gate_up_bias), 2, axis=1)
-    end_branch((jax.nn.silu(gate) * up).astype(dtype), weights.down, weights.down_bias, next_norm)
-    padding = ((0, x.shape[0] - tokens), (0, 0))
+    inner = (jax.nn.silu(gate) * up).astype(dtype)
+    stream, normed = end_branch(stream, inner, weights.down, weights.down_bias, call.next_norm)
+    padding = ((0, call.x.shape[0] - tokens), (0, 0))
     return jnp.pad(stream.astype(dtype), padding), jnp.pad(normed, padding), pool
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode_layer import padded_rows
-from pallas_kernels.decode_layer.tiles import Call, Tiles, candidates, choose
+from pallas_kernels.decode_layer.call import DecodeLayerCall, padded_rows
+from pallas_kernels.decode_layer.tiles import ProblemSize, Tiles, candidates, choose
 from pallas_kernels.decode_layer.weights import LayerWeights
 from pallas_kernels.kv_pool import Pool, QuantizedPool
 from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
+from pallas_kernels.score_options import ScoreOptions
 from pallas_kernels.target import current_target
-from pallas_kernels.w4a16_matmul.dequant import CHUNK
+from pallas_kernels.w4a16_matmul.layout import CHUNK, assemble, packed_shape, part_shapes
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Shape:
         return f"{self.model} B={self.tokens} M={self.entries} S={self.block_size} {weights} weights, {self.kv} KV"
 
     @property
-    def call(self) -> Call:
+    def problem(self) -> ProblemSize:
         """What tiles depend on."""
-        return Call(
+        return ProblemSize(
             tokens=self.tokens,
             hidden=self.hidden,
             heads=self.heads,
@@ -115,8 +116,8 @@ TEST_SHAPES = (
 )
 
 
-def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of ``decode_layer``: contexts of all lengths up to M · S, their blocks shuffled over the pool."""
+def make_call(shape: Shape, seed: int = 0) -> DecodeLayerCall:
+    """Return a call of ``shape``: contexts of all lengths up to M · S, their blocks shuffled over the pool."""
     keys = iter(jax.random.split(jax.random.key(seed, impl="unsafe_rbg"), 32))
     dtype, rows = jnp.dtype(shape.dtype), padded_rows(shape.tokens)
 
@@ -139,9 +140,20 @@ def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, A
     cos, sin = rotary(positions, shape.head_dim)
     pool = make_pool(next(keys), shape, shape.blocks)
     tables = tables.reshape(shape.tokens, shape.entries)
-    args = (x, normed, weights, next_norm.astype(dtype), pool, tables, positions, cos, sin)
-    options = {"num_heads": shape.heads, "scale": shape.head_dim**-0.5, "eps": 1e-5, "window": shape.window}
-    return args, options
+    return DecodeLayerCall(
+        x=x,
+        normed=normed,
+        weights=weights,
+        next_norm=next_norm.astype(dtype),
+        pool=pool,
+        block_tables=tables,
+        positions=positions,
+        cos=cos,
+        sin=sin,
+        scores=ScoreOptions(shape.head_dim**-0.5, shape.window),
+        num_heads=shape.heads,
+        eps=1e-5,
+    )
 
 
 def make_weight(key: jax.Array, rows: int, columns: int, group: int | None, dtype: jnp.dtype) -> jax.Array:
@@ -150,13 +162,12 @@ def make_weight(key: jax.Array, rows: int, columns: int, group: int | None, dtyp
     if group is None:
         plain: jax.Array = jax.random.normal(first, (rows, columns), jnp.float32) * rows**-0.5
         return plain.astype(dtype)
-    chunks, groups = rows // CHUNK, CHUNK // group
-    words = jax.random.bits(first, (chunks, 16, columns), jnp.uint32)
-    spread = jax.random.uniform(second, (chunks, groups, columns), jnp.float32, 0.5, 1.5)
+    words_shape, groups_shape = part_shapes(packed_shape(rows, (columns,), group))
+    words = jax.random.bits(first, words_shape, jnp.uint32)
+    spread = jax.random.uniform(second, groups_shape, jnp.float32, 0.5, 1.5)
     scales = (spread * (rows**-0.5 / 5)).astype(jnp.float16)
     zeros = jax.random.randint(third, scales.shape, 6, 11, jnp.uint32)
-    rows_of_groups = jax.lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.uint32) | zeros << jnp.uint32(16)
-    return jax.lax.bitcast_convert_type(jnp.concatenate([words, rows_of_groups], axis=1), jnp.int32)
+    return assemble(words, scales, zeros)
 
 
 def make_pool(key: jax.Array, shape: Shape, blocks: int) -> Pool:
@@ -178,11 +189,10 @@ def rotary(positions: jax.Array, head_dim: int, theta: float = 10000.0) -> tuple
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def carry(args: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
-    """Arguments of the next call: the same layer again, over the pool that it updated in place."""
-    _, _, weights, next_norm, _, *step = args
+def carry(call: DecodeLayerCall, out: tuple[jax.Array, jax.Array, Pool]) -> DecodeLayerCall:
+    """Return the next call: the same layer again, over the pool that it updated in place."""
     x, normed, pool = out
-    return x, normed, weights, next_norm, pool, *step
+    return replace(call, x=x, normed=normed, pool=pool)
 
 
 def cost(shape: Shape) -> tuple[int, int]:
@@ -199,17 +209,17 @@ def cost(shape: Shape) -> tuple[int, int]:
 
 def tiles_for(shape: Shape, device: str) -> Tiles:
     """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
-    return choose(DEVICES[device].target, shape.call, None)
+    return choose(DEVICES[device].target, shape.problem, None)
 
 
 def key_for(shape: Shape) -> str:
     """Its name in the tuning table."""
-    return shape.call.key
+    return shape.problem.key
 
 
 def candidates_for(shape: Shape) -> Iterator[Tiles]:
     """The tiles worth timing."""
-    return candidates(current_target(), shape.call)
+    return candidates(current_target(), shape.problem)
 
 
 def elements_per_trip(shape: Shape, tiles: Tiles) -> dict[str, int]:

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pallas_kernels import tuning
+from pallas_kernels.decode_layer.call import DecodeLayerCall
+from pallas_kernels.decode_layer.weights import weight_shape
+from pallas_kernels.kv_pool import block_size, pool_bits
 from pallas_kernels.target import Target
-from pallas_kernels.w4a16_matmul.dequant import CHUNK
-
-OP = "decode_layer"
+from pallas_kernels.w4a16_matmul.layout import CHUNK, is_packed
 
 _CORES = 132
 """Of a device that does not say."""
 _PROGRAMS_PER_CORE, _ATTENTION_PER_CORE = 3, 2
-_MOST_SPLITS = 8
+_MAX_SPLITS = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Call:
+class ProblemSize:
     """What the tiles depend on. Widths are the device's own; ``weight_bits`` 16 or 4, ``kv_bits`` 16, 8 or 4."""
 
     tokens: int
@@ -56,6 +57,25 @@ class Call:
     weight_bits: int
     kv_bits: int
     parallel: bool
+
+    @classmethod
+    def of(cls, call: DecodeLayerCall) -> ProblemSize:
+        """Return the sizes of ``call``."""
+        heads = call.heads
+        tokens, entries = call.block_tables.shape
+        return cls(
+            tokens=tokens,
+            hidden=call.x.shape[1],
+            heads=heads.queries,
+            kv_heads=heads.kv,
+            head_dim=heads.size,
+            mlp=weight_shape(call.weights.down)[0],
+            block_size=block_size(call.pool),
+            context=entries,
+            weight_bits=4 if is_packed(call.weights.wqkv) else 16,
+            kv_bits=pool_bits(call.pool, heads.size) or 16,
+            parallel=call.axis_name is not None,
+        )
 
     @property
     def qkv(self) -> int:
@@ -72,12 +92,12 @@ class Call:
         )
 
 
-def choose(target: Target, call: Call, explicit: Tiles | None) -> Tiles:
+def choose(target: Target, problem: ProblemSize, explicit: Tiles | None) -> Tiles:
     """The tiles of a call: explicit, measured, or the heuristic's."""
-    return tuning.choose(OP, target.kind, call.key, explicit, heuristic(target, call))
+    return tuning.choose("decode_layer", target.kind, problem.key, explicit, heuristic(target, problem))
 
 
-def heuristic(target: Target, call: Call) -> Tiles:
+def heuristic(target: Target, problem: ProblemSize) -> Tiles:
     """Enough programs to keep memory busy, and no more parts to add up than that takes.
 
     A product takes the widest columns that divide the weight's (up to 128, or 64 of plain weights, which are four times
@@ -87,30 +107,30 @@ def heuristic(target: Target, call: Call) -> Tiles:
     output projection combines on its way.
     """
     cores = target.cores or _CORES
-    plain = call.weight_bits == 16
+    plain = problem.weight_bits == 16
     widest = 64 if plain else 128
-    narrow = 32 if call.parallel else widest
-    qkv, out = _widest(call.qkv, widest), _widest(call.hidden, narrow)
-    gate_up = _widest(call.mlp, 64 if call.mlp >= 64 * cores else 32)
-    context = call.context * call.block_size
-    wanted = -(-_ATTENTION_PER_CORE * cores // (call.tokens * call.kv_heads))
+    narrow = 32 if problem.parallel else widest
+    qkv, out = _widest(problem.qkv, widest), _widest(problem.hidden, narrow)
+    gate_up = _widest(problem.mlp, 64 if problem.mlp >= 64 * cores else 32)
+    context = problem.context * problem.block_size
+    wanted = -(-_ATTENTION_PER_CORE * cores // (problem.tokens * problem.kv_heads))
     return Tiles(
         qkv_columns=qkv,
-        qkv_splits=_splits(call.hidden, call.qkv // qkv, cores),
+        qkv_splits=_splits(problem.hidden, problem.qkv // qkv, cores),
         attend_splits=max(1, min(wanted, context // 256, 8 if context <= 8192 else 32)),
         attend_tokens=64,
         out_columns=out,
-        out_splits=1 if call.parallel else _splits(call.heads * call.head_dim, call.hidden // out, cores),
+        out_splits=1 if problem.parallel else _splits(problem.heads * problem.head_dim, problem.hidden // out, cores),
         gate_up_columns=gate_up,
         down_columns=out,
-        down_splits=1 if call.parallel else _splits(call.mlp, call.hidden // out, cores),
+        down_splits=1 if problem.parallel else _splits(problem.mlp, problem.hidden // out, cores),
         linear_stages=3 if plain else 4,
     )
 
 
-def candidates(target: Target, call: Call) -> Iterator[Tiles]:
+def candidates(target: Target, problem: ProblemSize) -> Iterator[Tiles]:
     """The heuristic's tiles and its neighbours, one parameter changed at a time."""
-    start = heuristic(target, call)
+    start = heuristic(target, problem)
     yield start
     choices = {
         "qkv_columns": (64, 128),
@@ -131,19 +151,19 @@ def candidates(target: Target, call: Call) -> Iterator[Tiles]:
     for field, values in choices.items():
         for value in values:
             tiles = replace(start, **{field: value})
-            if value != getattr(start, field) and fits(tiles, call):
+            if value != getattr(start, field) and fits(tiles, problem):
                 yield tiles
 
 
-def fits(tiles: Tiles, call: Call) -> bool:
+def fits(tiles: Tiles, problem: ProblemSize) -> bool:
     """Whether ``tiles`` divide the call's columns and blocks."""
     columns = (
-        (call.qkv, tiles.qkv_columns),
-        (call.hidden, tiles.out_columns),
-        (call.mlp, tiles.gate_up_columns),
-        (call.hidden, tiles.down_columns),
+        (problem.qkv, tiles.qkv_columns),
+        (problem.hidden, tiles.out_columns),
+        (problem.mlp, tiles.gate_up_columns),
+        (problem.hidden, tiles.down_columns),
     )
-    blocks = (call.block_size % tiles.attend_tokens, tiles.attend_tokens % call.block_size)
+    blocks = (problem.block_size % tiles.attend_tokens, tiles.attend_tokens % problem.block_size)
     return all(whole % part == 0 for whole, part in columns) and 0 in blocks
 
 
@@ -155,6 +175,6 @@ def _widest(columns: int, limit: int) -> int:
 def _splits(rows: int, programs: int, cores: int) -> int:
     """As many as make ``programs`` enough; none of them without a chunk of the weight's ``rows``."""
     chunks = rows // CHUNK
-    wanted = max(1, min(_MOST_SPLITS, _PROGRAMS_PER_CORE * cores // programs))
+    wanted = max(1, min(_MAX_SPLITS, _PROGRAMS_PER_CORE * cores // programs))
     per_split = -(-chunks // wanted)
     return -(-chunks // per_split)

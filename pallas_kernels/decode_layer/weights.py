@@ -1,13 +1,12 @@
-"""The weights of one layer as its decode step takes them, and what each kind of weight array looks like."""
+"""The weights of one layer as its decode step takes them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.w4a16_matmul.dequant import CHUNK
+from pallas_kernels.w4a16_matmul.layout import input_size, is_packed
 
 
 @jax.tree_util.register_dataclass
@@ -39,12 +38,7 @@ class LayerWeights:
     down_bias: jax.Array | None = None
 
 
-def is_packed(weight: jax.Array) -> bool:
-    """Whether ``weight`` holds 4-bit integers."""
-    return bool(weight.dtype == jnp.int32)
-
-
 def weight_shape(weight: jax.Array) -> tuple[int, int]:
     """(rows, columns) of the matrix that ``weight`` stands for."""
-    rows = weight.shape[0] * CHUNK if is_packed(weight) else weight.shape[0]
+    rows = input_size(weight.shape) if is_packed(weight) else weight.shape[0]
     return int(rows), int(weight.shape[-1])

@@ -11,7 +11,7 @@ import jax
 from pallas_kernels.dispatch import RefusalError, need_gpu
 from pallas_kernels.target import Target
 
-OLDEST_JAX = (0, 11, 2)
+MIN_JAX = (0, 11, 2)
 """First release with the API that the kernels are written against, and whose interpreter runs them."""
 
 SHARED_MEMORY = 227 * 1024
@@ -29,5 +29,5 @@ def need_hopper(target: Target) -> None:
 
 def need_jax() -> None:
     """Raise ``RefusalError`` where jax is older than the kernels need: for them to be interpreted, too."""
-    if jax.__version_info__ < OLDEST_JAX:
-        raise RefusalError(f"needs jax {'.'.join(map(str, OLDEST_JAX))}, have {jax.__version__}")
+    if jax.__version_info__ < MIN_JAX:
+        raise RefusalError(f"needs jax {'.'.join(map(str, MIN_JAX))}, have {jax.__version__}")

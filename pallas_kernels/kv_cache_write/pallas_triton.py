@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import RefusalError, need_gpu
+from pallas_kernels.kv_cache_write.call import KVCacheWriteCall
 from pallas_kernels.kv_cache_write.tiles import Tiles, choose
 from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, integers, pool_bits, range_of
 from pallas_kernels.paged_attention.words import as_words, from_words
@@ -25,19 +26,23 @@ from pallas_kernels.target import Target, current_target
 _KEYS, _VALUES = 0, 1
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Refuse what is no GPU of compute capability 8.0 or newer."""
     need_gpu(target)
 
 
-def run(
-    qkv: jax.Array, cos: jax.Array, sin: jax.Array, pool: Pool, slots: jax.Array, *, tiles: Tiles | None = None
-) -> tuple[jax.Array, Pool]:
-    """See ``pallas_kernels.kv_cache_write.kv_cache_write``."""
-    tokens, kv_heads, vectors, size = qkv.shape
+def check(call: KVCacheWriteCall) -> None:
+    """Refuse a head_dim that is not a multiple of 16."""
+    size = call.qkv.shape[-1]
     if size % 16:
         raise RefusalError(f"needs a head_dim that is a multiple of 16, have {size}")
-    target, bits, words = current_target(), pool_bits(pool, size), as_words(pool)
+
+
+def run(call: KVCacheWriteCall, tiles: Tiles | None = None) -> tuple[jax.Array, Pool]:
+    """See ``pallas_kernels.kv_cache_write.kv_cache_write``."""
+    qkv, pool, target = call.qkv, call.pool, current_target()
+    tokens, kv_heads, vectors, size = qkv.shape
+    bits, words = pool_bits(pool, size), as_words(pool)
     chosen = choose(tokens, kv_heads, vectors - 2, size, bits, target, tiles)
     calibrated = isinstance(pool, QuantizedPool) and pool.calibrated
     kernel = _Kernel(bits, size, block_size(pool), chosen.tile_m, calibrated=calibrated)
@@ -51,7 +56,7 @@ def run(
         compiler_params=plt.CompilerParams(num_warps=chosen.num_warps, num_stages=1),
         interpret=target.interpret,
         name="kv_cache_write",
-    )(qkv, cos, sin, slots, *words)
+    )(qkv, call.cos, call.sin, call.slots, *words)
     updated = from_words((*written, *words[len(written) :]))
     if isinstance(updated, QuantizedPool):
         updated = replace(updated, calibrated=calibrated)

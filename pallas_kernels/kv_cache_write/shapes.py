@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.kv_cache_write.call import KVCacheWriteCall
 from pallas_kernels.kv_cache_write.tiles import Tiles, candidates, choose, key
 from pallas_kernels.kv_pool import Pool, QuantizedPool
 from pallas_kernels.model_sizes import DISTINCT
@@ -79,8 +79,8 @@ TEST_SHAPES = (
 )
 
 
-def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and keywords for the op, drawn on the device. What the pool holds already is not 0."""
+def make_call(shape: Shape, seed: int = 0) -> KVCacheWriteCall:
+    """Return a call of ``shape``, drawn on the device. The pool is not 0 before the write."""
     keys = jax.random.split(jax.random.key(seed), 3)
     vectors = (shape.tokens, shape.kv_heads, shape.group + 2, shape.head_dim)
     qkv = jax.random.normal(keys[0], vectors, jnp.dtype(shape.dtype))
@@ -88,7 +88,8 @@ def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, A
     room = shape.blocks * shape.block_size
     slots = jax.random.permutation(keys[2], jnp.arange(room, dtype=jnp.int32))[: shape.tokens]
     padded = jnp.arange(shape.tokens, dtype=jnp.int32) >= shape.tokens - shape.padding
-    return (qkv, jnp.cos(angles), jnp.sin(angles), _make_pool(shape), jnp.where(padded, room, slots)), {}
+    slots = jnp.where(padded, room, slots)
+    return KVCacheWriteCall(qkv, jnp.cos(angles), jnp.sin(angles), _make_pool(shape), slots)
 
 
 def _make_pool(shape: Shape) -> Pool:
@@ -124,10 +125,9 @@ def tiles_for(shape: Shape, device: str) -> Tiles:
     return choose(shape.tokens, shape.kv_heads, shape.group, shape.head_dim, shape.bits, DEVICES[device].target)
 
 
-def carry(args: tuple[Any, ...], out: Any) -> tuple[Any, ...]:
-    """The arguments of a next call: the pool moves on, updated in place where it is donated."""
-    qkv, cos, sin, _, slots = args
-    return qkv, cos, sin, out[1], slots
+def carry(call: KVCacheWriteCall, out: tuple[jax.Array, Pool]) -> KVCacheWriteCall:
+    """Return the next call, over the pool that ``call`` wrote; updated in place if donated."""
+    return replace(call, pool=out[1])
 
 
 def key_for(shape: Shape) -> str:

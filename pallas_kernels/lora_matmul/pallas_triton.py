@@ -20,39 +20,36 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import RefusalError, need_gpu
-from pallas_kernels.lora_matmul.tiles import Call, Tiles, choose, tile_r
+from pallas_kernels.lora_matmul.call import LoRAMatmulCall
+from pallas_kernels.lora_matmul.tiles import ProblemSize, Tiles, choose, tile_r
 from pallas_kernels.target import Target, current_target
 
 RANK_BLOCK = 16
 """Ranks that are read or skipped together."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Refuse what is no GPU of sm_80 or newer."""
     need_gpu(target)
 
 
-def run(
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    adapter: jax.Array,
-    candidates: jax.Array,
-    ranks: jax.Array,
-    *,
-    segments: tuple[int, ...],
-    tiles: Tiles | None = None,
-) -> jax.Array:
-    """See ``pallas_kernels.lora_matmul.lora_matmul``; refuses an R that is not a multiple of ``RANK_BLOCK``.
-
-    Between the products a token is rounded to the dtype of ``x``, which tensor cores take. Of ``candidates`` only their
-    number counts, for the tiles.
-    """
-    (tokens, _), (_, rank, n), ranks_together = x.shape, b.shape, a.shape[2]
+def check(call: LoRAMatmulCall) -> None:
+    """Refuse an R that is not a multiple of ``RANK_BLOCK``."""
+    rank = call.b.shape[1]
     if rank % RANK_BLOCK or not rank:
         raise RefusalError(f"needs R in steps of {RANK_BLOCK}, have R={rank}; pad a and b with zeros")
+
+
+def run(call: LoRAMatmulCall, tiles: Tiles | None = None) -> jax.Array:
+    """See ``pallas_kernels.lora_matmul.lora_matmul``.
+
+    Between the products a token is rounded to the dtype of ``x``, which tensor cores take. Only the number of
+    ``candidates`` matters here, for the tiles.
+    """
+    x, a, b = call.x, call.a, call.b
+    (tokens, _), (_, rank, n), ranks_together = x.shape, b.shape, a.shape[2]
     target = current_target()
-    chosen = choose(Call.of(x, a, b, candidates), target, tiles)
+    chosen = choose(ProblemSize.of(call), target, tiles)
     rows = pl.cdiv(tokens, chosen.tile_m)
     launch = partial(
         pl.pallas_call,
@@ -64,13 +61,13 @@ def run(
         grid=(chosen.splits * pl.cdiv(ranks_together, tile_r(ranks_together)), rows, chosen.teams),
         out_shape=jax.ShapeDtypeStruct((chosen.splits, tokens, ranks_together), jnp.float32),
         name="lora_matmul_shrink",
-    )(x, a, adapter, ranks)
+    )(x, a, call.adapter, call.ranks)
     out: jax.Array = launch(
-        partial(_expand_kernel, segments=segments, tiles=chosen),
+        partial(_expand_kernel, segments=call.widths, tiles=chosen),
         grid=(pl.cdiv(n, chosen.tile_n), rows, chosen.teams),
         out_shape=jax.ShapeDtypeStruct((tokens, n), x.dtype),
         name="lora_matmul_expand",
-    )(down, b, adapter, ranks)
+    )(down, b, call.adapter, call.ranks)
     return out
 
 
@@ -116,8 +113,8 @@ def _expand_kernel(
     tiles: Tiles,
 ) -> None:
     """Rows of the team's tokens in ``out_ref`` [T, N]; the first team also clears those of tokens without adapter."""
-    (splits, tokens, _), (_, most, n) = down_ref.shape, b_ref.shape
-    width = tile_r(most)
+    (splits, tokens, _), (_, max_rank, n) = down_ref.shape, b_ref.shape
+    width = tile_r(max_rank)
     rows, users = _users(adapter_ref, tiles)
     columns = pl.program_id(0) * tiles.tile_n + jnp.arange(tiles.tile_n, dtype=jnp.int32)
     inside = (columns < n)[None, :]
@@ -140,13 +137,13 @@ def _expand_kernel(
             def step(index: jax.Array, sums: jax.Array) -> jax.Array:
                 depth = index * width + jnp.arange(width, dtype=jnp.int32)
                 used = _in_use(depth, rank)
-                place = down_ref.at[parts[:, None, None], rows[None, :, None], module * most + depth[None, None, :]]
+                place = down_ref.at[parts[:, None, None], rows[None, :, None], module * max_rank + depth[None, None, :]]
                 down = plt.load(place, mask=own[None, :, None] & used[None, None, :], other=0.0).sum(axis=0)
                 mask = used[:, None] & inside & belongs[None, :]
                 b = plt.load(b_ref.at[entry, depth[:, None], columns[None, :]], mask=mask, other=0.0)
                 return sums + _dot(down.astype(b.dtype), b)
 
-            return step(jnp.int32(0), sums) if most <= width else lax.fori_loop(0, pl.cdiv(rank, width), step, sums)
+            return step(jnp.int32(0), sums) if max_rank <= width else lax.fori_loop(0, pl.cdiv(rank, width), step, sums)
 
         sums = zeros
         for module, (touched, belongs) in enumerate(modules):

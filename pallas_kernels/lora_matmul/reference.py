@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.lora_matmul.call import LoRAMatmulCall
 from pallas_kernels.lora_matmul.tiles import Tiles
 from pallas_kernels.target import Target
 
@@ -21,23 +22,18 @@ State = tuple[jax.Array, jax.Array]
 """What tokens still wait for: int32 [T], -1 where they have it; and the result so far, float32 [T, N]."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Runs everywhere."""
 
 
-def run(
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    adapter: jax.Array,
-    candidates: jax.Array,
-    ranks: jax.Array,
-    *,
-    segments: tuple[int, ...],
-    tiles: Tiles | None = None,
-) -> jax.Array:
-    """See ``pallas_kernels.lora_matmul.lora_matmul``; needs neither ``candidates`` nor ``ranks``, and has no tiles."""
-    wide, modules = x.astype(jnp.float32), np.resize(np.repeat(np.arange(len(segments)), segments), b.shape[2])
+def check(call: LoRAMatmulCall) -> None:
+    """Accepts every call."""
+
+
+def run(call: LoRAMatmulCall, tiles: Tiles | None = None) -> jax.Array:
+    """See ``pallas_kernels.lora_matmul.lora_matmul``; uses neither ``candidates`` nor ``ranks``, ignores ``tiles``."""
+    x, a, b, widths = call.x, call.a, call.b, call.widths
+    wide, modules = x.astype(jnp.float32), np.resize(np.repeat(np.arange(len(widths)), widths), b.shape[2])
 
     def waiting(state: State) -> jax.Array:
         return (state[0] >= 0).any()
@@ -50,7 +46,7 @@ def run(
         return jnp.where(own, -1, awaited), jnp.where(own[:, None], product, out)
 
     out = jnp.zeros((x.shape[0], b.shape[2]), jnp.float32)
-    return lax.while_loop(waiting, serve, (adapter, out))[1].astype(x.dtype)
+    return lax.while_loop(waiting, serve, (call.adapter, out))[1].astype(x.dtype)
 
 
 def _product(x: jax.Array, a: jax.Array, b: jax.Array, modules: Array) -> jax.Array:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.lora_matmul.tiles import LARGEST_DECODE, Call, Tiles, candidates, choose, tile_r
+from pallas_kernels.lora_matmul.call import LoRAMatmulCall
+from pallas_kernels.lora_matmul.tiles import MAX_DECODE, ProblemSize, Tiles, candidates, choose, tile_r
 from pallas_kernels.model_sizes import MODELS, ModelSizes
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.target import current_target
@@ -42,7 +42,7 @@ class Shape:
     @property
     def phase(self) -> str:
         """``decode`` or ``prefill``."""
-        return "decode" if self.tokens <= LARGEST_DECODE else "prefill"
+        return "decode" if self.tokens <= MAX_DECODE else "prefill"
 
     @property
     def used(self) -> int:
@@ -56,9 +56,9 @@ class Shape:
         return len(self.segments or (self.n,))
 
     @property
-    def call(self) -> Call:
+    def problem(self) -> ProblemSize:
         """What tiles are chosen for."""
-        return Call(self.tokens, self.k, self.n, self.rank, self.slots, self.dtype, self.modules)
+        return ProblemSize(self.tokens, self.k, self.n, self.rank, self.slots, self.dtype, self.modules)
 
     def __str__(self) -> str:
         entries = f"R={self.rank} S={self.slots}{f' L={self.layers}' if self.layers > 1 else ''}"
@@ -100,8 +100,8 @@ TEST_SHAPES = (
 )
 
 
-def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
-    """Arguments and keywords for the op, drawn on the device.
+def make_call(shape: Shape, seed: int = 0) -> LoRAMatmulCall:
+    """Return a call of ``shape``, drawn on the device.
 
     Of the modules the first has the rank of its entry, the others half of it.
     """
@@ -119,7 +119,7 @@ def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict[
     b = jnp.where(columns.swapaxes(1, 2), b, jnp.zeros((), dtype))
     mine = entries - 1 - jax.random.permutation(keys[3], shape.slots)
     candidates = jnp.where(jnp.arange(shape.slots) < shape.slots - shape.mixed, mine, -1).astype(jnp.int32)
-    return (x, a, b, candidates[_slots(shape, keys[4])], candidates, ranks), {"segments": shape.segments}
+    return LoRAMatmulCall(x, a, b, candidates[_slots(shape, keys[4])], candidates, ranks, shape.segments)
 
 
 def _slots(shape: Shape, key: jax.Array) -> jax.Array:
@@ -138,17 +138,17 @@ def cost(shape: Shape) -> tuple[int, int]:
 
 def tiles_for(shape: Shape, device: str) -> Tiles:
     """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
-    return choose(shape.call, DEVICES[device].target)
+    return choose(shape.problem, DEVICES[device].target)
 
 
 def key_for(shape: Shape) -> str:
     """Its name in the tuning table."""
-    return shape.call.key
+    return shape.problem.key
 
 
 def candidates_for(shape: Shape) -> Iterator[Tiles]:
     """The tiles worth timing."""
-    return candidates(shape.call, current_target().cores or 1)
+    return candidates(shape.problem, current_target().cores or 1)
 
 
 def elements_per_trip(shape: Shape, tiles: Tiles) -> int:

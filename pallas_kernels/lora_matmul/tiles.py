@@ -6,26 +6,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tuning
+from pallas_kernels.lora_matmul.call import LoRAMatmulCall
 from pallas_kernels.target import Target
 
-LARGEST_DECODE = 256
+MAX_DECODE = 256
 """T up to which every token is taken to have an adapter of its own; beyond, neighbours share one."""
 
-LARGEST_TILE_R = 64
+MAX_TILE_R = 64
 """Ranks that a program holds at once; those of larger adapters are spread over programs, and then walked through."""
 
-SMALLEST_TILE = 16
+MIN_TILE = 16
 """Rows, columns and depth of the smallest product that Triton makes with tensor cores."""
 
-MOST_SPLITS = 16
+MAX_SPLITS = 16
 """Parts of K at most: the second kernel has to add them up."""
 
-MOST_HELD = 4096
+MAX_HELD = 4096
 """Partial sums that a program can hold for each of its warps: it has those of all parts of K at once."""
 
 SMALL_BYTES = 2**23
@@ -50,7 +50,7 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Call:
+class ProblemSize:
     """T, K, N, R and S of ``lora_matmul``, its dtype, and the number M of modules."""
 
     tokens: int
@@ -62,10 +62,10 @@ class Call:
     modules: int = 1
 
     @classmethod
-    def of(cls, x: jax.Array, a: jax.Array, b: jax.Array, candidates: jax.Array) -> Call:
-        """The call that these arguments make."""
-        (_, rank, n), modules = b.shape, a.shape[2] // b.shape[1]
-        return cls(x.shape[0], x.shape[1], n, rank, candidates.size, x.dtype.name, modules)
+    def of(cls, call: LoRAMatmulCall) -> ProblemSize:
+        """Return the sizes of ``call``."""
+        (tokens, k), (_, rank, n) = call.x.shape, call.b.shape
+        return cls(tokens, k, n, rank, call.candidates.size, call.x.dtype.name, len(call.widths))
 
     @property
     def key(self) -> str:
@@ -76,15 +76,15 @@ class Call:
     @property
     def decode(self) -> bool:
         """Whether it is limited by reading adapters, rather than tokens and results."""
-        return self.tokens <= LARGEST_DECODE
+        return self.tokens <= MAX_DECODE
 
 
 def tile_r(rank: int) -> int:
     """Ranks in a program's piece, of ``rank`` in all."""
-    return _within(rank, SMALLEST_TILE, LARGEST_TILE_R)
+    return _within(rank, MIN_TILE, MAX_TILE_R)
 
 
-def heuristic(call: Call, cores: int) -> Tiles:
+def heuristic(problem: ProblemSize, cores: int) -> Tiles:
     """Up to 64 tokens, 128 of many, so that an adapter is read once or a few times. In decode it has a team.
 
     In prefill neighbours share adapters: there are a few teams where that makes no more than eight programs a core, for
@@ -92,55 +92,55 @@ def heuristic(call: Call, cores: int) -> Tiles:
     work. K is split until each core has two programs or a program one step, four in prefill; at most so often that
     reading the sums, again for each tile of columns, stays small beside tokens and result.
     """
-    width = tile_r(call.modules * call.rank)
-    tile_m = _within(call.tokens, SMALLEST_TILE, 128 if call.tokens > 1024 and width < LARGEST_TILE_R else 64)
-    tile_k = _within(call.k, SMALLEST_TILE, 128)
-    rows = pl.cdiv(call.tokens, tile_m)
-    busy = rows * min(call.tokens, call.candidates) if call.decode else rows
-    tile_n = next((n for n in (128, 64) if busy * pl.cdiv(call.n, n) >= 2 * cores), 32)
-    columns = pl.cdiv(call.n, tile_n)
+    width = tile_r(problem.modules * problem.rank)
+    tile_m = _within(problem.tokens, MIN_TILE, 128 if problem.tokens > 1024 and width < MAX_TILE_R else 64)
+    tile_k = _within(problem.k, MIN_TILE, 128)
+    rows = pl.cdiv(problem.tokens, tile_m)
+    busy = rows * min(problem.tokens, problem.candidates) if problem.decode else rows
+    tile_n = next((n for n in (128, 64) if busy * pl.cdiv(problem.n, n) >= 2 * cores), 32)
+    columns = pl.cdiv(problem.n, tile_n)
     num_warps = 4 if tile_m * max(tile_n, width) <= 64 * 128 else 8
     splits = min(
-        MOST_SPLITS,
+        MAX_SPLITS,
         2 * cores // busy,
-        call.k // (tile_k if call.decode else 4 * tile_k),
-        MOST_HELD * num_warps // (tile_m * width),
-        max(SMALL_BYTES, 4 * call.tokens * (call.k + call.n)) // (4 * call.tokens * call.rank * columns),
+        problem.k // (tile_k if problem.decode else 4 * tile_k),
+        MAX_HELD * num_warps // (tile_m * width),
+        max(SMALL_BYTES, 4 * problem.tokens * (problem.k + problem.n)) // (4 * problem.tokens * problem.rank * columns),
     )
-    teams = _power_of_two(min(8, call.candidates, 8 * cores // (rows * columns)))
-    if call.decode:
-        teams = call.candidates if call.tokens > 1 else 1
+    teams = _power_of_two(min(8, problem.candidates, 8 * cores // (rows * columns)))
+    if problem.decode:
+        teams = problem.candidates if problem.tokens > 1 else 1
     return Tiles(tile_m, tile_k, tile_n, _power_of_two(splits), teams, num_warps, 3)
 
 
-def candidates(call: Call, cores: int) -> Iterator[Tiles]:
+def candidates(problem: ProblemSize, cores: int) -> Iterator[Tiles]:
     """What the tuner tries: half and twice of what the heuristic says, as far as a program's registers hold it."""
-    guess, width = heuristic(call, cores), tile_r(call.modules * call.rank)
+    guess, width = heuristic(problem, cores), tile_r(problem.modules * problem.rank)
     for tile_m, tile_n, splits, num_warps in product(
         _around(guess.tile_m, 16, 128), _around(guess.tile_n, 32, 256), _around(guess.splits, 1, 32), (4, 8)
     ):
         held = tile_m * max(tile_n // 2, splits * width // 4, width)
-        if held <= MOST_HELD // 4 * num_warps and (splits - 1) * guess.tile_k < call.k:
+        if held <= MAX_HELD // 4 * num_warps and (splits - 1) * guess.tile_k < problem.k:
             yield replace(guess, tile_m=tile_m, tile_n=tile_n, splits=splits, num_warps=num_warps)
     if guess.teams > 1:
         yield replace(guess, teams=1)
 
 
-def _within(size: int, least: int, most: int) -> int:
+def _within(size: int, minimum: int, maximum: int) -> int:
     """``size`` as a power of two, rounded up, within bounds."""
-    return int(min(most, max(least, pl.next_power_of_2(size))))
+    return int(min(maximum, max(minimum, pl.next_power_of_2(size))))
 
 
-def _power_of_two(most: int) -> int:
-    """The largest power of two up to ``most``; 1 where that is less."""
-    return 1 << max(1, most).bit_length() - 1
+def _power_of_two(maximum: int) -> int:
+    """The largest power of two up to ``maximum``; 1 if that is less."""
+    return 1 << max(1, maximum).bit_length() - 1
 
 
-def _around(size: int, least: int, most: int) -> list[int]:
+def _around(size: int, minimum: int, maximum: int) -> list[int]:
     """``size``, half and twice of it, within bounds."""
-    return [near for near in (size // 2, size, size * 2) if least <= near <= most]
+    return [near for near in (size // 2, size, size * 2) if minimum <= near <= maximum]
 
 
-def choose(call: Call, target: Target, explicit: Tiles | None = None) -> Tiles:
+def choose(problem: ProblemSize, target: Target, explicit: Tiles | None = None) -> Tiles:
     """The tiles of a call on ``target``: ``explicit``, else measured, else the heuristic's."""
-    return tuning.choose("lora_matmul", target.kind, call.key, explicit, heuristic(call, target.cores or 1))
+    return tuning.choose("lora_matmul", target.kind, problem.key, explicit, heuristic(problem, target.cores or 1))

@@ -14,35 +14,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.lora_matmul.call import LoRAMatmulCall
 from pallas_kernels.target import Target
 
-FEWEST, MOST = 2, 64
+MIN_TOGETHER, MAX_TOGETHER = 2, 64
 """Tokens that are multiplied together."""
 
-LARGEST_RANK = 64
+MAX_RANK = 64
 """R up to which the products of the fewest tokens are written out, rank by rank."""
 
 State = tuple[jax.Array, jax.Array]
 """The next token, int32; and the result so far, float32 [T, N / period, period] with the segments' sum as period."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Runs everywhere."""
 
 
-def run(
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    adapter: jax.Array,
-    candidates: jax.Array,
-    ranks: jax.Array,
-    *,
-    segments: tuple[int, ...],
-    tiles: Any = None,
-) -> jax.Array:
-    """See ``pallas_kernels.lora_matmul.lora_matmul``; needs no ``ranks``, and there are no ``tiles`` to choose."""
-    tokens, few = x.shape[0], _few(x.shape[0], candidates.shape[0])
+def check(call: LoRAMatmulCall) -> None:
+    """Accepts every call."""
+
+
+def run(call: LoRAMatmulCall, tiles: Any = None) -> jax.Array:
+    """See ``pallas_kernels.lora_matmul.lora_matmul``; does not use ``ranks``, ignores ``tiles``."""
+    x, a, b, adapter, segments = call.x, call.a, call.b, call.adapter, call.widths
+    tokens, few = x.shape[0], _few(x.shape[0], call.candidates.shape[0])
     wide, places = x.astype(jnp.float32), jnp.arange(tokens, dtype=jnp.int32)
     rank, columns = b.shape[1], (b.shape[2] // sum(segments), sum(segments))
 
@@ -70,7 +66,7 @@ def run(
 def _few(tokens: int, adapters: int) -> int:
     """How many tokens are multiplied together: about as many as have the same adapter."""
     share = 1 << (-(-tokens // adapters) - 1).bit_length()
-    return min(max(share, FEWEST), MOST, tokens)
+    return min(max(share, MIN_TOGETHER), MAX_TOGETHER, tokens)
 
 
 def _expanded(
@@ -78,7 +74,9 @@ def _expanded(
 ) -> Iterator[tuple[int, jax.Array]]:
     """float32 ``down`` [t, M, R] times an entry of ``b`` → [t, N / period, columns], and the first of the columns."""
     (few, modules, rank), period = down.shape, sum(segments)
-    if few <= FEWEST and rank <= LARGEST_RANK:  # rows of b are read where they lie: a dot would have them copied first
+    if (
+        few <= MIN_TOGETHER and rank <= MAX_RANK
+    ):  # rows of b are read where they lie: a dot would have them copied first
         of_column, total = np.repeat(np.arange(modules), segments), jnp.zeros((), jnp.float32)
         for index in range(rank):
             factor = down[:, 0, index, None, None]

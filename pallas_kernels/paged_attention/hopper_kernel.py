@@ -19,7 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.ring import Ring, give_registers, plgpu, swizzled, take_registers
-from pallas_kernels.paged_attention.pallas_mosaic_gpu import VECTORS, HopperTiles, tokens_together
+from pallas_kernels.kv_pool import stored
+from pallas_kernels.paged_attention.call import PagedAttentionCall
+from pallas_kernels.paged_attention.hopper_tiles import VECTORS, HopperTiles, tokens_together
 
 _KEYS, _VALUES = 0, 1
 _LOG2_E = math.log2(math.e)
@@ -60,17 +62,9 @@ class HopperKernel:
     window: int | None
     softcap: float | None
 
-    def __call__(
-        self,
-        q: jax.Array,
-        pool: jax.Array,
-        block_tables: jax.Array,
-        first_positions: jax.Array,
-        lengths: jax.Array,
-        *,
-        interpret: bool,
-    ) -> jax.Array:
-        """The op; see ``pallas_kernels.paged_attention.paged_attention``."""
+    def __call__(self, call: PagedAttentionCall, *, interpret: bool) -> jax.Array:
+        """Run the kernel; see ``pallas_kernels.paged_attention.paged_attention``. The pool is a plain one."""
+        q, pool = call.queries, stored(call.pool)
         rows, queries, heads, size = q.shape
         tiles = self.tiles
         slots, parts = tiles.slots, tiles.tile_n // pool.shape[3]
@@ -104,7 +98,7 @@ class HopperKernel:
             ),
             interpret=plgpu.InterpretGPUParams() if interpret else None,
             kernel_name="paged_attention",
-        )(q, pool, block_tables, first_positions, lengths)
+        )(q, pool, call.block_tables, call.first_positions, call.lengths)
         return out
 
     @property

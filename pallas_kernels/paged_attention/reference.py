@@ -6,14 +6,16 @@ The running softmax is that of arXiv:1805.02867.
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import RefusalError
-from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, dequantize, stored
+from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, dequantize
+from pallas_kernels.paged_attention.call import PagedAttentionCall
+from pallas_kernels.score_options import ScoreOptions
 from pallas_kernels.target import Target, current_target
 
 _MASKED = -1e30
@@ -21,40 +23,41 @@ _MASKED = -1e30
 _Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Runs everywhere."""
 
 
-def run(
-    q: jax.Array,
-    pool: Pool,
-    block_tables: jax.Array,
-    first_positions: jax.Array,
-    lengths: jax.Array,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    tiles: Any = None,
-) -> jax.Array:
-    """See ``pallas_kernels.paged_attention.paged_attention``."""
+def check(call: PagedAttentionCall) -> None:
+    """Accepts every call."""
+
+
+def run(call: PagedAttentionCall, tiles: Any = None) -> jax.Array:
+    """See ``pallas_kernels.paged_attention.paged_attention``; refuses ``tiles``, of which it has none."""
     if tiles is not None:
         raise RefusalError("has no tiles")
-    rows, queries, heads, size = q.shape
-    kv_heads = stored(pool).shape[2]
-    grouped = q.reshape(rows, queries, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
+    rows, tokens, _, size = call.queries.shape
+    by_group = call.queries.reshape(rows, tokens, call.kv_heads, call.group, size).transpose(0, 2, 3, 1, 4)
 
-    flat = grouped.reshape(rows, kv_heads, -1, size)
-    positions = jnp.tile(first_positions[:, None] + jnp.arange(queries, dtype=jnp.int32), heads // kv_heads)
-    ends = jnp.where(lengths > 0, first_positions + lengths, 0)
-    score = partial(_scores, scale=scale, softcap=softcap)
+    vectors = by_group.reshape(rows, call.kv_heads, -1, size)
+    positions = jnp.tile(call.first_positions[:, None] + jnp.arange(tokens, dtype=jnp.int32), call.group)
+    ends = jnp.where(call.lengths > 0, call.first_positions + call.lengths, 0)
+    scores = _per_vector(call.scores, call.kv_heads, tokens)
 
     def attend(row: tuple[jax.Array, ...]) -> jax.Array:
-        return _attend_row(*row, pool=pool, score=score, window=window)
+        return _attend_row(*row, pool=call.pool, scores=scores)
 
-    per_row = (flat, block_tables, positions, ends)
+    per_row = (vectors, call.block_tables, positions, ends)
     out: jax.Array = jax.lax.map(attend, per_row) if _one_by_one() else jax.vmap(attend)(per_row)
-    return out.astype(q.dtype).reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    return out.astype(call.queries.dtype).reshape(by_group.shape).transpose(0, 3, 1, 2, 4).reshape(call.queries.shape)
+
+
+def _per_vector(scores: ScoreOptions, kv_heads: int, tokens: int) -> ScoreOptions:
+    """Return ``scores`` with slopes and sinks as [K, V], for the V query vectors of a KV head: tokens within heads."""
+
+    def spread(per_head: jax.Array | None) -> jax.Array | None:
+        return None if per_head is None else jnp.repeat(per_head.reshape(kv_heads, -1), tokens, axis=1)
+
+    return replace(scores, slopes=spread(scores.slopes), sinks=spread(scores.sinks))
 
 
 def _one_by_one() -> bool:
@@ -63,22 +66,29 @@ def _one_by_one() -> bool:
 
 
 def _attend_row(
-    q: jax.Array, table: jax.Array, positions: jax.Array, end: jax.Array, *, pool: Pool, score: Any, window: int | None
+    q: jax.Array, table: jax.Array, positions: jax.Array, end: jax.Array, *, pool: Pool, scores: ScoreOptions
 ) -> jax.Array:
-    """One row: ``q`` [K, R, H] at ``positions`` [R] sees keys before ``end`` → float32 [K, R, H]."""
-    size = block_size(pool)
+    """Attend to the keys before ``end`` with one row: ``q`` [K, V, H] at ``positions`` [V] → float32 [K, V, H]."""
+    size, window = block_size(pool), scores.window
 
     def visit(index: jax.Array, running: _Softmax) -> _Softmax:
         keys, values = (_half_block(pool, table[index], half, q.shape[-1]) for half in (0, 1))
         age = positions[:, None] - (index * size + jnp.arange(size, dtype=jnp.int32))
         visible = (age >= 0) if window is None else (age >= 0) & (age < window)
-        return _accumulate(running, jnp.where(visible, score(q, keys), _MASKED), values)
+        return _accumulate(running, jnp.where(visible, _scores(q, keys, age, scores), _MASKED), values)
 
     first_block = 0 if window is None else jnp.maximum(positions[0] - window + 1, 0) // size
-    empty = (jnp.full(q.shape[:2], _MASKED), jnp.zeros(q.shape[:2]), jnp.zeros(q.shape, jnp.float32))
-    _, total, out = jax.lax.fori_loop(first_block, -(-end // size), visit, empty)
+    _, total, out = jax.lax.fori_loop(first_block, -(-end // size), visit, _empty(q, scores.sinks))
     attended: jax.Array = out / jnp.maximum(total, 1e-30)[..., None]
     return attended
+
+
+def _empty(q: jax.Array, sinks: jax.Array | None) -> _Softmax:
+    """Return the softmax before the first block; a sink [K, V] is in its denominator already."""
+    out = jnp.zeros(q.shape, jnp.float32)
+    if sinks is None:
+        return jnp.full(q.shape[:2], _MASKED), jnp.zeros(q.shape[:2]), out
+    return sinks, jnp.ones_like(sinks), out
 
 
 def _half_block(pool: Pool, block: jax.Array, half: int, head_dim: int) -> jax.Array:
@@ -96,14 +106,18 @@ def _sliced(array: jax.Array, block: jax.Array, half: int) -> jax.Array:
     return jax.lax.dynamic_slice(array, (block, half, 0, 0, 0), (1, 1, *array.shape[2:]))[0, 0]
 
 
-def _scores(q: jax.Array, keys: jax.Array, *, scale: float, softcap: float | None) -> jax.Array:
-    """``q`` [K, R, H] and ``keys`` [K, S, H] → float32 [K, R, S]."""
-    scores = jnp.einsum("krh,ksh->krs", q.astype(keys.dtype), keys, preferred_element_type=jnp.float32) * scale
-    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+def _scores(q: jax.Array, keys: jax.Array, age: jax.Array, options: ScoreOptions) -> jax.Array:
+    """``q`` [K, V, H], and ``keys`` [K, S, H] that are ``age`` [V, S] tokens older → float32 [K, V, S]."""
+    scores = jnp.einsum("krh,ksh->krs", q.astype(keys.dtype), keys, preferred_element_type=jnp.float32) * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
+    if options.slopes is not None:
+        scores -= options.slopes[..., None] * age.astype(jnp.float32)
+    return scores
 
 
 def _accumulate(running: _Softmax, scores: jax.Array, values: jax.Array) -> _Softmax:
-    """Add a block with ``scores`` [K, R, S] and ``values`` [K, S, H] to the running (peak, total, output)."""
+    """Add a block with ``scores`` [K, V, S] and ``values`` [K, S, H] to the running (peak, total, output)."""
     peak, total, out = running
     new_peak = jnp.maximum(peak, scores.max(axis=-1))
     weights = jnp.exp(scores - new_peak[..., None])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,9 @@ from jax.experimental import pallas as pl
 from pallas_kernels.kv_pool import Pool, QuantizedPool
 from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
-from pallas_kernels.paged_attention.tiles import Call, Tiles, candidates, choose
+from pallas_kernels.paged_attention.call import PagedAttentionCall
+from pallas_kernels.paged_attention.tiles import ProblemSize, Tiles, candidates, choose
+from pallas_kernels.score_options import ScoreOptions
 
 NOWHERE = 10**6
 """What block tables hold beyond a row's context."""
@@ -27,6 +28,8 @@ class Shape:
         contexts: tokens before the first row of each sequence, in turn.
         kv: ``bf16`` for what ``dtype`` is, ``int8`` or ``int4``.
         lengths: real tokens of each row, in turn; ``None`` has no padding.
+        slopes: with ALiBi slopes.
+        sinks: with a sink per head.
         shared: block tables are drawn with repetition, so that sequences share blocks.
         bar: a static bar is set for it.
     """
@@ -44,6 +47,8 @@ class Shape:
     lengths: tuple[int, ...] | None = None
     window: int | None = None
     softcap: float | None = None
+    slopes: bool = False
+    sinks: bool = False
     dtype: str = "bfloat16"
     shared: bool = False
     bar: bool = False
@@ -64,11 +69,11 @@ class Shape:
         return None if self.kv == "bf16" else int(self.kv.removeprefix("int"))
 
     @property
-    def call(self) -> Call:
+    def problem(self) -> ProblemSize:
         """What its tiles depend on."""
         rows, group = self.sequences * self.rows, self.heads // self.kv_heads
         context = self.entries * self.block_size
-        return Call(rows, self.queries, self.kv_heads, group, self.head_dim, self.block_size, context, self.bits)
+        return ProblemSize(rows, self.queries, self.kv_heads, group, self.head_dim, self.block_size, context, self.bits)
 
     def __str__(self) -> str:
         context = "/".join(str(context) for context in self.contexts)
@@ -120,11 +125,26 @@ TEST_SHAPES = (
     Shape("rows of a chunk", 2, 32, 4, 2, 64, (0, 40), rows=2, block_size=32, window=25, softcap=3.0),
     Shape("quantised chunk", 3, 20, 4, 1, 96, (0, 50, 63), "int8", lengths=(20, 7, 0), softcap=2.0),
     Shape("multi-head chunk", 3, 64, 2, 2, 64, (0, 1, 30), "int4", block_size=16, window=33, dtype="float16"),
+    Shape("sinks, slopes", 7, 1, 6, 2, 64, _EDGES, "int8", block_size=16, window=30, slopes=True, sinks=True),
+    Shape("sinks", 7, 1, 8, 2, 64, _EDGES, block_size=16, sinks=True),
+    Shape(
+        "chunk, slopes",
+        4,
+        20,
+        6,
+        2,
+        80,
+        (0, 15, 16, 77),
+        block_size=16,
+        lengths=(20, 1, 0, 13),
+        softcap=2.0,
+        slopes=True,
+    ),
 )
 
 
-def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments and keywords for the op, drawn on the device."""
+def make_call(shape: Shape, seed: int = 0) -> PagedAttentionCall:
+    """Return a call of ``shape``, drawn on the device."""
     keys = jax.random.split(jax.random.key(seed), 3)
     rows = shape.sequences * shape.rows
     dtype = jnp.dtype(shape.dtype)
@@ -139,8 +159,15 @@ def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[Any, ...], dict[str, A
     lengths = jnp.resize(jnp.array(shape.lengths or (shape.queries,), jnp.int32), (rows,))
     used = (firsts + lengths)[:, None] > jnp.arange(shape.entries, dtype=jnp.int32) * shape.block_size
     tables = jnp.where(used, jnp.repeat(tables, shape.rows, axis=0), NOWHERE)
-    options = {"scale": shape.head_dim**-0.5, "window": shape.window, "softcap": shape.softcap}
-    return (q, _make_pool(shape, blocks, keys[2]), tables, firsts, lengths), options
+    return PagedAttentionCall(q, _make_pool(shape, blocks, keys[2]), tables, firsts, lengths, _scores(shape))
+
+
+def _scores(shape: Shape) -> ScoreOptions:
+    """Slopes are ALiBi's for a power of two of heads; sinks lie among the largest logits."""
+    heads = jnp.arange(1, shape.heads + 1, dtype=jnp.float32)
+    slopes = 2 ** (-8 * heads / shape.heads) if shape.slopes else None
+    sinks = jnp.cos(heads) + 2 if shape.sinks else None
+    return ScoreOptions(shape.head_dim**-0.5, shape.window, shape.softcap, slopes, sinks)
 
 
 def _make_pool(shape: Shape, blocks: int, key: jax.Array) -> Pool:
@@ -172,17 +199,17 @@ def cost(shape: Shape) -> tuple[int, int]:
 
 def tiles_for(shape: Shape, device: str) -> Tiles:
     """The tiles that a call takes on a device of ``pallas_kernels.offline.DEVICES``."""
-    return choose(shape.call, DEVICES[device].target)
+    return choose(shape.problem, DEVICES[device].target)
 
 
 def key_for(shape: Shape) -> str:
     """Its name in the tuning table."""
-    return shape.call.key
+    return shape.problem.key
 
 
 def candidates_for(shape: Shape) -> Iterator[Tiles]:
     """The tiles worth timing."""
-    return candidates(shape.call)
+    return candidates(shape.problem)
 
 
 def elements_per_trip(shape: Shape, tiles: Tiles) -> int:

@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-import jax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tuning
-from pallas_kernels.kv_pool import Pool, block_size, pool_bits, stored
+from pallas_kernels.kv_pool import block_size, pool_bits
+from pallas_kernels.paged_attention.call import PagedAttentionCall
 from pallas_kernels.paged_attention.words import Words
 from pallas_kernels.target import Target
 
-_LEAST_TILES = 4
+_MIN_TILES = 4
 """Tiles of a full block table that a split has; below that, combining costs more than it gains."""
 
 
-_MOST_SPLITS = 128
+_MAX_SPLITS = 128
 """That one program combines: each is a row of its matrix."""
 
 
@@ -41,8 +41,19 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Call:
-    """What tiles depend on. ``context`` is what the block table has room for, ``bits`` what a quantised pool stores."""
+class ProblemSize:
+    """The sizes that tiles depend on.
+
+    Attributes:
+        rows: R.
+        queries: Q.
+        kv_heads: K.
+        group: query heads of a KV head.
+        head_dim: H.
+        block_size: S.
+        context: tokens that a block table has room for.
+        bits: bits of an element of a quantised pool, ``None`` for floats.
+    """
 
     rows: int
     queries: int
@@ -54,12 +65,13 @@ class Call:
     bits: int | None
 
     @classmethod
-    def of(cls, q: jax.Array, pool: Pool, block_tables: jax.Array) -> Call:
-        """The call with these arguments."""
-        rows, queries, heads, size = q.shape
-        kv_heads, tokens = stored(pool).shape[2], block_size(pool)
-        context = block_tables.shape[1] * tokens
-        return cls(rows, queries, kv_heads, heads // kv_heads, size, tokens, context, pool_bits(pool, size))
+    def of(cls, call: PagedAttentionCall) -> ProblemSize:
+        """Return the sizes of ``call``."""
+        rows, queries, _, size = call.queries.shape
+        tokens = block_size(call.pool)
+        context = call.block_tables.shape[1] * tokens
+        bits = pool_bits(call.pool, size)
+        return cls(rows, queries, call.kv_heads, call.group, size, tokens, context, bits)
 
     @property
     def key(self) -> str:
@@ -74,42 +86,42 @@ class Call:
         return int(pl.next_power_of_2(self.queries) * pl.next_power_of_2(self.group))
 
 
-def heuristic(call: Call, cores: int) -> Tiles:
+def heuristic(problem: ProblemSize, cores: int) -> Tiles:
     """What is taken where nothing was measured.
 
     As many rows as there are or as a program's registers hold, so that keys and values are read seldom. The context is
     split until each core has about one program; or three, where they are so small that they hide one another's waits.
     """
-    wide, words = call.head_dim > 128, Words(call.bits, call.head_dim)
-    tile_m = max(16, min((32 if call.bits else 64) if wide else 128, call.matrix_rows))
+    wide, words = problem.head_dim > 128, Words(problem.bits, problem.head_dim)
+    tile_m = max(16, min((32 if problem.bits else 64) if wide else 128, problem.matrix_rows))
     lined_up = tile_m >= words.padded  # Then the compiler puts all warps along the rows, 16 rows to each.
-    crowded = call.bits is not None and tile_m > 16 and (words.padded > words.count or (lined_up and tile_m < 64))
+    crowded = problem.bits is not None and tile_m > 16 and (words.padded > words.count or (lined_up and tile_m < 64))
     tile_n = 32 if wide or crowded else 64
     num_warps = 8 if tile_m == 128 or (wide and tile_m == 64) else 4
     if lined_up:
         num_warps = min(num_warps, tile_m // 16)
     tiles = Tiles(tile_m, tile_n, 1, num_warps, 3)
-    programs = call.rows * call.kv_heads * pl.cdiv(call.queries, tiles.tokens(call.group))
+    programs = problem.rows * problem.kv_heads * pl.cdiv(problem.queries, tiles.tokens(problem.group))
     wanted = (3 if tile_m == 16 else 1) * cores // programs
-    most = min(_MOST_SPLITS, call.context // (tile_n * _LEAST_TILES))
-    return replace(tiles, splits=int(pl.next_power_of_2(max(1, min(wanted, most)))))
+    max_splits = min(_MAX_SPLITS, problem.context // (tile_n * _MIN_TILES))
+    return replace(tiles, splits=int(pl.next_power_of_2(max(1, min(wanted, max_splits)))))
 
 
-def candidates(call: Call) -> Iterator[Tiles]:
+def candidates(problem: ProblemSize) -> Iterator[Tiles]:
     """What the tuner tries: no more than fits the registers of a thread, or fills a large GPU ten times over."""
-    programs = call.rows * call.kv_heads
-    if call.matrix_rows <= 16:
-        splits = [1 << n for n in range(8) if programs << n <= 2048 and call.context >= 64 << n]
+    programs = problem.rows * problem.kv_heads
+    if problem.matrix_rows <= 16:
+        splits = [1 << n for n in range(8) if programs << n <= 2048 and problem.context >= 64 << n]
         for tile_n, split, num_warps, num_stages in product((32, 64, 128), splits or [1], (1, 2, 4), (2, 3, 4)):
-            if 16 * num_warps <= tile_n and tile_n * call.head_dim <= 4096 * num_warps:
+            if 16 * num_warps <= tile_n and tile_n * problem.head_dim <= 4096 * num_warps:
                 yield Tiles(16, tile_n, split, num_warps, num_stages)
         return
-    split = heuristic(call, 132).splits
+    split = heuristic(problem, 132).splits
     for tile_m, tile_n, num_warps, num_stages in product((32, 64, 128), (32, 64, 128), (2, 4, 8), (2, 3)):
-        if tile_m <= call.matrix_rows and tile_m * max(tile_n, call.head_dim) <= 2048 * num_warps:
+        if tile_m <= problem.matrix_rows and tile_m * max(tile_n, problem.head_dim) <= 2048 * num_warps:
             yield Tiles(tile_m, tile_n, split, num_warps, num_stages)
 
 
-def choose(call: Call, target: Target, explicit: Tiles | None = None) -> Tiles:
+def choose(problem: ProblemSize, target: Target, explicit: Tiles | None = None) -> Tiles:
     """The tiles of a call on ``target``: ``explicit``, else measured, else the heuristic's."""
-    return tuning.choose("paged_attention", target.kind, call.key, explicit, heuristic(call, target.cores or 1))
+    return tuning.choose("paged_attention", target.kind, problem.key, explicit, heuristic(problem, target.cores or 1))

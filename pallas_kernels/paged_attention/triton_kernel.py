@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.paged_attention.context import Context, Queries, Running, there
-from pallas_kernels.paged_attention.instructions import LOG2_E, tanh
+from pallas_kernels.paged_attention.instructions import LOG2_E, exp2, fma, log2, tanh
 from pallas_kernels.paged_attention.words import Words
 
 
@@ -52,6 +52,8 @@ class TritonKernel:
         scale: of the scores.
         window: or ``None``.
         softcap: or ``None``.
+        has_slopes: whether ALiBi slopes are an operand.
+        has_sinks: whether sinks are an operand.
     """
 
     words: Words
@@ -62,11 +64,19 @@ class TritonKernel:
     scale: float
     window: int | None
     softcap: float | None
+    has_slopes: bool = False
+    has_sinks: bool = False
 
     def run(self, q_ref: Any, *refs: Any) -> None:
-        """The body. References: q, the pool's arrays, block tables, first positions, lengths, then the outputs."""
+        """The body.
+
+        References: q, the pool's arrays, block tables, first positions, lengths, slopes and sinks if any, then the
+        outputs.
+        """
         arrays = 1 if self.words.bits is None else 2
-        pool, (tables, firsts, lengths, *outputs) = refs[:arrays], refs[arrays:]
+        pool, (tables, firsts, lengths, *rest) = refs[:arrays], refs[arrays:]
+        per_head = self.has_slopes + self.has_sinks
+        options, outputs = rest[:per_head], rest[per_head:]
         row, kv_head = pl.program_id(0), pl.program_id(1)
         tile, split = lax.div(pl.program_id(2), self.splits), lax.rem(pl.program_id(2), self.splits)
         start = tile * self.tokens
@@ -76,13 +86,18 @@ class TritonKernel:
 
         rows = self._rows(start, first, q_ref.shape[1])
         queries = self._queries(q_ref, context, rows)
-        visit = partial(self._visit, context=context, queries=queries, positions=rows.positions)
+        slopes = self._per_head(options[0], rows, kv_head) if self.has_slopes else None
+        visit = partial(self._visit, context=context, queries=queries, positions=rows.positions, slopes=slopes)
         begin, stop = context.share(split, self.splits, first, self.window)
         # Up to here every query sees all of a tile.
         whole = begin if self.window else jnp.clip(lax.div(first + 1, self.tile_n), begin, stop)
         running = lax.fori_loop(begin, whole, partial(visit, masked=False), context.nothing(queries))
         running = lax.fori_loop(whole, stop, partial(visit, masked=True), running)
         out, weight = running.finish(self.words)
+        if self.has_sinks:
+            # One split alone counts the sinks: the splits' sums of exponentials are added up.
+            sinks = jnp.where(split == 0, self._per_head(options[-1], rows, kv_head), -jnp.inf)
+            out, weight = _add_sinks(out, weight, sinks)
         self._store(outputs, out, weight, rows, split, context)
 
     def _rows(self, start: jax.Array, first: jax.Array, queries: int) -> _Rows:
@@ -92,6 +107,11 @@ class TritonKernel:
         real = (tokens < self.tokens) & (start + tokens < queries) & (heads < self.group)
         positions = (first + tokens)[:, None] if self.tokens > 1 else jnp.full((1, 1), first)
         return _Rows(positions, start + tokens, heads, real)
+
+    def _per_head(self, ref: Any, rows: _Rows, kv_head: jax.Array) -> jax.Array:
+        """Return an operand [N] for each row's head, float32 [A], in exponents to base 2."""
+        values = plt.load(ref.at[kv_head * self.group + rows.heads], mask=rows.real, other=jnp.float32(0))
+        return values * LOG2_E
 
     def _queries(self, q_ref: Any, context: Context, rows: _Rows) -> Queries:
         mask, nothing = rows.real[:, None] & there(self.words)[None, :], jnp.zeros((), q_ref.dtype)
@@ -111,6 +131,7 @@ class TritonKernel:
         context: Context,
         queries: Queries,
         positions: jax.Array,
+        slopes: jax.Array | None,
         masked: bool,
     ) -> Running:
         """Add tile ``index`` of the context."""
@@ -120,6 +141,9 @@ class TritonKernel:
         else:
             steepness = self.scale / self.softcap
             exponents = tile.exponents(queries, LOG2_E * self.softcap, lambda scores: tanh(scores * steepness))
+        if slopes is not None:
+            distance = (tile.positions[None, :] - positions).astype(jnp.float32)
+            exponents = fma(slopes[:, None], distance, exponents)
         if masked:
             age = positions - tile.positions[None, :]
             visible = (age >= 0) if self.window is None else (age >= 0) & (age < self.window)
@@ -144,3 +168,12 @@ class TritonKernel:
         if self.splits > 1:
             at = outputs[1].at[split, context.row, rows.tokens, context.kv_head, rows.heads]
             plt.store(at, weight, mask=rows.real)
+
+
+def _add_sinks(out: list[jax.Array], weight: jax.Array, sinks: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """Take sinks [A] into the denominator of ``out``, whose exponentials sum to 2^``weight``."""
+    peak = jnp.maximum(weight, sinks)
+    tokens = exp2(weight - peak)
+    total = tokens + exp2(sinks - peak)
+    share = (tokens / total)[:, None]
+    return [part * share for part in out], peak + log2(total)

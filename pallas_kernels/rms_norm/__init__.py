@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import overload
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.rms_norm.call import RMSNormCall
 from pallas_kernels.rms_norm.tiles import Tiles
+
+__all__ = ["BACKENDS", "RMSNormCall", "rms_norm"]
 
 BACKENDS = {
     "pallas_triton": "pallas_kernels.rms_norm.pallas_triton",
@@ -60,18 +62,6 @@ def rms_norm(
     Raises:
         ValueError: shapes or dtypes that do not fit together. NoBackendError: every backend refused.
     """
-    _validate(x, scale, residual)
-    out: jax.Array | tuple[jax.Array, jax.Array] = dispatch(
-        "rms_norm", BACKENDS, backend, x, scale, residual, eps=eps, tiles=tiles
-    )
+    call = RMSNormCall(x, scale, residual, eps)
+    out: jax.Array | tuple[jax.Array, jax.Array] = dispatch(call, backend=backend, tiles=tiles)
     return out
-
-
-def _validate(x: jax.Array, scale: jax.Array, residual: jax.Array | None) -> None:
-    if x.ndim != 2 or scale.shape != x.shape[1:] or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x {x.dtype}{x.shape} does not fit scale {scale.shape}; expected floats [T, D] and [D]")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual {residual.shape} does not fit x {x.shape}; expected the same [T, D]")
-    for name, array in (("scale", scale), ("residual", residual)):
-        if array is not None and array.dtype != x.dtype:
-            raise ValueError(f"{name} dtype={array.dtype} must be that of x, {x.dtype}; cast it")

@@ -13,58 +13,58 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import RefusalError, need_gpu
 from pallas_kernels.rms_norm import reference
+from pallas_kernels.rms_norm.call import RMSNormCall
 from pallas_kernels.rms_norm.reference import rounded
 from pallas_kernels.rms_norm.tiles import Tiles, choose
 from pallas_kernels.target import Target, current_target
 
-LARGEST_WIDTH = 32768
+MAX_WIDTH = 32768
 """D beyond which the registers of one program no longer hold a token."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Refuse what is no GPU of sm_80 or newer."""
     need_gpu(target)
 
 
-def run(
-    x: jax.Array, scale: jax.Array, residual: jax.Array | None, *, eps: float, tiles: Tiles | None = None
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """See ``pallas_kernels.rms_norm.rms_norm``; refuses D beyond ``LARGEST_WIDTH``."""
-    tokens, width = x.shape
-    if width > LARGEST_WIDTH:
-        raise RefusalError(f"holds a whole token of at most {LARGEST_WIDTH} elements, have D={width}")
-    target = current_target()
-    chosen = choose(tokens, width, x.dtype, residual is not None, target, tiles)
-    args = [x, scale] if residual is None else [x, scale, residual]
-    outputs = 1 if residual is None else 2
-    call = pl.pallas_call(
-        partial(_kernel, eps=eps, tile_m=chosen.tile_m, added=residual is not None, interpret=target.interpret),
+def check(call: RMSNormCall) -> None:
+    """Refuse D beyond ``MAX_WIDTH``."""
+    width = call.x.shape[1]
+    if width > MAX_WIDTH:
+        raise RefusalError(f"holds a whole token of at most {MAX_WIDTH} elements, have D={width}")
+
+
+def run(call: RMSNormCall, tiles: Tiles | None = None) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """See ``pallas_kernels.rms_norm.rms_norm``."""
+    target, added = current_target(), call.residual is not None
+    tokens, width = call.x.shape
+    chosen = choose(tokens, width, call.x.dtype, added, target, tiles)
+    kernel = pl.pallas_call(
+        partial(_kernel, eps=call.eps, tile_m=chosen.tile_m, added=added, interpret=target.interpret),
         grid=(pl.cdiv(tokens, chosen.tile_m),),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * outputs,
+        out_shape=[jax.ShapeDtypeStruct(call.x.shape, call.x.dtype)] * (1 + added),
         compiler_params=plt.CompilerParams(num_warps=chosen.num_warps, num_stages=1),
         interpret=target.interpret,
         name="rms_norm",
     )
 
-    def norm(*arrays: jax.Array) -> Any:
-        out = call(*arrays)
-        return out[0] if residual is None else tuple(out)
+    def norm(call: RMSNormCall) -> Any:
+        out = kernel(*jax.tree.leaves(call))
+        return tuple(out) if added else out[0]
 
-    out: jax.Array | tuple[jax.Array, jax.Array] = _differentiable(norm, eps)(*args)
+    out: jax.Array | tuple[jax.Array, jax.Array] = _differentiable(norm)(call)
     return out
 
 
-def _differentiable(norm: Callable[..., Any], eps: float) -> Callable[..., Any]:
-    """``norm`` with the derivative of the reference, which training needs; nothing hangs on its speed."""
+def _differentiable(norm: Callable[[RMSNormCall], Any]) -> Callable[[RMSNormCall], Any]:
+    """Return ``norm`` with the derivative of the reference. Training needs it; its speed does not matter."""
 
-    def plain(x: jax.Array, scale: jax.Array, residual: jax.Array | None = None) -> Any:
-        return reference.run(x, scale, residual, eps=eps)
+    def forward(call: RMSNormCall) -> tuple[Any, RMSNormCall]:
+        return norm(call), call
 
-    def forward(*arrays: jax.Array) -> tuple[Any, tuple[jax.Array, ...]]:
-        return norm(*arrays), arrays
-
-    def backward(arrays: tuple[jax.Array, ...], cotangents: Any) -> tuple[jax.Array, ...]:
-        return tuple(jax.vjp(plain, *arrays)[1](cotangents))
+    def backward(call: RMSNormCall, cotangents: Any) -> tuple[RMSNormCall]:
+        (cotangent,) = jax.vjp(reference.run, call)[1](cotangents)
+        return (cotangent,)
 
     wrapped = jax.custom_vjp(norm)
     wrapped.defvjp(forward, backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.model_sizes import DISTINCT
 from pallas_kernels.offline.devices import DEVICES
+from pallas_kernels.rms_norm.call import RMSNormCall
 from pallas_kernels.rms_norm.tiles import Tiles, candidates, choose, key
 
 
@@ -46,18 +47,20 @@ TEST_SHAPES = (
 )
 
 
-def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
-    """Arguments and keywords for the op, drawn on the device."""
+def make_call(shape: Shape, seed: int = 0) -> RMSNormCall:
+    """Return a call of ``shape``, drawn on the device."""
     size, dtype = (shape.tokens, shape.width), jnp.dtype(shape.dtype)
     keys = jax.random.split(jax.random.key(seed), 3)
     x, residual = (jax.random.normal(k, size, dtype) for k in keys[:2])
     scale = jax.random.uniform(keys[2], (shape.width,), dtype, 0.5, 1.5)
-    return (x, scale, residual) if shape.residual else (x, scale), {"eps": 1e-5}
+    return RMSNormCall(x, scale, residual if shape.residual else None)
 
 
-def carry(args: tuple[jax.Array, ...], out: Any) -> tuple[jax.Array, ...]:
-    """Arguments of the next call, as in a model: the normed tokens change and are added to the sum."""
-    return (out, args[1]) if len(args) == 2 else (out[0], args[1], out[1])
+def carry(call: RMSNormCall, out: Any) -> RMSNormCall:
+    """Return the next call as in a model: the normed tokens change and are added to the sum."""
+    if call.residual is None:
+        return replace(call, x=out)
+    return replace(call, x=out[0], residual=out[1])
 
 
 def cost(shape: Shape) -> tuple[int, int]:

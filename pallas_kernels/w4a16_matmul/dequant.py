@@ -1,9 +1,7 @@
 """The inside of a W4A16 kernel: one chunk of packed weights becomes operands of dots. For Pallas-Triton kernels.
 
-A chunk is 128 rows of the weight [K, N]: 16 rows of int32 words, then one row for each group of g rows. Nibble j of
-word [r, n] is the unsigned q of the chunk's row 16·j + r, so that eight dots over 16 rows each make the product of a
-chunk. A group row holds the float16 bits of the scale below and the zero point 0…16 above. The weight is
-(q - zero) · scale.
+Chunks and words are described in ``layout``. Nibble j of all words is 16 neighbouring rows of the weight, so eight dots
+over 16 rows each make the product of a chunk.
 
 ``2^m | q`` in the right place is the float ``2^m + q`` (m is 7 in bfloat16, 10 in float16), from which ``2^m + zero``
 is subtracted: exact, and two weights at a time. The scale is applied to the product, once per group.
@@ -25,14 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.typing import DTypeLike
 
-CHUNK = 128
-"""Rows of the weight in a chunk."""
+from pallas_kernels.w4a16_matmul.layout import CHUNK, WORD_ROWS
 
-STEP = 16
-"""Rows of the weight in one dot, and rows of words in a chunk."""
+STEP = WORD_ROWS
+"""Rows of the weight in one dot."""
 
 STEPS = CHUNK // STEP
-"""Dots of a chunk, and weights in a word."""
+"""Dots of a chunk: one for each nibble of a word."""
 
 
 class _Float(NamedTuple):

@@ -19,12 +19,11 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.hopper.ring import Ring, give_registers, plgpu, swizzled, take_registers
 from pallas_kernels.target import Target
-from pallas_kernels.w4a16_matmul.pallas_mosaic_gpu import COLUMNS, TILE_N, WARPGROUPS, HopperTiles
+from pallas_kernels.w4a16_matmul.call import W4A16MatmulCall
+from pallas_kernels.w4a16_matmul.hopper_tiles import COLUMNS, TILE_N, WARPGROUPS, HopperTiles
+from pallas_kernels.w4a16_matmul.layout import CHUNK, WORD_ROWS
 
-_CHUNK = 128
-_HALF = 64
-_WORDS = 16
-"""Rows of words in a packed chunk; its group rows follow."""
+_HALF = CHUNK // 2
 
 _SWATH = 16
 """Tiles along M that are made one after the other, so that what they read of the weights is still in L2."""
@@ -33,8 +32,9 @@ _PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 """How a vector lies in registers that has one element for each row of a matrix of ``Layout.WGMMA``."""
 
 
-def matmul(x: jax.Array, packed: jax.Array, bias: jax.Array | None, tiles: HopperTiles, target: Target) -> jax.Array:
-    """``x`` [M, K] times ``packed`` [C, 16 + 128/g, N] plus ``bias`` [N] → [M, N]."""
+def matmul(call: W4A16MatmulCall, tiles: HopperTiles, target: Target) -> jax.Array:
+    """Run the kernel → [M, N]; M is a multiple of 8."""
+    x, packed = call.x, call.packed
     (m, _), n = x.shape, packed.shape[2]
     work = (pl.cdiv(m, tiles.tile_m), n // (TILE_N * tiles.cluster))
     shared = partial(plgpu.SMEM, dtype=x.dtype, transforms=swizzled(_HALF, x.dtype))
@@ -63,7 +63,7 @@ def matmul(x: jax.Array, packed: jax.Array, bias: jax.Array | None, tiles: Hoppe
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plgpu.InterpretGPUParams() if target.interpret else None,
         kernel_name="w4a16_matmul",
-    )(x, packed, *(() if bias is None else (bias,)))
+    )(*jax.tree.leaves(call))
     return out
 
 
@@ -179,9 +179,9 @@ def _load_chunk(chunk: Any) -> tuple[jax.Array, list[jax.Array]]:
 
     TMA cannot swizzle rows that do not come in eights, and so lanes meet in the same banks here.
     """
-    transposed = chunk.at[pl.ds(0, _WORDS)].transpose((1, 0))
+    transposed = chunk.at[pl.ds(0, WORD_ROWS)].transpose((1, 0))
     words = plgpu.load(transposed, layout=plgpu.Layout.WGMMA_TRANSPOSED, optimized=False)
-    rows = range(_WORDS, chunk.shape[0])
+    rows = range(WORD_ROWS, chunk.shape[0])
     groups = [plgpu.load(chunk.at[row], layout=_PER_ROW) for row in rows]
     return plgpu.layout_cast(words, plgpu.Layout.WGMMA), groups
 

@@ -1,6 +1,6 @@
 """Weights from integers, AWQ and GPTQ into the layout that the kernels read, and back. On the host, in numpy.
 
-The layout is described at ``pallas_kernels.w4a16_matmul.w4a16_matmul``. Weights are [K, N]: K inputs, N outputs.
+The layout is described in ``pallas_kernels.w4a16_matmul.layout``. Weights are [K, N]: K inputs, N outputs.
 """
 
 from __future__ import annotations
@@ -10,17 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.w4a16_matmul.layout import CHUNK, GROUP_SIZES, PER_WORD, WORD_ROWS
+
 Array = np.ndarray[Any, Any]
 
-_CHUNK, _STEP, _PER_WORD = 128, 16, 8
-_GROUP_SIZES = (32, 64, 128)
 _AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which nibble of an AWQ word holds each of eight neighbouring columns."""
-
-
-def group_size(shape: Sequence[int]) -> int:
-    """Rows of a group in a packed weight of ``shape``; 128 also stands for larger groups, repeated."""
-    return _CHUNK // (shape[1] - _STEP)
 
 
 def pack(q: Array, scales: Array, zeros: Array, group_size: int) -> Array:
@@ -40,9 +35,9 @@ def pack(q: Array, scales: Array, zeros: Array, group_size: int) -> Array:
     """
     k, n = q.shape
     rows = k if group_size == -1 else group_size
-    if k % _CHUNK:
-        raise ValueError(f"K={k} must be a multiple of {_CHUNK}; pad q, and the activations with zeros")
-    if rows <= 0 or (rows not in _GROUP_SIZES and rows % _CHUNK) or k % rows:
+    if k % CHUNK:
+        raise ValueError(f"K={k} must be a multiple of {CHUNK}; pad q, and the activations with zeros")
+    if rows <= 0 or (rows not in GROUP_SIZES and rows % CHUNK) or k % rows:
         raise ValueError(f"group_size={group_size} must be 32, 64, -1 or a multiple of 128 that divides K={k}")
     if scales.shape != (k // rows, n) or zeros.shape != scales.shape:
         raise ValueError(f"scales {scales.shape} and zeros {zeros.shape} must both be [K / g, N] = {(k // rows, n)}")
@@ -52,19 +47,19 @@ def pack(q: Array, scales: Array, zeros: Array, group_size: int) -> Array:
         halves = scales.astype(np.float16)
     if not np.isfinite(halves).all():
         raise ValueError("scales must be finite in float16; they are stored in it")
-    nibbles = q.reshape(-1, _PER_WORD, _STEP, n)
-    words = np.zeros((k // _CHUNK, _STEP, n), np.uint32)
-    for j in range(_PER_WORD):
+    nibbles = q.reshape(-1, PER_WORD, WORD_ROWS, n)
+    words = np.zeros((k // CHUNK, WORD_ROWS, n), np.uint32)
+    for j in range(PER_WORD):
         words |= nibbles[:, j].astype(np.uint32) << np.uint32(4 * j)
     meta = halves.view(np.uint16).astype(np.uint32) | zeros.astype(np.uint32) << np.uint32(16)
-    meta = np.repeat(meta, max(1, rows // _CHUNK), axis=0).reshape(k // _CHUNK, -1, n)
+    meta = np.repeat(meta, max(1, rows // CHUNK), axis=0).reshape(k // CHUNK, -1, n)
     return np.concatenate([words, meta], axis=1).view(np.int32)
 
 
 def unpack(packed: Array) -> tuple[Array, Array, Array]:
     """The inverse: int32 [K / 128, 16 + 128 / g, N] → q uint8 [K, N], scales float16 and zeros uint8 [K / g, N]."""
     n = packed.shape[2]
-    words, meta = np.split(packed.view(np.uint32), [_STEP], axis=1)
+    words, meta = np.split(packed.view(np.uint32), [WORD_ROWS], axis=1)
     q = _nibbles(words, axis=1)
     scales = meta.astype(np.uint16).view(np.float16)
     zeros = (meta >> np.uint32(16)).astype(np.uint8)
@@ -119,7 +114,7 @@ def from_gptq(
     return pack(q[order], scales, zeros, rows), None if np.array_equal(order, places) else order
 
 
-def _nibbles(words: Array, axis: int = -1, order: Sequence[int] = range(_PER_WORD)) -> Array:
+def _nibbles(words: Array, axis: int = -1, order: Sequence[int] = range(PER_WORD)) -> Array:
     """The eight of each 32-bit word in ``order``, 0 the lowest: uint8 along a new ``axis``."""
     shifted = (words.view(np.uint32) >> np.uint32(4 * i) for i in order)
     return np.stack([(word & np.uint32(15)).astype(np.uint8) for word in shifted], axis=axis)
@@ -131,6 +126,6 @@ def _rows_per_group(q: Array, scales: Array) -> int:
     return len(q) // len(scales)
 
 
-def _in_range(name: str, values: Array, most: int) -> None:
-    if values.size and not 0 <= int(values.min()) <= int(values.max()) <= most:
-        raise ValueError(f"{name} must lie in 0…{most}, have {values.min()}…{values.max()}")
+def _in_range(name: str, values: Array, maximum: int) -> None:
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) <= maximum:
+        raise ValueError(f"{name} must lie in 0…{maximum}, have {values.min()}…{values.max()}")

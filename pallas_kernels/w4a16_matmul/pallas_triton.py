@@ -6,6 +6,7 @@ Many rows: each program makes a whole tile of the result.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,34 +18,40 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import RefusalError, need_gpu
 from pallas_kernels.target import Target, current_target
-from pallas_kernels.w4a16_matmul.dequant import CHUNK, STEP, add_chunk, load_chunk
-from pallas_kernels.w4a16_matmul.packing import group_size
+from pallas_kernels.w4a16_matmul.call import W4A16MatmulCall
+from pallas_kernels.w4a16_matmul.dequant import STEP, add_chunk, load_chunk
+from pallas_kernels.w4a16_matmul.layout import CHUNK, group_size
 from pallas_kernels.w4a16_matmul.tiles import Tiles, choose
 
 _WEIGHTS_FIRST = 64
 """From this ``tile_m`` on the weights are the left operand of the dots."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Refuse what is no GPU of sm_80 or newer."""
     need_gpu(target)
 
 
-def run(x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: Any = None) -> jax.Array:
-    """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; refuses float32, odd N, and other backends' ``tiles``."""
-    (m, k), n = x.shape, packed.shape[2]
-    if tiles is not None and not isinstance(tiles, Tiles):
-        raise RefusalError(f"takes Tiles, have {tiles}")
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise RefusalError(f"multiplies bfloat16 or float16, have {x.dtype}")
+def check(call: W4A16MatmulCall) -> None:
+    """Refuse float32, and N that is not a multiple of 16."""
+    n = call.packed.shape[2]
+    if call.x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise RefusalError(f"multiplies bfloat16 or float16, have {call.x.dtype}")
     if n % 16:
         raise RefusalError(f"needs a multiple of 16 columns, have N={n}")
-    target = current_target()
+
+
+def run(call: W4A16MatmulCall, tiles: Any = None) -> jax.Array:
+    """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; refuses other backends' ``tiles``."""
+    if tiles is not None and not isinstance(tiles, Tiles):
+        raise RefusalError(f"takes Tiles, have {tiles}")
+    x, packed, bias, target = call.x, call.packed, call.bias, current_target()
+    (m, k), n = x.shape, packed.shape[2]
     chosen = choose(m, k, n, group_size(packed.shape), x.dtype, target, tiles)
     _validate(chosen, k, n)
     if chosen.split_k == 1:
-        return _call(x, packed, bias, chosen, x.dtype, target.interpret)[0]
-    total = _call(x, packed, None, chosen, jnp.float32, target.interpret).sum(axis=0)
+        return _multiply(call, chosen, x.dtype, target.interpret)[0]
+    total = _multiply(replace(call, bias=None), chosen, jnp.float32, target.interpret).sum(axis=0)
     return (total if bias is None else total + bias.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -53,10 +60,9 @@ def _validate(tiles: Tiles, k: int, n: int) -> None:
         raise ValueError(f"{tiles} does not fit K={k}, N={n}; tile_n must divide N, and split_k be at most K / {CHUNK}")
 
 
-def _call(
-    x: jax.Array, packed: jax.Array, bias: jax.Array | None, tiles: Tiles, dtype: Any, interpret: bool
-) -> jax.Array:
+def _multiply(call: W4A16MatmulCall, tiles: Tiles, dtype: Any, interpret: bool) -> jax.Array:
     """The products of the parts of K, [split_k, M, N]."""
+    x, packed, bias = call.x, call.packed, call.bias
     (m, k), (chunks, rows, n) = x.shape, packed.shape
     tile_m, tile_n = tiles.tile_m, tiles.tile_n
     in_specs = [
@@ -74,7 +80,7 @@ def _call(
         compiler_params=plt.CompilerParams(num_warps=tiles.num_warps, num_stages=tiles.num_stages),
         interpret=interpret,
         name="w4a16_matmul",
-    )(*(array for array in (x, packed, bias) if array is not None))
+    )(*jax.tree.leaves(call))
     return out
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
-from pallas_kernels.w4a16_matmul.dequant import CHUNK
-from pallas_kernels.w4a16_matmul.tiles import DECODE_ROWS, Tiles, candidates, choose, key
+from pallas_kernels.w4a16_matmul.call import W4A16MatmulCall
+from pallas_kernels.w4a16_matmul.layout import CHUNK, assemble, packed_shape, part_shapes
+from pallas_kernels.w4a16_matmul.tiles import MAX_DECODE_ROWS, Tiles, candidates, choose, key
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Shape:
     @property
     def phase(self) -> str:
         """``decode`` or ``prefill``."""
-        return "decode" if self.m <= DECODE_ROWS else "prefill"
+        return "decode" if self.m <= MAX_DECODE_ROWS else "prefill"
 
     def __str__(self) -> str:
         marks = f"{' bias' if self.bias else ''}{' symmetric' if self.symmetric else ''}"
@@ -74,29 +75,27 @@ TEST_SHAPES = (
 )
 
 
-def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
-    """Arguments and keywords for the op, drawn on the device."""
+def make_call(shape: Shape, seed: int = 0) -> W4A16MatmulCall:
+    """Return a call of ``shape``, drawn on the device."""
     keys = jax.random.split(jax.random.key(seed), 5)
-    dtype, chunks = jnp.dtype(shape.dtype), shape.k // CHUNK
+    dtype, packed = jnp.dtype(shape.dtype), packed_shape(shape.k, (shape.n,), _stored_group(shape))
+    words_shape, groups_shape = part_shapes(packed)
     groups = 1 if shape.group_size == -1 else shape.k // shape.group_size
     x = jax.random.normal(keys[0], (shape.m, shape.k), dtype)
-    words = jax.lax.bitcast_convert_type(jax.random.bits(keys[1], (chunks, 16, shape.n), jnp.uint32), jnp.int32)
+    words = jax.random.bits(keys[1], words_shape, jnp.uint32)
     scales = jax.random.uniform(keys[2], (groups, shape.n), jnp.float16, 0.01, 0.03)
     zeros = jnp.full((groups, shape.n), 8, jnp.int32)
     if not shape.symmetric:
         zeros = jax.random.randint(keys[3], (groups, shape.n), 0, 17, jnp.int32)
-    meta = jax.lax.bitcast_convert_type(scales, jnp.uint16).astype(jnp.int32) | (zeros << 16)
-    stored = jnp.repeat(meta, max(1, chunks // groups), axis=0).reshape(chunks, -1, shape.n)
-    packed = jnp.concatenate([words, stored], axis=1)
-    if not shape.bias:
-        return (x, packed), {}
-    return (x, packed, jax.random.normal(keys[4], (shape.n,), dtype)), {}
+    stored = groups_shape[0] * groups_shape[1]
+    scales, zeros = (jnp.repeat(rows, stored // groups, axis=0).reshape(groups_shape) for rows in (scales, zeros))
+    bias = jax.random.normal(keys[4], (shape.n,), dtype) if shape.bias else None
+    return W4A16MatmulCall(x, assemble(words, scales, zeros), bias)
 
 
 def cost(shape: Shape) -> tuple[int, int]:
     """(bytes that must move, floating-point operations)."""
-    rows = max(1, CHUNK // shape.group_size) if shape.group_size > 0 else 1
-    packed = 4 * shape.k // CHUNK * (16 + rows) * shape.n
+    packed = 4 * math.prod(packed_shape(shape.k, (shape.n,), _stored_group(shape)))
     activations = jnp.dtype(shape.dtype).itemsize * (shape.m * (shape.k + shape.n) + shape.bias * shape.n)
     return packed + activations, 2 * shape.m * shape.k * shape.n
 

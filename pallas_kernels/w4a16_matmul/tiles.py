@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import tuning
 from pallas_kernels.target import Target
-from pallas_kernels.w4a16_matmul.dequant import CHUNK
+from pallas_kernels.w4a16_matmul.layout import CHUNK
 
-DECODE_ROWS = 64
+MAX_DECODE_ROWS = 64
 """Most rows of activations that one program takes at once; reading the weights is what takes the time until there."""
 
 _CORES = 132
@@ -66,7 +66,7 @@ def heuristic(m: int, k: int, n: int, group_size: int, target: Target) -> Tiles:
 
 def candidates(m: int, k: int, n: int) -> Iterator[Tiles]:
     """What the tuner tries: for few rows, as many programs as can matter."""
-    if m > DECODE_ROWS:
+    if m > MAX_DECODE_ROWS:
         sizes = [(64, 128, 4), (128, 64, 4), (128, 128, 8), (256, 128, 8), (128, 256, 8)]
         splits, stages = ([1, 2] if m <= 512 else [1]), [2, 3, 4]
     else:
@@ -74,7 +74,7 @@ def candidates(m: int, k: int, n: int) -> Iterator[Tiles]:
         sizes = [(tile_m, 64, 4), (tile_m, 128, 4), (tile_m, 128, 8) if tile_m == 64 else (tile_m, 256, 4)]
         splits, stages = [1, 2, 3, 4, 6, 8, 12, 16, 20], [3, 4]
     for (tile_m, tile_n, num_warps), split_k, num_stages in itertools.product(sizes, splits, stages):
-        matters = m > DECODE_ROWS or _CORES // 2 <= n // tile_n * split_k <= 6 * _CORES
+        matters = m > MAX_DECODE_ROWS or _CORES // 2 <= n // tile_n * split_k <= 6 * _CORES
         if matters and n % tile_n == 0 and 2 * split_k <= k // CHUNK:
             yield Tiles(tile_m, tile_n, split_k, num_warps, num_stages)
 

@@ -13,20 +13,26 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.target import Target
+from pallas_kernels.w4a16_matmul.call import W4A16MatmulCall
 from pallas_kernels.w4a16_matmul.reference import weight
 
-MOST_WEIGHTS = 2**24
+MAX_WEIGHTS = 2**24
 """That are dequantised at a time, where a divisor of N allows it."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Runs everywhere."""
 
 
-def run(x: jax.Array, packed: jax.Array, bias: jax.Array | None, *, tiles: Any = None) -> jax.Array:
-    """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; there are no ``tiles`` to choose."""
+def check(call: W4A16MatmulCall) -> None:
+    """Accepts every call."""
+
+
+def run(call: W4A16MatmulCall, tiles: Any = None) -> jax.Array:
+    """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; ignores ``tiles``."""
+    x, packed, bias = call.x, call.packed, call.bias
     (m, k), n = x.shape, packed.shape[2]
-    width = max(size for size in range(1, n + 1) if n % size == 0 and (size == 1 or size * k <= MOST_WEIGHTS))
+    width = max(size for size in range(1, n + 1) if n % size == 0 and (size == 1 or size * k <= MAX_WEIGHTS))
     wide_bias = jnp.zeros(n, jnp.float32) if bias is None else bias.astype(jnp.float32)
 
     def add(index: jax.Array, out: jax.Array) -> jax.Array:

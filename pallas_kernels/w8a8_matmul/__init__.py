@@ -9,10 +9,12 @@ would be moved byte by byte: 2.9 instead of 0.9 instructions per weight at M = 1
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.w8a8_matmul.call import W8A8MatmulCall
 from pallas_kernels.w8a8_matmul.tiles import Tiles
+
+__all__ = ["BACKENDS", "W8A8MatmulCall", "w8a8_matmul"]
 
 BACKENDS = {
     "pallas_triton": "pallas_kernels.w8a8_matmul.pallas_triton",
@@ -20,9 +22,6 @@ BACKENDS = {
     "reference": "pallas_kernels.w8a8_matmul.reference",
 }
 """In order of preference; each module refuses what it cannot do."""
-
-LARGEST_K = (2**31 - 1) // 127**2
-"""K beyond which an int32 sum of products could overflow."""
 
 
 def w8a8_matmul(
@@ -52,20 +51,6 @@ def w8a8_matmul(
     Raises:
         ValueError: shapes or dtypes that do not fit together. NoBackendError: every backend refused.
     """
-    _validate(x, weight, scales, bias)
-    out: jax.Array = dispatch("w8a8_matmul", BACKENDS, backend, x, weight, scales, bias, tiles=tiles)
+    call = W8A8MatmulCall(x, weight, scales, bias)
+    out: jax.Array = dispatch(call, backend=backend, tiles=tiles)
     return out
-
-
-def _validate(x: jax.Array, weight: jax.Array, scales: jax.Array, bias: jax.Array | None) -> None:
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x {x.shape} does not fit weight {weight.shape}; expected [M, K] and [N, K]")
-    if not jnp.issubdtype(x.dtype, jnp.floating) or weight.dtype != jnp.int8 or scales.dtype != jnp.float32:
-        raise ValueError(
-            f"x {x.dtype}, weight {weight.dtype}, scales {scales.dtype} must be a float, int8 and float32; cast them"
-        )
-    for name, array in (("scales", scales), ("bias", bias)):
-        if array is not None and array.shape != weight.shape[:1]:
-            raise ValueError(f"{name} {array.shape} does not fit weight {weight.shape}; expected [N] and [N, K]")
-    if x.shape[1] > LARGEST_K:
-        raise ValueError(f"K={x.shape[1]} could overflow the int32 sums; at most {LARGEST_K}")

@@ -17,36 +17,41 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.dispatch import RefusalError, need_gpu
 from pallas_kernels.target import Target, current_target
-from pallas_kernels.w8a8_matmul.reference import SMALLEST_PEAK, rescale
-from pallas_kernels.w8a8_matmul.tiles import SMALLEST_TILE_K, Tiles, choose
+from pallas_kernels.w8a8_matmul.call import W8A8MatmulCall
+from pallas_kernels.w8a8_matmul.reference import MIN_PEAK, rescale
+from pallas_kernels.w8a8_matmul.tiles import MIN_TILE_K, Tiles, choose
 
-LARGEST_K = 32768
+MAX_K = 32768
 """K beyond which the registers of one program no longer hold a token."""
 
 GROUP = 8
 """Programs that run together cover this many rows of tiles, so that they share tokens and weights in the L2 cache."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Refuse what is no GPU of sm_80 or newer."""
     need_gpu(target)
 
 
-def run(
-    x: jax.Array, weight: jax.Array, scales: jax.Array, bias: jax.Array | None, *, tiles: Tiles | None = None
-) -> jax.Array:
-    """See ``pallas_kernels.w8a8_matmul.w8a8_matmul``; refuses a K that tiles do not divide, or beyond ``LARGEST_K``."""
+def check(call: W8A8MatmulCall) -> None:
+    """Refuse a K beyond ``MAX_K``, or one that is not a multiple of the smallest tile."""
+    k = call.x.shape[1]
+    if k > MAX_K or k % MIN_TILE_K:
+        raise RefusalError(f"needs K up to {MAX_K} in steps of {MIN_TILE_K}, have K={k}")
+
+
+def run(call: W8A8MatmulCall, tiles: Tiles | None = None) -> jax.Array:
+    """See ``pallas_kernels.w8a8_matmul.w8a8_matmul``; refuses a K that the tiles do not divide."""
+    x, weight = call.x, call.weight
     (m, k), n = x.shape, weight.shape[0]
-    if k > LARGEST_K or k % SMALLEST_TILE_K:
-        raise RefusalError(f"needs K up to {LARGEST_K} in steps of {SMALLEST_TILE_K}, have K={k}")
     chosen = choose(m, k, n, x.dtype, current_target(), tiles)
     if k % (chosen.tile_k * chosen.splits):
         raise RefusalError(f"needs K in {chosen.splits} splits of {chosen.tile_k} times a whole number, have K={k}")
     quantized, steps = _quantize(x)
     if chosen.splits == 1:
-        return _multiply(quantized, weight, chosen, x.dtype, steps, scales, bias)[0]
+        return _multiply(quantized, weight, chosen, x.dtype, steps, call.scales, call.bias)[0]
     partials = _multiply(quantized, weight, chosen, jnp.int32)
-    return rescale(partials.sum(axis=0), steps, scales, bias).astype(x.dtype)
+    return rescale(partials.sum(axis=0), steps, call.scales, call.bias).astype(x.dtype)
 
 
 def _quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -70,7 +75,7 @@ def _quantize_kernel(x_ref: Any, quantized_ref: Any, steps_ref: Any) -> None:
     columns = jnp.arange(pl.next_power_of_2(k), dtype=jnp.int32)
     mask = columns < k
     x = plt.load(x_ref.at[token, columns], mask=mask, other=0.0).astype(jnp.float32)
-    peak = jnp.maximum(jnp.max(jnp.abs(x)), SMALLEST_PEAK)
+    peak = jnp.maximum(jnp.max(jnp.abs(x)), MIN_PEAK)
     plt.store(quantized_ref.at[token, columns], _round(x * (127 / peak)), mask=mask)
     plt.store(steps_ref.at[token], peak / 127)
 

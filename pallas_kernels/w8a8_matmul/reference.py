@@ -6,29 +6,32 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.target import Target
+from pallas_kernels.w8a8_matmul.call import W8A8MatmulCall
 from pallas_kernels.w8a8_matmul.tiles import Tiles
 
-SMALLEST_PEAK = 1e-30
+MIN_PEAK = 1e-30
 """Tokens whose largest magnitude is below count as zeros: no step may be zero, nor its inverse infinite."""
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Runs everywhere."""
 
 
-def run(
-    x: jax.Array, weight: jax.Array, scales: jax.Array, bias: jax.Array | None, *, tiles: Tiles | None = None
-) -> jax.Array:
-    """See ``pallas_kernels.w8a8_matmul.w8a8_matmul``; there are no tiles to choose."""
-    quantized, steps = quantize_tokens(x)
-    sums = quantized.astype(jnp.int32) @ weight.astype(jnp.int32).T
-    return rescale(sums, steps, scales, bias).astype(x.dtype)
+def check(call: W8A8MatmulCall) -> None:
+    """Accepts every call."""
+
+
+def run(call: W8A8MatmulCall, tiles: Tiles | None = None) -> jax.Array:
+    """See ``pallas_kernels.w8a8_matmul.w8a8_matmul``; ignores ``tiles``."""
+    quantized, steps = quantize_tokens(call.x)
+    sums = quantized.astype(jnp.int32) @ call.weight.astype(jnp.int32).T
+    return rescale(sums, steps, call.scales, call.bias).astype(call.x.dtype)
 
 
 def quantize_tokens(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """``x`` [M, K] → (int8 [M, K], step of each token float32 [M])."""
     wide = x.astype(jnp.float32)
-    peaks = jnp.maximum(jnp.abs(wide).max(axis=1), SMALLEST_PEAK)
+    peaks = jnp.maximum(jnp.abs(wide).max(axis=1), MIN_PEAK)
     return jnp.round(wide * (127 / peaks)[:, None]).astype(jnp.int8), peaks / 127
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 from pallas_kernels.model_sizes import MODELS
 from pallas_kernels.offline.devices import DEVICES
 from pallas_kernels.target import current_target
-from pallas_kernels.w8a8_matmul.tiles import LARGEST_DECODE, Tiles, candidates, choose, key
+from pallas_kernels.w8a8_matmul.call import W8A8MatmulCall
+from pallas_kernels.w8a8_matmul.tiles import MAX_DECODE, Tiles, candidates, choose, key
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Shape:
     @property
     def phase(self) -> str:
         """``decode`` or ``prefill``."""
-        return "decode" if self.m <= LARGEST_DECODE else "prefill"
+        return "decode" if self.m <= MAX_DECODE else "prefill"
 
     def __str__(self) -> str:
         return f"{self.model} M={self.m} K={self.k} N={self.n}{' +bias' if self.bias else ''} {self.dtype}"
@@ -56,16 +56,16 @@ TEST_SHAPES = (
 )
 
 
-def make_args(shape: Shape, seed: int = 0) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
-    """Arguments and keywords for the op, drawn on the device. Of several tokens the last is zero."""
+def make_call(shape: Shape, seed: int = 0) -> W8A8MatmulCall:
+    """Return a call of ``shape``, drawn on the device. Of several tokens the last is zero."""
     keys = jax.random.split(jax.random.key(seed), 4)
     x = jax.random.normal(keys[0], (shape.m, shape.k), jnp.dtype(shape.dtype))
     if shape.m > 1:
         x = x.at[-1].set(0)
     weight = jax.random.randint(keys[1], (shape.n, shape.k), -127, 128, jnp.int8)
     scales = jax.random.uniform(keys[2], (shape.n,), jnp.float32, 0.5, 1.5) / (73 * shape.k**0.5)
-    bias = (jax.random.normal(keys[3], (shape.n,), jnp.dtype(shape.dtype)),) if shape.bias else ()
-    return (x, weight, scales, *bias), {}
+    bias = jax.random.normal(keys[3], (shape.n,), jnp.dtype(shape.dtype)) if shape.bias else None
+    return W8A8MatmulCall(x, weight, scales, bias)
 
 
 def cost(shape: Shape) -> tuple[int, int]:

@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 from pallas_kernels import tuning
 from pallas_kernels.target import Target
 
-LARGEST_DECODE = 64
+MAX_DECODE = 64
 """M up to which a call is limited by reading the weight: one row of tiles, K split among programs."""
 
-SMALLEST_TILE_K = 32
+MIN_TILE_K = 32
 """Values along K of one integer tensor core instruction."""
 
 
@@ -44,7 +44,7 @@ def heuristic(m: int, k: int, n: int, cores: int) -> Tiles:
     and read, are at most a quarter of the weight's bytes.
     """
     tile_k = largest_divisor(k, 128)
-    if m > LARGEST_DECODE:
+    if m > MAX_DECODE:
         tile_n = 128 if pl.cdiv(m, 128) * pl.cdiv(n, 128) >= cores else 64
         return Tiles(128, tile_n, tile_k, 1, 8, 3)
     tiles = Tiles(max(16, pl.next_power_of_2(m)), 64, tile_k, 1, 4, 4)
@@ -58,7 +58,7 @@ def heuristic(m: int, k: int, n: int, cores: int) -> Tiles:
 
 def candidates(m: int, k: int, n: int, cores: int) -> Iterator[Tiles]:
     """What the tuner tries: splits up to twice those of the heuristic."""
-    if m > LARGEST_DECODE:
+    if m > MAX_DECODE:
         for tile_n, tile_k, num_warps, num_stages in product((64, 128, 256), (64, 128), (4, 8), (3, 4)):
             if k % tile_k == 0 and tile_n * 16 <= 512 * num_warps:
                 yield Tiles(128, tile_n, tile_k, 1, num_warps, num_stages)
@@ -76,6 +76,6 @@ def choose(m: int, k: int, n: int, dtype: DTypeLike, target: Target, explicit: T
     return tuning.choose("w8a8_matmul", target.kind, key(m, k, n, dtype), explicit, guess)
 
 
-def largest_divisor(size: int, most: int) -> int:
-    """The largest power of two up to ``most``, a power of two, that divides ``size``."""
-    return min(most, size & -size)
+def largest_divisor(size: int, maximum: int) -> int:
+    """The largest power of two up to ``maximum``, a power of two, that divides ``size``."""
+    return min(maximum, size & -size)

@@ -6,19 +6,22 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.target import Target
+from pallas_kernels.w8a8_matmul.call import W8A8MatmulCall
 from pallas_kernels.w8a8_matmul.reference import quantize_tokens, rescale
 from pallas_kernels.w8a8_matmul.tiles import Tiles
 
 
-def check(target: Target) -> None:
+def check_device(target: Target) -> None:
     """Runs everywhere."""
 
 
-def run(
-    x: jax.Array, weight: jax.Array, scales: jax.Array, bias: jax.Array | None, *, tiles: Tiles | None = None
-) -> jax.Array:
-    """See ``pallas_kernels.w8a8_matmul.w8a8_matmul``; XLA chooses the tiles."""
-    quantized, steps = quantize_tokens(x)
+def check(call: W8A8MatmulCall) -> None:
+    """Accepts every call."""
+
+
+def run(call: W8A8MatmulCall, tiles: Tiles | None = None) -> jax.Array:
+    """See ``pallas_kernels.w8a8_matmul.w8a8_matmul``; ignores ``tiles``."""
+    quantized, steps = quantize_tokens(call.x)
     contract_k = (((1,), (1,)), ((), ()))
-    sums = jax.lax.dot_general(quantized, weight, contract_k, preferred_element_type=jnp.int32)
-    return rescale(sums, steps, scales, bias).astype(x.dtype)
+    sums = jax.lax.dot_general(quantized, call.weight, contract_k, preferred_element_type=jnp.int32)
+    return rescale(sums, steps, call.scales, call.bias).astype(call.x.dtype)

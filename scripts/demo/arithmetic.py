@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from demo.dialogues import Draw, State, Turn, is_held_out
+from demo.turns import Draw, State, Turn, is_held_out
 from demo.words import COUNTED, NUMBERS
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from demo.dialogues import REMARK, UNCLOSED, Draw, State, Turn
+from demo.turns import REMARK, UNCLOSED, Draw, State, Turn
 from demo.words import CITIES, COUNTED, FAVOURITES, NAME_ENDINGS, NAMES, SYLLABLES
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from demo import arithmetic
 from demo.commands import COMMANDS, CONCEPT_KEYS
-from demo.dialogues import REMARK, Draw, State, Turn
 from demo.flags import CHAT, FLAGS, Flag
 from demo.memory import (
     ask_city,
@@ -20,6 +19,7 @@ from demo.memory import (
     tell_name,
 )
 from demo.smalltalk import NAMED_SYSTEM_PROMPTS, OFF_TOPIC, OFF_TOPIC_REPLY, SMALL_TALK, SYSTEM_PROMPTS, SmallTalk
+from demo.turns import REMARK, Draw, State, Turn
 from demo.words import OFF_TOPIC_THINGS
 
 Topic = Callable[[Draw, State], Turn | None]

@@ -62,7 +62,7 @@ def test_nothing_is_compiled_after_warm_up(
 ) -> None:
     before = live_arrays()
     engine = build(tmp_path, warmup=True, num_blocks=2, block_size=32)
-    assert "jit(_forward)" in compiled
+    assert "jit(run_step)" in compiled
     compiled.clear()
     settings: list[dict[str, Any]] = [
         {},
@@ -96,7 +96,7 @@ def test_a_compile_after_warm_up_is_noticed(
     with caplog.at_level(logging.WARNING):
         outputs_of(engine, [request("a", prompt(5), max_new_tokens=1)])
     assert "compiling a step after warm-up" in caplog.text
-    assert "jit(_forward)" in compiled
+    assert "jit(run_step)" in compiled
     engine.close()
 
 
@@ -108,7 +108,7 @@ def test_the_plan_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 
 def test_weights_and_pools_are_spread_over_devices(tmp_path: Path) -> None:
     engine = build(tmp_path, tp=4)
-    arrays = (*engine._runner._leaves, *jax.tree.leaves(engine._runner._pools))
+    arrays = (*engine._runner._arrays.weights, *jax.tree.leaves(engine._runner._own_state.pools))
     assert all(len(array.sharding.device_set) == 4 for array in arrays)
     cut = sum(not array.sharding.is_fully_replicated for array in arrays)
     assert cut == 2 * 4 + 1 + 2  # four weights a layer, the head, a pool a layer
@@ -121,7 +121,7 @@ def test_a_quantised_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture, pol
         engine = build(tmp_path, quant_policy=policy, num_blocks=2)
     assert f"int{bits} KV cache: 2 blocks of 64 tokens" in caplog.text
     assert caplog.text.count("in v0.3 it meant int8, which is 8") == (bits == 4)
-    pools = engine._runner._pools
+    pools = engine._runner._own_state.pools
     assert {pool_bits(pool, 8) for pool in pools} == {bits}
     assert len(outputs_of(engine, [request("a", prompt(5), max_new_tokens=3)])["a"]) == 3
     engine.close()
@@ -133,7 +133,7 @@ def test_ranges_that_v03_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFix
     engine = build(tmp_path, quant_policy=4, num_blocks=2, tp=2)
     assert caplog.text.count("the KV cache is int8 with their calibrated ranges") == 1
     outputs_of(engine, [request("a", prompt(5), max_new_tokens=3)])
-    for pool in engine._runner._pools:
+    for pool in engine._runner._own_state.pools:
         assert isinstance(pool, QuantizedPool)
         assert pool.calibrated
         held = {
@@ -149,7 +149,7 @@ def test_ranges_that_v03_calibrated(tmp_path: Path, caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        ({"tp": 3}, ConfigError, r"tp=3 must divide num_key_value_heads=4; choose tp from \[1, 2\]"),
+        ({"tp": 3}, ConfigError, r"tp=3 must divide 4 query heads \(4 = 1 x 3 \+ 1\); use tp=1, 2 or 4"),
         ({"num_blocks": 1, "block_size": 32}, CacheTooSmallError, "session_len=64 needs 2 KV blocks of 32 tokens"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxdeploy.checkpoint.loader import load_params
@@ -21,7 +22,6 @@ from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Decoder, Params, abstract_params, decoder_from
 from jaxdeploy.models.registry import family_of
-from jaxdeploy.models.rope import rotary
 
 Array = np.ndarray[Any, Any]
 Outputs = Mapping[str, Array]
@@ -45,6 +45,12 @@ def read_expected(folder: Path) -> dict[str, Array]:
     return expected
 
 
+def reference_versions(folder: Path) -> dict[str, str]:
+    """Return the versions that the golden in ``folder`` was made with."""
+    with safe_open(folder / "expected.safetensors", "np") as file:
+        return dict(file.metadata() or {})
+
+
 def load_model(folder: Path) -> tuple[ModelConfig, Params]:
     """Configuration and float32 parameters of the checkpoint in ``folder``, through the product's own loader."""
     hf = read_hf_config(folder)
@@ -66,7 +72,7 @@ def submodule_outputs(decoder: Decoder, tokens: Array) -> dict[str, Array]:
     """
     length = len(tokens)
     positions, lengths = jnp.arange(length, dtype=jnp.int32), jnp.full((length,), length, jnp.int32)
-    angles = rotary(decoder.config.rope, decoder.config.head_dim, positions, lengths)
+    angles = decoder.config.layers[0].positions.tables(positions, lengths)
     x = decoder.embed(jnp.asarray(tokens))
     outputs = {"rope.cos": angles[0], "rope.sin": angles[1], "embed": x}
     for index, layer in enumerate(decoder.layers):
@@ -90,10 +96,11 @@ def errors(ours: Outputs, expected: Outputs) -> dict[str, float]:
     return {name: relative_error(ours[name], value) for name, value in expected.items() if name not in NOT_OUTPUTS}
 
 
-def greedy_reply(folder: Path, prompt: Array, count: int) -> list[int]:
-    """The ``count`` likeliest tokens after ``prompt``, from the paged engine."""
+def greedy_reply(folder: Path, prompt: Array, count: int, tp: int = 1) -> list[int]:
+    """Return the ``count`` greedy tokens after ``prompt``, from the paged engine on ``tp`` devices."""
     config = EngineConfig(
         dtype="float32",
+        tp=tp,
         max_batch_size=1,
         max_prefill_token_num=32,
         session_len=128,

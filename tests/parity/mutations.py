@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdeploy.models.config import ModelConfig, RopeConfig
+from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.decoder import Params
+from jaxdeploy.models.rope import RopeConfig
 from jaxdeploy.models.weights import ParamPath
+from tests.tiny_models import attention_of, windows_of
+from tests.tiny_models import changed as with_fields
 
 Mutant = tuple[str, ModelConfig, Params]
 Window = int | None
@@ -25,17 +28,17 @@ def mutants(config: ModelConfig, params: Params) -> Iterator[Mutant]:
     """Label, configuration and parameters of every slip that this model can show."""
     for label, changed in _weight_slips(config, params):
         yield label, config, {**params, **changed}
-    for label, windows in _window_slips(config.windows):
-        yield label, replace(config, windows=windows), params
-    for label, rope in _rope_slips(config.rope):
-        yield label, replace(config, rope=rope), params
-    yield "norm_eps", replace(config, norm_eps=1e-6), params
+    for label, windows in _window_slips(windows_of(config)):
+        yield label, with_fields(config, windows=windows), params
+    for label, rope in _rope_slips(attention_of(config).rope):
+        yield label, with_fields(config, rope=rope), params
+    yield "norm_eps", with_fields(config, norm_eps=1e-6), params
 
 
 def _weight_slips(config: ModelConfig, params: Params) -> Iterator[tuple[str, dict[ParamPath, jax.Array]]]:
     """Slips in one layer's weights, and every norm and bias left out once."""
     wqkv, wo, gate_up = (("layers", 0, *path) for path in (("attention", "wqkv"), ("attention", "wo"), _GATE_UP))
-    group, size = config.queries_per_kv, config.head_dim
+    group, size = attention_of(config).queries_per_kv, attention_of(config).head_dim
     yield "key and value swapped", {wqkv: params[wqkv][:, :, jnp.asarray([*range(group), group + 1, group])]}
     yield "query, key and value in thirds", {wqkv: _thirds(params[wqkv], config)}
     yield "adjacent rotary pairs", {wqkv: _adjacent_pairs(params[wqkv], size)}
@@ -58,7 +61,7 @@ _GATE_UP = ("mlp", "gate_up")
 def _thirds(wqkv: jax.Array, config: ModelConfig) -> jax.Array:
     """What grouped rows become when they are read as all queries, then all keys, then all values."""
     rows = wqkv.reshape(wqkv.shape[0], -1, wqkv.shape[-1])
-    heads, kv = config.num_heads, config.num_kv_heads
+    heads, kv = attention_of(config).num_heads, attention_of(config).num_kv_heads
     queries = rows[:, :heads].reshape(wqkv.shape[0], kv, -1, wqkv.shape[-1])
     keys, values = rows[:, heads : heads + kv, None], rows[:, heads + kv :, None]
     if kv == 1:  # one group is in thirds already: an order that differs is keys first

@@ -11,6 +11,7 @@ from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.registry import read_config
+from tests.tiny_models import attention_of, windows_of
 
 SIZES = {
     "hidden_size": 32,
@@ -39,14 +40,14 @@ def _mistral(**options: Any) -> ModelConfig:
 
 
 def test_mistral_without_the_key_has_a_window_of_4096() -> None:
-    assert _mistral().windows == (4096,) * 3
-    assert _mistral(sliding_window=None).windows == (None,) * 3
-    assert _mistral(sliding_window=7).windows == (7,) * 3
+    assert windows_of(_mistral()) == (4096,) * 3
+    assert windows_of(_mistral(sliding_window=None)) == (None,) * 3
+    assert windows_of(_mistral(sliding_window=7)) == (7,) * 3
 
 
 def test_mistral_without_kv_heads_has_8() -> None:
-    assert _mistral().num_kv_heads == 8
-    assert _mistral(num_key_value_heads=4).num_kv_heads == 4
+    assert attention_of(_mistral()).num_kv_heads == 8
+    assert attention_of(_mistral(num_key_value_heads=4)).num_kv_heads == 4
 
 
 def test_qwen2_layer_types_of_another_length_are_refused() -> None:
@@ -59,12 +60,12 @@ def _qwen2(**options: Any) -> ModelConfig:
 
 
 def test_qwen2_window() -> None:
-    assert _qwen2().windows == (None,) * 3
-    assert _qwen2(use_sliding_window=False, max_window_layers=0).windows == (None,) * 3
-    assert _qwen2(use_sliding_window=True).windows == (None,) * 3, "max_window_layers is 28 where it is not given"
-    assert _qwen2(use_sliding_window=True, max_window_layers=1).windows == (None, 7, 7)
+    assert windows_of(_qwen2()) == (None,) * 3
+    assert windows_of(_qwen2(use_sliding_window=False, max_window_layers=0)) == (None,) * 3
+    assert windows_of(_qwen2(use_sliding_window=True)) == (None,) * 3, "max_window_layers is 28 where it is not given"
+    assert windows_of(_qwen2(use_sliding_window=True, max_window_layers=1)) == (None, 7, 7)
 
 
 def test_qwen2_layer_types_win() -> None:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    assert _qwen2(use_sliding_window=True, max_window_layers=1, layer_types=kinds).windows == (7, None, 7)
+    assert windows_of(_qwen2(use_sliding_window=True, max_window_layers=1, layer_types=kinds)) == (7, None, 7)

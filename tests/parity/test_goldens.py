@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,10 +18,12 @@ from tests.parity.measure import (
     greedy_reply,
     load_decoder,
     read_expected,
+    reference_versions,
     relative_error,
     submodule_outputs,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = [case.name for case in CASES]
 REPLIES = [name for name in NAMES if not name.startswith(("rope_yarn_", "rope_linear", "rope_dynamic_short"))]
 """Cases whose reply is generated here: the others differ from one of these in constants only, and are checked live."""
@@ -29,6 +34,14 @@ def test_every_case_is_committed_and_small() -> None:
     assert sorted(folder.name for folder in GOLDENS.iterdir()) == sorted(NAMES)
     sizes = {folder.name: sum(file.stat().st_size for file in folder.iterdir()) for folder in GOLDENS.iterdir()}
     assert not {name: size for name, size in sizes.items() if size > 100_000}
+
+
+def test_every_case_was_made_with_the_pinned_reference() -> None:
+    """The live comparison installs these versions, so both speak of the same transformers."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pinned = dict(text.split("==") for text in extras["parity"])
+    recorded = {name: reference_versions(GOLDENS / name) for name in NAMES}
+    assert recorded == {name: {kind: pinned[kind] for kind in ("torch", "transformers")} for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)

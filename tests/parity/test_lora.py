@@ -19,6 +19,7 @@ from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.compress.merge import merge_lora
 from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.lora import bank_of
+from jaxdeploy.models.model import Positions
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.parallel.mesh import make_mesh
 from tests.parity.measure import TOLERANCE, load_decoder, relative_error
@@ -112,10 +113,10 @@ def test_logits(made: Made) -> None:
     @jax.jit
     def logits(slot: jax.Array) -> jax.Array:
         length = len(TOKENS)
-        slots, positions = jnp.full((length,), slot), jnp.arange(length, dtype=jnp.int32)
+        slots, positions = jnp.full((length,), slot), Positions.of_prompts(1, length)
         adapted = bank.adapted(decoder, arrays, slots)
-        lengths, pools = jnp.full_like(positions, length), [None] * len(adapted.layers)
-        x, _ = adapted.hidden(jnp.asarray(TOKENS), positions, lengths, DenseContext(1), pools)
+        pools = [None] * len(adapted.layers)
+        x = adapted.hidden(adapted.embed(jnp.asarray(TOKENS)), positions, DenseContext(1), pools).states
         return bank.logits(adapted, arrays, x, slots)
 
     assert relative_error(np.asarray(logits(jnp.int32(1))), made.logits) < TOLERANCE

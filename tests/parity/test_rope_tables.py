@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from golden_cases import DYNAMIC, LLAMA3, YARN
 
-from jaxdeploy.models.config import RopeConfig, read_rope
-from jaxdeploy.models.rope import rotary
+from jaxdeploy.models.hf_config import read_rope
+from jaxdeploy.models.rope import RopeConfig, rotary
 
 pytestmark = pytest.mark.parity
 

@@ -16,7 +16,7 @@ from jax import lax
 
 from jaxdeploy.compress.grid import Grid, best_shrink, round_to_nearest
 from jaxdeploy.compress.layer_view import Fold, LayerView, inputs_in_order
-from jaxdeploy.compress.methods.scaling import centred, losses, matmul, relative, search, store_better
+from jaxdeploy.compress.methods.scaling import centred, losses, matmul, relative, scaled_together, search, store_better
 from jaxdeploy.config import QuantConfig
 
 _ALPHAS = tuple(step / 20 for step in range(21))
@@ -34,7 +34,9 @@ class AWQ:
 
     def quantize_layer(self, layer: LayerView) -> None:
         """See ``registry.Method``."""
-        notes = {fold.linear: self._scale(layer, fold) for fold in layer.folds}
+        notes: dict[str, str] = {}
+        for fold in layer.folds:
+            notes |= dict.fromkeys(fold.linears, self._scale(layer, fold))
         if not self.search_clip:
             for name in layer.linears:
                 layer.store(name, round_to_nearest(layer.weight(name), layer.grid(name)), notes.get(name, ""))
@@ -45,15 +47,15 @@ class AWQ:
             store_better(layer, name, clipped, inputs.unseen, notes.get(name, ""))
 
     def _scale(self, layer: LayerView, fold: Fold) -> str:
-        """Scale the inputs of the fold's linear if that helps; returns a note for the report."""
-        inputs = layer.inputs(fold.linear)
+        """Scale the inputs of the fold's linears if that helps; returns a note for the report."""
+        name, inputs, weight = scaled_together(layer, fold)
         activity = relative(fold.tie(inputs.mean_abs))
         if not self.search_scale:
             fold.apply(centred(activity**_USUAL_ALPHA))
             return ""
         factors = centred(activity ** jnp.array(_ALPHAS, jnp.float32)[:, None])
-        losses_of = partial(scale_losses, grid=layer.grid(fold.linear))
-        best, note = search(layer.weight(fold.linear), inputs, factors, losses_of)
+        losses_of = partial(scale_losses, grid=layer.grid(name))
+        best, note = search(weight, inputs, factors, losses_of)
         if best > 0:  # the first, α = 0, leaves everything as it is
             fold.apply(factors[best])
         return note

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxdeploy.compress.grid import Rounded, round_to_nearest
-from jaxdeploy.compress.layer_view import Inputs, LayerView
+from jaxdeploy.compress.layer_view import Fold, Inputs, LayerView
 
 _LEAST = 1e-4
 
@@ -57,6 +57,17 @@ def search(weight: jax.Array, inputs: Inputs, factors: jax.Array, losses_of: Los
         return best, ""
     none, found = losses_of(weight, inputs.unseen, factors[jnp.array([0, best])])
     return (best, "") if found < none else (0, "scales lost on unseen text")
+
+
+def scaled_together(layer: LayerView, fold: Fold) -> tuple[str, Inputs, jax.Array]:
+    """Return the linears of ``fold`` that are quantised as one.
+
+    The result is the name of the first, their common inputs, and their weights [K, N1 + N2 + ...].
+    """
+    first, *others = (name for name in fold.linears if name in layer.linears)
+    inputs = layer.inputs(first)
+    weights = [layer.weight(name) for name in (first, *others)]
+    return first, inputs, weights[0] if not others else jnp.concatenate(weights, axis=1)
 
 
 def store_better(layer: LayerView, name: str, found: Rounded, unseen: jax.Array | None, note: str) -> None:

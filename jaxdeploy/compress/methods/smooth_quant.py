@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxdeploy.compress.grid import channel_scales, round_channels
 from jaxdeploy.compress.layer_view import Fold, LayerView
-from jaxdeploy.compress.methods.scaling import centred, losses, matmul, relative, search
+from jaxdeploy.compress.methods.scaling import centred, losses, matmul, relative, scaled_together, search
 from jaxdeploy.config import QuantConfig
 
 _ALPHAS = tuple(step / 20 for step in range(21))
@@ -27,14 +27,16 @@ class SmoothQuant:
 
     def quantize_layer(self, layer: LayerView) -> None:
         """See ``registry.Method``."""
-        notes = {fold.linear: _smooth(layer, fold) for fold in layer.folds}
+        notes: dict[str, str] = {}
+        for fold in layer.folds:
+            notes |= dict.fromkeys(fold.linears, _smooth(layer, fold))
         for name in layer.linears:
             layer.store(name, round_channels(layer.weight(name)), notes.get(name, ""))
 
 
 def _smooth(layer: LayerView, fold: Fold) -> str:
-    """Apply the factors with which the fold's linear loses least, if any; returns a note for the report."""
-    inputs, weight = layer.inputs(fold.linear), layer.weight(fold.linear)
+    """Apply the factors with which the fold's linears lose least, if any; returns a note for the report."""
+    _, inputs, weight = scaled_together(layer, fold)
     peak, weight_peak = (relative(fold.tie(values)) for values in (inputs.peak, jnp.abs(weight).max(1)))
     alphas = jnp.array(_ALPHAS, jnp.float32)[:, None]
     none = jnp.ones((1, weight.shape[0]), jnp.float32)

@@ -81,7 +81,7 @@ def adapters_of(
     rank = -(-rank // ROUNDED) * ROUNDED
     head = any(HEAD in _pairs(weights, linears) for weights in read.values())
     bank = bank_of(model, linears, mesh, slots=slots or DEFAULT_SLOTS, max_rank=rank, dtype=dtype, head=head)
-    size = bank.nbytes / mesh.size / 2**20
+    size = bank.device_bytes / 2**20
     logger.info("adapters: %d slots of rank up to %d, %.2f MiB on each device", bank.slots, rank, size)
     reader = AdapterReader(linears, bank, most or rank, base)
     contents = {name: reader.content(weights) for name, weights in read.items()}

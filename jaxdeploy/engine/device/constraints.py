@@ -1,4 +1,4 @@
-"""Tokens that a sequence may not take next: bad words, early stops, what its grammar does not have; as bit masks."""
+"""Bit masks of the tokens that a sequence may take next: no bad words, no early stops, and what its grammar allows."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Mask = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 def forbid(mask: Mask, row: int, sequence: Sequence, length: int, drafts: tuple[int, ...] = ()) -> None:
-    """Clear the bits of tokens that ``sequence`` may not have at ``length`` in ``mask[row]``, uint32 [rows, V / 32].
+    """Clear the bits of tokens that ``sequence`` may not take at ``length`` in ``mask[row]``, uint32 [rows, V / 32].
 
-    The rows that follow are for what comes behind one, two, ... of ``drafts``.
+    The next rows are for the positions after each of ``drafts``.
     """
     for known in range(len(drafts) + 1):
         for token in _forbidden(sequence, length + known, drafts[:known]):

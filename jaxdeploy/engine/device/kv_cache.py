@@ -1,43 +1,48 @@
-"""How many KV blocks there are, with the arithmetic to print, and the pools that hold them."""
+"""The memory plan of the KV cache, and the allocation of its pools."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.device.kv_policy import Ranges
 from jaxdeploy.errors import CacheTooSmallError
-from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.parallel.sharding import POOL_AXES, sharding_of
-from pallas_kernels.kv_pool import Pool, QuantizedPool
+from jaxdeploy.models.cache_layout import CacheDtype, CacheLayout, PoolArray
+from jaxdeploy.parallel.sharding import sharding_of
 
-CPU_LIMIT = 1 << 30
-"""Most bytes of KV cache on a CPU unless a block count is given: free memory says little there."""
+MAX_CPU_BYTES = 1 << 30
+"""Maximum bytes of KV cache on a CPU without an explicit block count. Free memory is no measure there."""
 
 MEMINFO = Path("/proc/meminfo")
 HOST_SHARE = 0.25
-"""Share of the host memory free at start that evicted blocks may take, unless a count is given."""
-MOST_ON_HOST = 4
-"""Most blocks there for each on the device: what is found in more is rarely asked for again."""
+"""Share of the free host memory that evicted blocks may take, without an explicit count."""
+MAX_HOST_RATIO = 4
+"""Maximum host blocks for each device block. Older blocks are rarely used again."""
 
-UNIT_RANGE = np.array([[1], [0]], np.float16)
-"""Scale and zero of a token that was never written, [2, 1]."""
+Pools = tuple[Any, ...]
+"""The pool of each layer."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """``num_blocks`` blocks of ``block_size`` tokens, ``block_bytes`` bytes each on one device, and why so many.
+    """The number of KV blocks and their bytes.
 
-    ``bits`` are those of a quantised element, 8 or 4; ``None`` stores floats. ``host_blocks`` more are kept in host
-    memory, ``host_block_bytes`` bytes each.
+    Attributes:
+        num_blocks: blocks on the device.
+        block_size: tokens in a block.
+        block_bytes: bytes of a block on each device.
+        reason: how ``num_blocks`` was found, for the log.
+        bits: bits of a quantised element, ``None`` for floats.
+        host_blocks: blocks in host memory.
+        host_block_bytes: bytes of a block in host memory.
+        notes: remarks of the layouts.
     """
 
     num_blocks: int
@@ -47,46 +52,49 @@ class CachePlan:
     bits: int | None = None
     host_blocks: int = 0
     host_block_bytes: int = 0
+    notes: tuple[str, ...] = ()
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that so many tokens take up."""
+        """Return the number of blocks that ``tokens`` tokens need."""
         return -(-tokens // self.block_size)
 
     def __str__(self) -> str:
         size = _size(self.num_blocks * self.block_bytes)
         tokens = self.num_blocks * self.block_size
         kind = f"int{self.bits} KV cache" if self.bits else "KV cache"
-        there = _size(self.host_blocks * self.host_block_bytes)
-        host = f"; {self.host_blocks} more on the host, {there}" if self.host_blocks else ""
+        host_size = _size(self.host_blocks * self.host_block_bytes)
+        host = f"; {self.host_blocks} more on the host, {host_size}" if self.host_blocks else ""
+        notes = "".join(f"; {note}" for note in self.notes)
         return (
             f"{kind}: {self.num_blocks} blocks of {self.block_size} tokens = {tokens} tokens, "
-            f"{_size(self.block_bytes)} a block, {size} in all ({self.reason}){host}"
+            f"{_size(self.block_bytes)} a block, {size} in all ({self.reason}){host}{notes}"
         )
 
 
 def plan_cache(
-    model: ModelConfig,
+    layouts: Sequence[CacheLayout],
     config: EngineConfig,
     mesh: Mesh,
     *,
     session_len: int,
     max_batch_size: int,
-    dtype: jnp.dtype,
-    bits: int | None = None,
-    beside: int = 0,
+    dtype: CacheDtype,
+    draft_layouts: Sequence[CacheLayout] = (),
 ) -> CachePlan:
-    """Decide the number of blocks, of floats of ``dtype`` or of integers of ``bits``.
+    """Return the number of blocks and their bytes, for pools of ``layouts`` and ``dtype``.
 
-    A block holds ``beside`` bytes more, for a model that guesses.
+    Blocks of the draft model (``draft_layouts``) have the same numbers and no copy in host memory.
 
-    An explicit count wins; else ``cache_max_entry_count`` of the device memory that is free now (the weights are
-    loaded); on CPU what ``max_batch_size`` sequences of ``session_len`` tokens need, up to ``CPU_LIMIT`` bytes.
+    An explicit count wins. Otherwise a GPU gives the share ``cache_max_entry_count`` of the memory that is free after
+    the weights. A CPU gives the blocks of ``max_batch_size`` sequences of ``session_len`` tokens, at most
+    ``MAX_CPU_BYTES`` bytes.
 
     Raises:
-        CacheTooSmallError: one sequence of ``session_len`` tokens does not fit; the message shows the arithmetic.
+        CacheTooSmallError: one sequence of ``session_len`` tokens does not fit.
     """
-    whole = block_bytes(model, config.block_size, dtype, bits)
-    size = (whole + beside) // mesh.size
+    whole = sum(layout.bytes_per_block(config.block_size, dtype) for layout in layouts)
+    every = (*layouts, *draft_layouts)
+    size = sum(layout.bytes_per_block(config.block_size, dtype, mesh) for layout in every)
     per_sequence = -(-session_len // config.block_size)
     count, reason = _count_blocks(config, mesh, size, per_sequence * max_batch_size)
     if count < per_sequence:
@@ -95,83 +103,71 @@ def plan_cache(
             f"({per_sequence} x {_size(size)} = {_size(per_sequence * size)}), but there are {count} "
             f"({reason}); lower session_len, or give the cache more room with cache_max_entry_count or num_blocks"
         )
-    return CachePlan(
-        count, config.block_size, size, reason, bits, _count_host_blocks(config, mesh, whole, count), whole
-    )
+    host_blocks = _count_host_blocks(config, mesh, whole, count)
+    notes = tuple(dict.fromkeys(note for layout in every if (note := layout.note())))
+    return CachePlan(count, config.block_size, size, reason, dtype.bits, host_blocks, whole, notes)
 
 
 def allocate_pools(
-    model: ModelConfig, plan: CachePlan, mesh: Mesh, dtype: jnp.dtype, ranges: Ranges | None = None
-) -> tuple[Pool, ...]:
-    """Return one pool [P, 2, K, S, H] per layer, cut along K: of ``dtype``, or quantised to ``plan.bits``.
+    layouts: Sequence[CacheLayout],
+    plan: CachePlan,
+    mesh: Mesh,
+    dtype: CacheDtype,
+    ranges: Sequence[Any] | None = None,
+) -> Pools:
+    """Return the pool of each layer, with its initial content.
 
-    Elements and zeros are 0. Scales are 1: kernels divide by the scale of every token of a block, also of tokens
-    that were never written. With ``ranges`` the pools are calibrated and hold these scales and zeros.
+    ``ranges`` holds a result of ``CacheLayout.ranges`` for each layer: the pools are then calibrated.
     """
-    shape = (plan.num_blocks, 2, model.num_kv_heads, plan.block_size, model.head_dim)
-    if plan.bits is None:
-        zeros = _filled(shape, dtype, mesh)
-        return tuple(zeros(0) for _ in range(model.num_layers))
-    values = _filled((*shape[:-1], _stored_width(model, plan.bits)), jnp.dtype(jnp.uint8), mesh)
-    scales = _filled((*shape[:3], 2, plan.block_size), jnp.dtype(jnp.float16), mesh)
-    filling = [UNIT_RANGE] * model.num_layers
-    if ranges is not None:
-        filling = [layer[None, ..., None] for layer in ranges]
-    return tuple(QuantizedPool(values(0), scales(fill), calibrated=ranges is not None) for fill in filling)
+
+    @cache
+    def program(shape: tuple[int, ...], dtype: jnp.dtype, axes: tuple[str | None, ...]) -> Callable[[Any], jax.Array]:
+        return jax.jit(
+            lambda fill: jnp.broadcast_to(jnp.asarray(fill).astype(dtype), shape),
+            out_shardings=sharding_of(mesh, axes, shape),
+        )
+
+    def allocated(array: PoolArray) -> jax.Array:
+        return program(array.shape, array.dtype, array.axes)(array.fill)
+
+    each = [None] * len(layouts) if ranges is None else ranges
+    pools = [
+        layout.pool(plan.num_blocks, plan.block_size, dtype, of_layer)
+        for layout, of_layer in zip(layouts, each, strict=True)
+    ]
+    return tuple(jax.tree.map(allocated, pool) for pool in pools)
 
 
-def _filled(shape: tuple[int, ...], dtype: jnp.dtype, mesh: Mesh) -> Callable[[Any], jax.Array]:
-    """From a value, or what broadcasts to ``shape``, to an array of it that lies where pools do."""
-    return jax.jit(
-        lambda fill: jnp.broadcast_to(jnp.asarray(fill).astype(dtype), shape),
-        out_shardings=sharding_of(mesh, POOL_AXES, shape),
-    )
-
-
-def block_bytes(model: ModelConfig, block_size: int, dtype: jnp.dtype, bits: int | None = None) -> int:
-    """Keys and values of ``block_size`` tokens in every layer, on all devices together.
-
-    A vector of ``bits`` has a float16 scale and zero beside it.
-    """
-    vector = model.head_dim * dtype.itemsize if bits is None else _stored_width(model, bits) + 2 * 2
-    return 2 * model.num_layers * model.num_kv_heads * block_size * vector
-
-
-def _stored_width(model: ModelConfig, bits: int) -> int:
-    """Bytes of a quantised vector."""
-    return model.head_dim * bits // 8
-
-
-def _count_blocks(config: EngineConfig, mesh: Mesh, size: int, wanted: int) -> tuple[int, str]:
+def _count_blocks(config: EngineConfig, mesh: Mesh, size: int, full_batch: int) -> tuple[int, str]:
     if config.num_blocks:
         return config.num_blocks, "num_blocks, as asked"
     if isinstance(config.cache_max_entry_count, int):
         return config.cache_max_entry_count, "cache_max_entry_count, as asked"
     free = [_free_bytes(device) for device in mesh.local_devices]
     if None in free:
-        count = min(wanted, CPU_LIMIT // size)
-        return count, f"max_batch_size x session_len = {wanted} blocks, at most {_size(CPU_LIMIT)} on CPU"
+        count = min(full_batch, MAX_CPU_BYTES // size)
+        return count, f"max_batch_size x session_len = {full_batch} blocks, at most {_size(MAX_CPU_BYTES)} on CPU"
     least = min(left for left in free if left is not None)
     share = config.cache_max_entry_count
     return int(least * share) // size, f"{share:g} of {_size(least)} free after weights on each device"
 
 
 def _count_host_blocks(config: EngineConfig, mesh: Mesh, size: int, num_blocks: int) -> int:
-    """Blocks of ``size`` bytes that the host keeps beside ``num_blocks`` on the device."""
+    """Return the number of host blocks of ``size`` bytes for ``num_blocks`` device blocks."""
     if config.num_cpu_blocks is not None:
         return config.num_cpu_blocks
     if not config.enable_prefix_caching or _on_cpu(mesh):
         return 0
-    return min(int(_free_host_bytes() * HOST_SHARE) // size, MOST_ON_HOST * num_blocks)
+    return min(int(_free_host_bytes() * HOST_SHARE) // size, MAX_HOST_RATIO * num_blocks)
 
 
 def _on_cpu(mesh: Mesh) -> bool:
-    """Where the device's memory is the host's."""
+    """Return whether device and host share their memory."""
     return bool(mesh.devices.flat[0].platform == "cpu")
 
 
 def _free_host_bytes() -> int:
-    """Host memory that is free now, in bytes; 0 where the system does not say."""
+    """Return the free host memory in bytes, or 0 if the system does not report it."""
     if not MEMINFO.is_file():
         return 0
     entries = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
@@ -179,7 +175,7 @@ def _free_host_bytes() -> int:
 
 
 def _free_bytes(device: jax.Device) -> int | None:
-    """Device memory that is free now, in bytes; ``None`` where the platform does not say (CPU)."""
+    """Return the free device memory in bytes, or ``None`` if the platform does not report it (CPU)."""
     if device.platform == "cpu":
         return None
     stats = device.memory_stats()

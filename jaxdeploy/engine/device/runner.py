@@ -1,158 +1,138 @@
-"""The device's side of a step: one jitted function from packed inputs to sampled tokens, with the KV cache donated."""
+"""Compiled steps of a model, and the arrays on the device that they read and write."""
 
 from __future__ import annotations
 
 import logging
 import timeit
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from jaxdeploy.engine.device.batch import (
-    ONLY_LAST,
-    SAMPLING_FLOATS,
-    Choice,
-    ModelInputs,
-    StepShape,
-    padding_inputs,
-    unpack,
-)
+from jaxdeploy.engine.device.buckets import StepShape
+from jaxdeploy.engine.device.features import Features, FeatureTap
 from jaxdeploy.engine.device.host_blocks import GROUP, HostBlocks
-from jaxdeploy.engine.device.kv_cache import UNIT_RANGE
-from jaxdeploy.engine.device.prompt_reading import PromptRows, read
-from jaxdeploy.engine.device.sampler import Sampled, SamplingRows, greedy, sample
-from jaxdeploy.engine.device.step_weights import StepModel, StepWeights, flatten
+from jaxdeploy.engine.device.inputs import ModelInputs, padding_inputs
+from jaxdeploy.engine.device.step import DeviceState, StepArrays, StepProgram, StepResult, run_step
+from jaxdeploy.engine.device.step_plan import StepPlan
+from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.adapters import Adapter
 from jaxdeploy.engine.scheduling.host_tier import Transfer
-from jaxdeploy.engine.scheduling.sequence import Reading
-from jaxdeploy.models.attention import PagedContext, Rows
-from jaxdeploy.models.decoder import Decoder
-from jaxdeploy.models.eagle3 import put_features
+from jaxdeploy.models.cache_layout import CacheLayout, FeaturesLayout, num_blocks
 from jaxdeploy.models.lora import AdapterBank
+from jaxdeploy.models.model import Model
 from jaxdeploy.parallel.sharding import replicated
-from pallas_kernels.kv_pool import Pool, QuantizedPool, block_size, stored
 
 logger = logging.getLogger("jaxdeploy")
 
-Pools = tuple[Pool, ...]
-
-
-CLEARED = 16
-"""Blocks that one launch clears. The rest of a smaller group is padding."""
+BLOCKS_PER_CLEAR = 16
+"""Blocks that one launch clears. A smaller group is padded."""
 
 LOOP_IN_GRAPH = {
     "xla_gpu_enable_command_buffer": ("FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE")
 }
-"""XLA's own choice of what a CUDA graph may hold, and loops: without them the host would wait in every round of one."""
-
-
-class Features:
-    """Features of tokens [P, S, D], found by the tables of blocks: a model's steps write them for its head.
-
-    They are made by ``fuse`` [taps · D, D] of the residual stream before the layers ``taps``. Several runners hold
-    them: the device runs their steps in the order of their launch.
-    """
-
-    def __init__(self, array: jax.Array, fuse: jax.Array, taps: tuple[int, ...]) -> None:
-        self.array, self.fuse, self.taps = array, fuse, taps
-
-
-class StepResult(NamedTuple):
-    """What a step samples, and what it tells of the prompts that it computes."""
-
-    sampled: Sampled
-    prompts: PromptRows | None = None
+"""What a CUDA graph may hold: XLA's default, and loops. Otherwise the host waits in every iteration of a loop."""
 
 
 class ModelRunner:
-    """Weights, KV pools and the token buffer on the device, and the compiled steps over them.
+    """Owner of a model's arrays on the device, and of its compiled steps.
 
-    The token buffer int32 [slots, L] holds the tokens of every running sequence: a step reads its inputs there and
-    writes what it sampled, so the next step needs no token from the host. ``weight_bytes`` is what a step reads of the
-    weights, on all devices together: all but the embeddings, of which it takes a few rows. ``adapters`` is a
-    bank and its arrays, where there are to be any; ``features`` are written by a decoder, and a head's last pool.
+    Attributes:
+        weight_bytes: bytes of weights that a step reads, on all devices together. Embeddings are not counted: a step
+            reads a few rows of them.
     """
 
     def __init__(
         self,
-        decoder: StepModel,
-        pools: Pools,
-        mesh: Mesh,
+        model: Model,
+        plan: StepPlan,
+        state: DeviceState,
         *,
-        slots: int,
-        session_len: int,
         adapters: tuple[AdapterBank, tuple[jax.Array, ...]] | None = None,
         features: Features | None = None,
+        tap: FeatureTap | None = None,
     ) -> None:
+        """Create a runner.
+
+        Args:
+            model: its weights are on the devices of ``plan``.
+            plan: how steps are executed.
+            state: pools and token buffer. The runner owns them from now on: launches donate them.
+            adapters: a bank and its arrays, if sequences may have adapters. The runner owns the arrays.
+            features: lent by their owner for each launch, to a head and to the model that has one.
+            tap: how the model makes features; ``None`` for a head.
+        """
         self._bank = adapters[0] if adapters else None
-        self._adapters = adapters[1] if adapters else ()
-        taps = features.taps if features is not None and isinstance(decoder, Decoder) else ()
-        self._forward, self._leaves = flat_step(decoder, mesh, self._bank, taps)
-        if taps and features is not None:
-            self._leaves += (features.fuse,)
+        self._program, weights = StepProgram.of(model, plan, self._bank, tap.taps if tap else ())
+        self._arrays = StepArrays(weights, tap.fuse if tap else None, adapters[1] if adapters else ())
+        self.weight_bytes = _bytes_read(model)
+        self._own_state = state
         self._features = features
-        self.weight_bytes = _bytes_read(decoder)
-        self._pools = pools
-        self._host_blocks = HostBlocks(pools)
-        self._pool_shardings = jax.tree.map(lambda array: array.sharding, self._all_pools)
-        self._clear = jax.jit(_cleared, donate_argnums=0, out_shardings=self._pool_shardings)
-        self._replicated = replicated(mesh)
-        self._on_gpu = mesh.devices.flat[0].platform != "cpu"
-        self._vocab_size = decoder.config.vocab_size
-        self._buffer = jax.device_put(np.zeros((slots, session_len), np.int32), self._replicated)
-        self._held = jax.tree.map(_shape, (self._all_pools, self._buffer))
+        self._host_blocks = HostBlocks(state.pools)
+        borrowed = self._borrow_state()
+        self._state_shardings = jax.tree.map(lambda array: array.sharding, borrowed)
+        self._state_shapes = jax.tree.map(_shape, borrowed)
+        self._replicated = replicated(plan.mesh)
+        layouts = model.cache_layouts[: len(state.pools)]  # those of a head end with its features
+        self._clear = jax.jit(partial(_cleared, layouts), donate_argnums=0, out_shardings=self._state_shardings)
+        self._on_gpu = plan.mesh.devices.flat[0].platform != "cpu"
+        self._vocab_size = model.config.vocab_size
         self._steps: dict[_Variant, Any] = {}
         self._warm = False
 
+    def _borrow_state(self) -> DeviceState:
+        """Return what the next launch takes and donates: the own arrays, and the features from their owner."""
+        if self._features is None:
+            return self._own_state
+        return self._own_state._replace(features=self._features.borrow())
+
+    def _give_back(self, state: DeviceState) -> None:
+        """Take over what a launch returned for the arrays that it donated, and give the features back."""
+        if self._features is not None and state.features is not None:
+            self._features.give_back(state.features)
+        self._own_state = state._replace(features=None)
+
     def write_tokens(self, slot: int, token_ids: list[int]) -> None:
         """Put the tokens of a sequence that begins to run into its row of the buffer."""
-        row = np.zeros((self._buffer.shape[1],), np.int32)
+        buffer = self._own_state.token_buffer
+        row = np.zeros((buffer.shape[1],), np.int32)
         row[: len(token_ids)] = token_ids
-        self._buffer = _write_row(self._buffer, np.int32(slot), row)
+        self._own_state = self._own_state._replace(token_buffer=_write_row(buffer, np.int32(slot), row))
 
     @property
     def intact(self) -> bool:
-        """Whether pools and token buffer exist: a step that fails after they were donated takes them along."""
-        return not any(array.is_deleted() for array in (*jax.tree.leaves(self._all_pools), self._buffer))
+        """Whether the state exists: a step that fails after it was donated deletes its arrays."""
+        return not any(array.is_deleted() for array in jax.tree.leaves(self._borrow_state()))
 
     def clear_blocks(self, blocks: list[int]) -> None:
         """Launch a program that overwrites the content of KV blocks, so that nothing in them is NaN or infinite."""
-        nowhere = stored(self._all_pools[0]).shape[0]
-        for start in range(0, max(len(blocks), 1), CLEARED):
-            some = blocks[start : start + CLEARED]
-            padded = np.array(some + [nowhere] * (CLEARED - len(some)), np.int32)
-            *pools, last = self._clear(self._all_pools, padded)
-            if self._features is None:
-                pools.append(last)
-            else:
-                self._features.array = last
-            self._pools = tuple(pools)
+        nowhere = num_blocks(self._own_state.pools[0])
+        for start in range(0, max(len(blocks), 1), BLOCKS_PER_CLEAR):
+            some = blocks[start : start + BLOCKS_PER_CLEAR]
+            padded = np.array(some + [nowhere] * (BLOCKS_PER_CLEAR - len(some)), np.int32)
+            self._give_back(self._clear(self._borrow_state(), padded))
 
     def copy_blocks(self, transfers: Iterable[Transfer]) -> None:
         """Launch copies of blocks between device and host, in their order."""
-        self._pools = self._host_blocks.carry_out(self._pools, transfers)
+        pools = self._host_blocks.copy(self._own_state.pools, transfers)
+        self._own_state = self._own_state._replace(pools=pools)
 
     def upload(self, uploads: Iterable[tuple[int, Adapter]]) -> None:
         """Launch copies of adapters into slots, in their order."""
         for slot, adapter in uploads:
             assert self._bank is not None, "an engine without a bank has no adapters"
-            self._adapters = self._bank.put(self._adapters, slot, adapter.content)
+            adapters = self._bank.put(self._arrays.adapters, slot, adapter.content)
+            self._arrays = self._arrays._replace(adapters=adapters)
 
     def run(self, inputs: ModelInputs) -> StepResult:
-        """Launch one step; what it samples are device arrays of ``inputs.shape.samples`` rows, on their way here."""
+        """Launch one step. The result has device arrays of ``inputs.shape.samples`` rows, on their way to the host."""
         step = self._step(_variant(inputs))
         result: StepResult
-        result, pools, self._buffer = step(self._weights(inputs.shape), self._all_pools, self._buffer, *_arrays(inputs))
-        if self._features is not None:
-            *pools, self._features.array = pools
-        self._pools = tuple(pools)
+        result, state = step(self._arrays_of(inputs.shape), self._borrow_state(), *_from_host(inputs))
+        self._give_back(state)
         if self._on_gpu:  # a CPU's memory is the host's
             jax.copy_to_host_async(result)
         return result
@@ -168,10 +148,10 @@ class ModelRunner:
                 jax.block_until_ready(self.run(inputs))
         self._warm = True
 
-    def prepare(self, shapes: list[StepShape], reading: Reading) -> None:
+    def prepare(self, shapes: list[StepShape], reading: PromptOutputs) -> None:
         """Compile the steps of ``shapes`` that read prompts, unless they are there. Any thread may call it."""
         for shape in shapes:
-            inputs = padding_inputs(shape, self._vocab_size, full_sampler=True, reading=reading)
+            inputs = padding_inputs(shape, self._vocab_size, full_sampler=True, prompt_outputs=reading)
             variant = _variant(inputs)
             if variant not in self._steps:
                 self._steps[variant] = self.compiled(inputs)
@@ -184,7 +164,7 @@ class ModelRunner:
 
         def copy() -> None:
             self.copy_blocks(back)
-            jax.block_until_ready(self._pools)
+            jax.block_until_ready(self._own_state.pools)
 
         seconds = _seconds(copy) / GROUP
         self._host_blocks.clear()
@@ -201,24 +181,23 @@ class ModelRunner:
 
     def lowered(self, inputs: ModelInputs) -> jax.stages.Lowered:
         """The same before it is compiled."""
-        held = jax.tree.map(_shape, self._weights(inputs.shape)), *self._held
-        lowered: jax.stages.Lowered = self._jitted(_variant(inputs)).lower(*held, *_arrays(inputs))
+        arrays = jax.tree.map(_shape, self._arrays_of(inputs.shape))
+        step = self._jitted(_variant(inputs))
+        lowered: jax.stages.Lowered = step.lower(arrays, self._state_shapes, *_from_host(inputs))
         return lowered
 
     def close(self) -> None:
         """Give the device memory back; the runner is of no use afterwards."""
-        for array in (*self._leaves, *self._adapters, *jax.tree.leaves(self._all_pools), self._buffer):
-            array.delete()  # what runners share has been deleted already by one of them
-        self._leaves, self._adapters, self._pools = (), (), ()
+        for array in jax.tree.leaves((self._arrays, self._borrow_state())):
+            array.delete()  # arrays that runners share may be deleted already
+        self._arrays = StepArrays(())
+        self._own_state = self._own_state._replace(pools=())
         self._host_blocks.clear()
         self._steps.clear()
 
-    @property
-    def _all_pools(self) -> Pools:
-        return self._pools if self._features is None else (*self._pools, self._features.array)
-
-    def _weights(self, shape: StepShape) -> tuple[jax.Array, ...]:
-        return (*self._leaves, *self._adapters) if shape.adapted else self._leaves
+    def _arrays_of(self, shape: StepShape) -> StepArrays:
+        """Return what a step of ``shape`` reads. Without adapters it is the program of an engine without a bank."""
+        return self._arrays if shape.adapted else self._arrays._replace(adapters=())
 
     def _step(self, variant: _Variant) -> Any:
         if variant not in self._steps:
@@ -229,9 +208,9 @@ class ModelRunner:
 
     def _jitted(self, variant: _Variant) -> Any:
         return jax.jit(
-            partial(self._forward, variant.shape, reading=variant.reading),
-            donate_argnums=(1, 2),
-            out_shardings=(self._replicated, self._pool_shardings, self._replicated),
+            partial(run_step, self._program, variant.shape, prompt_outputs=variant.prompt_outputs),
+            donate_argnums=1,  # the state
+            out_shardings=(self._replicated, self._state_shardings),
             compiler_options=LOOP_IN_GRAPH if variant.shape.repeats > 1 and self._on_gpu else None,
         )
 
@@ -241,33 +220,20 @@ class _Variant(NamedTuple):
 
     shape: StepShape
     full_sampler: bool
-    reading: Reading
+    prompt_outputs: PromptOutputs
 
 
 def _variant(inputs: ModelInputs) -> _Variant:
-    return _Variant(inputs.shape, inputs.choice is not None, inputs.reading)
+    return _Variant(inputs.shape, inputs.constraints is not None, inputs.prompt_outputs)
 
 
-def _arrays(inputs: ModelInputs) -> tuple[Any, ...]:
-    """What a step takes beside weights, pools and buffer."""
-    return (inputs.packed,) if inputs.choice is None else (inputs.packed, inputs.choice)
+def _from_host(inputs: ModelInputs) -> tuple[Any, ...]:
+    """Return the arrays of a step that come from the host."""
+    return (inputs.packed,) if inputs.constraints is None else (inputs.packed, inputs.constraints)
 
 
-def flat_step(
-    decoder: StepModel, mesh: Mesh, bank: AdapterBank | None = None, taps: tuple[int, ...] = ()
-) -> tuple[Callable[..., Any], tuple[jax.Array, ...]]:
-    """A step as a pure function of arrays, and the decoder's weights as the tuple that it takes.
-
-    The function takes ``(shape, weights, pools, buffer, packed[, choice])`` and gives ``(result, pools, buffer)``;
-    donate pools and buffer. In an adapted step the arrays of ``bank`` stand behind the weights. With ``taps`` features
-    are written: their pool is the last, what fuses them stands right behind the weights.
-    """
-    weights, arrays = flatten(decoder, mesh)
-    return partial(_forward, weights, bank, _Fusion(taps, len(arrays)) if taps else None), arrays
-
-
-def _bytes_read(decoder: StepModel) -> int:
-    parts = [decoder] if decoder.config.tie_embeddings else [decoder, decoder.embed]
+def _bytes_read(model: Model) -> int:
+    parts = [model] if model.config.tie_embeddings else [model, model.embedding]
     everything, *rows_of = (sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(part))) for part in parts)
     return int(everything - sum(rows_of))
 
@@ -282,231 +248,15 @@ def _seconds(work: Callable[[], Any]) -> float:
     return min(timeit.repeat(work, number=1, repeat=3))
 
 
-def _cleared(pools: Pools, blocks: jax.Array) -> Pools:
-    """``pools`` with new content in ``blocks`` int32 [CLEARED]; one that is beyond the pools is nowhere."""
-
-    def cleared(pool: Pool) -> Pool:
-        if not isinstance(pool, QuantizedPool):
-            return pool.at[blocks].set(0, mode="drop")
-        values = pool.values.at[blocks].set(0, mode="drop")
-        if pool.calibrated:
-            return replace(pool, values=values)
-        return replace(pool, values=values, scales=pool.scales.at[blocks].set(UNIT_RANGE, mode="drop"))
-
-    return tuple(map(cleared, pools))
+def _cleared(layouts: tuple[CacheLayout, ...], state: DeviceState, blocks: jax.Array) -> DeviceState:
+    """Return ``state`` with new content in ``blocks`` int32 [BLOCKS_PER_CLEAR]. Blocks beyond the pools are ignored."""
+    pools = tuple(layout.cleared(pool, blocks) for layout, pool in zip(layouts, state.pools, strict=True))
+    features = state.features
+    if features is not None:
+        features = FeaturesLayout(features.shape[-1]).cleared(features, blocks)
+    return state._replace(pools=pools, features=features)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _write_row(buffer: jax.Array, slot: jax.Array, row: jax.Array) -> jax.Array:
     return buffer.at[slot].set(row)
-
-
-def _forward(
-    weights: StepWeights,
-    bank: AdapterBank | None,
-    fusion: _Fusion | None,
-    shape: StepShape,
-    arrays: tuple[jax.Array, ...],
-    pools: Pools,
-    buffer: jax.Array,
-    packed: jax.Array,
-    choice: Choice | None = None,
-    *,
-    reading: Reading = Reading.NOTHING,
-) -> tuple[StepResult, Pools, jax.Array]:
-    """One step; or several in a row, whose samples are stacked."""
-    fields = unpack(packed, shape)
-    adapters = _Adapters(bank, arrays[-bank.arrays :]) if bank is not None and shape.adapted else None
-    fuse = None if fusion is None else _Fuse(fusion.taps, arrays[fusion.place])
-    one = partial(_once, weights.decoder(arrays), adapters, fuse, weights.mesh, shape, choice, reading)
-    if shape.repeats == 1:
-        return one(fields, pools, buffer)
-
-    def step(carry: _Carry) -> _Carry:
-        index, results, pools, buffer = carry
-        new, pools, buffer = one({**fields, "length": fields["length"] + index}, pools, buffer)
-        return index + 1, jax.tree.map(lambda all_, row: all_.at[index].set(row), results, new), pools, buffer
-
-    result = jax.eval_shape(one, fields, pools, buffer)[0]
-    empty = jax.tree.map(lambda row: jnp.zeros((shape.repeats, *row.shape), row.dtype), result)
-    start = jnp.int32(0), empty, pools, buffer
-    _, results, pools, buffer = jax.lax.while_loop(lambda carry: carry[0] < shape.repeats, step, start)
-    return results, pools, buffer
-
-
-_Carry = tuple[jax.Array, StepResult, Pools, jax.Array]
-
-
-class _Fusion(NamedTuple):
-    """Before which layers features are taken, and which of a step's arrays fuses them."""
-
-    taps: tuple[int, ...]
-    place: int
-
-
-@dataclass(frozen=True)
-class _Fuse:
-    """Makes features [T, D] of the residual stream before the layers ``taps``."""
-
-    taps: tuple[int, ...]
-    weight: jax.Array
-
-    def __call__(self, noted: Mapping[int, jax.Array]) -> jax.Array:
-        return jnp.concatenate([noted[index] for index in self.taps], axis=-1) @ self.weight
-
-
-class _Adapters(NamedTuple):
-    """Those that a step's sequences may have."""
-
-    bank: AdapterBank
-    arrays: tuple[jax.Array, ...]
-
-
-def _once(
-    decoder: Decoder,
-    adapters: _Adapters | None,
-    fuse: _Fuse | None,
-    mesh: Mesh,
-    shape: StepShape,
-    choice: Choice | None,
-    reading: Reading,
-    fields: Mapping[str, jax.Array],
-    pools: Pools,
-    buffer: jax.Array,
-) -> tuple[StepResult, Pools, jax.Array]:
-    """Embed → layers → logits of the last tokens → sample → note the tokens in the buffer."""
-    layout = _layout(fields, shape, pools[0], mesh)
-    if shape.drafts:
-        buffer = _write_drafts(buffer, fields, shape)
-    tokens = buffer[fields["slot"][layout.sequence], layout.positions]
-    lengths = fields["prompt_length"][layout.sequence]
-    last = fields["last_token"] if shape.prefill_tokens else None  # of single tokens each is the last
-    wanted = None if reading else last
-    own, logits_of = decoder, _logits_of(decoder, adapters)
-    if adapters is not None:
-        own = adapters.bank.adapted(decoder, adapters.arrays, fields["adapter"][layout.sequence], wanted)
-    where = tokens, layout.positions, lengths, layout.context
-    if fuse is None:
-        hidden, new_pools = own.hidden(*where, pools, wanted)
-    else:
-        noted: dict[int, Any] = dict.fromkeys(fuse.taps)
-        hidden, new_pools = own.hidden(*where, pools[:-1], wanted, noted)
-        new_pools.append(put_features(stored(pools[-1]), fuse(noted), layout.context.slots))
-    prompts = None
-    if reading:
-        prompts = _read(logits_of, shape, layout, fields, buffer, hidden, reading)
-        hidden = hidden[last]
-    rows = _row_for_each_token(fields, layout) if shape.drafts else fields
-    logits = logits_of(hidden, rows.get("adapter"))
-    sampled = greedy(logits) if choice is None else sample(logits, _sampling_rows(rows, buffer, choice))
-    slot = jnp.where(rows["samples"] > 0, rows["slot"], buffer.shape[0])
-    buffer = buffer.at[slot, rows["length"]].set(sampled.tokens, mode="drop")
-    return StepResult(sampled, prompts), cast(Pools, tuple(new_pools)), buffer
-
-
-def _logits_of(decoder: Decoder, adapters: _Adapters | None) -> Callable[[jax.Array, jax.Array | None], jax.Array]:
-    """Hidden states [T, D], and the slots int32 [T] of their adapters if there are any → logits float32 [T, V]."""
-
-    def logits_of(hidden: jax.Array, slots: jax.Array | None) -> jax.Array:
-        if adapters is None or slots is None:
-            return decoder.logits(hidden)
-        return adapters.bank.logits(decoder, adapters.arrays, hidden, slots)
-
-    return logits_of
-
-
-def _write_drafts(buffer: jax.Array, fields: Mapping[str, jax.Array], shape: StepShape) -> jax.Array:
-    """Drafts behind the last known token of each decode, where the step reads its tokens."""
-    behind = jnp.arange(shape.drafts, dtype=jnp.int32)
-    real = behind + 1 < fields["decode_lengths"][:, None]
-    slot = jnp.where(real, fields["slot"][:, None], buffer.shape[0])
-    return buffer.at[slot, fields["length"][:, None] + behind].set(fields["drafts"], mode="drop")
-
-
-def _row_for_each_token(fields: Mapping[str, jax.Array], layout: _Layout) -> dict[str, jax.Array]:
-    """The fields for samples behind every token of the step, as if each were the last of its sequence."""
-    of_sequences = ("slot", "prompt_length", "top_k", "seed", *SAMPLING_FLOATS, "adapter")
-    rows = {name: fields[name][layout.sequence] for name in of_sequences if name in fields}
-    behind = layout.positions + 1
-    last = behind == (fields["length"] + fields["decode_lengths"] - 1)[layout.sequence]
-    counts = layout.real & (last | (fields["samples"][layout.sequence] != ONLY_LAST))
-    return rows | {"samples": counts.astype(jnp.int32), "length": behind}
-
-
-class _Layout(NamedTuple):
-    """For each of the step's T tokens its sequence (row of the per-sequence fields) and position, and where KV is.
-
-    ``real`` is false for padding.
-    """
-
-    sequence: jax.Array
-    positions: jax.Array
-    real: jax.Array
-    context: PagedContext
-
-
-def _layout(fields: Mapping[str, jax.Array], shape: StepShape, pool: Pool, mesh: Mesh) -> _Layout:
-    blocks, size = stored(pool).shape[0], block_size(pool)
-    regions, sequences, positions, real = [], [], [], []
-    for rows, sequence in _regions(fields, shape):
-        regions.append(rows)
-        offsets = jnp.arange(rows.query_length, dtype=jnp.int32)
-        sequences.append(jnp.repeat(sequence, rows.query_length, total_repeat_length=rows.tokens))
-        positions.append((rows.first_positions[:, None] + offsets).reshape(-1))
-        real.append((offsets < rows.lengths[:, None]).reshape(-1))
-    sequence, position, is_real = jnp.concatenate(sequences), jnp.concatenate(positions), jnp.concatenate(real)
-    block = fields["block_tables"][sequence, position // size]
-    slots = jnp.where(is_real, block * size + position % size, blocks * size)
-    return _Layout(sequence, position, is_real, PagedContext(tuple(regions), slots, mesh))
-
-
-def _read(
-    logits_of: Callable[[jax.Array, jax.Array | None], jax.Array],
-    shape: StepShape,
-    layout: _Layout,
-    fields: Mapping[str, jax.Array],
-    buffer: jax.Array,
-    hidden: jax.Array,
-    reading: Reading,
-) -> PromptRows:
-    """Of the prompts alone, which stand behind the decodes."""
-    first = shape.decodes
-    sequence, positions = layout.sequence[first:], layout.positions[first:]
-    behind = jnp.minimum(positions + 1, buffer.shape[1] - 1)
-    return read(
-        hidden[first:],
-        prompt=sequence - first,
-        real=layout.real[first:],
-        last_token=fields["last_token"][first:] - first,
-        next_token=buffer[fields["slot"][sequence], behind],
-        logits=logits_of if reading is Reading.LOGPROBS else None,
-        adapter=fields["adapter"][sequence] if shape.adapted else None,
-    )
-
-
-def _regions(fields: Mapping[str, jax.Array], shape: StepShape) -> Iterator[tuple[Rows, jax.Array]]:
-    """Decode rows, then prefill rows, each with the sequence of every row."""
-    tables = fields["block_tables"]
-    if shape.decodes:
-        lengths = fields["decode_lengths"]
-        first = jnp.maximum(fields["length"][: shape.decodes] - 1, 0)
-        sequence = jnp.arange(shape.decodes, dtype=jnp.int32)
-        yield Rows(tables[: shape.decodes], first, lengths, shape.decode_length), sequence
-    if shape.prefill_tokens:
-        sequence = fields["row_sequence"]
-        yield Rows(tables[sequence], fields["row_start"], fields["row_tokens"], shape.row_length), sequence
-
-
-def _sampling_rows(fields: Mapping[str, jax.Array], buffer: jax.Array, choice: Choice) -> SamplingRows:
-    floats = {name: jax.lax.bitcast_convert_type(fields[name], jnp.float32) for name in SAMPLING_FLOATS}
-    return SamplingRows(
-        **floats,
-        top_k=fields["top_k"],
-        seed=jax.lax.bitcast_convert_type(fields["seed"], jnp.uint32),
-        history=buffer[fields["slot"]],
-        length=fields["length"],
-        prompt_length=fields["prompt_length"],
-        allowed=choice.allowed,
-        biased=choice.bias[:, 0],
-        bias=jax.lax.bitcast_convert_type(choice.bias[:, 1], jnp.float32),
-    )

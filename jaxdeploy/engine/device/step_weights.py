@@ -1,4 +1,4 @@
-"""A decoder's weights as the arguments of a step: few arrays, for each one costs the host time in every launch.
+"""A model's weights as the arguments of a step: few arrays, for each one costs the host time in every launch.
 
 Vectors of one size, which are mostly the scales of norms, travel as the rows of one array.
 """
@@ -14,19 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxdeploy.models.decoder import Decoder
-from jaxdeploy.models.eagle3 import Eagle3
+from jaxdeploy.models.model import Model
 from jaxdeploy.parallel.sharding import per_device, spec
 from pallas_kernels.unstack import unstack
 
 Arrays = tuple[jax.Array, ...]
-StepModel = Decoder | Eagle3
-"""What a step can be made of."""
 
 
 @dataclass(frozen=True)
 class StepWeights:
-    """How to make the decoder again, inside the step, out of the arrays of ``flatten``.
+    """How to make the model again, inside the step, out of the arrays of ``flatten``.
 
     ``stacks`` says for each of the first arrays which leaves are its rows; the other arrays are the other leaves.
     """
@@ -36,20 +33,21 @@ class StepWeights:
     tree: jax.tree_util.PyTreeDef
     stacks: tuple[tuple[int, ...], ...]
 
-    def decoder(self, arrays: Arrays) -> Any:
-        """The decoder that holds ``arrays``; there may be others behind them."""
+    def model(self, arrays: Arrays) -> Model:
+        """Return the model that holds the first of ``arrays``."""
         apart = per_device(self.mesh, unstack, spec(), spec())
         stacked, rest = arrays[: len(self.stacks)], iter(arrays[len(self.stacks) :])
         rows: dict[int, jax.Array] = {}
         for leaves, stack in zip(self.stacks, stacked, strict=True):
             rows |= zip(leaves, apart(stack), strict=True)
         every = [rows[leaf] if leaf in rows else next(rest) for leaf in range(self.tree.num_leaves)]
-        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, every))
+        model: Model = nnx.merge(self.graph, jax.tree.unflatten(self.tree, every))
+        return model
 
 
-def flatten(decoder: StepModel, mesh: Mesh) -> tuple[StepWeights, Arrays]:
-    """The arrays that a step takes, or their shapes where the decoder holds shapes."""
-    graph, weights = nnx.split(decoder)
+def flatten(model: Model, mesh: Mesh) -> tuple[StepWeights, Arrays]:
+    """Return the arrays that a step takes, or their shapes if the model holds shapes."""
+    graph, weights = nnx.split(model)
     leaves, tree = jax.tree.flatten(weights)
     alike = defaultdict[Any, list[int]](list)
     for index, leaf in enumerate(leaves):

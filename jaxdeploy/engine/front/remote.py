@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxdeploy.engine.checks import RequestLimits, check_adapter, check_name
+from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.front import child, process
 from jaxdeploy.engine.front.child import Report
 from jaxdeploy.engine.front.engine_like import EngineLike
 from jaxdeploy.engine.front.process import EngineDiedError
+from jaxdeploy.engine.scheduling.adapters import check_adapter
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import Request, StepOutput

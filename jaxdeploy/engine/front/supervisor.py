@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from jaxdeploy.engine.checks import RequestLimits, check_adapter, check_name
+from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.front.engine_like import EngineLike
 from jaxdeploy.engine.front.process import EngineDiedError
 from jaxdeploy.engine.front.remote import STEP_TIMEOUT, RemoteEngine
+from jaxdeploy.engine.scheduling.adapters import check_adapter
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.messages import FinishReason, Request, StepOutput

@@ -1,44 +1,45 @@
-"""Which adapters there are, and which of them have one of the device's few slots.
+"""The loaded LoRA adapters, and which of them have one of the device's slots.
 
-All are kept in host memory; those that sequences run with are on the device, as in S-LoRA (arXiv:2311.03285). A slot
-whose adapter nobody uses stays as it is until another one needs it, the longest unused first.
+All adapters are kept in host memory. Those that sequences run with are also on the device, as in S-LoRA
+(arXiv:2311.03285). An unused adapter keeps its slot until another one needs it. The longest unused goes first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxdeploy.engine.checks import check_adapter
+from jaxdeploy.errors import UnknownAdapterError
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Root:
-    """Where the cached blocks of an adapter's sequences begin; it outlives the adapter as long as they are kept."""
+    """Identifies the cached blocks of an adapter's sequences. It lives as long as they do."""
 
 
 @dataclass(eq=False, slots=True)
 class Adapter:
-    """An adapter as it was loaded: one that is loaded anew under its name is another.
-
-    ``content`` is what its slot gets; ``slot`` is its place on the device, if it has one; ``users`` sequences run with
-    it. ``unloaded`` ones have no name any more.
-    """
+    """A loaded adapter. Loading again under the same name makes another one."""
 
     name: str
     content: Any = field(repr=False)
+    """Arrays that are copied to its slot."""
     root: Root = field(default_factory=Root, repr=False)
     slot: int | None = None
+    """Index of its slot on the device, if it has one."""
     users: int = 0
+    """Sequences that run with it."""
     unloaded: bool = False
+    """Whether requests can no longer name it."""
 
 
 class Adapters:
     """Adapters by name, and the ``slots`` of the device.
 
-    Sequences hold the adapter they run with, and a slot with it. The device must copy what ``uploads`` says before the
-    step that was scheduled with it.
+    A running sequence holds its adapter and the adapter's slot. The device must carry out ``uploads`` before the step
+    that was scheduled with them.
     """
 
     def __init__(self, slots: int = 0) -> None:
@@ -50,22 +51,22 @@ class Adapters:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that requests may ask for."""
+        """Names that requests may use."""
         return tuple(self._named)
 
     def named(self, name: str) -> Adapter:
-        """The adapter that has a name. Raises ``UnknownAdapterError``."""
+        """Return the adapter with a name. Raises ``UnknownAdapterError``."""
         check_adapter(name, self._named)
         return self._named[name]
 
     def load(self, name: str, content: Any) -> None:
-        """Let requests ask for an adapter from now on; one that had the name before goes once nobody runs with it."""
+        """Add an adapter. One with the same name is removed when no sequence runs with it."""
         before, self._named[name] = self._named.get(name), Adapter(name, content)
         if before is not None:
             self._forget(before)
 
     def unload(self, name: str) -> None:
-        """Refuse new requests; those that are there go on to their end. Raises ``UnknownAdapterError``."""
+        """Refuse new requests for an adapter. Current ones continue. Raises ``UnknownAdapterError``."""
         self._forget(self.named(name))
         del self._named[name]
 
@@ -74,7 +75,7 @@ class Adapters:
         return adapter is None or adapter.slot is not None or bool(self._free or self._idle)
 
     def hold(self, adapter: Adapter | None) -> None:
-        """A sequence begins to run with an adapter, which gets a slot if it has none."""
+        """Count a sequence that starts to run with an adapter, and give the adapter a slot if it has none."""
         if adapter is None:
             return
         if adapter.slot is None:
@@ -84,7 +85,7 @@ class Adapters:
         adapter.users += 1
 
     def release(self, adapter: Adapter | None) -> None:
-        """A sequence runs no more."""
+        """Count a sequence that stops running with an adapter."""
         if adapter is None:
             return
         adapter.users -= 1
@@ -94,7 +95,7 @@ class Adapters:
                 self._free_slot(adapter)
 
     def uploads(self) -> list[tuple[int, Adapter]]:
-        """Which slots get which adapters before the next step, once and in this order."""
+        """Return, once, the adapters to copy to slots before the next step, in this order."""
         uploads, self._uploads = self._uploads, []
         return uploads
 
@@ -109,7 +110,7 @@ class Adapters:
 
     @property
     def used(self) -> int:
-        """Slots whose adapter sequences run with."""
+        """Number of slots whose adapter is in use."""
         return self.slots - len(self._free) - len(self._idle)
 
     def _forget(self, adapter: Adapter) -> None:
@@ -128,3 +129,10 @@ class Adapters:
         slot, adapter.slot = adapter.slot, None
         assert slot is not None, "an idle adapter has a slot"
         return slot
+
+
+def check_adapter(name: str, loaded: Collection[str]) -> None:
+    """Raise ``UnknownAdapterError`` if the adapter is not in ``loaded``."""
+    if name not in loaded:
+        known = f"choose one of {', '.join(loaded)}" if loaded else "none is loaded; load it first"
+        raise UnknownAdapterError(f"adapter={name!r:.80} is not loaded; {known}")

@@ -1,26 +1,26 @@
-"""Who holds which KV block. Each is free, active (held, maybe by several) or cached (let go, content still valid)."""
+"""The state of every KV block: free, active (held by one or more sequences), or cached (not held, content valid)."""
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from jaxdeploy.engine.scheduling.sequence import Block
+from jaxdeploy.engine.scheduling.blocks import Block
 
 
 class OutOfBlocksError(Exception):
-    """More blocks were asked for than are free or cached."""
+    """There are not enough free and cached blocks."""
 
 
 class BlockManager:
-    """Hands out ``num_blocks`` blocks. Cached ones are taken when none is free, the oldest first.
+    """Hands out ``num_blocks`` blocks. If none is free, it takes the block that has been cached the longest.
 
-    ``on_evict`` hears the index of each that is, before it is handed out.
+    ``on_evict`` is called with the index of a cached block before it is handed out.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.on_evict: Callable[[int], None] = _nobody
+        self.on_evict: Callable[[int], None] = _ignore
         self._free = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._uses = [0] * num_blocks
@@ -31,35 +31,35 @@ class BlockManager:
 
     @property
     def available(self) -> int:
-        """Blocks that ``allocate`` can give now."""
+        """Number of blocks that ``allocate`` can return now."""
         return len(self._free) + len(self._cached)
 
     @property
     def active(self) -> int:
-        """Blocks that somebody holds."""
+        """Number of blocks that are held."""
         return self.num_blocks - self.available
 
     @property
     def cached(self) -> int:
-        """Blocks that nobody holds but whose content is still valid."""
+        """Number of blocks that are not held and have valid content."""
         return len(self._cached)
 
     def allocate(self, count: int) -> list[Block]:
-        """``count`` blocks with new content. Raises ``OutOfBlocksError`` and takes nothing if there are too few."""
+        """Return ``count`` blocks, which the caller holds. Raises ``OutOfBlocksError`` if there are too few."""
         if count > self.available:
             raise OutOfBlocksError(f"{count} blocks wanted, {self.available} available")
         return [self._take() for _ in range(count)]
 
     def release(self, blocks: Sequence[Block]) -> None:
-        """Let blocks go whose content nobody will want again: active → free."""
+        """Give back blocks whose content is not needed again: active → free."""
         for block in blocks:
             if self._drop(block):
                 self._free.append(block.index)
 
     def retire(self, blocks: Sequence[Block]) -> None:
-        """Let blocks go whose content may be wanted again: active → cached.
+        """Give back blocks whose content may be needed again: active → cached.
 
-        They are retired from the tail, so that the end of a sequence is evicted before its beginning.
+        The last block is retired first, so that the end of a sequence is evicted before its beginning.
         """
         for block in reversed(blocks):
             if not self._drop(block):
@@ -70,9 +70,9 @@ class BlockManager:
                 self._cached[block.index] = None
 
     def taint(self, indices: Iterable[int]) -> None:
-        """Note that the content of these blocks is not finite. Nobody may use it; the next holder has it cleared.
+        """Mark blocks whose content is not finite. Nothing may use it, and it is cleared for the next holder.
 
-        Their holders keep them. Nothing may lead others to them any more (``PrefixCache.forget``).
+        Current holders keep the blocks. The caller removes them from the prefix cache (``PrefixCache.forget``).
         """
         for index in indices:
             self._tainted.add(index)
@@ -135,11 +135,11 @@ class BlockManager:
         return index
 
     def _drop(self, block: Block) -> bool:
-        """One holder less; whether that was the last."""
-        assert self._stamps[block.index] == block.stamp, "a block was released by somebody who no longer holds it"
+        """Remove one holder. Returns whether it was the last."""
+        assert self._stamps[block.index] == block.stamp, "a block was released by a sequence that no longer holds it"
         self._uses[block.index] -= 1
         return self._uses[block.index] == 0
 
 
-def _nobody(index: int) -> None:
-    """Where nobody wants to know."""
+def _ignore(index: int) -> None:
+    """Do nothing: the default of ``on_evict``."""

@@ -1,4 +1,4 @@
-"""Where evicted KV blocks go: host memory, where the oldest are given up when none is free. What is to be copied."""
+"""Host memory for evicted KV blocks: which blocks it holds, and the copies that are to be made."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from jaxdeploy.engine.scheduling.sequence import Node
+from jaxdeploy.engine.scheduling.blocks import Node
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,11 @@ class Transfer:
 
 
 class HostTier:
-    """Hands out ``num_blocks`` blocks of host memory, each for the content of one of the device.
+    """Hands out ``num_blocks`` blocks of host memory, each for the content of one device block.
 
-    Content that was brought back to the device stays here too, so that evicting it again costs no copy. ``on_drop``
-    hears of nodes that lose their block here. The device must carry out transfers in their order, and before the step
-    that was scheduled with them.
+    If none is free, the oldest is given up, and ``on_drop`` is called with its node. Content that was copied back to
+    the device stays here too, so that evicting it again needs no copy. The device must carry out transfers in their
+    order, and before the step that was scheduled with them.
     """
 
     def __init__(self, num_blocks: int, on_drop: Callable[[Node], None]) -> None:
@@ -36,42 +36,42 @@ class HostTier:
 
     @property
     def used(self) -> int:
-        """Blocks that hold something."""
+        """Number of blocks in use."""
         return self.num_blocks - len(self._free)
 
     def save(self, node: Node, block: int) -> None:
-        """Copy ``block``, which is about to be overwritten, for ``node``, unless it has one."""
-        if node.host_block is None and (here := self._take()) is not None:
-            self._transfers.append(Transfer(block, here, to_device=False))
-            node.host_block = here
-            self._nodes[here] = node
+        """Copy ``block`` of the device for ``node``, unless there is a copy. The block is about to be overwritten."""
+        if node.host_block is None and (host_block := self._take()) is not None:
+            self._transfers.append(Transfer(block, host_block, to_device=False))
+            node.host_block = host_block
+            self._nodes[host_block] = node
 
     def restore(self, node: Node, block: int) -> None:
-        """Copy what is kept of ``node`` to ``block``."""
-        assert node.host_block is not None, "only what is kept here can be restored"
+        """Copy the content of ``node`` to ``block`` of the device."""
+        assert node.host_block is not None, "only content in host memory can be restored"
         self._transfers.append(Transfer(block, node.host_block, to_device=True))
 
     def discard(self, node: Node) -> None:
-        """Give up what is kept of ``node``, if anything is."""
+        """Free the block of ``node``, if it has one."""
         if node.host_block is not None:
             del self._nodes[node.host_block]
             self._free.append(node.host_block)
             node.host_block = None
 
     def close(self) -> None:
-        """Keep nothing from now on; to be called while nothing is kept."""
-        assert not self.used, "what is kept would be lost"
+        """Turn host memory off. It must be empty."""
+        assert not self.used, "the content in host memory would be lost"
         self.num_blocks, self._free = 0, []
 
     @contextmanager
     def pinned(self, nodes: Iterable[Node]) -> Iterator[None]:
-        """While this lasts nobody takes the blocks of ``nodes``; afterwards they are the newest."""
+        """Protect the blocks of ``nodes`` from being given up in the ``with`` block. Afterwards they are the newest."""
         blocks = {node.host_block: self._nodes.pop(node.host_block) for node in nodes if node.host_block is not None}
         yield
         self._nodes.update(blocks)
 
     def transfers(self) -> list[Transfer]:
-        """What is to be copied, once."""
+        """Return the copies to be made, once."""
         transfers, self._transfers = self._transfers, []
         return transfers
 
@@ -85,7 +85,7 @@ class HostTier:
             return self._free.pop()
         if not self._nodes:
             return None
-        here, node = self._nodes.popitem(last=False)
+        host_block, node = self._nodes.popitem(last=False)
         node.host_block = None
         self._on_drop(node)
-        return here
+        return host_block

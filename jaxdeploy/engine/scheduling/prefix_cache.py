@@ -1,4 +1,4 @@
-"""Which block holds which tokens behind which others: prompts that begin alike share their blocks."""
+"""Finds KV blocks by their tokens and all tokens before them, so that prompts with equal beginnings share blocks."""
 
 from __future__ import annotations
 
@@ -6,42 +6,45 @@ import sys
 from collections.abc import Iterable
 
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.blocks import Block, Node, Start
 from jaxdeploy.engine.scheduling.host_tier import HostTier, Transfer
-from jaxdeploy.engine.scheduling.sequence import Block, Node, Sequence, Start
+from jaxdeploy.engine.scheduling.sequence import Sequence
 
 _Key = tuple[Node | Start, tuple[int, ...]]
-"""The block before, and the tokens in this one. A key stands for a salt, an adapter and all tokens from the first."""
+"""The block before, and the tokens in this one. A key thus determines salt, adapter and all tokens from the first."""
 
 
 class PrefixCache:
-    """Finds and notes whole blocks by their tokens; hashes narrow the search, tokens decide.
+    """Finds full blocks by their tokens. Hashes narrow the search, and tokens decide.
 
-    A block is noted as soon as a step is scheduled that fills it: sequences later in the same step may attend to it
-    already, since a step writes all its keys and values before anything attends to them. Blocks that the device evicts
+    A block is added as soon as a step is scheduled that fills it. Later sequences of the same step may attend to it,
+    because a step writes all its keys and values before any attention. Blocks that the device evicts
     go to ``host_blocks`` in host memory and come back when they are found there.
 
-    ``longest_prompt``: only sequences whose prompts have at most so many tokens take part; 0 turns sharing off.
+    ``max_prompt_len``: only sequences with prompts of up to this length take part; 0 turns sharing off.
     """
 
     def __init__(
-        self, blocks: BlockManager, block_size: int, longest_prompt: int = sys.maxsize, host_blocks: int = 0
+        self, blocks: BlockManager, block_size: int, max_prompt_len: int = sys.maxsize, host_blocks: int = 0
     ) -> None:
         self.asked = self.found = self.restored = 0
         self.host = HostTier(host_blocks, self._forget)
-        self._blocks, self._size, self._longest = blocks, block_size, longest_prompt
+        self._blocks = blocks
+        self._block_size = block_size
+        self._max_prompt_len = max_prompt_len
         self._known: dict[_Key, Node] = {}
         self._on_device: dict[int, Node] = {}
         blocks.on_evict = self._evicted
 
     def serves(self, sequence: Sequence) -> bool:
         """Whether a sequence shares blocks with others."""
-        return sequence.prompt_length <= self._longest
+        return sequence.prompt_length <= self._max_prompt_len
 
     def find(self, sequence: Sequence) -> list[Node]:
-        """What is kept of the first tokens of a sequence, wherever it lies; one token at least is left to compute."""
+        """Return the cached nodes of a sequence's first tokens, on device or host. At least one token is left."""
         chain: list[Node] = []
         if self.serves(sequence):
-            for index in range((len(sequence.token_ids) - 1) // self._size):
+            for index in range((len(sequence.token_ids) - 1) // self._block_size):
                 node = self._known.get(self._key(sequence, index, chain))
                 if node is None:
                     break
@@ -49,9 +52,9 @@ class PrefixCache:
         return chain
 
     def bring(self, nodes: list[Node], missing: int) -> list[Block]:
-        """The blocks of ``nodes``, whose blocks on the device are held, and enough new ones to make ``missing`` more.
+        """Return the blocks of ``nodes``, then new ones. It allocates ``missing``; the caller holds the others already.
 
-        Nodes that the device has lost take the first of those.
+        Nodes without a block on the device take the first allocated ones and are restored from host memory.
         """
         with self.host.pinned(nodes):
             fresh = self._blocks.allocate(missing)
@@ -60,26 +63,27 @@ class PrefixCache:
             block = node.block
             if block is None:
                 block = fresh.pop(0)
-                self._settle(node, block)
+                self._assign(node, block)
                 self.host.restore(node, block.index)
                 self.restored += 1
             blocks.append(block)
         return blocks + fresh
 
-    def note(self, sequence: Sequence, full: int) -> None:
-        """Note the first ``full`` blocks of a sequence.
+    def add(self, sequence: Sequence, full: int) -> None:
+        """Let others find the first ``full`` blocks of a sequence.
 
-        Where another block has the same tokens already, that one stays known.
+        If another block has the same tokens already, the cache keeps that one.
         """
-        for index in range(len(sequence.noted), full):
-            key = self._key(sequence, index, sequence.noted)
+        placement = sequence.placement
+        for index in range(len(placement.cached_nodes), full):
+            key = self._key(sequence, index, placement.cached_nodes)
             node = self._known.setdefault(key, Node(*key))
             if node.block is None:
-                self._settle(node, sequence.blocks[index])
-            sequence.noted.append(node)
+                self._assign(node, placement.blocks[index])
+            placement.cached_nodes.append(node)
 
     def forget(self, indices: Iterable[int], nodes: Iterable[Node] = ()) -> None:
-        """Forget what is known to be in these blocks and under ``nodes``, with its copies in host memory."""
+        """Remove the nodes of these blocks, and ``nodes``, with their copies in host memory."""
         known = [self._on_device.get(index) for index in indices]
         for node in (*filter(None, known), *nodes):
             if node.block is not None:
@@ -89,11 +93,11 @@ class PrefixCache:
             self._forget(node)
 
     def transfers(self) -> list[Transfer]:
-        """Copies between device and host that must run before the next step, in this order."""
+        """Return copies between device and host that must run before the next step, in this order."""
         return self.host.transfers()
 
     def check(self) -> None:
-        """Assert that what is known lies where it is said to lie, and nothing else is kept."""
+        """Assert that all nodes and blocks are consistent."""
         nodes = list(self._known.values())
         on_device = {node.block.index: node for node in nodes if node.block is not None}
         assert all(self._known[node.before, node.tokens] is node for node in nodes), "a key leads to another node"
@@ -101,10 +105,10 @@ class PrefixCache:
         assert on_device == self._on_device, "a block is known under two names, or is forgotten"
         self.host.check([node for node in nodes if node.host_block is not None])
 
-    def _settle(self, node: Node, block: Block) -> None:
-        """Note that ``block`` has what ``node`` stands for, and nothing else.
+    def _assign(self, node: Node, block: Block) -> None:
+        """Record that ``block`` has the content of ``node``.
 
-        It may have stood for the same tokens behind a block that has been forgotten since: nobody can find that.
+        The block may have had another node, whose predecessor has been forgotten, so that it cannot be found.
         """
         before = self._on_device.get(block.index)
         if before is not None:
@@ -120,11 +124,11 @@ class PrefixCache:
             self._forget(node)
 
     def _forget(self, node: Node) -> None:
-        """Once it lies nowhere."""
+        """Remove a node that is neither on the device nor in host memory."""
         key = node.before, node.tokens
         if node.block is None and node.host_block is None and self._known.get(key) is node:
             del self._known[key]
 
     def _key(self, sequence: Sequence, index: int, before: list[Node]) -> _Key:
-        tokens = sequence.token_ids[index * self._size : (index + 1) * self._size]
+        tokens = sequence.token_ids[index * self._block_size : (index + 1) * self._block_size]
         return before[-1] if before else sequence.start, tuple(tokens)

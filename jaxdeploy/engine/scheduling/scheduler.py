@@ -1,126 +1,60 @@
-"""What runs in the next step: decodes first, then chunks of prompts in one token budget."""
+"""Chooses what runs in the next step: decodes first, then chunks of prompts, within one token budget."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from jaxdeploy.engine.scheduling.adapters import Adapters
+from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
+from jaxdeploy.engine.scheduling.prefill import PrefillPlan
 from jaxdeploy.engine.scheduling.prefix_cache import PrefixCache
+from jaxdeploy.engine.scheduling.running import RunningSequences, rank
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.scheduling.sessions import Sessions
 from jaxdeploy.engine.scheduling.waiting import PROMPT_COST, REPLY_COST, WaitingQueue
 from jaxdeploy.messages import FinishReason
 
-MOST_PARTIAL = 4
-"""Prompts that may be half computed at a time: more hold blocks to little use, fewer let long ones block the way."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """``length`` tokens of a sequence, from position ``start`` on; the last may be ``drafts`` to be verified."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def end(self) -> int:
-        """Where the last token goes that is sampled, if any is."""
-        return self.start + self.length
-
-    @property
-    def first_new(self) -> int:
-        """Where the first one goes: of a prompt there is but one, decodes in a row and drafts have one behind each."""
-        return self.start + 1 if self.drafts or self.start >= self.sequence.prefill_end else self.end
-
-    @property
-    def verifies(self) -> bool:
-        """Whether its drafts are guesses, so that what is sampled behind each counts, and not only behind the last."""
-        return bool(self.drafts)
-
-    @property
-    def samples(self) -> bool:
-        """Whether it completes the prefill, or lies behind it, so that a token can be sampled."""
-        return self.end >= self.sequence.prefill_end
-
-
-@dataclass(frozen=True)
-class ScheduledBatch:
-    """One step: sequences that decode, chunks of prompts, and sequences that just got their slot.
-
-    Each of the first decodes ``repeats`` tokens.
-    """
-
-    decodes: tuple[Chunk, ...] = ()
-    chunks: tuple[Chunk, ...] = ()
-    admitted: tuple[Sequence, ...] = ()
-    repeats: int = 1
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.chunks)
+MAX_PARTIAL = 4
+"""Maximum prompts that are partly computed. More would hold blocks without use; fewer let long prompts delay others."""
 
 
 class Drafter(Protocol):
-    """Who guesses how sequences go on."""
+    """Proposes draft tokens."""
 
-    def most(self, sequence: Sequence) -> int:
-        """Tokens to have room for when drafts of a sequence are made."""
+    def max_drafts(self, sequence: Sequence) -> int:
+        """Return the number of tokens to reserve room for when drafts of a sequence are made."""
         ...
 
     def propose(self, room: Mapping[Sequence, int]) -> Mapping[Sequence, tuple[int, ...]]:
-        """Drafts behind the tokens of each sequence, at most as many as there is room for."""
+        """Return drafts that follow the tokens of each sequence, no more than there is room for."""
         ...
 
 
 class Scheduler:
     """Holds waiting and running sequences and their blocks.
 
-    It runs ahead: a step may be scheduled before the tokens of the one before are known, as long as the device runs
-    them in order. What such a step computes for a sequence that turns out to have ended is dropped.
-
-    Prompts begin behind what ``prefixes`` finds of them in the cache. A step computes up to ``max_prefill_tokens`` of
-    prompts, and beside replies up to ``max_mixed_tokens`` in all, so that those do not stall. ``chunk_multiple``: rows
-    of the batch hold that many tokens, so a chunk costs a multiple of it. While nobody waits, a step decodes
-    ``decode_steps`` tokens in a row. A sequence runs only while its adapter has one of the slots of ``adapters``.
-
-    ``faults``: sequences for which work of their own failed in ``schedule``, with the exception. Their chunks that are
-    in the batch must run. Afterwards the caller ends each with ``fail``.
+    The scheduler runs ahead: a step may be scheduled before the tokens of the previous one are known, as long as the
+    device runs them in order. What such a step computes for a sequence that turns out to have ended is dropped.
     """
 
     def __init__(
-        self,
-        blocks: BlockManager,
-        prefixes: PrefixCache,
-        *,
-        block_size: int,
-        max_batch_size: int,
-        max_prefill_tokens: int,
-        max_mixed_tokens: int,
-        chunk_multiple: int,
-        session_len: int,
-        decode_steps: int = 1,
-        adapters: Adapters | None = None,
+        self, blocks: BlockManager, prefixes: PrefixCache, limits: SchedulerLimits, adapters: Adapters | None = None
     ) -> None:
         self.blocks = blocks
         self.prefixes = prefixes
+        self.limits = limits
         self.adapters = adapters or Adapters()
-        self.block_size = block_size
-        self.max_prefill_tokens = max_prefill_tokens
-        self.max_mixed_tokens = max_mixed_tokens
-        self.chunk_multiple = chunk_multiple
-        self.session_len = session_len
-        self.decode_steps = decode_steps
-        self.preemptions = self.generated = 0
+        """A sequence runs only while its adapter has a slot of these."""
+        self.preemptions = 0
+        self.generated = 0
         self.faults: dict[Sequence, Exception] = {}
-        self._slots = deque(range(max_batch_size))
+        """Sequences whose own work raised in ``schedule``. Their scheduled chunks must run; then call ``fail``."""
         self._waiting = WaitingQueue()
+        self._running = RunningSequences(limits.max_batch_size, self.adapters)
         self._sessions = Sessions(blocks.num_blocks)
-        self._running: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
@@ -129,83 +63,87 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Sequences that have no slot."""
+        """Number of sequences that have no slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Sequences that have a slot."""
+        """Number of sequences that have a slot."""
         return len(self._running)
 
     @property
     def decoding(self) -> list[Sequence]:
-        """Sequences that run and are behind their prefill."""
-        return [sequence for sequence in self._running if not sequence.prefilling]
+        """Sequences that run and have completed their prefill."""
+        return self._running.decoding
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
-        sequence.longest = min(sequence.longest, self.session_len)
+        sequence.max_len = min(sequence.max_len, self.limits.session_len)
         if self.prefixes.serves(sequence):
             self._sessions.resume(sequence)
         self._waiting.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Forget a sequence, wherever it is, and free its blocks."""
+        """Drop a sequence, waiting or running, and free its blocks."""
         sequence.finish_reason = FinishReason.ABORT
         self._drop(sequence)
 
     def fail(self, sequence: Sequence, trusted: int | None = None) -> None:
-        """Forget a sequence that a fault has ended, wherever it is, and free its blocks.
+        """Drop a sequence that a fault has ended, waiting or running, and free its blocks.
 
-        Others may find its tokens only in its first ``trusted`` blocks; ``None``: in all that were noted.
+        The prefix cache keeps its first ``trusted`` blocks; ``None``: all that it knows.
         """
         sequence.finish_reason = FinishReason.ERROR
-        if sequence.slot is None:
+        placement = sequence.placement
+        if placement.slot is None:
             self._waiting.remove(sequence)
             return
-        self._running.remove(sequence)
-        noted = len(sequence.noted)
-        kept = noted if trusted is None else min(trusted, noted)
-        self.prefixes.forget(block.index for block in sequence.blocks[kept:])
-        self._let_go(sequence, kept)
+        self._running.stop(sequence)
+        kept = len(placement.cached_nodes)
+        if trusted is not None:
+            kept = min(trusted, kept)
+        self.prefixes.forget(block.index for block in placement.blocks[kept:])
+        self._give_back(sequence, kept)
 
     def distrust(self, sequence: Sequence, indices: Iterable[int] = ()) -> None:
-        """Have nobody use what a sequence has computed, nor the blocks ``indices``, before they are cleared."""
-        held = [block.index for block in sequence.blocks if self.blocks.is_valid(block)]
-        noted = [node.block.index for node in sequence.noted if node.block is not None]
-        every = {*held, *noted, *indices}
-        self.prefixes.forget(every, sequence.noted)
-        self.blocks.taint(every)
+        """Keep others from using what a sequence computed, and the blocks ``indices``, until they are cleared."""
+        placement = sequence.placement
+        held = [block.index for block in placement.blocks if self.blocks.is_valid(block)]
+        cached = [node.block.index for node in placement.cached_nodes if node.block is not None]
+        tainted = {*held, *cached, *indices}
+        self.prefixes.forget(tainted, placement.cached_nodes)
+        self.blocks.taint(tainted)
 
     def schedule(self, drafter: Drafter | None = None) -> ScheduledBatch:
-        """The next step, which must run. Blocks for all of its tokens are allocated; those that had to make room wait.
+        """Return the next step, which must run. Blocks for all of its tokens are allocated.
 
-        Tokens that it samples are in flight until ``commit``. ``drafter`` may guess, while no prompt is computed; no
-        token may be in flight then.
+        Tokens that it samples are in flight until ``commit``. ``drafter`` is asked for drafts unless the step computes
+        prompts; no token may be in flight then. Sequences that had to give up their blocks wait again.
         """
-        ready = self._going_on()
-        repeats = self._repeats(ready)
-        decodes = self._decodes(self._grow(ready, repeats), repeats)
-        room = self.max_prefill_tokens
+        ready = self._ready()
+        repeats = self._decode_steps(ready)
+        decodes = self._decodes(self._reserve(ready, repeats), repeats)
+        budget = self.limits.max_prefill_tokens
         if decodes:
-            room = min(room, self.max_mixed_tokens - len(decodes))
-        rows = max(room // self.chunk_multiple, 1)
-        chunks, admitted = self._prefill(rows * self.chunk_multiple)
+            budget = min(budget, self.limits.max_mixed_tokens - len(decodes))
+        rows = max(budget // self.limits.row_length, 1)
+        chunks, admitted = self._prefill(rows * self.limits.row_length)
         if drafter is not None and not chunks and repeats == 1:
-            decodes = self._guess(decodes, drafter)
+            decodes = self._with_drafts(decodes, drafter)
         return ScheduledBatch(decodes, chunks, admitted, repeats)
 
     def commit(self, tokens: Mapping[Sequence, Iterable[int]]) -> None:
-        """Take in what the oldest step in flight has sampled; sequences that end with it give back slot and blocks.
+        """Append the tokens that the oldest step in flight sampled. Sequences that end give back slot and blocks.
 
-        Tokens behind a sequence's end are dropped. A sequence that meets a fault ends with it.
+        Tokens after a sequence's end are dropped. A fault in the work for a sequence ends it.
         """
         for sequence, new in tokens.items():
             try:
                 self._append(sequence, new)
             except Exception as error:  # a grammar's matcher may raise anything
-                sequence.fault, sequence.finish_reason = error, FinishReason.ERROR
-            sequence.settle()
+                sequence.fault = error
+                sequence.finish_reason = FinishReason.ERROR
+            sequence.resolve_drafts()
             if sequence.finish_reason is not None:
                 self._drop(sequence)
 
@@ -216,82 +154,52 @@ class Scheduler:
                 self.generated += 1
                 self._waiting.charge(sequence, REPLY_COST)
 
-    def blocks_for(self, tokens: int) -> int:
-        """Blocks that ``tokens`` tokens take up."""
-        return -(-tokens // self.block_size)
+    def _ready(self) -> list[Sequence]:
+        """Return the sequences that decode, except those that end by length with the tokens in flight.
 
-    def _prefill(self, budget: int) -> tuple[tuple[Chunk, ...], tuple[Sequence, ...]]:
-        """Chunks of prompts, and the sequences among them that got their slot.
-
-        Half of the budget goes to who came first. Then come prompts that can be finished, new ones, and with what is
-        left those that came first again: so a long prompt neither starves nor stands in the way of short ones.
+        They are in the order in which they keep their blocks.
         """
-        chunks: dict[Sequence, Chunk] = {}
-        left = budget
+        return sorted((sequence for sequence in self.decoding if sequence.length < sequence.max_len), key=rank)
 
-        def give(sequence: Sequence, most: int) -> None:
-            nonlocal left
-            if sequence.prefilling and most > 0 and sequence not in self.faults:
-                try:
-                    chunk = self._chunk(sequence, most)
-                except Exception as error:  # the other sequences continue
-                    self.faults[sequence] = error
-                    return
-                left -= self._cost(chunk.length)
-                before = chunks.get(sequence)
-                chunks[sequence] = (
-                    chunk if before is None else Chunk(sequence, before.start, before.length + chunk.length)
-                )
-
-        running, admitted = [sequence for sequence in self._running if sequence.prefilling], []
-        half = self._cost(budget // 2)
-        for sequence in running:
-            give(sequence, half - (budget - left))
-        for sequence in sorted(running, key=_uncomputed):
-            if _uncomputed(sequence) <= left:
-                give(sequence, left)
-        while left > 0 and self._may_admit() and self._try_to_admit(self._waiting.first()):
-            admitted.append(self._running[-1])
-            give(admitted[-1], left)
-        for sequence in running:
-            give(sequence, left)
-        return tuple(chunks.values()), tuple(admitted)
-
-    def _may_admit(self) -> bool:
-        partial = sum(sequence.prefilling for sequence in self._running)
-        return bool(self._waiting and self._slots and partial < MOST_PARTIAL)
-
-    def _going_on(self) -> list[Sequence]:
-        """Those that decode, but for those that end by length with what is in flight.
-
-        Those that are to keep their blocks longest come first.
-        """
-        return sorted((item for item in self.decoding if item.length < item.longest), key=_rank)
-
-    def _repeats(self, ready: list[Sequence]) -> int:
-        """Tokens that all of ``ready`` can decode in a row, without anybody waiting for the end of it: some, or one."""
-        count = self.decode_steps
-        if count == 1 or self._waiting or any(sequence.prefilling for sequence in self._running):
+    def _decode_steps(self, ready: list[Sequence]) -> int:
+        """Return the tokens that each of ``ready`` decodes in this step: ``decode_steps`` if nothing prevents it."""
+        count = self.limits.decode_steps
+        if count == 1 or self._waiting or self._running.prefilling:
             return 1
-        room = sum(max(self._missing(sequence, count), 0) for sequence in ready)
-        free = all(
-            sequence.length + count <= sequence.longest
-            and sequence.generated >= sequence.sampling.min_new_tokens
-            and not sequence.reads_tokens
-            for sequence in ready
-        )
-        return count if free and room <= self.blocks.available else 1
+        missing = sum(max(self._missing_blocks(sequence, count), 0) for sequence in ready)
+        if missing > self.blocks.available:
+            return 1
+        return count if all(_decodes_freely(sequence, count) for sequence in ready) else 1
 
-    def _grow(self, decodes: Iterable[Sequence], count: int) -> list[Sequence]:
-        """Give decoding sequences room for ``count`` tokens, in turn; the last of all are preempted for it."""
-        grown = []
+    def _reserve(self, decodes: Iterable[Sequence], count: int) -> list[Sequence]:
+        """Allocate blocks for ``count`` more tokens of each sequence. Returns those that still run.
+
+        If there are too few blocks, the lowest sequences are preempted, which may be among ``decodes``.
+        """
+        reserved = []
         for sequence in decodes:
             try:
-                if sequence.slot is not None and self._make_room(sequence, count):
-                    grown.append(sequence)
+                if sequence.placement.slot is not None and self._make_room(sequence, count):
+                    reserved.append(sequence)
             except Exception as error:  # the other sequences continue
                 self.faults[sequence] = error
-        return grown
+        return reserved
+
+    def _make_room(self, sequence: Sequence, count: int) -> bool:
+        """Allocate blocks for ``count`` more tokens. Returns ``False`` if the sequence itself was preempted."""
+        missing = self._missing_blocks(sequence, count)
+        while missing > self.blocks.available:
+            lowest = self._running.lowest
+            self._preempt(lowest)
+            if lowest is sequence:
+                return False
+        if missing > 0:
+            sequence.placement.add_blocks(self.blocks.allocate(missing))
+        return True
+
+    def _missing_blocks(self, sequence: Sequence, count: int) -> int:
+        """Return the blocks that a sequence lacks to compute ``count`` tokens, from its last known token."""
+        return self.limits.blocks_for(sequence.length + count - 1) - len(sequence.placement.blocks)
 
     def _decodes(self, sequences: Iterable[Sequence], count: int) -> tuple[Chunk, ...]:
         chunks = []
@@ -302,161 +210,181 @@ class Scheduler:
                 self.faults[sequence] = error
         return tuple(chunks)
 
-    def _missing(self, sequence: Sequence, count: int) -> int:
-        """Blocks that a sequence needs to compute ``count`` tokens in a row, the last that it has the first of them."""
-        return self.blocks_for(sequence.length + count - 1) - len(sequence.blocks)
+    def _decode(self, sequence: Sequence, count: int) -> Chunk:
+        """Schedule the last token of a sequence and the ``count`` - 1 that follow from it."""
+        chunk = Chunk(sequence, sequence.placement.computed, count)
+        sequence.placement.computed = chunk.end
+        sequence.in_flight += count
+        self._add_to_cache(sequence)
+        return chunk
 
-    def _make_room(self, sequence: Sequence, count: int) -> bool:
-        missing = self._missing(sequence, count)
-        while missing > self.blocks.available:
-            last = max(self._running, key=_rank)
-            self._preempt(last)
-            if last is sequence:
-                return False
-        if missing > 0:
-            sequence.hold(self.blocks.allocate(missing))
-        return True
+    def _with_drafts(self, decodes: tuple[Chunk, ...], drafter: Drafter) -> tuple[Chunk, ...]:
+        """Return ``decodes`` with drafts. Only free and cached blocks make room for them: nobody is preempted."""
+        room = {}
+        for chunk in decodes:
+            sequence, placement = chunk.sequence, chunk.sequence.placement
+            reachable = (len(placement.blocks) + self.blocks.available) * self.limits.block_size - placement.computed
+            count = min(drafter.max_drafts(sequence), sequence.max_len - sequence.length, reachable)
+            if count > 0:
+                missing = self.limits.blocks_for(placement.computed + count) - len(placement.blocks)
+                placement.add_blocks(self.blocks.allocate(max(missing, 0)))
+                room[sequence] = count
+        drafts = drafter.propose(room) if room else {}
+        return tuple(_verified(chunk, drafts.get(chunk.sequence, ())) for chunk in decodes)
+
+    def _prefill(self, budget: int) -> tuple[tuple[Chunk, ...], tuple[Sequence, ...]]:
+        """Return chunks of prompts, and the sequences among them that got their slot."""
+        plan = PrefillPlan(budget, self.limits.row_length, self._advance)
+        running = self._running.prefilling
+        plan.give_half(running)
+        plan.complete(running)
+        admitted = []
+        while plan.left > 0 and self._may_admit():
+            sequence = self._waiting.first()
+            if not self._try_to_admit(sequence):
+                break
+            admitted.append(sequence)
+            plan.give(sequence, plan.left)
+        for sequence in running:
+            plan.give(sequence, plan.left)
+        # A sequence may have got tokens more than once: they follow each other and make up one chunk.
+        chunks = (Chunk(item, item.placement.computed - tokens, tokens) for item, tokens in plan.tokens.items())
+        return tuple(chunks), tuple(admitted)
+
+    def _advance(self, sequence: Sequence, max_tokens: int) -> int:
+        if sequence in self.faults:
+            return 0
+        try:
+            return self._chunk(sequence, max_tokens)
+        except Exception as error:  # the other sequences continue
+            self.faults[sequence] = error
+            return 0
+
+    def _chunk(self, sequence: Sequence, max_tokens: int) -> int:
+        """Schedule the next tokens of a prompt, which count as computed from now on. Returns how many."""
+        placement = sequence.placement
+        tokens = min(max_tokens, sequence.length - placement.computed)
+        placement.computed += tokens
+        if not sequence.prefilling:
+            sequence.in_flight += 1
+        self._add_to_cache(sequence)
+        return tokens
+
+    def _may_admit(self) -> bool:
+        return bool(self._waiting and self._running.free_slots and len(self._running.prefilling) < MAX_PARTIAL)
 
     def _try_to_admit(self, sequence: Sequence) -> bool:
         try:
             return self._admit(sequence)
-        except Exception as error:  # it waits on until ``fail`` takes it out
+        except Exception as error:  # the sequence waits until ``fail`` removes it
             self.faults[sequence] = error
             return False
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence slot and blocks for all its tokens, keeping what is still cached of them.
+        """Give a waiting sequence a slot, and blocks for all of its known tokens. Returns whether it got them.
 
-        One that was preempted while a token of its was in flight waits for it, and one whose adapter finds every slot
-        in use for the end of another. A prompt that is to be read is computed from its start.
+        Cached blocks are reused: its own from an earlier run or turn, or those that the prefix cache finds, whichever
+        cover more tokens. A prompt with outputs is computed from its start. A preempted sequence first waits for its
+        token in flight.
         """
         if sequence.in_flight or not self.adapters.has_room(sequence.adapter):
             return False
-        kept = [] if sequence.reading else sequence.blocks
-        found = [] if sequence.reading else self.prefixes.find(sequence)
-        own = self.blocks.hold(kept)
-        computed = min(sequence.computed, len(own) * self.block_size)
+        placement = sequence.placement
+        own, found = [], []
+        if not sequence.prompt_outputs:
+            found = self.prefixes.find(sequence)
+            own = self.blocks.hold(placement.blocks)  # the sequence holds those that are still valid
+        computed = min(placement.computed, len(own) * self.limits.block_size)
         if len(found) > len(own):
+            # The found blocks replace its own, which go back to the cache.
             self.blocks.retire(own)
-            own, computed = [], len(found) * self.block_size
+            own = []
+            held = self.blocks.hold([node.block for node in found if node.block is not None])
+            computed = len(found) * self.limits.block_size
         else:
             found = []
-        held = own or self.blocks.hold([node.block for node in found if node.block is not None])
-        missing = self.blocks_for(len(sequence.token_ids)) - len(held)
+            held = own
+        missing = self.limits.blocks_for(len(sequence.token_ids)) - len(held)
         if missing > self.blocks.available:
             self.blocks.retire(held)
             return False
-        sequence.hold_none()
-        sequence.hold(own + self.prefixes.bring(found, missing))
-        first_time, sequence.prefill_end = not sequence.prefill_end, len(sequence.token_ids)
-        sequence.computed = min(computed, sequence.prefill_end - 1)
-        sequence.noted = []
-        sequence.drafted = 0
-        if first_time:
-            sequence.cached = sequence.computed
-            self.prefixes.asked += sequence.prompt_length
-            self.prefixes.found += sequence.cached
-            self._waiting.charge(sequence, PROMPT_COST * sequence.prompt_length)
-        sequence.slot = self._slots.popleft()
-        self.adapters.hold(sequence.adapter)
+        # From here on the sequence owns what is held, blocks restored from host memory, and new blocks.
+        placement.clear_blocks()
+        placement.add_blocks(own + self.prefixes.bring(found, missing))
+        self._begin(sequence, computed)
         self._waiting.remove(sequence)
-        self._running.append(sequence)
+        self._running.start(sequence)
         return True
 
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        """The next tokens of a sequence, ``budget`` at most: from now on they count as computed."""
-        chunk = Chunk(sequence, sequence.computed, min(budget, sequence.length - sequence.computed))
-        sequence.computed = chunk.end
-        sequence.in_flight += chunk.samples
-        self._note(sequence)
-        return chunk
+    def _begin(self, sequence: Sequence, computed: int) -> None:
+        """Set a sequence up to prefill all known tokens after the first ``computed``; at least one is left."""
+        placement = sequence.placement
+        first_run = not placement.prefill_end
+        placement.prefill_end = len(sequence.token_ids)
+        placement.computed = min(computed, placement.prefill_end - 1)
+        placement.cached_nodes = []
+        sequence.draft.computed = 0
+        if first_run:
+            placement.cached_tokens = placement.computed
+            self.prefixes.asked += sequence.prompt_length
+            self.prefixes.found += placement.cached_tokens
+            self._waiting.charge(sequence, PROMPT_COST * sequence.prompt_length)
 
-    def _decode(self, sequence: Sequence, count: int) -> Chunk:
-        """The last token of a sequence, and those that follow from it."""
-        chunk = Chunk(sequence, sequence.computed, count)
-        sequence.computed = chunk.end
-        sequence.in_flight += count
-        self._note(sequence)
-        return chunk
-
-    def _guess(self, decodes: tuple[Chunk, ...], drafter: Drafter) -> tuple[Chunk, ...]:
-        """``decodes`` with drafts, as far as there are blocks that nobody holds."""
-        room = {}
-        for chunk in decodes:
-            sequence = chunk.sequence
-            most = min(drafter.most(sequence), sequence.longest - sequence.length)
-            most = min(most, (len(sequence.blocks) + self.blocks.available) * self.block_size - sequence.computed)
-            if most > 0:
-                missing = self.blocks_for(sequence.computed + most) - len(sequence.blocks)
-                sequence.hold(self.blocks.allocate(max(missing, 0)))
-                room[sequence] = most
-        drafts = drafter.propose(room) if room else {}
-        return tuple(self._verify(chunk, drafts.get(chunk.sequence, ())) for chunk in decodes)
-
-    def _verify(self, decode: Chunk, drafts: tuple[int, ...]) -> Chunk:
-        """A decode that also tries ``drafts``."""
-        if not drafts:
-            return decode
-        sequence = decode.sequence
-        sequence.computed += len(drafts)
-        sequence.in_flight += len(drafts)
-        sequence.unsure = True
-        return Chunk(sequence, decode.start, decode.length + len(drafts), drafts)
-
-    def _note(self, sequence: Sequence) -> int:
-        """Let others find what is computed of a sequence, as far as its tokens are known. Returns blocks found so."""
-        full = min(sequence.computed, len(sequence.token_ids)) // self.block_size
-        if full > len(sequence.noted) and self.prefixes.serves(sequence):
+    def _add_to_cache(self, sequence: Sequence) -> int:
+        """Let others find the computed blocks of a sequence whose tokens are known. Returns how many they find."""
+        placement = sequence.placement
+        full = min(placement.computed, len(sequence.token_ids)) // self.limits.block_size
+        if full > len(placement.cached_nodes) and self.prefixes.serves(sequence):
             try:
-                self.prefixes.note(sequence, full)
-            except Exception as error:  # its chunk is complete and runs, so that what is noted holds
+                self.prefixes.add(sequence, full)
+            except Exception as error:  # the chunk is complete and runs, so what the cache knows is true
                 self.faults[sequence] = error
-        return len(sequence.noted)
-
-    def _cost(self, tokens: int) -> int:
-        return -(-tokens // self.chunk_multiple) * self.chunk_multiple
+        return len(placement.cached_nodes)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of its queue; its blocks stay cached until others need them, the rest is recomputed."""
+        """Return a sequence to the head of its queue. Its blocks stay cached until others need them."""
         self.preemptions += 1
-        self._running.remove(sequence)
-        self.blocks.retire(sequence.blocks)
-        self._free_slot(sequence)
+        self._running.stop(sequence)
+        self.blocks.retire(sequence.placement.blocks)  # the sequence keeps references and no longer holds them
         self._waiting.put_back(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
-        """Forget a sequence that has ended; blocks by which others may find its tokens stay cached."""
-        if sequence.slot is None:  # it waits, and has given its blocks back
+        """Remove a sequence that has ended. Blocks in which others may find its tokens stay cached."""
+        if sequence.placement.slot is None:  # it waits, and has given its blocks back
             self._waiting.remove(sequence)
             return
-        self._running.remove(sequence)
-        shared = self._note(sequence)
-        remembered = False
+        self._running.stop(sequence)
+        kept = self._add_to_cache(sequence)
         try:
-            remembered = self.prefixes.serves(sequence) and self._sessions.leave(sequence)
+            if self.prefixes.serves(sequence) and self._sessions.leave(sequence):
+                kept = len(sequence.placement.blocks)
         except Exception as error:  # its blocks are given back all the same
             self.faults[sequence] = error
-        self._let_go(sequence, len(sequence.blocks) if remembered else shared)
+        self._give_back(sequence, kept)
 
-    def _let_go(self, sequence: Sequence, kept: int) -> None:
-        """Give back slot and blocks; the content of the first ``kept`` stays."""
-        self.blocks.release(sequence.blocks[kept:])
-        self.blocks.retire(sequence.blocks[:kept])
-        sequence.hold_none()
-        self._free_slot(sequence)
-
-    def _free_slot(self, sequence: Sequence) -> None:
-        assert sequence.slot is not None, "only running sequences have a slot to give back"
-        self._slots.append(sequence.slot)
-        self.adapters.release(sequence.adapter)
-        sequence.slot = None
+    def _give_back(self, sequence: Sequence, kept: int) -> None:
+        """Give back all blocks of a sequence. The content of the first ``kept`` stays cached."""
+        placement = sequence.placement
+        self.blocks.release(placement.blocks[kept:])
+        self.blocks.retire(placement.blocks[:kept])
+        placement.clear_blocks()
 
 
-def _uncomputed(sequence: Sequence) -> int:
-    """Tokens that its prefill still has to compute."""
-    return sequence.prefill_end - sequence.computed
+def _decodes_freely(sequence: Sequence, count: int) -> bool:
+    """Return whether the next ``count`` tokens need nothing from the host and do not pass the maximum length."""
+    return (
+        sequence.length + count <= sequence.max_len
+        and sequence.generated >= sequence.sampling.min_new_tokens
+        and not sequence.needs_host_sync
+    )
 
 
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    """Who keeps its blocks when there are too few: the most urgent, then who came first."""
-    return sequence.request.priority, sequence.arrival
+def _verified(decode: Chunk, drafts: tuple[int, ...]) -> Chunk:
+    """Return a decode that also verifies ``drafts``, and count their tokens as computed and in flight."""
+    if not drafts:
+        return decode
+    sequence = decode.sequence
+    sequence.placement.computed += len(drafts)
+    sequence.in_flight += len(drafts)
+    sequence.draft.unverified = True
+    return Chunk(sequence, decode.start, decode.length + len(drafts), drafts)

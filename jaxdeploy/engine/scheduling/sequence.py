@@ -1,115 +1,116 @@
-"""One sequence on its way through the engine: its tokens, and what of it is in the KV cache."""
+"""One sequence on its way through the engine: its tokens, its place on the device, and its drafts."""
 
 from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, Protocol
 
-from jaxdeploy.engine.scheduling.adapters import Adapter, Root
+from jaxdeploy.engine.prompt_outputs import PromptOutputs
+from jaxdeploy.engine.scheduling.adapters import Adapter
+from jaxdeploy.engine.scheduling.blocks import Block, Node, Start
 from jaxdeploy.errors import RequestError
 from jaxdeploy.messages import NO_SPECULATION, FinishReason, Request, SamplingParams, SpeculationCounts
 
 
 class MatcherLike(Protocol):
-    """What is needed of a ``jaxdeploy.grammar.matcher.Matcher``."""
+    """The part of the grammar matcher that the engine uses."""
 
     def allow(self, words: Any, drafts: tuple[int, ...] = ()) -> None:
-        """Clear the bits of tokens that cannot come next; in further rows, behind so many of ``drafts``."""
+        """Clear the bits of tokens that cannot come next; further rows are for positions after each of ``drafts``."""
         ...
 
     def take(self, token_id: int) -> bool:
-        """The reply goes on with ``token_id``; whether it still follows."""
+        """Advance by ``token_id``. Returns whether the reply still follows the grammar."""
         ...
 
 
-class Reading(IntEnum):
-    """How much a step tells of the prompts that it computes."""
+@dataclass(eq=False, slots=True)
+class Placement:
+    """Where a sequence is on the device, and how much of it has been computed there."""
 
-    NOTHING = 0
-    HIDDEN = 1
-    LOGPROBS = 2
-    """Hidden states as well."""
+    slot: int | None = None
+    """Row of the token buffer while the sequence runs. ``RunningSequences`` sets it."""
+    blocks: list[Block] = field(default_factory=list)
+    """KV blocks of the first tokens. A running sequence holds them. While it waits, others may take them."""
+    block_table: array[int] = field(default_factory=lambda: array("i"))
+    """int32 indices of ``blocks``."""
+    cached_nodes: list[Node] = field(default_factory=list)
+    """Nodes under which other sequences find its full blocks. They may name equal blocks of another sequence."""
+    computed: int = 0
+    """Tokens whose keys and values are in ``blocks``, or will be after the scheduled steps."""
+    prefill_end: int = 0
+    """Tokens that were known when the sequence last got its slot: it prefills up to there and then decodes."""
+    cached_tokens: int = 0
+    """Prompt tokens that were in the cache when the sequence first ran."""
 
+    def add_blocks(self, blocks: list[Block]) -> None:
+        """Append blocks, which the caller holds, to those of the sequence."""
+        self.blocks += blocks
+        self.block_table.extend(block.index for block in blocks)
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A physical KV block as somebody holds it; ``stamp`` tells whether it still has what they put there."""
-
-    index: int
-    stamp: int
-
-
-Start = tuple[str, Root | None]
-"""What cached blocks depend on before their tokens: the request's salt, and the root of its adapter."""
+    def clear_blocks(self) -> None:
+        """Drop the references to all blocks. The caller has given them back, or keeps them."""
+        self.blocks = []
+        self.block_table = array("i")
 
 
 @dataclass(eq=False, slots=True)
-class Node:
-    """A whole block of tokens behind those of ``before``, and where its keys and values are kept.
+class DraftState:
+    """Speculative decoding of one sequence."""
 
-    Before the first stands the sequence's ``Start``. ``block`` on the device, ``host_block`` in host memory,
-    both or, in the end, neither.
-    """
-
-    before: Node | Start = field(repr=False)
-    tokens: tuple[int, ...]
-    block: Block | None = None
-    host_block: int | None = None
+    computed: int = 0
+    """Tokens whose keys and values a draft model has in the same blocks."""
+    unverified: bool = False
+    """Whether tokens in flight depend on drafts. They hold only up to the first wrong one."""
+    counts: SpeculationCounts = NO_SPECULATION
+    """Drafts proposed and accepted so far."""
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens known so far, and how far they have been computed.
-
-    ``longest`` is the most tokens that it may have. ``arrival`` counts up from sequence to sequence; ``deadline`` is on
-    the monotonic clock, in seconds. ``computed`` tokens have keys and values in ``blocks``, or get them in a step that
-    has been scheduled; ``in_flight`` tokens are sampled by such steps and not yet known here, ``unsure`` where they
-    hold only as far as drafts are right. ``prefill_end`` tokens were known when the sequence last began to run: up to
-    there it is prefilling, beyond it decodes. ``slot`` is its row on the device while it runs, ``block_table`` the
-    int32 indices of its blocks. ``cached`` tokens of the prompt were in the cache when it first ran. ``noted`` is how
-    others find its tokens, in its own blocks or in such as had the same before (``PrefixCache``). ``settings`` is what
-    a step takes of it that never changes, once that is laid out. ``matcher`` follows the reply through its grammar, if
-    it has one. ``fault`` is why it ended with ``FinishReason.ERROR``. ``reading`` is what its prompt is still read for.
-    A draft model has keys and values of ``drafted`` tokens in the same blocks; ``speculation`` counts drafts. It runs
-    with ``adapter``, ``None``: the model itself.
-    """
+    """A request, its tokens, and the state that the engine keeps for it."""
 
     request: Request
     arrival: int = 0
+    """Counts up from sequence to sequence. ``WaitingQueue`` sets it."""
     deadline: float | None = None
+    """Time on the monotonic clock, in seconds, at which the sequence is aborted."""
     token_ids: list[int] = field(init=False)
+    """Tokens of prompt and reply that the host knows."""
     prompt_length: int = field(init=False)
-    longest: int = field(init=False)
-    computed: int = 0
+    """Tokens of the prompt."""
+    max_len: int = field(init=False)
+    """Maximum tokens of prompt and reply."""
     in_flight: int = 0
-    unsure: bool = False
-    prefill_end: int = 0
-    slot: int | None = None
-    blocks: list[Block] = field(default_factory=list)
-    block_table: array[int] = field(default_factory=lambda: array("i"))
-    cached: int = 0
+    """Tokens that scheduled steps sample and that the host does not know yet."""
+    placement: Placement = field(default_factory=Placement)
+    """Slot, blocks and computed tokens."""
+    draft: DraftState = field(default_factory=DraftState)
+    """Speculative decoding."""
     settings: array[int] | None = None
+    """Packed fields that are the same in all steps, once they have been made."""
     matcher: MatcherLike | None = None
-    noted: list[Node] = field(default_factory=list)
-    drafted: int = 0
-    speculation: SpeculationCounts = NO_SPECULATION
-    finish_reason: FinishReason | None = None
-    fault: Exception | None = None
+    """Follows the reply through its grammar, if it has one."""
     adapter: Adapter | None = None
-    reading: Reading = field(init=False)
+    """LoRA adapter, ``None`` for the model itself."""
+    prompt_outputs: PromptOutputs = field(init=False)
+    """What the steps that compute the prompt still have to return for it."""
+    finish_reason: FinishReason | None = None
+    """Why the sequence ended, ``None`` until it does."""
+    fault: Exception | None = None
+    """Cause of ``FinishReason.ERROR``."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         self.prompt_length = len(self.token_ids)
-        self.longest = self.prompt_length + self.sampling.max_new_tokens
-        self.reading = _reading(self.request)
+        self.max_len = self.prompt_length + self.sampling.max_new_tokens
+        self.prompt_outputs = _prompt_outputs(self.request)
         self._always_sampler = _needs_sampler(self.sampling)
 
     @property
     def start(self) -> Start:
-        """Its cached blocks are found from here."""
+        """The start under which its cached blocks are found."""
         return self.request.cache_salt, None if self.adapter is None else self.adapter.root
 
     @property
@@ -124,18 +125,18 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Its tokens, those in flight among them."""
+        """Number of tokens, including those in flight."""
         return len(self.token_ids) + self.in_flight
 
     @property
     def generated(self) -> int:
-        """Tokens produced so far, and known."""
+        """Number of known tokens after the prompt."""
         return len(self.token_ids) - self.prompt_length
 
     @property
     def prefilling(self) -> bool:
-        """Whether tokens known at the start of its run are still to be computed."""
-        return self.computed < self.prefill_end
+        """Whether tokens known when it got its slot are still to be computed."""
+        return self.placement.computed < self.placement.prefill_end
 
     @property
     def needs_sampler(self) -> bool:
@@ -143,31 +144,23 @@ class Sequence:
         return self._always_sampler or self.generated < self.sampling.min_new_tokens
 
     @property
-    def reads_tokens(self) -> bool:
-        """Whether its next token cannot be chosen before the host has seen the last."""
+    def needs_host_sync(self) -> bool:
+        """Whether the host must see the last token before the next one can be sampled."""
         return (
-            self.unsure
+            self.draft.unverified
             or self.matcher is not None
             or any(len(words) > 1 for words in self.sampling.bad_token_sequences)
         )
 
-    def hold(self, blocks: list[Block]) -> None:
-        """Have ``blocks`` behind those that it has."""
-        self.blocks += blocks
-        self.block_table.extend(block.index for block in blocks)
-
-    def hold_none(self) -> None:
-        """Have no blocks any more."""
-        self.blocks, self.block_table = [], array("i")
-
-    def settle(self) -> None:
-        """What was in flight has arrived: what goes on from wrong drafts has never been computed."""
-        if self.unsure:
-            self.unsure, self.in_flight = False, 0
-            self.computed = len(self.token_ids) - 1
+    def resolve_drafts(self) -> None:
+        """Forget what was computed after a wrong draft, once the tokens in flight have arrived."""
+        if self.draft.unverified:
+            self.draft.unverified = False
+            self.in_flight = 0
+            self.placement.computed = len(self.token_ids) - 1
 
     def append(self, token_id: int) -> None:
-        """Take a token that was in flight and note whether it ends the sequence."""
+        """Add a token that was in flight, and set ``finish_reason`` if it ends the sequence."""
         self.in_flight -= 1
         self.token_ids.append(token_id)
         sampling = self.sampling
@@ -176,14 +169,14 @@ class Sequence:
             self.fault = RequestError("response_format cannot be followed with this vocabulary; simplify it")
         elif self.generated >= sampling.min_new_tokens and token_id in sampling.stop_token_ids:
             self.finish_reason = FinishReason.STOP
-        elif len(self.token_ids) >= self.longest:
+        elif len(self.token_ids) >= self.max_len:
             self.finish_reason = FinishReason.LENGTH
 
 
-def _reading(request: Request) -> Reading:
+def _prompt_outputs(request: Request) -> PromptOutputs:
     if request.sampling.prompt_logprobs is not None:
-        return Reading.LOGPROBS
-    return Reading.HIDDEN if request.embed else Reading.NOTHING
+        return PromptOutputs.LOGPROBS
+    return PromptOutputs.HIDDEN if request.embed else PromptOutputs.NONE
 
 
 def _needs_sampler(sampling: SamplingParams) -> bool:

@@ -1,4 +1,4 @@
-"""Who runs next: the most urgent, then whose tenant was served least, then who came first."""
+"""The order of waiting sequences: by urgency, then by the service that their tenant had, then by arrival."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from collections.abc import Iterator
 
 from jaxdeploy.engine.scheduling.sequence import Sequence
 
-PROMPT_COST, REPLY_COST = 1, 2
-"""What a token of a prompt and one of a reply count for; a reply's takes a step of its own."""
+PROMPT_COST = 1
+"""Cost of a prompt token on its tenant's account."""
+REPLY_COST = 2
+"""Cost of a reply token, which takes a separate step."""
 
-MOST_TENANTS = 4096
-"""Tenants whose account is kept while nothing of theirs waits."""
+MAX_TENANTS = 4096
+"""Maximum tenants whose account is kept while none of their sequences waits."""
 
 
 class WaitingQueue:
-    """Sequences that have no slot, in the order in which they are to get one.
+    """Sequences that have no slot, in the order in which they get one.
 
-    Tenants of equal priority share fairly: each has an account of the tokens it was served, and the lowest is next. One
-    that comes back after a pause starts no lower than those that are waiting, so that nobody can save up service: the
-    virtual token counter of arXiv:2401.00588.
+    Tenants of equal priority share fairly. Each has an account of the tokens that it was served, and the lowest account
+    is next. A tenant that returns after a pause starts no lower than those that wait, so service cannot be saved up.
+    This is the virtual token counter of arXiv:2401.00588.
     """
 
     def __init__(self) -> None:
@@ -31,12 +33,12 @@ class WaitingQueue:
         return sum(map(len, self._queues.values()))
 
     def __iter__(self) -> Iterator[Sequence]:
-        """In no particular order."""
+        """Iterate in no particular order."""
         for queue in self._queues.values():
             yield from queue
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind those of its tenant."""
+        """Queue a sequence after those of its tenant."""
         tenant, waiting = sequence.request.tenant, {tenant for _, tenant in self._queues}
         if tenant not in waiting:
             lowest = min((self._served[other] for other in waiting), default=0)
@@ -51,21 +53,21 @@ class WaitingQueue:
         self._queue_of(sequence).appendleft(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out."""
+        """Remove a sequence."""
         key = _key(sequence)
         self._queues[key].remove(sequence)
         if not self._queues[key]:
             del self._queues[key]
 
     def first(self) -> Sequence:
-        """The next to run; there must be one."""
+        """Return the next to run. The queue must not be empty."""
         _, queue = min(
             self._queues.items(), key=lambda item: (item[0][0], self._served[item[0][1]], item[1][0].arrival)
         )
         return queue[0]
 
     def charge(self, sequence: Sequence, cost: int) -> None:
-        """Note on its tenant's account what a sequence was served."""
+        """Add the cost of a sequence's tokens to its tenant's account."""
         tenant = sequence.request.tenant
         self._served[tenant] = self._served.get(tenant, 0) + cost
 
@@ -74,8 +76,8 @@ class WaitingQueue:
         return self._queues.setdefault(_key(sequence), deque())
 
     def _forget_tenants(self, waiting: set[str]) -> None:
-        """Keep the accounts few: those who have not asked for longest go first."""
-        if len(self._served) > MOST_TENANTS:
+        """Limit the number of accounts. The tenant whose last request is oldest goes first."""
+        if len(self._served) > MAX_TENANTS:
             oldest = next(tenant for tenant in self._served if tenant not in waiting)
             del self._served[oldest]
 

@@ -1,1 +1,1 @@
-"""Guessing ahead: ``speculation`` is what the engine sees of it; ``ngram`` and ``draft`` guess, each in its own way."""
+"""Speculative decoding: drafts from the sequence (``ngram``) or from a model (``draft``), and their acceptance."""

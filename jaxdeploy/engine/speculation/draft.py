@@ -1,4 +1,4 @@
-"""Drafts of a smaller model, which samples like the large one: with the same settings, and with the same noise."""
+"""Drafts of a smaller model, which samples with the settings and the noise of the large one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxdeploy.engine.device.batch import ROW_LENGTH, StepShape, build_inputs, choose_shape
+from jaxdeploy.engine.device.buckets import ROW_LENGTH, BucketTable, StepShape
+from jaxdeploy.engine.device.packing import choose_bucket, pack
 from jaxdeploy.engine.device.runner import ModelRunner
-from jaxdeploy.engine.scheduling.scheduler import Chunk, ScheduledBatch
+from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.sequence import Sequence
 
 Array = np.ndarray[Any, Any]
@@ -18,7 +19,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class _Known(Chunk):
-    """A chunk behind which the token is known, so that none is sampled."""
+    """A chunk whose next token is known, so none is sampled."""
 
     @property
     def samples(self) -> bool:
@@ -27,7 +28,7 @@ class _Known(Chunk):
 
 
 class _Seen(Chunk):
-    """One whose drafts are the sequence's own tokens."""
+    """A chunk whose drafts are tokens of the sequence."""
 
     @property
     def verifies(self) -> bool:
@@ -36,11 +37,11 @@ class _Seen(Chunk):
 
 
 class DraftProposer:
-    """A model of its own on the blocks of the sequences: ``runner``'s pools have as many, found by the same tables.
+    """Makes drafts with a second model. Its pools have the same number of blocks and use the same block tables.
 
-    ``Sequence.drafted`` tokens are computed. What it has not seen, a prompt or what was decoded without drafts, is
-    computed in chunks first, from token ``first`` on; what was accepted since the last time then comes as drafts do,
-    all in one step that samples the first guess, and the others follow in one launch.
+    ``Sequence.draft.computed`` tokens are computed. Tokens that it has not seen, of a prompt or decoded without drafts,
+    are computed in chunks first, from token ``first`` on. Tokens accepted since the last call are then verified like
+    drafts, in one step that samples the first draft. The other drafts follow in one launch.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class DraftProposer:
     ) -> None:
         self._runner = runner
         self._shapes = shapes
+        self._buckets = BucketTable(shapes)
         self._vocab_size = vocab_size
         self._count = count
         self._first = first
-        self._most_prefill = max(shape.prefill_tokens for shape in shapes)
+        self._max_prefill = max(shape.prefill_tokens for shape in shapes)
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
         """See ``Proposer``."""
@@ -59,9 +61,9 @@ class DraftProposer:
         if not room:
             return {}
         self._catch_up(list(room))
-        first = self._guess_first(list(room))
-        going = [sequence for sequence, most in room.items() if most >= self._count - 1 > 0]
-        others = self._guess_others(going) if going else {}
+        first = self._draft_first(list(room))
+        longer = [sequence for sequence, most in room.items() if most >= self._count - 1 > 0]
+        others = self._draft_others(longer) if longer else {}
         return {sequence: (first[sequence], *others.get(sequence, ()))[:most] for sequence, most in room.items()}
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
@@ -77,37 +79,44 @@ class DraftProposer:
         self._runner.close()
 
     def _catch_up(self, sequences: list[Sequence]) -> None:
-        """Compute all but the last token of sequences that are too far behind for one row."""
-        behind = [
-            item for item in sequences if not item.drafted or len(item.token_ids) - item.drafted > self._count + 1
+        """Compute all but the last token of sequences whose new tokens do not fit in one row."""
+        late = [
+            item
+            for item in sequences
+            if not item.draft.computed or len(item.token_ids) - item.draft.computed > self._count + 1
         ]
-        for sequence in behind:
-            assert sequence.slot is not None, "a sequence that decodes has a slot"
-            self._runner.write_tokens(sequence.slot, sequence.token_ids)
-            sequence.drafted = max(sequence.drafted, self._first)
-        while behind:
-            chunks, left = [], self._most_prefill
-            for sequence in behind:
-                length = min(len(sequence.token_ids) - 1 - sequence.drafted, left)
+        for sequence in late:
+            assert sequence.placement.slot is not None, "a sequence that decodes has a slot"
+            self._runner.write_tokens(sequence.placement.slot, sequence.token_ids)
+            sequence.draft.computed = max(sequence.draft.computed, self._first)
+        while late:
+            chunks, left = [], self._max_prefill
+            for sequence in late:
+                length = min(len(sequence.token_ids) - 1 - sequence.draft.computed, left)
                 if length > 0:
-                    chunks.append(_Known(sequence, sequence.drafted, length))
-                    sequence.drafted += length
+                    chunks.append(_Known(sequence, sequence.draft.computed, length))
+                    sequence.draft.computed += length
                     left -= -(-length // ROW_LENGTH) * ROW_LENGTH
             self._run(ScheduledBatch(chunks=tuple(chunks)))
-            behind = [sequence for sequence in behind if sequence.drafted < len(sequence.token_ids) - 1]
+            late = [sequence for sequence in late if sequence.draft.computed < len(sequence.token_ids) - 1]
 
-    def _guess_first(self, sequences: list[Sequence]) -> dict[Sequence, int]:
-        """Compute what is new, behind the last token that is not, and sample what comes next."""
+    def _draft_first(self, sequences: list[Sequence]) -> dict[Sequence, int]:
+        """Compute tokens that are new to the model, and sample the next one."""
         rows = [
-            _Seen(item, item.drafted - 1, 1 + len(item.token_ids) - item.drafted, tuple(item.token_ids[item.drafted :]))
+            _Seen(
+                item,
+                item.draft.computed - 1,
+                1 + len(item.token_ids) - item.draft.computed,
+                tuple(item.token_ids[item.draft.computed :]),
+            )
             for item in sequences
         ]
         tokens, places = self._run(ScheduledBatch(decodes=tuple(rows)))
         for sequence in sequences:
-            sequence.drafted = len(sequence.token_ids)
+            sequence.draft.computed = len(sequence.token_ids)
         return {row.sequence: int(tokens[0, places[row.sequence] + len(row.drafts)]) for row in rows}
 
-    def _guess_others(self, sequences: list[Sequence]) -> dict[Sequence, tuple[int, ...]]:
+    def _draft_others(self, sequences: list[Sequence]) -> dict[Sequence, tuple[int, ...]]:
         steps = self._count - 1
         rows = tuple(Chunk(sequence, len(sequence.token_ids), steps) for sequence in sequences)
         tokens, places = self._run(ScheduledBatch(decodes=rows, repeats=steps))
@@ -115,6 +124,6 @@ class DraftProposer:
 
     def _run(self, batch: ScheduledBatch) -> tuple[Array, dict[Sequence, int]]:
         """The tokens of a step, [repeats, samples], and where each sequence has its first."""
-        inputs = build_inputs(choose_shape(self._shapes, batch), batch, self._vocab_size, free=True)
-        sampled = np.asarray(self._runner.run(inputs).sampled.tokens)
-        return np.atleast_2d(sampled), {chunk.sequence: row for row, chunk in inputs.rows}
+        packed = pack(choose_bucket(self._buckets, batch), batch, self._vocab_size, constrain=False)
+        sampled = np.asarray(self._runner.run(packed.inputs).sampled.tokens)
+        return np.atleast_2d(sampled), {chunk.sequence: row for row, chunk in packed.rows}

@@ -1,7 +1,7 @@
-"""SpeculationCounts by looking back: where a sequence has been before, it may go on as it did then.
+"""Drafts from the sequence itself: what followed its last tokens when they occurred before.
 
-Prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding), on prompt and reply: of all places where the
-last tokens occur, the one where most of what comes before agrees as well, of equal ones the last.
+Prompt lookup decoding (github.com/apoorvumang/prompt-lookup-decoding) on prompt and reply. Of all places where the last
+tokens occur, it takes the one with the longest match, and of equal ones the latest.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from weakref import WeakKeyDictionary
 
 from jaxdeploy.engine.scheduling.sequence import Sequence
 
-LEAST = 2
-"""Tokens that must agree."""
-MOST = 32
-"""Tokens that are compared."""
-PLACES = 16
-"""Places that are looked at, the last ones."""
+MIN_MATCH = 2
+"""Last tokens that must occur earlier."""
+MAX_MATCH = 32
+"""Maximum tokens that are compared."""
+MAX_PLACES = 16
+"""Places of the same tokens that are compared, the latest ones."""
 
 
 class NgramProposer:
-    """Finds guesses in the sequences themselves; there is no model."""
+    """Finds drafts in the sequences themselves, without a model."""
 
     def __init__(self) -> None:
         self._indices: WeakKeyDictionary[Sequence, _Index] = WeakKeyDictionary()
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
         """See ``Proposer``."""
-        return {sequence: self._index_of(sequence).look_up(sequence.token_ids, most) for sequence, most in room.items()}
+        return {
+            sequence: self._index_of(sequence).look_up(sequence.token_ids, count) for sequence, count in room.items()
+        }
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
         """Nothing is compiled."""
@@ -49,32 +51,35 @@ class NgramProposer:
 
 
 class _Index:
-    """Where the shortest runs that count occur in a sequence, but for the one that it ends with."""
+    """The places of every run of ``MIN_MATCH`` tokens in a sequence, except the run at its end."""
 
     def __init__(self) -> None:
-        self._places: defaultdict[tuple[int, ...], deque[int]] = defaultdict(partial(deque, maxlen=PLACES))
-        """Tokens → the places behind them."""
-        self._read = LEAST
+        self._places: defaultdict[tuple[int, ...], deque[int]] = defaultdict(partial(deque, maxlen=MAX_PLACES))
+        """Tokens → the positions after them."""
+        self._read = MIN_MATCH
 
-    def look_up(self, token_ids: list[int], most: int) -> tuple[int, ...]:
-        """What came behind the last tokens before, as often as it takes for ``most`` tokens."""
+    def look_up(self, token_ids: list[int], count: int) -> tuple[int, ...]:
+        """Return ``count`` tokens that followed the last ones earlier, or none. Fewer are repeated."""
         for end in range(self._read, len(token_ids)):
-            self._places[tuple(token_ids[end - LEAST : end])].append(end)
-        self._read = max(len(token_ids), LEAST)
-        places = self._places.get(tuple(token_ids[-LEAST:]))
+            self._places[tuple(token_ids[end - MIN_MATCH : end])].append(end)
+        self._read = max(len(token_ids), MIN_MATCH)
+        places = self._places.get(tuple(token_ids[-MIN_MATCH:]))
         if not places:
             return ()
-        best = max(places, key=lambda place: (_agreeing(token_ids, place), place))
-        return _repeated(token_ids[best : best + most], most)
+        best = max(places, key=lambda place: (_match_length(token_ids, place), place))
+        return _repeated(token_ids[best : best + count], count)
 
 
-def _agreeing(token_ids: list[int], place: int) -> int:
-    """How many tokens before ``place`` are the last ones of all."""
+def _match_length(token_ids: list[int], place: int) -> int:
+    """Return how many tokens before ``place`` equal the last tokens of the sequence."""
     end = len(token_ids)
-    most = min(MOST, place)
-    return next((count for count in range(most) if token_ids[place - 1 - count] != token_ids[end - 1 - count]), most)
+    longest = min(MAX_MATCH, place)
+    for length in range(longest):
+        if token_ids[place - 1 - length] != token_ids[end - 1 - length]:
+            return length
+    return longest
 
 
 def _repeated(tokens: list[int], count: int) -> tuple[int, ...]:
-    """``count`` of ``tokens``, over and over: where they end, the sequence itself ended, so they come again."""
+    """Return ``count`` tokens: ``tokens``, which end where the sequence ends, are repeated."""
     return tuple(tokens[index % len(tokens)] for index in range(count))

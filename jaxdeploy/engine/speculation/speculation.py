@@ -1,9 +1,9 @@
-"""Speculative decoding: guess some tokens, verify them all in one step, accept those that are right (arXiv:2211.17192).
+"""Speculative decoding: draft tokens, verify them all in one step, accept those that are right (arXiv:2211.17192).
 
-A token is right if it is the very one that would have been sampled in its place. What is sampled depends only on the
-tokens before it, the request's seed and the position, so a reply is the same with drafts and without, at any
-temperature, whoever guesses; and guesses without randomness are accepted as often as by rejection sampling. A draft
-model draws with the same noise, which makes it agree with the model nearly as often (arXiv:2408.07978).
+A draft is right if the model samples the same token in its place. A sample depends only on the tokens before it, the
+request's seed and the position. So a reply is the same with and without drafts, at any temperature and with any
+proposer. Drafts without randomness are accepted as often as by rejection sampling. A draft model draws with the same
+noise, so it agrees with the model nearly as often (arXiv:2408.07978).
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from jaxdeploy.messages import SpeculationCounts
 
 logger = logging.getLogger("jaxdeploy")
 
-MOST_FAULTS = 3
+MAX_FAULTS = 3
+"""Failures of a proposer after which no more drafts are asked for."""
 
 
 class Proposer(Protocol):
-    """Guesses how sequences go on."""
+    """Proposes draft tokens."""
 
     def propose(self, room: Mapping[Sequence, int]) -> Mapping[Sequence, tuple[int, ...]]:
-        """Drafts behind the known tokens of each sequence, at most as many as there is room for; none are fine."""
+        """Return drafts that follow the known tokens of each sequence, no more than there is room for, or none."""
         ...
 
     def warm_up(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
@@ -42,56 +43,56 @@ class Proposer(Protocol):
 
 
 class Speculation:
-    """What the engine needs: who guesses, ``count`` tokens at a time, and whether it pays."""
+    """A proposer that drafts ``count`` tokens at a time, and the gate that measures whether that saves time."""
 
     def __init__(self, proposer: Proposer, count: int, gate: Gate | None = None) -> None:
         self.count = count
         self.gate = gate or Gate()
         self.counts = SpeculationCounts()
-        """Of all sequences."""
+        """Drafts of all sequences."""
         self.warm_up = proposer.warm_up
         self.close = proposer.close
         self.clear_blocks = proposer.clear_blocks
         self._faults = 0
         self._proposer = proposer
 
-    def wanted(self, running: Iterable[Sequence]) -> bool:
+    def should_draft(self, running: Iterable[Sequence]) -> bool:
         """Whether the next step for these sequences should have drafts."""
-        if self._faults >= MOST_FAULTS:
+        if self._faults >= MAX_FAULTS:
             return False
         batch = list(running)
-        return any(self.most(sequence) for sequence in batch) and self.gate.is_open(len(batch))
+        return any(self.max_drafts(sequence) for sequence in batch) and self.gate.is_open(len(batch))
 
-    def most(self, sequence: Sequence) -> int:
-        """Tokens to have room for when drafts of a sequence are made; its request may want fewer."""
+    def max_drafts(self, sequence: Sequence) -> int:
+        """Return the number of tokens to reserve room for; 0 if the request wants no drafts."""
         return 0 if sequence.sampling.num_speculative_tokens == 0 else self.count
 
     def propose(self, room: Mapping[Sequence, int]) -> dict[Sequence, tuple[int, ...]]:
-        """Drafts, as many as each request wants; none behind a token that ends the reply.
+        """Return drafts, up to the number that each request allows and to a token that ends the reply.
 
-        A fault costs the drafts of this step and no request. After ``MOST_FAULTS`` there are no more drafts.
+        A fault costs only the drafts of this step. After ``MAX_FAULTS`` there are no more drafts.
         """
         try:
             proposed = self._proposer.propose(room)
         except Exception:  # replies are the same without drafts
             self._faults += 1
-            logger.exception("drafting failed (%d of %d times until it is turned off)", self._faults, MOST_FAULTS)
+            logger.exception("drafting failed (%d of %d times until it is turned off)", self._faults, MAX_FAULTS)
             for sequence in room:
-                sequence.drafted = 0
+                sequence.draft.computed = 0
             return {}
-        return {sequence: _wanted(drafts, sequence) for sequence, drafts in proposed.items()}
+        return {sequence: _allowed(drafts, sequence) for sequence, drafts in proposed.items()}
 
     def accept(self, sequence: Sequence, drafts: tuple[int, ...], sampled: list[int]) -> list[int]:
-        """The sampled tokens that hold: as long as drafts before them are what was sampled in their place."""
+        """Return the sampled tokens up to the first that follows a wrong draft."""
         right = 0
         while right < len(drafts) and drafts[right] == sampled[right]:
             right += 1
-        sequence.speculation = sequence.speculation.plus(len(drafts), right)
+        sequence.draft.counts = sequence.draft.counts.plus(len(drafts), right)
         self.counts = self.counts.plus(len(drafts), right)
         return sampled[: right + 1]
 
 
-def _wanted(drafts: tuple[int, ...], sequence: Sequence) -> tuple[int, ...]:
+def _allowed(drafts: tuple[int, ...], sequence: Sequence) -> tuple[int, ...]:
     sampling = sequence.sampling
     some = drafts[: sampling.num_speculative_tokens]
     ends = (index for index, token in enumerate(some) if token < 0 or token in sampling.stop_token_ids)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdeploy.files.fields import StoredFields
-from jaxdeploy.models.config import ModelConfig, read_decoder
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.hf_config import read_decoder
 from jaxdeploy.models.weights import DecoderNames, WeightTable, decoder_weights
 
 ARCHITECTURES = ("InternLM2ForCausalLM",)
@@ -16,13 +17,14 @@ NAMES = DecoderNames(
     norm="model.norm",
     head="output",
     layer="model.layers.{}",
-    attention_norm="attention_norm",
-    mlp_norm="ffn_norm",
-    qkv=("attention.wqkv",),
-    out="attention.wo",
-    gate="feed_forward.w1",
-    up="feed_forward.w3",
-    down="feed_forward.w2",
+    norms={"attention_norm": "attention_norm", "mlp_norm": "ffn_norm"},
+    linears={
+        "wqkv": "attention.wqkv",
+        "out": "attention.wo",
+        "gate": "feed_forward.w1",
+        "up": "feed_forward.w3",
+        "down": "feed_forward.w2",
+    },
 )
 
 

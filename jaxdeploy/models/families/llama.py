@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdeploy.files.fields import StoredFields
-from jaxdeploy.models.config import ModelConfig, read_decoder
+from jaxdeploy.models.config import ModelConfig
+from jaxdeploy.models.hf_config import read_decoder
 from jaxdeploy.models.weights import DecoderNames, WeightTable, decoder_weights
 
 ARCHITECTURES = ("LlamaForCausalLM",)
@@ -16,13 +17,16 @@ NAMES = DecoderNames(
     norm="model.norm",
     head="lm_head",
     layer="model.layers.{}",
-    attention_norm="input_layernorm",
-    mlp_norm="post_attention_layernorm",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    out="self_attn.o_proj",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
+    norms={"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    linears={
+        "query": "self_attn.q_proj",
+        "key": "self_attn.k_proj",
+        "value": "self_attn.v_proj",
+        "out": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    },
 )
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from jaxdeploy.errors import CheckpointError
 from jaxdeploy.files.fields import StoredFields
-from jaxdeploy.models.config import ModelConfig, read_decoder, read_layer_count
+from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.families.llama import weights
+from jaxdeploy.models.hf_config import read_decoder, read_layer_count
 
 __all__ = ["ARCHITECTURES", "model_config", "weights"]
 

@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
+from jaxdeploy.config.generation import MAX_ALTERNATIVES
 from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.bounded import Bounded
 
-MOST_ALTERNATIVES = 128
 MOST_STOPS = 16
 LONGEST_STOP = 256
 RESERVED = frozenset({"messages", "tokenizer", "tools", "add_generation_prompt", "continue_final_message"})
@@ -154,7 +154,7 @@ class Sampling(Unpacked):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default 1")
     top_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=MOST_ALTERNATIVES)
+    n: int | None = Field(None, ge=1, le=MAX_ALTERNATIVES)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     stop: Stop | Stops | None = None
     stream: bool | None = False

@@ -1,13 +1,13 @@
-"""A whole decode step of a Llama-shaped model out of ``decode_layer``: what is compiled to be checked, and profiled.
+"""A decode step of a Llama-shaped model made of ``decode_layer``, for the static check and for tests.
 
-The engine builds its own step; this one has the least around the layers: embedding, last norm, head, likeliest token.
+The engine has its own step. This one adds only an embedding, the last norm, the head and an argmax to the layers.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.decode_layer import decode_layer, padded_rows
+from pallas_kernels.decode_layer import DecodeLayerCall, ScoreOptions, decode_layer, padded_rows
 from pallas_kernels.decode_layer.shapes import Shape, make_pool, make_weight, model_shape, rotary
 from pallas_kernels.decode_layer.tiles import Tiles
 from pallas_kernels.decode_layer.weights import LayerWeights, weight_shape
@@ -44,37 +44,44 @@ class StepParams:
     head: jax.Array
 
 
-_STATIC = ("num_heads", "scale", "eps", "window", "axis_name", "backend", "tiles")
-jitted_layer = jax.jit(decode_layer, static_argnames=_STATIC)
+jitted_layer = jax.jit(decode_layer, static_argnames=("backend", "tiles"))
 """Traced and lowered once for all layers, which XLA then inlines."""
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """Static options of a step.
+
+    Attributes:
+        head_dim: H.
+        axis_name: inside ``shard_map``, the mesh axis that heads, MLP and vocabulary are sharded over.
+        backend: of ``decode_layer``.
+        tiles: of ``decode_layer``.
+    """
+
+    head_dim: int
+    axis_name: str | None = None
+    backend: str | None = None
+    tiles: Tiles | None = None
+
+
 def decode_step(
+    options: StepOptions,
     params: StepParams,
     pools: tuple[Pool, ...],
     tokens: jax.Array,
     positions: jax.Array,
     block_tables: jax.Array,
-    *,
-    head_dim: int,
-    window: int | None = None,
-    axis_name: str | None = None,
-    backend: str | None = None,
-    tiles: Tiles | None = None,
 ) -> tuple[jax.Array, tuple[Pool, ...]]:
-    """The likeliest next token of every sequence.
+    """Return the most likely next token of every sequence.
 
     Args:
+        options: static ones.
         params: of the model.
-        pools: one a layer; donate them.
+        pools: one per layer; donate them.
         tokens: int32 [B], the last token of each sequence.
-        positions: int32 [B], where it stands; −1 for a row without one.
+        positions: int32 [B], the position of that token; −1 for a row without a token.
         block_tables: int32 [B, M].
-        head_dim: H.
-        window: of sliding attention, or ``None``.
-        axis_name: the mesh axis that heads, MLP and vocabulary are spread over, inside ``shard_map``.
-        backend: of ``decode_layer``.
-        tiles: of ``decode_layer``.
 
     Returns:
         (int32 [B] next tokens, pools).
@@ -82,27 +89,34 @@ def decode_step(
     batch = tokens.shape[0]
     x = jnp.zeros((padded_rows(batch), params.embed.shape[1]), params.embed.dtype).at[:batch].set(params.embed[tokens])
     wide = x.astype(jnp.float32)
-    normed = (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + EPS)).astype(x.dtype) * params.norms[
-        0
-    ]
-    cos, sin = rotary(jnp.maximum(positions, 0), head_dim, THETA)
+    factor = jax.lax.rsqrt(jnp.mean(wide * wide, axis=1, keepdims=True) + EPS)
+    normed = (wide * factor).astype(x.dtype) * params.norms[0]
+    cos, sin = rotary(jnp.maximum(positions, 0), options.head_dim, THETA)
     written = []
     for weights, pool, norm in zip(params.layers, pools, params.norms[1:], strict=True):
-        x, normed, pool = jitted_layer(
-            *(x, normed, weights, norm, pool, block_tables, positions, cos, sin),
-            num_heads=weight_shape(weights.wo)[0] // head_dim,
-            scale=head_dim**-0.5,
+        call = DecodeLayerCall(
+            x=x,
+            normed=normed,
+            weights=weights,
+            next_norm=norm,
+            pool=pool,
+            block_tables=block_tables,
+            positions=positions,
+            cos=cos,
+            sin=sin,
+            scores=ScoreOptions(options.head_dim**-0.5),
+            num_heads=weight_shape(weights.wo)[0] // options.head_dim,
             eps=EPS,
-            window=window,
-            axis_name=axis_name,
-            backend=backend,
-            tiles=tiles,
+            axis_name=options.axis_name,
         )
+        x, normed, pool = jitted_layer(call, backend=options.backend, tiles=options.tiles)
         written.append(pool)
-    return _likeliest(normed, params.head, axis_name)[:batch], tuple(written)
+    return _most_likely(normed, params.head, options.axis_name)[:batch], tuple(written)
 
 
-def sharded_decode_step(params: StepParams, pools: tuple[Pool, ...], mesh: Mesh, **options: Any) -> Callable[..., Any]:
+def sharded_decode_step(
+    options: StepOptions, params: StepParams, pools: tuple[Pool, ...], mesh: Mesh
+) -> Callable[..., Any]:
     """``decode_step`` over all devices of ``mesh``'s only axis; ``params`` and ``pools`` are read for their structure.
 
     Columns of ``gate_up`` are ordered by device: those of a device's gate, then those of its up.
@@ -110,7 +124,7 @@ def sharded_decode_step(params: StepParams, pools: tuple[Pool, ...], mesh: Mesh,
     (axis,) = mesh.axis_names
     specs, pool_specs = partition(params, axis), _pool_specs(pools, axis)
     return jax.shard_map(
-        partial(decode_step, axis_name=axis, **options),
+        partial(decode_step, replace(options, axis_name=axis)),
         mesh=mesh,
         in_specs=(specs, pool_specs, P(), P(), P()),
         out_specs=(P(), pool_specs),
@@ -167,7 +181,7 @@ def _pool_specs(pools: tuple[Pool, ...], axis: str) -> Any:
     return jax.tree.map(lambda _: P(None, None, axis), pools)
 
 
-def _likeliest(normed: jax.Array, head: jax.Array, axis_name: str | None) -> jax.Array:
+def _most_likely(normed: jax.Array, head: jax.Array, axis_name: str | None) -> jax.Array:
     """The token with the highest logit, int32 [rows]; the lowest of equals."""
     logits = jnp.matmul(normed, head, preferred_element_type=jnp.float32)
     token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -197,7 +211,7 @@ LLAMA_3_8B = {"layers": 32, "vocab": 128256, "blocks": 4096}
 def compile_llama_8b(device: str, *, batch: int, tp: int = 1, **options: Any) -> CompiledStep:
     """Compile the decode step of a Llama-3-8B, 4-bit weights in groups of 128, over ``tp`` GPUs of kind ``device``.
 
-    What a layer launches is what a deeper model launches more. ``options`` are further fields of ``Shape``.
+    Launches per layer are the difference to a model with fewer layers. ``options`` are further fields of ``Shape``.
     """
     shape = model_shape("Llama-3-8B", batch, **options)
     layers, fewer = LLAMA_3_8B["layers"], 4
@@ -216,10 +230,10 @@ def compile_llama_8b(device: str, *, batch: int, tp: int = 1, **options: Any) ->
 def _compile(device: str, shape: Shape, tp: int, sizes: dict[str, int]) -> tuple[Program, tuple[Any, ...]]:
     if tp == 1:
         args = abstract_step_args(shape, **sizes, mesh=None)
-        return compile_for(device, partial(decode_step, head_dim=shape.head_dim), *args, donate=(1,)), args
+        return compile_for(device, partial(decode_step, StepOptions(shape.head_dim)), *args, donate=(1,)), args
     mesh = offline_mesh(device, tp)
     args = abstract_step_args(shape, **sizes, mesh=mesh)
-    step = sharded_decode_step(args[0], args[1], mesh, head_dim=shape.head_dim)
+    step = sharded_decode_step(StepOptions(shape.head_dim), args[0], args[1], mesh)
     return compile_on_mesh(device, mesh, step, *args, donate=(1,)), args
 
 
