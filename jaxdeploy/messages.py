@@ -185,7 +185,7 @@ class TextOutput:
     finish_reason: why the reply ended; ``None`` if it has not.
     cached_tokens: prompt tokens that were found in the cache.
     stop_word: the text that ended the reply, if one did.
-    prompt: what the request asked about its prompt; in one output only.
+    prompt: hidden states and log-probabilities of the prompt, if asked for; in one output only.
     speculation: counts of drafts since the reply began.
     error: why the request failed, with ``FinishReason.ERROR``.
     """

@@ -43,7 +43,7 @@ class CallOptions:
     def of_call(
         cls, gen_config: GenConfigs, do_preprocess: Any, adapter_name: AdapterNames, options: Mapping[str, Any]
     ) -> CallOptions:
-        """Return the options of a call. In LMDeploy 0.3 ``request_output_len`` is in the place of ``do_preprocess``.
+        """Return the options of a call. LMDeploy 0.3 has ``request_output_len`` before ``do_preprocess``.
 
         Raises ``ConfigError``.
         """

@@ -272,7 +272,7 @@ class Pipeline:
             yield job.response(output, lengths[job.index])
 
     def _outputs(self, jobs: list[Job]) -> Iterator[tuple[Job, TextOutput]]:
-        """Run ``jobs`` and yield what they produce. ``stop_session`` finds them meanwhile."""
+        """Run ``jobs`` and yield their outputs. ``stop_session`` finds them meanwhile."""
         by_id = {next(self._names): job for job in jobs}
         for request_id, job in by_id.items():
             self._running.setdefault(job.session_id, []).append(request_id)

@@ -104,9 +104,9 @@ class Conversation:
 
 @dataclass
 class ChatReply(Reply):
-    """A reply with what the terminal shows about it.
+    """A reply with the figures that the terminal shows.
 
-    thought: what a reasoning model says to itself.
+    thought: the reasoning, separate from the text.
     max_new_tokens: limit that was asked for.
     full: whether the session reached ``session_len``; ``None``: unknown.
     """
@@ -125,7 +125,7 @@ class ChatReply(Reply):
         return "max_new_tokens or session_len"
 
     def summary(self) -> str:
-        """Return the figures as a note beside the reply."""
+        """Return the figures in brackets."""
         return f"[{self.figures()}]"
 
     def figures(self) -> str:

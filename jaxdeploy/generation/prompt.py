@@ -10,7 +10,7 @@ from jaxdeploy.errors import RequestError
 def prompt_ids(ids: Sequence[int], bos_token_id: int | None, prompt: object) -> tuple[int, ...]:
     """Return ``ids``; for a prompt without tokens, the token that texts begin with.
 
-    Raises ``RequestError`` that shows ``prompt`` if it has no tokens and the model has no such token.
+    Raises ``RequestError`` that shows ``prompt`` if neither has a token.
     """
     if ids:
         return tuple(ids)

@@ -24,7 +24,7 @@ class Reply:
     finish_reason: why the reply ended; ``None`` if it has not.
     stop_word: the text that ended the reply, if one did.
     cached_tokens: prompt tokens that were found in the cache.
-    prompt: what the request asked about its prompt.
+    prompt: hidden states and log-probabilities of the prompt, if the request asked for them.
     speculation: counts of drafts.
     error: why the request failed, with ``FinishReason.ERROR``.
     started_at: when the request was made.

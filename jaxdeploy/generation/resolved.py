@@ -90,7 +90,7 @@ def resolve(
     Stop tokens and stop words that the model sets do not count under ``ignore_eos``. Those of ``settings`` do.
 
     Args:
-        settings: what the request sets. Without ``random_seed`` it gets a random one.
+        settings: fields of the request. Without ``random_seed`` the seed is random.
         defaults: result of ``read_generation_defaults``.
         tokenizer: the tokenizer of the model.
         eos_token_ids: result of ``eos_token_ids``.

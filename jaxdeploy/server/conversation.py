@@ -41,7 +41,7 @@ class ParsedReply(Reply):
     parser: separates them.
     thought: the thoughts so far.
     calls: names and arguments (JSON) of the calls so far.
-    events: what the last output added.
+    events: the additions of the last output.
     """
 
     parser: ReplyParser

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.server.protocol.response import Response
-from jaxdeploy.server.protocol.response_items import Item
+from jaxdeploy.server.protocol.responses import Item
 
 KEPT = 1024
 """Responses; the one that was not asked for longest goes first."""

@@ -33,7 +33,7 @@ class Report(NamedTuple):
     """What the process sends after a step.
 
     outputs: of requests that were added after the aborts in ``aborted``, or were not aborted.
-    stats: how the engine stands.
+    stats: the figures of the engine.
     answers: numbers and errors of calls that have ended.
     aborted: ids of requests that were aborted, once for each abort.
     """
@@ -60,7 +60,7 @@ class Calls:
         """Call a method. What it raises is its answer."""
         try:
             self._running[number] = getattr(self._engine, method)(*arguments)
-        except Exception as error:  # the caller receives it; the engine goes on
+        except Exception as error:  # the caller receives it; the engine continues
             self._running[number] = Future()
             self._running[number].set_exception(error)
 
@@ -78,7 +78,7 @@ def _fault_of(future: Future[None]) -> Exception | None:
 
 
 class Commands:
-    """Passes the owner's commands to ``engine``, and notes what the owner must be told about them.
+    """Passes the owner's commands to ``engine``, and collects the results that its owner must know.
 
     refused: requests that the engine did not take, as outputs. The adapter of one may have been unloaded.
     aborted: ids of requests that were aborted.
@@ -94,7 +94,7 @@ class Commands:
     def handle(self) -> bool:
         """Handle the commands since the last step, after a wait for one if the engine is idle.
 
-        Return whether the engine goes on.
+        Return whether the engine continues.
         """
         self.refused, self.aborted = [], []
         timeout = 0 if self._engine.has_work else self._calls.patience
@@ -158,7 +158,7 @@ def _sender(connection: Connection) -> Iterator[Callable[[Any], None]]:
     messages: SimpleQueue[Any] = SimpleQueue()
 
     def deliver() -> None:
-        with suppress(OSError):  # whoever started it is gone
+        with suppress(OSError):  # the owner has ended
             while (message := messages.get()) is not None:
                 connection.send(message)
 

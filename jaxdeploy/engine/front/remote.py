@@ -45,7 +45,7 @@ class RemoteEngine:
     def __init__(self, build: Callable[[], EngineLike], *, wait: bool = True) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        # ``build`` travels as bytes: what it imports (JAX) is imported when the process already watches its owner.
+        # ``build`` is sent as bytes: the process imports its modules (JAX) after it has begun to watch its owner.
         self._process = process.start(child.main, theirs, pickle.dumps(build), logger.getEffectiveLevel())
         theirs.close()
         self._woken, self._waker = spawn.Pipe(duplex=False)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from jaxdeploy.server.protocol.response_items import Item, ItemStatus
+from jaxdeploy.server.protocol.responses import Item, ItemStatus
 
 _ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
 

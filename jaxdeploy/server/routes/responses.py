@@ -32,8 +32,7 @@ from jaxdeploy.server.protocol.response import (
     ResponseError,
     ResponsesUsage,
 )
-from jaxdeploy.server.protocol.response_items import Item, ItemStatus, MessageItem
-from jaxdeploy.server.protocol.responses import ResponsesRequest, RetrieveQuery
+from jaxdeploy.server.protocol.responses import Item, ItemStatus, MessageItem, ResponsesRequest, RetrieveQuery
 from jaxdeploy.server.protocol.stream_event import StreamEvent
 from jaxdeploy.server.replies import Replies
 from jaxdeploy.server.stored_responses import StoredResponse
