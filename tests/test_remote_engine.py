@@ -440,8 +440,7 @@ def test_loading_through_the_asynchronous_engine() -> None:
     engine = AsyncEngine(tiny_generator(RemoteEngine(echo)))
 
     async def ask(name: str) -> list[int]:
-        asked = request("a", (1, 2, 3))
-        asked = replace(asked, request=replace(asked.request, adapter=name))
+        asked = replace(request("a", (1, 2, 3)), adapter=name)
         return [token async for output in engine.generate(asked) for token in output.token_ids]
 
     async def talk() -> None:
