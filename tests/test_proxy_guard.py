@@ -252,7 +252,7 @@ def test_a_node_can_tell_clients_apart(stack: ExitStack) -> None:
 def owner_of(separates: bool, named: str) -> str:
     state = SimpleNamespace(separates_keys=False, separates_tenants=separates)
     scope = {"type": "http", "headers": [(TENANT.encode(), named.encode())], "app": SimpleNamespace(state=state)}
-    return _tenant(Request(scope)).owner
+    return asyncio.run(_tenant(Request(scope))).owner
 
 
 def test_a_server_separates_the_clients_of_a_proxy() -> None:

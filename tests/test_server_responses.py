@@ -15,7 +15,8 @@ from openai.types.responses.response_create_params import ResponseCreateParamsBa
 from pydantic import BaseModel, TypeAdapter
 
 from jaxdeploy.engine.front.async_engine import AsyncEngine
-from jaxdeploy.server.protocol.responses import Response, ResponsesRequest
+from jaxdeploy.server.protocol.response import Response
+from jaxdeploy.server.protocol.responses import ResponsesRequest
 from jaxdeploy.server.stored_responses import StoredResponse, StoredResponses, UnknownResponseError
 from tests.served import NAME, SESSION_LEN, RunningServer, running, until, with_tools
 

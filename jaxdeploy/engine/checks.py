@@ -73,7 +73,7 @@ class RequestLimits:
         check runs in the server and in the engine's process. It is a few comparisons; functions are called for the
         values that fail them, and raise.
         """
-        if not isinstance(request.prompt_token_ids, _GROUPS):
+        if type(request.prompt_token_ids) not in _GROUPS:
             _check_group("prompt_token_ids", request.prompt_token_ids)
         self._check_prompt(request.prompt_token_ids)
         sampling = request.sampling
@@ -103,9 +103,9 @@ class RequestLimits:
             if type(value) not in (int, float) or not low <= value <= high:
                 _check_number(name, value, low, high)
         stops = sampling.stop_token_ids
-        if not isinstance(stops, _GROUPS) or not set(map(type, stops)) <= _ONLY_INTEGERS:
+        if type(stops) not in _GROUPS or not set(map(type, stops)) <= _ONLY_INTEGERS:
             _check_ids("stop_token_ids", stops)
-        if not isinstance(sampling.bad_token_sequences, _GROUPS):
+        if type(sampling.bad_token_sequences) not in _GROUPS:
             _check_group("bad_token_sequences", sampling.bad_token_sequences)
         for ids in sampling.bad_token_sequences:
             _check_ids("bad_token_sequences", ids)

@@ -26,7 +26,7 @@ class PromptEncoder:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
-        self._threads = TextThreads()
+        self.threads = TextThreads()
 
     async def chat_ids(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[int, ...]:
         """Return the token ids of a conversation. Raises ``RequestError``.
@@ -49,7 +49,7 @@ class PromptEncoder:
 
     async def count_chat_ids(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Return the token ids of a conversation, which may be longer than a prompt. Raises ``RequestError``."""
-        text = await self._threads.run(partial(self._generator.template.render, messages, **variables))
+        text = await self.threads.run(partial(self._generator.template.render, messages, **variables))
         return await self._counted(text, partial(self._encoded, text))
 
     async def count_text_ids(self, text: str, *, add_bos: bool) -> list[int]:
@@ -63,16 +63,16 @@ class PromptEncoder:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.close()
+        self.threads.close()
 
     async def _prompt_ids(self, make_text: Callable[[], str]) -> tuple[int, ...]:
         """Return the token ids of a text that ``make_text`` returns.
 
         One visit to a thread is enough for a short text. A long one is encoded by the threads for long texts.
         """
-        found = await self._threads.run(partial(self._short_ids, make_text))
+        found = await self.threads.run(partial(self._short_ids, make_text))
         if isinstance(found, str):
-            found = await self._threads.run(partial(self._encoded, found), len(found))
+            found = await self.threads.run(partial(self._encoded, found), len(found))
         return tuple(found)
 
     def _short_ids(self, make_text: Callable[[], str]) -> list[int] | str:
@@ -89,13 +89,13 @@ class PromptEncoder:
 
     async def _counted(self, text: str, encode: Callable[[], list[int]]) -> list[int]:
         if len(text) > MAX_COUNTED:
-            least = await self._threads.run(partial(self._generator.tokenizer.least_tokens, text))
+            least = await self.threads.run(partial(self._generator.tokenizer.least_tokens, text))
             if least >= self._generator.session_len:
                 raise RequestError(
                     f"a text of {len(text)} characters is longer than a prompt and than {MAX_COUNTED} characters; "
                     "send it in parts"
                 )
-        return await self._threads.run(encode, len(text))
+        return await self.threads.run(encode, len(text))
 
     def _encoded(self, text: str) -> list[int]:
         return self._generator.template.encode_text(text, self._generator.tokenizer)

@@ -26,7 +26,7 @@ async def tokenize(asked: TokenizeRequest, request: Request, served: Model) -> T
     ids = await while_connected(request, _tokens(served, asked))
     texts = None
     if asked.return_token_strs:
-        texts = await served.threads.run(lambda: list(map(served.tokenizer.id_to_token, ids)), len(ids))
+        texts = await served.encoder.threads.run(lambda: list(map(served.tokenizer.id_to_token, ids)), len(ids))
     return TokenizeReply(count=len(ids), max_model_len=served.session_len, tokens=ids, token_strs=texts)
 
 
@@ -35,7 +35,7 @@ async def detokenize(asked: DetokenizeRequest, served: Model) -> DetokenizeReply
     """The text of token ids."""
     served.check_model(asked.model)
     decode, ids = served.tokenizer.decode, asked.tokens
-    text = await served.threads.run(lambda: decode(ids, skip_special_tokens=False), len(ids))
+    text = await served.encoder.threads.run(lambda: decode(ids, skip_special_tokens=False), len(ids))
     return DetokenizeReply(prompt=text)
 
 
