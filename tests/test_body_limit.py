@@ -12,8 +12,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from jaxdeploy.server import body_limit
-from jaxdeploy.server.body_limit import DEEPEST, MOST_OBJECTS, MOST_VALUES, BodyLimit
-from jaxdeploy.server.protocol.bounded import MOST_KEYS
+from jaxdeploy.server.body_limit import DEEPEST, MAX_OBJECTS, MAX_VALUES, BodyLimit
+from jaxdeploy.server.protocol.bounded import MAX_KEYS
 from jaxdeploy.server.protocol.chat import ChatRequest
 from jaxdeploy.server.protocol.completions import CompletionRequest
 
@@ -54,12 +54,12 @@ def answered(limit: BodyLimit, *pieces: bytes, kind: bytes = b"application/json"
         (b"[" * (DEEPEST + 1) + b"]" * (DEEPEST + 1), 400, "more than 200 deep"),
         (b'{"a":' * (DEEPEST + 1), 400, "more than 200 deep"),
         (json.dumps("[{,\\\"" * 2**18).encode(), 200, ""),
-        (json.dumps(["\\", "[" * 2**10, '"', "," * (MOST_VALUES + 1)]).encode(), 200, ""),
+        (json.dumps(["\\", "[" * 2**10, '"', "," * (MAX_VALUES + 1)]).encode(), 200, ""),
         (json.dumps('\\"' + "[" * 2**10)[:-1].encode(), 200, ""),
-        (b"[" + b"1," * (MOST_VALUES + 1), 413, "more than 1048576 values"),
-        (b"[]" * (MOST_VALUES + 1), 413, "more than 1048576 values"),
-        (b'""' * 4 * MOST_VALUES + b"{" * 201, 413, "more than 1048576 values"),
-        (b"{}" * (MOST_OBJECTS + 1), 413, "more than 65536 objects"),
+        (b"[" + b"1," * (MAX_VALUES + 1), 413, "more than 1048576 values"),
+        (b"[]" * (MAX_VALUES + 1), 413, "more than 1048576 values"),
+        (b'""' * 4 * MAX_VALUES + b"{" * 201, 413, "more than 1048576 values"),
+        (b"{}" * (MAX_OBJECTS + 1), 413, "more than 65536 objects"),
         (("[" * (DEEPEST + 1)).encode("utf-16"), 400, "more than 200 deep"),
         (b" " * (MOST + 1), 413, "larger than"),
     ],
@@ -74,7 +74,7 @@ def test_bodies_of_other_types_are_not_looked_into() -> None:
 
 
 def test_all_bodies_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_limit, "MOST_HELD", 0.5)
+    monkeypatch.setattr(body_limit, "MAX_HELD", 0.5)
     limit = BodyLimit(length, 100)
     assert answered(limit, b"1" * 51)[0] == 429
     assert answered(limit, b"1" * 49) == (200, "49")
@@ -92,9 +92,9 @@ def test_a_body_must_arrive_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
         (CompletionRequest, {"prompt": ["a", *[1.5] * 1000]}, 4),
         (ChatRequest, {"messages": [{"x": 1}] * 1000}, 9),
         (ChatRequest, {"messages": [{**SAID, "content": [{"x": 1}] * 1000}]}, 9),
-        (ChatRequest, {"messages": [SAID], **{f"k{n}": 1 for n in range(MOST_KEYS + 1)}}, 1),
-        (ChatRequest, {"messages": [SAID], "metadata": {f"k{n}": 1 for n in range(MOST_KEYS + 1)}}, 1),
-        (ChatRequest, {"messages": [SAID], "logit_bias": {f"k{n}": "a" for n in range(MOST_KEYS + 1)}}, 1),
+        (ChatRequest, {"messages": [SAID], **{f"k{n}": 1 for n in range(MAX_KEYS + 1)}}, 1),
+        (ChatRequest, {"messages": [SAID], "metadata": {f"k{n}": 1 for n in range(MAX_KEYS + 1)}}, 1),
+        (ChatRequest, {"messages": [SAID], "logit_bias": {f"k{n}": "a" for n in range(MAX_KEYS + 1)}}, 1),
     ],
 )
 def test_errors_of_a_body_are_few(kind: type[ChatRequest], fields: dict[str, Any], most: int) -> None:

@@ -103,7 +103,7 @@ def test_a_header_is_limited(app: RunningApp) -> None:
 
 
 def test_idle_connections_make_room_for_new_ones(app: RunningApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_connection, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(http_connection, "MAX_CONNECTIONS", 3)
     idle = [connected(app) for _ in range(3)]
     assert httpx2.get(app.url).text == "hello"
     idle[0].settimeout(3)

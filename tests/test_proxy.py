@@ -536,7 +536,7 @@ def test_an_error_of_the_engine_is_a_failure_of_the_node() -> None:
 
 
 def test_a_large_reply_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(framing, "MOST_HELD", 10)
+    monkeypatch.setattr(framing, "MAX_HELD", 10)
     whole = framing.framing_of("application/json; charset=utf-8")
     assert [whole.feed(b"123456"), whole.feed(b"7890x"), whole.feed(b"y"), whole.end()] == [
         b"",

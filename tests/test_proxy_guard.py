@@ -408,7 +408,7 @@ def raw_status(status: int, body: bytes) -> list[bytes]:
 
 
 def test_what_a_node_replies_is_checked(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(framing, "MOST_HELD", 256 * 1024)
+    monkeypatch.setattr(framing, "MAX_HELD", 256 * 1024)
     liars = {}
     for number, (lie, (answer, _, _)) in enumerate(LIES.items()):
         liars[lie] = RawNode(**{"": answer, "/v1/models": models({"id": f"liar-{number}"})})
@@ -446,7 +446,7 @@ def test_headers_of_a_node_are_those_of_a_list(stack: ExitStack) -> None:
 def test_large_streams_take_little_time() -> None:
     events = framing.Events()
     begun = time.process_time()
-    for _ in range(framing.MOST_HELD // 65536):
+    for _ in range(framing.MAX_HELD // 65536):
         assert not events.feed(b"x" * 65536)
     with pytest.raises(NodeFailedError, match="an event of the node has more than"):
         events.feed(b"x")
@@ -457,7 +457,7 @@ def test_large_streams_take_little_time() -> None:
 
 
 def test_nodes_are_bounded_and_dead_ones_expire(stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "MOST_NODES", 4)
+    monkeypatch.setattr(nodes, "MAX_NODES", 4)
     proxy = Running(stack, "a")
     urls = [f"http://127.0.0.1:1/{number}" for number in range(4)]
     answers = [proxy.http.post("/nodes/add", json={"url": url}) for url in urls]

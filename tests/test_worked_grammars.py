@@ -61,7 +61,7 @@ def test_others_go_on_beside_grammars_that_crash_or_block(monkeypatch: pytest.Mo
 
 
 def test_a_limited_number_of_grammars_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_WAITING", 1)
+    monkeypatch.setattr(module, "MAX_WAITING", 1)
 
     async def scenario() -> None:
         grammars = WorkedGrammars()

@@ -17,21 +17,21 @@ from jaxdeploy.server.error_handlers import answer, reply
 
 SECONDS = 120.0
 """Time for a body to arrive."""
-MOST_HELD = 32
+MAX_HELD = 32
 """Bodies of the largest size that may be in memory at the same time, and more of smaller ones."""
-MOST_VALUES = 2**20
+MAX_VALUES = 2**20
 """Commas between values."""
-MOST_OBJECTS = 2**16
+MAX_OBJECTS = 2**16
 SMALL = 2**14
 """Bytes of a body that is checked at once."""
-LONGEST_NUMBER = 20
+MAX_NUMBER_LENGTH = 20
 """Digits of a length."""
 DEEPEST = 200
 """Levels of nested arrays and objects."""
 
-MOST_QUOTES = 4 * (MOST_VALUES + MOST_OBJECTS)
+MAX_QUOTES = 4 * (MAX_VALUES + MAX_OBJECTS)
 """Around names and texts."""
-TOO_MANY_VALUES = f"the body has more than {MOST_VALUES} values; send it in parts"
+TOO_MANY_VALUES = f"the body has more than {MAX_VALUES} values; send it in parts"
 
 _BRACKET = re.compile(rb"[\[{\]}]")
 
@@ -73,7 +73,7 @@ class BodyLimit:
     async def _read(self, headers: Headers, receive: Receive, body: bytearray) -> bool:
         """Fill ``body``; ``False`` if the client has left. Raises ``BodyError``."""
         told = headers.get("content-length", "0")
-        if not told.isdecimal() or len(told) > LONGEST_NUMBER or int(told) > self._most:
+        if not told.isdecimal() or len(told) > MAX_NUMBER_LENGTH or int(told) > self._most:
             raise self._too_large()
         try:
             async with asyncio.timeout(SECONDS):
@@ -88,7 +88,7 @@ class BodyLimit:
     def _take(self, piece: bytes, body: bytearray) -> None:
         if len(body) + len(piece) > self._most:
             raise self._too_large()
-        if self._held + len(piece) > MOST_HELD * self._most:
+        if self._held + len(piece) > MAX_HELD * self._most:
             raise BodyError(429, "the bodies of all requests together are too large; try again later")
         self._held += len(piece)
         body += piece
@@ -112,7 +112,7 @@ class BodyLimit:
 def _checked_json(body: bytes) -> bytes:
     text = well_formed_body(body)
     objects = text.count(b"{")
-    if objects > MOST_OBJECTS or text.count(b",") > MOST_VALUES or objects + text.count(b"[") > DEEPEST:
+    if objects > MAX_OBJECTS or text.count(b",") > MAX_VALUES or objects + text.count(b"[") > DEEPEST:
         _check_structure(_structure(text))
     return text
 
@@ -121,16 +121,16 @@ def _structure(text: bytes) -> bytes:
     """Return JSON without its texts. Every step takes milliseconds, for other threads wait meanwhile."""
     if b"\\" in text:
         text = text.replace(rb"\\", b"").replace(rb"\"", b"")
-    if text.count(b'"') > MOST_QUOTES:
+    if text.count(b'"') > MAX_QUOTES:
         raise BodyError(413, TOO_MANY_VALUES)
     return b"".join(text.split(b'"')[::2])
 
 
 def _check_structure(structure: bytes) -> None:
-    if structure.count(b",") > MOST_VALUES or structure.count(b"[") > MOST_VALUES:
+    if structure.count(b",") > MAX_VALUES or structure.count(b"[") > MAX_VALUES:
         raise BodyError(413, TOO_MANY_VALUES)
-    if structure.count(b"{") > MOST_OBJECTS:
-        raise BodyError(413, f"the body has more than {MOST_OBJECTS} objects; send it in parts")
+    if structure.count(b"{") > MAX_OBJECTS:
+        raise BodyError(413, f"the body has more than {MAX_OBJECTS} objects; send it in parts")
     depth = 0
     for bracket in _BRACKET.finditer(structure):
         depth += 1 if bracket[0] in b"[{" else -1

@@ -33,7 +33,7 @@ CODES = {
     OverloadedError: "rate_limit_exceeded",
 }
 
-MOST_FAULTS = 5
+MAX_FAULTS = 5
 LONGEST_NAME = 80
 """Characters of a field's name that are shown."""
 
@@ -94,7 +94,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError), "the handler is for these"
     faults = list(dict.fromkeys(_fault(fault) for fault in error.errors()))
     param = next((_path(fault["loc"]) for fault in error.errors()), None)
-    return answer(reply("; ".join(faults[:MOST_FAULTS]), TYPES[400], param or None), 400)
+    return answer(reply("; ".join(faults[:MAX_FAULTS]), TYPES[400], param or None), 400)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

@@ -25,7 +25,7 @@ from jaxdeploy.server.errors import OverloadedError
 QUICK = 0.1
 """CPU seconds for the first attempt; the second, with more, does not delay those of others. Real schemas take 0.005."""
 
-MOST_WAITING = 64
+MAX_WAITING = 64
 """Requests that wait for one worker."""
 
 PATIENCE = 15.0
@@ -34,7 +34,7 @@ PATIENCE = 15.0
 KEPT = 64
 """Answers that are kept."""
 
-LONGEST_ESCAPE = 12
+MAX_ESCAPE_LENGTH = 12
 """Characters of JSON for one character of text."""
 
 
@@ -151,8 +151,8 @@ class _Turns:
             self._next()
 
     async def _wait(self, size: int) -> None:
-        if len(self._waiting) >= MOST_WAITING:
-            raise OverloadedError(f"{MOST_WAITING} grammars wait to be compiled; try again later", 1)
+        if len(self._waiting) >= MAX_WAITING:
+            raise OverloadedError(f"{MAX_WAITING} grammars wait to be compiled; try again later", 1)
         turn = asyncio.get_running_loop().create_future()
         self._count += 1
         entry = size, self._count, turn
@@ -176,7 +176,7 @@ class _Turns:
 def _written(response_format: Mapping[str, Any]) -> bytes:
     """Return the format as JSON. Raises ``RequestError`` as soon as the text exceeds its limit."""
     parts: list[str] = []
-    room = LONGEST_ESCAPE * LARGEST
+    room = MAX_ESCAPE_LENGTH * LARGEST
     for part in json.JSONEncoder().iterencode(response_format):
         parts.append(part)
         room -= len(part)

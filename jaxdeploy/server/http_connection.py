@@ -19,7 +19,7 @@ READ_SECONDS = 30.0
 """Time in which a client has to read ``READ_BYTES``, or all unread bytes if they are fewer."""
 READ_BYTES = 2**16
 
-MOST_CONNECTIONS = 2**13
+MAX_CONNECTIONS = 2**13
 OTHER_FILES = 128
 """Files and sockets that the server needs in addition to its connections."""
 
@@ -117,4 +117,4 @@ def _cancel(timer: asyncio.TimerHandle | None) -> None:
 def _most_connections() -> int:
     """Return the number of connections for which the process may open files."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_CONNECTIONS if files < 0 else max(1, min(MOST_CONNECTIONS, files - OTHER_FILES))
+    return MAX_CONNECTIONS if files < 0 else max(1, min(MAX_CONNECTIONS, files - OTHER_FILES))

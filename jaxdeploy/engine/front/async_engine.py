@@ -22,7 +22,7 @@ from jaxdeploy.messages import Request, TextOutput
 
 logger = logging.getLogger("jaxdeploy")
 
-IDLE = 1.0
+IDLE_TIMEOUT = 1.0
 """Seconds without a command after which an idle engine is stepped, so that the death of its process is noticed."""
 
 
@@ -200,7 +200,7 @@ class AsyncEngine:
     def _run(self) -> None:
         """The engine thread: take commands, run a step, hand out its outputs."""
         try:
-            while self._obey_commands():
+            while self._handle_commands():
                 self._deliver(self.generator.step())
         except EngineDiedError as error:
             self.failure = error
@@ -221,11 +221,11 @@ class AsyncEngine:
             if command is not None:
                 command()
 
-    def _obey_commands(self) -> bool:
-        """Run what was asked for since the last step; False ends the thread. An idle engine waits ``IDLE`` seconds."""
+    def _handle_commands(self) -> bool:
+        """Run what was asked for since the last step; False ends the thread. An idle engine waits ``IDLE_TIMEOUT`` seconds."""
         while True:
             try:
-                command = self._commands.get(block=not self.generator.has_work, timeout=IDLE)
+                command = self._commands.get(block=not self.generator.has_work, timeout=IDLE_TIMEOUT)
             except Empty:
                 return True
             if command is None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.grammar.response_format import nested_form
-from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
+from jaxdeploy.server.protocol.chat import MAX_MESSAGES, MAX_TOOLS, ChatRequest
 from jaxdeploy.server.protocol.fields import Stops, Strict, TemplateVariables, echoed, refused
 
 
@@ -104,9 +104,9 @@ class CountRequest(Strict):
     """A conversation whose tokens are to be counted."""
 
     model: str
-    messages: Annotated[list[Said], Field(min_length=1, max_length=MOST_MESSAGES)]
+    messages: Annotated[list[Said], Field(min_length=1, max_length=MAX_MESSAGES)]
     system: str | list[TextBlock] | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     cache_control: Any = Field(None, description="of no need: prompts that begin alike always share")
     thinking: Any = refused("the model thinks as its chat template has it", {"type": "disabled"})

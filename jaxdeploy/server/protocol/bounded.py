@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel, GetCoreSchemaHandler, model_validator
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-MOST_KEYS = 1024
+MAX_KEYS = 1024
 """Largest number of members of an object whose values have a schema."""
 
 
@@ -33,9 +33,9 @@ def _bounded(schema: Any) -> Any:
 
 
 def _few(given: Any) -> Any:
-    if isinstance(given, Mapping) and len(given) > MOST_KEYS:
+    if isinstance(given, Mapping) and len(given) > MAX_KEYS:
         raise PydanticCustomError(
-            "too_many_members", "it has {count} members, at most {most}", {"count": len(given), "most": MOST_KEYS}
+            "too_many_members", "it has {count} members, at most {most}", {"count": len(given), "most": MAX_KEYS}
         )
     return given
 
@@ -51,4 +51,4 @@ class Bounded(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few_members(cls, given: Any) -> Any:
-        return _few(given) if isinstance(given, Mapping) and len(given) > MOST_KEYS else given
+        return _few(given) if isinstance(given, Mapping) and len(given) > MAX_KEYS else given

@@ -21,8 +21,8 @@ from jaxdeploy.server.protocol.fields import (
 )
 from jaxdeploy.server.protocol.usage import Usage
 
-MOST_MESSAGES = 4096
-MOST_TOOLS = 1024
+MAX_MESSAGES = 4096
+MAX_TOOLS = 1024
 
 
 class TextPart(Strict):
@@ -94,7 +94,7 @@ class AllowedFunctions(Strict):
     """Some of the tools, and whether one of them must be called."""
 
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=MOST_TOOLS)]
+    tools: Annotated[list[NamedChoice], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 class AllowedChoice(Strict):
@@ -149,7 +149,7 @@ def as_messages(given: Any) -> Any:
 
 Messages = Annotated[
     list[Message],
-    Field(min_length=1, max_length=MOST_MESSAGES),
+    Field(min_length=1, max_length=MAX_MESSAGES),
     BeforeValidator(as_messages, json_schema_input_type=str | list[Message]),
 ]
 
@@ -166,7 +166,7 @@ class ChatRequest(Sampling):
     response_format: dict[str, Any] | None = Field(
         None, description="form of the reply: text, json_object, json_schema, regex_schema, choice or grammar"
     )
-    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
         None, description="default auto; required, or a function's name, has calls made by a grammar"
     )

@@ -10,16 +10,16 @@ from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.fields import Sampling, StreamOptions, check_stream_options, refused
 from jaxdeploy.server.protocol.usage import Usage
 
-MOST_PROMPTS = 1024
+MAX_PROMPTS = 1024
 OPENAI_MAX_TOKENS = 16
-MOST_COMPLETION_LOGPROBS = 5
+MAX_COMPLETION_LOGPROBS = 5
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+ManyIds = Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
 Logprobs = Annotated[
-    Annotated[int, Field(ge=0, le=MOST_COMPLETION_LOGPROBS)] | None,
+    Annotated[int, Field(ge=0, le=MAX_COMPLETION_LOGPROBS)] | None,
     BeforeValidator(lambda given: None if given is False else given, json_schema_input_type=int | None),
 ]
 """Likeliest tokens in place of each; false, as chats have it, asks for none."""

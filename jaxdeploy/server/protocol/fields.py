@@ -16,8 +16,8 @@ from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.bounded import Bounded
 
-MOST_STOPS = 16
-LONGEST_STOP = 256
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
 RESERVED = frozenset({"messages", "tokenizer", "tools", "add_generation_prompt", "continue_final_message"})
 """Variables of a chat template that come from elsewhere."""
 
@@ -26,9 +26,9 @@ NOTHINGS: tuple[Any, ...] = (None, "", [], {})
 
 _INT64 = 2**63
 
-Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
-Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS)]
-Word = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stop = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+Word = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)]
 
 
@@ -167,7 +167,7 @@ class Sampling(Unpacked):
     ignore_eos: bool | None = None
     min_new_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
     stop_token_ids: TokenIds | None = None
-    bad_words: Annotated[list[Word], Field(max_length=MOST_STOPS)] | None = None
+    bad_words: Annotated[list[Word], Field(max_length=MAX_STOPS)] | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from jaxdeploy.errors import RequestError
-from jaxdeploy.server.protocol.chat import MOST_MESSAGES, Message
+from jaxdeploy.server.protocol.chat import MAX_MESSAGES, Message
 from jaxdeploy.server.protocol.fields import Stop, Stops, TokenIds, Unpacked, as_stops, refused, set_fields
 
 
@@ -26,7 +26,7 @@ class Named(Unpacked):
 class InteractiveRequest(Named):
     """What is said next in a session; with ``interactive_mode`` the session goes on after the reply."""
 
-    prompt: str | Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    prompt: str | Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     session_id: int = Field(-1, ge=-1, lt=2**63, description="-1: a new one")
     interactive_mode: bool = Field(False, description="keep what was said under session_id for the next request")
     stream: bool = False

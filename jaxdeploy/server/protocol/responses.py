@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.grammar.response_format import nested_form
-from jaxdeploy.server.protocol.chat import MOST_MESSAGES, MOST_TOOLS, ChatRequest
+from jaxdeploy.server.protocol.chat import MAX_MESSAGES, MAX_TOOLS, ChatRequest
 from jaxdeploy.server.protocol.fields import Arguments, Sampling, Strict, TemplateVariables, echoed, refused
 
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
@@ -128,7 +128,7 @@ Item = Annotated[
 ]
 Items = Annotated[
     list[Item],
-    Field(min_length=1, max_length=MOST_MESSAGES),
+    Field(min_length=1, max_length=MAX_MESSAGES),
     BeforeValidator(_as_items, json_schema_input_type=str | list[Item]),
 ]
 
@@ -162,7 +162,7 @@ class AllowedTools(Strict):
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MOST_TOOLS)]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
 Choice = Annotated[NamedFunction | AllowedTools, Field(discriminator="type")]
@@ -213,7 +213,7 @@ class ResponsesRequest(Sampling):
     previous_response_id: str | None = Field(None, max_length=128, description="a stored response to go on with")
     store: bool | None = Field(True, description="false: the response cannot be asked for again")
     max_output_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Choice | None = Field(
         None, description="default auto; required, or a function's name, has calls made by a grammar"
     )
@@ -253,8 +253,8 @@ class ResponsesRequest(Sampling):
         messages = messages_of([*before, *self.input])
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
-        if len(messages) > MOST_MESSAGES:
-            raise RequestError(f"input makes {len(messages)} messages, {MOST_MESSAGES} at most; begin anew")
+        if len(messages) > MAX_MESSAGES:
+            raise RequestError(f"input makes {len(messages)} messages, {MAX_MESSAGES} at most; begin anew")
         fields = {name: getattr(self, name) for name in Sampling.model_fields}
         fields |= {"messages": messages, **self._tools()}
         return ChatRequest(

@@ -18,7 +18,7 @@ from jaxdeploy.server.proxy.nodes import clipped
 FULL = 429
 REFUSALS = frozenset({FULL, 502, 503, 504})
 """Statuses of a node that another node may not give."""
-MOST_OF_ERROR = 256 * 1024
+MAX_ERROR_LENGTH = 256 * 1024
 """Bytes of an error that are forwarded."""
 JSON = "application/json"
 FORMS = frozenset({JSON, "text/event-stream", "application/x-ndjson"})
@@ -26,7 +26,7 @@ FORMS = frozenset({JSON, "text/event-stream", "application/x-ndjson"})
 
 FORWARDED_HEADERS = frozenset({"cache-control", "openai-processing-ms", "openai-version", "x-accel-buffering"})
 """Response headers that a client receives in addition to Content-Type and Retry-After."""
-LONGEST_HEADER = 256
+MAX_HEADER_LENGTH = 256
 _RETRY_AFTER = re.compile(r"\d{1,6}", re.ASCII)
 
 
@@ -66,7 +66,7 @@ async def error_answer(response: httpx2.Response) -> Refusal:
     """Return an answer with an error status. A message replaces a body that is too large or not JSON."""
     status, headers = response.status_code, [*_kept(response), ("content-type", JSON)]
     try:
-        body = await body_of(response, MOST_OF_ERROR)
+        body = await body_of(response, MAX_ERROR_LENGTH)
         if isinstance(read_json(body), dict):
             return Refusal(status, headers, body)
     except (BadAnswerError, ValueError):
@@ -92,7 +92,7 @@ def _kept(response: httpx2.Response) -> Headers:
     headers: Headers = []
     for raw_name, raw_value in response.headers.raw:
         name, value = raw_name.decode("latin-1").lower(), raw_value.decode("latin-1")
-        usable = len(value) <= LONGEST_HEADER and value.isascii() and value.isprintable()
+        usable = len(value) <= MAX_HEADER_LENGTH and value.isascii() and value.isprintable()
         forwarded = name in FORWARDED_HEADERS or (name == "retry-after" and _RETRY_AFTER.fullmatch(value))
         if forwarded and usable and name not in dict(headers):
             headers.append((name, value))

@@ -26,8 +26,8 @@ FORWARDED_HEADERS = frozenset(
 )
 """Request headers that a node receives. Keys, cookies and headers about the connection are not among them."""
 
-LONGEST_QUERY = 2048
-LONGEST_SESSION = 128
+MAX_QUERY_LENGTH = 2048
+MAX_SESSION_LENGTH = 128
 """Characters."""
 
 _QUERY = re.compile(r"[!$-~]*")
@@ -62,9 +62,9 @@ class Asked:
             RequestError: the query string has characters that are not allowed in one.
         """
         query = request.scope["query_string"].decode("latin-1")
-        if len(query) > LONGEST_QUERY or not _QUERY.fullmatch(query):
+        if len(query) > MAX_QUERY_LENGTH or not _QUERY.fullmatch(query):
             raise RequestError(
-                f"query={query!r:.80} must be at most {LONGEST_QUERY} percent-encoded characters; correct it"
+                f"query={query!r:.80} must be at most {MAX_QUERY_LENGTH} percent-encoded characters; correct it"
             )
         try:
             body = await request.body()
@@ -94,7 +94,7 @@ class Asked:
         session = self.fields.get("session_id")
         if session in (None, -1) or not isinstance(session, int | str):
             return None
-        return str(session)[:LONGEST_SESSION]
+        return str(session)[:MAX_SESSION_LENGTH]
 
     @property
     def digest(self) -> bytes:

@@ -9,11 +9,11 @@ from jaxdeploy.server.errors import BadAnswerError
 from jaxdeploy.server.proxy.fetching import read_json
 from jaxdeploy.server.proxy.nodes import clipped
 
-MOST_MODELS = 1000
+MAX_MODELS = 1000
 """Models and adapters of a node."""
-MOST_FIELDS = 32
+MAX_FIELDS = 32
 LONGEST_NAME = 256
-LONGEST_TEXT = 1024
+MAX_TEXT_LENGTH = 1024
 """Characters."""
 LARGEST = 2**53
 """Whole numbers up to this one are exact in every JSON parser."""
@@ -34,15 +34,15 @@ def read_cards(body: bytes) -> dict[str, Card]:
         raise BadAnswerError("/v1/models answers 200 and no list of models") from None
     if not isinstance(listed, list):
         raise BadAnswerError("/v1/models answers 200 and no list of models")
-    if len(listed) > MOST_MODELS:
-        raise BadAnswerError(f"/v1/models lists {len(listed)} models; a node may have {MOST_MODELS}")
+    if len(listed) > MAX_MODELS:
+        raise BadAnswerError(f"/v1/models lists {len(listed)} models; a node may have {MAX_MODELS}")
     cards = [_checked(card) for card in listed]
     return {card["id"]: card for card in cards}
 
 
 def _checked(card: Any) -> Card:
-    if not isinstance(card, dict) or len(card) > MOST_FIELDS:
-        raise BadAnswerError(f"/v1/models lists a model that is no object of at most {MOST_FIELDS} members")
+    if not isinstance(card, dict) or len(card) > MAX_FIELDS:
+        raise BadAnswerError(f"/v1/models lists a model that is no object of at most {MAX_FIELDS} members")
     name = card.get("id")
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
         raise BadAnswerError(f"/v1/models lists a model whose id is no text of 1 to {LONGEST_NAME} characters")
@@ -71,7 +71,7 @@ def _is_time(value: Any) -> bool:
 
 
 def _printable(text: str) -> bool:
-    return len(text) <= LONGEST_TEXT and text.isprintable()
+    return len(text) <= MAX_TEXT_LENGTH and text.isprintable()
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ import httpx2
 
 from jaxdeploy.server.errors import BadAnswerError, NotTheApiError
 
-MOST_HEADERS = 100
+MAX_HEADERS = 100
 IDENTITY = {b"accept-encoding": b"identity"}
 """Nodes are asked for bodies that are not compressed: a small one could become large."""
 _FINAL = frozenset({200, *range(400, 600)})
@@ -27,8 +27,8 @@ def check_head(response: httpx2.Response) -> None:
     """Raise ``NotTheApiError`` for a status, a number of headers or an encoding that the API does not have."""
     if response.status_code not in _FINAL:
         raise NotTheApiError(f"the node answers with status {response.status_code}, which the API does not use")
-    if len(response.headers.raw) > MOST_HEADERS:
-        raise NotTheApiError(f"the node's answer has more than {MOST_HEADERS} headers")
+    if len(response.headers.raw) > MAX_HEADERS:
+        raise NotTheApiError(f"the node's answer has more than {MAX_HEADERS} headers")
     encodings = [value for name, value in response.headers.raw if name.lower() == b"content-encoding"]
     if any(value.strip().lower() != b"identity" for value in encodings):
         raise NotTheApiError("the node compresses its answer, though it was asked not to")

@@ -40,11 +40,11 @@ PAUSE = 0.25
 """Seconds between two tries for it."""
 
 
-MOST_NAMED = 10
+MAX_NAMED = 10
 """Models that an error message lists."""
-MOST_ABORTED = 64 * 1024
+MAX_ABORTED = 64 * 1024
 """Bytes of a node's answer to ``/abort_request``."""
-LEAST_DEATHS = 2
+MIN_DEATHS = 2
 """Nodes that have to die with a request before it is refused when it is sent again."""
 
 
@@ -105,7 +105,7 @@ class Forwarder:
         Raises, as long as nothing was sent, ``NodeFailedError``, ``NodeSilentError``, ``NoNodeError``,
         ``UnknownModelError``; after that the error is the end of the reply.
         """
-        if self._suspects.deaths(asked) >= max(LEAST_DEATHS, self._config.max_attempts):
+        if self._suspects.deaths(asked) >= max(MIN_DEATHS, self._config.max_attempts):
             raise NodeFailedError("several nodes have died while they ran this request; change it, or wait a minute")
         tries = Tries()
         try:
@@ -122,7 +122,7 @@ class Forwarder:
         """How many replies ``node`` ended when it was told to; 0 if it cannot."""
         try:
             async with asyncio.timeout(self._config.heartbeat_timeout):
-                _, body = await fetch(self._http, self._request(node, asked), MOST_ABORTED)
+                _, body = await fetch(self._http, self._request(node, asked), MAX_ABORTED)
             return int(read_json(body)["aborted"])
         except (httpx2.HTTPError, BadAnswerError, TimeoutError, ValueError, TypeError, KeyError, OverflowError):
             return 0
@@ -254,7 +254,7 @@ class Forwarder:
         if self._nodes.may_know(model):
             return NoNodeError(f"no node that serves {named} is up; try again later")
         names = [repr(name) for name in self._nodes.models()]
-        there_are = ", ".join([*names[:MOST_NAMED], *(["..."] if len(names) > MOST_NAMED else [])])
+        there_are = ", ".join([*names[:MAX_NAMED], *(["..."] if len(names) > MAX_NAMED else [])])
         return UnknownModelError(f"{named} is not served here; ask for one of {there_are}")
 
 

@@ -11,7 +11,7 @@ from jaxdeploy.server.errors import BadAnswerError, NodeFailedError
 from jaxdeploy.server.proxy.nodes import clipped
 from jaxdeploy.server.streaming import PING, error_event, error_line, named_error_event
 
-MOST_HELD = 8 * 1024**2
+MAX_HELD = 8 * 1024**2
 """Bytes that are held back. A larger reply is forwarded before it is complete; a larger event or line is an error."""
 
 BLOCK = 4096
@@ -73,7 +73,7 @@ class Whole:
         """Nothing, as long as the reply is not too large."""
         self._held += chunk
         self._came += len(chunk)
-        self.opened = self.opened or len(self._held) > MOST_HELD
+        self.opened = self.opened or len(self._held) > MAX_HELD
         return self.end() if self.opened else b""
 
     def end(self) -> bytes:
@@ -132,7 +132,7 @@ class Events:
         for event in self._whole_events(chunk):
             self._named = self._named or event.startswith(b"event:")
             data = None if self.opened else _data(event)
-            if self.opened or not _is_preamble(data) or len(self._held) > MOST_HELD:
+            if self.opened or not _is_preamble(data) or len(self._held) > MAX_HELD:
                 self.opened = True
                 passed += self._held + event
                 self._held.clear()
@@ -164,8 +164,8 @@ class Events:
 
 
 def _check_size(rest: bytearray, what: str) -> None:
-    if len(rest) > MOST_HELD:
-        raise BadAnswerError(f"{what} of the node has more than {MOST_HELD} bytes; ask for less")
+    if len(rest) > MAX_HELD:
+        raise BadAnswerError(f"{what} of the node has more than {MAX_HELD} bytes; ask for less")
 
 
 def _data(event: bytes) -> Any:

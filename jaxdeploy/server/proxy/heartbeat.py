@@ -16,8 +16,8 @@ from jaxdeploy.server.proxy.nodes import Node, Nodes
 
 HEALTHY = (200, 404)
 """Statuses of ``/health`` of a healthy node; 404: a server of OpenAI's API without this route."""
-MOST_HEALTH = 64 * 1024
-MOST_MODELS = 1024**2
+MAX_HEALTH = 64 * 1024
+MAX_MODELS = 1024**2
 """Bytes of an answer to ``/health`` and ``/v1/models``."""
 RECENT_SECONDS = 60.0
 RARER = 5
@@ -93,10 +93,10 @@ class Heartbeats:
 
     async def _models(self, node: Node) -> dict[str, dict[str, Any]]:
         """What ``node`` serves. Raises ``UnwellError``, ``BadAnswerError``, ``httpx2.TransportError``."""
-        status, body = await self._get(node, "/health", MOST_HEALTH)
+        status, body = await self._get(node, "/health", MAX_HEALTH)
         if status not in HEALTHY:
             raise UnwellError(f"/health answers {status}{_message(body)}")
-        status, body = await self._get(node, "/v1/models", MOST_MODELS)
+        status, body = await self._get(node, "/v1/models", MAX_MODELS)
         if status == 401:
             raise UnwellError("it asks for a key; register it with its api_key, or name it with --nodes --node-api-key")
         if status != 200:

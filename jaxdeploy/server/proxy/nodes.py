@@ -24,13 +24,13 @@ HALF_LIFE = 60.0
 FAULTS = 3
 """Consecutive requests that a node may fail with before it is barred for ``BARRED_SECONDS``."""
 BARRED_SECONDS = 30.0
-MOST_NODES = 256
+MAX_NODES = 256
 """Nodes that a proxy has at most."""
 EXPIRY_SECONDS = 600.0
 """Seconds after which a node that was registered and is down is removed."""
 UNSEEN_SECONDS = 60.0
 """The same for a node that was never up."""
-LONGEST_URL = 512
+MAX_URL_LENGTH = 512
 """Characters."""
 LONGEST_REASON = 200
 """Characters of what a node says that are repeated."""
@@ -213,12 +213,12 @@ class Nodes:
 
         Raises:
             RequestError: ``url`` is not the address of a server.
-            TooManyNodesError: there are ``MOST_NODES`` already.
+            TooManyNodesError: there are ``MAX_NODES`` already.
         """
         url = checked_url(url)
         if url not in self._nodes:
-            if len(self._nodes) >= MOST_NODES:
-                raise TooManyNodesError(f"the proxy has {MOST_NODES} nodes, no more are taken; remove one first")
+            if len(self._nodes) >= MAX_NODES:
+                raise TooManyNodesError(f"the proxy has {MAX_NODES} nodes, no more are taken; remove one first")
             self._nodes[url] = Node(url, key, fixed=fixed)
         node = self._nodes[url]
         node.registered = time.monotonic()
@@ -262,7 +262,7 @@ def checked_url(url: str) -> str:
         parsed = URL(url)
     except InvalidURL as error:
         raise RequestError(f"url={url!r:.200} is no address ({error}); give one like http://127.0.0.1:23333") from None
-    usable = len(url) <= LONGEST_URL and _URL.fullmatch(str(parsed)) is not None and (parsed.port or 1) < 65536
+    usable = len(url) <= MAX_URL_LENGTH and _URL.fullmatch(str(parsed)) is not None and (parsed.port or 1) < 65536
     if not usable or parsed.userinfo or not parsed.host:
         raise RequestError(f"url={url!r:.200} is no address of a server; give one like http://127.0.0.1:23333")
     return str(parsed).rstrip("/").removesuffix("/v1")

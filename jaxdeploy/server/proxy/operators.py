@@ -15,7 +15,7 @@ from jaxdeploy.errors import RequestError
 from jaxdeploy.server.errors import ForbiddenError
 from jaxdeploy.server.metrics import CONTENT_TYPE
 from jaxdeploy.server.proxy.asked import Asked
-from jaxdeploy.server.proxy.nodes import LONGEST_URL, Node
+from jaxdeploy.server.proxy.nodes import MAX_URL_LENGTH, Node
 from jaxdeploy.server.proxy.routes import TheProxy
 from jaxdeploy.server.security import TENANT, Keys, key_of
 
@@ -57,7 +57,7 @@ router = APIRouter(dependencies=[Depends(_check)])
 class NodeAddress(BaseModel):
     """A server, and the key that the proxy shows it; other fields, which LMDeploy's nodes send, change nothing."""
 
-    url: str = Field(max_length=LONGEST_URL, examples=["http://127.0.0.1:23333"])
+    url: str = Field(max_length=MAX_URL_LENGTH, examples=["http://127.0.0.1:23333"])
     api_key: str | None = Field(None, min_length=1, max_length=512, pattern=r"^[!-~]+$")
 
 
