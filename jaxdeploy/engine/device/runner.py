@@ -176,7 +176,7 @@ class ModelRunner:
         return _seconds(lambda: jax.block_until_ready(self.run(inputs))) / shape.prefill_tokens
 
     def compiled(self, inputs: ModelInputs) -> jax.stages.Compiled:
-        """Return the program that ``run`` uses for such inputs, for its memory and instructions."""
+        """Return the program that ``run`` uses for ``inputs``, to inspect its memory and instructions."""
         return self.lowered(inputs).compile()
 
     def lowered(self, inputs: ModelInputs) -> jax.stages.Lowered:
