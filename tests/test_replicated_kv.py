@@ -112,7 +112,7 @@ def test_an_adapter_on_four_devices(tmp_path: Path) -> None:
     folder = GOLDENS / "llama"
     config = family_of(read_hf_config(folder)).model_config(read_hf_config(folder))
     adapter = TinyAdapter(base=config).write(tmp_path / "adapter")
-    options = {"adapters": {"a": str(adapter)}}
+    options: dict[str, Any] = {"adapters": {"a": str(adapter)}}
     one, four = (replies(folder, adapter="a", tp=tp, **options) for tp in (1, 4))
     assert four == one != replies(folder, tp=4, **options)
 

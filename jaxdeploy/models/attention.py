@@ -130,7 +130,7 @@ def _attend_paged(
     return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0], pool
 
 
-def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, scores: ScoreOptions) -> jax.Array:
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scores: ScoreOptions) -> jax.Array:
     """Causal attention over whole sequences: ``q`` [B, T, N, H], ``k`` and ``v`` [B, T, K, H] → [B, T, N, H]."""
     sequences, tokens, heads, size = q.shape
     groups = (k.shape[2], heads // k.shape[2])
