@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxdeploy.api.arguments import any_order, check_backend, config_of, split_settings, without_unused
-from jaxdeploy.api.pipeline import Pipeline, pipeline
+from jaxdeploy.api.loading import pipeline
+from jaxdeploy.api.pipeline import Pipeline
 from jaxdeploy.api.response import Response, Session
 from jaxdeploy.config import (
     ChatTemplateConfig,

@@ -59,14 +59,36 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One sequence to generate. ``n`` alternatives are ``n`` requests that differ in their seed.
+class TextOptions:
+    """How the tokens of a reply become text.
 
-    Of those that wait the lowest ``priority`` comes first; equal ones share fairly between ``tenant``s, whatever a
-    server takes for one. A request that is not complete ``timeout`` seconds after it came is aborted, ``None`` never.
-    A prompt that goes on from the last request of its ``session_id`` has only new tokens computed, as long as the old
-    ones are in the cache. ``embed`` asks for the hidden states of the prompt. ``adapter`` is the name of a LoRA adapter
-    that is loaded, ``None`` the model itself. Only prompts with the same ``cache_salt`` share cached blocks.
+    stop_words: texts that end the reply.
+    skip_special_tokens: whether special tokens are left out of the text.
+    spaces_between_special_tokens: whether special tokens in the text are separated by spaces.
+    include_stop: whether the text keeps the stop word.
+    """
+
+    stop_words: tuple[str, ...] = ()
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate, from the API to the scheduler. ``n`` alternatives are ``n`` requests.
+
+    request_id: name of the request; no other unfinished request has it.
+    prompt_token_ids: the prompt.
+    sampling: how tokens are chosen. Alternatives differ in their seed.
+    priority: requests with a lower value are scheduled first.
+    tenant: requests of equal priority share the engine fairly between tenants.
+    timeout: seconds after which the request is aborted; ``None``: no limit.
+    session_id: a conversation. The cached blocks of its last request are reused.
+    embed: whether the hidden states of the prompt are returned.
+    adapter: name of a loaded LoRA adapter; ``None``: the model itself.
+    cache_salt: only prompts with the same salt share cached blocks.
+    text: how tokens become text. The engine does not read it.
     """
 
     request_id: str
@@ -79,6 +101,7 @@ class Request:
     embed: bool = False
     adapter: str | None = None
     cache_salt: str = ""
+    text: TextOptions = field(default_factory=TextOptions)
 
     @property
     def reads_prompt(self) -> bool:
@@ -146,6 +169,34 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
+    prompt: PromptReading | None = None
+    speculation: SpeculationCounts = NO_SPECULATION
+    error: JaxdeployError | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class TextOutput:
+    """What one step added to a reply.
+
+    request_id: the request.
+    text: new text.
+    token_ids: new tokens.
+    logprobs: log-probabilities of the new tokens, if the request asked for them.
+    finish_reason: why the reply ended; ``None`` if it has not.
+    cached_tokens: prompt tokens that were found in the cache.
+    stop_word: the text that ended the reply, if one did.
+    prompt: hidden states and log-probabilities of the prompt, if asked for; in one output only.
+    speculation: counts of drafts since the reply began.
+    error: why the request failed, with ``FinishReason.ERROR``.
+    """
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0
+    stop_word: str | None = None
     prompt: PromptReading | None = None
     speculation: SpeculationCounts = NO_SPECULATION
     error: JaxdeployError | None = field(default=None, compare=False)

@@ -9,9 +9,9 @@ from typing import Any, cast
 from jaxdeploy.api.pipeline import Pipeline
 from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
-from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.front.generator import Generator
 from jaxdeploy.errors import ContextLengthError
-from jaxdeploy.messages import FinishReason, TokenLogprob
+from jaxdeploy.messages import FinishReason, Request, TextOutput, TokenLogprob
 from jaxdeploy.tokenizer import Tokenizer
 
 BOS, EOS = 1, 2
@@ -39,7 +39,7 @@ class Characters:
         return None
 
 
-class FakeGenerator:
+class FakeGenerator(Generator):
     """Echoes. ``aborted`` names the requests that were dropped, ``submitted`` all that came."""
 
     eos_token_ids = frozenset({EOS})
@@ -51,11 +51,11 @@ class FakeGenerator:
         defaults: Mapping[str, Any] | None = None,
         config: EngineConfig | None = None,
     ) -> None:
-        self.tokenizer = Characters()
-        self.template = ChatTemplate.resolve(template, cast(Tokenizer, self.tokenizer), "LlamaForCausalLM")
+        self.tokenizer = cast(Tokenizer, Characters())
+        self.template = ChatTemplate.resolve(template, self.tokenizer, "LlamaForCausalLM")
         self.generation_defaults = defaults or {}
         self.config = config
-        self.submitted: list[TextRequest] = []
+        self.submitted: list[Request] = []
         self.aborted: list[str] = []
         self.closed = False
         self._left: dict[str, list[int]] = {}
@@ -64,17 +64,17 @@ class FakeGenerator:
     def has_work(self) -> bool:
         return bool(self._left)
 
-    def submit(self, request: TextRequest) -> None:
-        ids = request.request.prompt_token_ids
+    def submit(self, request: Request) -> None:
+        ids = request.prompt_token_ids
         if len(ids) >= self.session_len:
             raise ContextLengthError(
                 f"prompt has {len(ids)} tokens, session_len={self.session_len}; shorten the prompt"
             )
         self.submitted.append(request)
-        self._left[request.request.request_id] = [token_id for token_id in ids if token_id > EOS] or [ord("?")]
+        self._left[request.request_id] = [token_id for token_id in ids if token_id > EOS] or [ord("?")]
 
     def step(self) -> list[TextOutput]:
-        return [self._one(request) for request in self.submitted if request.request.request_id in self._left]
+        return [self._one(request) for request in self.submitted if request.request_id in self._left]
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -83,10 +83,10 @@ class FakeGenerator:
     def close(self) -> None:
         self.closed = True
 
-    def _one(self, request: TextRequest) -> TextOutput:
-        name, sampling = request.request.request_id, request.request.sampling
+    def _one(self, request: Request) -> TextOutput:
+        name, sampling = request.request_id, request.sampling
         token_id = self._left[name].pop(0)
-        said = len(request.request.prompt_token_ids) - 1 - len(self._left[name])
+        said = len(request.prompt_token_ids) - 1 - len(self._left[name])
         finish = FinishReason.LENGTH if said >= sampling.max_new_tokens else None
         if finish is None and not self._left[name]:
             finish = FinishReason.STOP
@@ -99,4 +99,4 @@ class FakeGenerator:
 def fake_pipeline(**kwargs: Any) -> tuple[Pipeline, FakeGenerator]:
     """A pipeline that echoes, and its generator."""
     generator = FakeGenerator(**kwargs)
-    return Pipeline(cast(Generator, generator)), generator
+    return Pipeline(generator), generator

@@ -20,7 +20,7 @@ from jaxdeploy.engine.front.async_engine import AsyncEngine
 from jaxdeploy.engine.front.generator import Generator
 from jaxdeploy.server.app import create_app
 from jaxdeploy.server.http_connection import HttpConnection
-from jaxdeploy.server.served import Served
+from jaxdeploy.server.service import ModelService
 
 NAME = "demo"
 SESSION_LEN = 256
@@ -67,14 +67,14 @@ class RunningApp:
 class RunningServer(RunningApp):
     """A server, and what is behind it; the engine goes on when it is closed."""
 
-    def __init__(self, served: Served, config: ServerConfig) -> None:
+    def __init__(self, served: ModelService, config: ServerConfig) -> None:
         self.served = served
         super().__init__(create_app(served, config))
 
     def idle(self) -> bool:
         """Whether nobody holds a block or a place."""
         stats = asyncio.run(self.served.engine.stats())
-        return not (stats.active_blocks or stats.running or stats.waiting or self.served.held)
+        return not (stats.active_blocks or stats.running or stats.waiting or self.served.num_replies)
 
 
 def demo_config(**settings: Any) -> EngineConfig:
@@ -93,7 +93,7 @@ def running(
     engine: AsyncEngine, most: int = MOST, options: dict[str, Any] | None = None, **config: Any
 ) -> Iterator[RunningServer]:
     """A server over ``engine``."""
-    server = RunningServer(Served(engine, NAME, most, **(options or {})), ServerConfig(**config))
+    server = RunningServer(ModelService(engine, NAME, most, **(options or {})), ServerConfig(**config))
     yield server
     server.close()
     server.served.close()

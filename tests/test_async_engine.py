@@ -12,10 +12,10 @@ from typing import Any, cast
 import pytest
 
 from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
-from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.front.generator import Generator
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ContextLengthError, RequestError
-from jaxdeploy.messages import FinishReason
+from jaxdeploy.messages import FinishReason, Request, TextOutput
 from tests.tiny_models import SESSION_LEN, prompt, request
 from tests.tiny_text import active_blocks, generate, joined, tiny_generator
 
@@ -23,11 +23,11 @@ LENGTHS = (1, 20, 33, 64, 90)
 ENDLESS = {"max_new_tokens": SESSION_LEN}
 
 
-def text_request(name: str, length: int, **sampling: Any) -> TextRequest:
-    return TextRequest(request(name, prompt(length), **sampling))
+def text_request(name: str, length: int, **sampling: Any) -> Request:
+    return request(name, prompt(length), **sampling)
 
 
-def mixed() -> list[TextRequest]:
+def mixed() -> list[Request]:
     sampled = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
     return [text_request(str(length), length, **(sampled if length % 2 else {})) for length in LENGTHS]
 
@@ -51,7 +51,7 @@ def until(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
-async def collect(engine: AsyncEngine, item: TextRequest) -> list[TextOutput]:
+async def collect(engine: AsyncEngine, item: Request) -> list[TextOutput]:
     async with asyncio.timeout(60):
         return [output async for output in engine.generate(item)]
 
@@ -87,8 +87,8 @@ def test_concurrent_callers_get_what_they_would_get_alone(engine: AsyncEngine) -
 def test_callers_on_loops_of_their_own(engine: AsyncEngine) -> None:
     results: dict[str, list[TextOutput]] = {}
 
-    def call(item: TextRequest) -> None:
-        results[item.request.request_id] = asyncio.run(collect(engine, item))
+    def call(item: Request) -> None:
+        results[item.request_id] = asyncio.run(collect(engine, item))
 
     threads = [threading.Thread(target=call, args=(item,)) for item in mixed()]
     for thread in threads:
@@ -147,10 +147,10 @@ def test_a_caller_whose_loop_is_gone_harms_nobody(engine: AsyncEngine) -> None:
     [
         (text_request("bad", SESSION_LEN), ContextLengthError),
         (text_request("good", 5), RequestError),
-        (TextRequest(request("bad", cast(Any, ["text"]))), RequestError),
+        (request("bad", cast(Any, ["text"])), RequestError),
     ],
 )
-def test_a_bad_request_fails_its_caller_only(engine: AsyncEngine, item: TextRequest, error: type[Exception]) -> None:
+def test_a_bad_request_fails_its_caller_only(engine: AsyncEngine, item: Request, error: type[Exception]) -> None:
     async def both() -> list[TextOutput]:
         good = engine.generate(text_request("good", 20, max_new_tokens=100))
         outputs = [await first(good)]
@@ -237,7 +237,7 @@ class StubbornGenerator:
         self.failure = failure
         self.has_work = False
 
-    def submit(self, item: TextRequest) -> None:
+    def submit(self, item: Request) -> None:
         self.has_work = True
 
     def step(self) -> list[TextOutput]:

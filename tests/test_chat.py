@@ -18,7 +18,7 @@ import pytest
 from jaxdeploy import EngineConfig, GenerationConfig
 from jaxdeploy.bundled import bundled_model
 from jaxdeploy.chat.input import _key_bindings, read_lines
-from jaxdeploy.chat.session import Conversation, Reply, stream_reply
+from jaxdeploy.chat.session import ChatReply, Conversation, stream_reply
 from jaxdeploy.chat.terminal import Chat
 from jaxdeploy.cli import main as command
 from jaxdeploy.errors import ModelNotFoundError
@@ -82,7 +82,7 @@ def test_an_adapter_answers(loads: list[FakeGenerator], capsys: pytest.CaptureFi
     argv = ["m", "--prompt", "hello", "--adapters", "x=/one", "/folder/two"]
     assert main(argv) == 0
     assert main([*argv, "--adapter-name", "two"]) == 0
-    assert [load.submitted[0].request.adapter for load in loads] == ["x", "two"]
+    assert [load.submitted[0].adapter for load in loads] == ["x", "two"]
     assert main([*argv, "--adapter-name", "three"]) == 2
     assert main([*argv[:3], "--adapter-name", "three"]) == 2
     assert "adapter_name='three' is not among --adapters; choose one of x, two\n" in capsys.readouterr().err
@@ -92,7 +92,7 @@ def test_completion_passes_text_on(loads: list[FakeGenerator], capsys: pytest.Ca
     assert main(["m", "--chat-template", "chatml", "--cap", "completion", "--prompt", "Once"]) == 0
     assert capsys.readouterr().out == "Once\n"
     assert main(["m", "--cap", "completion", "--prompt", ""]) == 0
-    assert loads[1].submitted[0].request.prompt_token_ids == (1,)
+    assert loads[1].submitted[0].prompt_token_ids == (1,)
 
 
 def test_system_prompt_and_template(loads: list[FakeGenerator], capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,10 +215,13 @@ def test_a_second_ctrl_c_leaves() -> None:
 
 
 def test_summary() -> None:
-    reply = Reply("text", 5, FinishReason.STOP, started=1.0, first=1.5, ended=2.5)
+    reply = ChatReply("text", num_tokens=5, started_at=1.0, first_token_at=1.5, updated_at=2.5)
     assert reply.summary() == "[5 tokens · TTFT 0.50 s · 4.0 tok/s]"
-    assert Reply().summary() == "[0 tokens]"
-    assert Reply("a", 1, None, 1.0, 1.5, 1.5).summary() == "[1 token · TTFT 0.50 s]"
+    assert ChatReply().summary() == "[0 tokens]"
+    assert (
+        ChatReply("a", num_tokens=1, started_at=1.0, first_token_at=1.5, updated_at=1.5).summary()
+        == "[1 token · TTFT 0.50 s]"
+    )
 
 
 def test_a_backslash_goes_on_in_the_next_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,18 +55,18 @@ SERVER, ENGINE = "jaxdeploy.server", "jaxdeploy.engine"
 POINTS = [
     Point("read the body", "starlette.requests:Request.body", early=True),
     Point("validate", "fastapi.dependencies.utils:request_body_to_args", early=True),
-    Point("find the model", f"{SERVER}.served:Served.check_model", early=True),
-    Point("find the adapter", f"{SERVER}.served:Served.adapter_of", early=True),
+    Point("find the model", f"{SERVER}.service:ModelService.check_model", early=True),
+    Point("find the adapter", f"{SERVER}.service:ModelService.adapter_of", early=True),
     Point("translate", f"{SERVER}.protocol.chat:ChatRequest.generation", early=True),
     Point("template", "jaxdeploy.chat_template:ChatTemplate.render"),
     Point("tokenise", "jaxdeploy.chat_template:ChatTemplate.encode_text"),
-    Point("resolve defaults", f"{SERVER}.served:resolve", early=True),
+    Point("resolve defaults", f"{ENGINE}.front.generator:resolve", early=True),
     Point("build the grammar", f"{SERVER}.grammars:WorkedGrammars.of", FORMED, early=True),
     Point("build the grammar of calls", f"{SERVER}.conversation:call_grammar", REQUIRED, early=True),
     Point("check limits", f"{ENGINE}.checks:RequestLimits.check", early=True),
-    Point("check room", f"{SERVER}.served:Served.check_room", early=True),
-    Point("watch times", f"{SERVER}.metrics:Metrics.watch", early=True),
-    Point("note times", f"{SERVER}.metrics:ReplyTimes.note"),
+    Point("check room", f"{SERVER}.service:ModelService.check_room", early=True),
+    Point("watch times", f"{SERVER}.conversation:ParsedReply", early=True),
+    Point("note times", f"{SERVER}.metrics:Metrics.note"),
     Point("submit", f"{ENGINE}.front.generator:Generator.submit"),
     Point("make a detokenizer", "jaxdeploy.tokenizer:Tokenizer.detokenizer", early=True),
     Point("make a text stream", f"{ENGINE}.front.generator:TextStream", early=True),
@@ -106,10 +106,10 @@ POINTS = [
     Point("detokenise", f"{ENGINE}.front.text_stream:TextStream.push"),
     Point("match stop words", f"{ENGINE}.front.text_stream:TextStream._take"),
     Point("finish the text", f"{ENGINE}.front.text_stream:TextStream.finish"),
-    Point("count", f"{SERVER}.collected:Counts.add", ECHO, path="/v1/completions"),
+    Point("count", "jaxdeploy.generation.reply:Reply.add", ECHO, path="/v1/completions"),
     Point("parse thoughts", f"{SERVER}.parsers.think:Think.push", early=True),
     Point("parse calls", f"{SERVER}.parsers.marked_calls:MarkedCalls.push", CALLING, early=True),
-    Point("collect the reply", f"{SERVER}.conversation:WholeReply.add", early=True),
+    Point("collect the reply", f"{SERVER}.conversation:ParsedReply.add", early=True),
     Point("put log-probabilities in words", f"{SERVER}.routes.chat:chat_logprobs", SCORED, early=True),
     Point("format an event", f"{SERVER}.routes.chat:_Job._chunk", EVENTS, early=True),
     Point("count usage", f"{SERVER}.protocol.usage:Usage.of", EVENTS, early=True),
@@ -181,8 +181,8 @@ def names(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     submit = engine._submit
 
     def noting(item: Any, stream: Any) -> None:
-        if item.request.tenant == VICTIM:
-            found.add(item.request.request_id)
+        if item.tenant == VICTIM:
+            found.add(item.request_id)
         submit(item, stream)
 
     monkeypatch.setattr(engine, "_submit", noting)

@@ -83,16 +83,16 @@ def test_stops_are_ids_only_where_that_is_safe() -> None:
     config = GenerationConfig(stop_words=["<end>", "##", "Q:"], stop_token_ids=[11])
     result = resolve(config, {}, Letters(), eos_token_ids={2}, template_stops=["##", "<|im"])
     assert result.sampling.stop_token_ids == {2, 3, 4, 11}
-    assert result.stop_words == ("Q:", "<|im")
+    assert result.text.stop_words == ("Q:", "<|im")
     alone = resolve(config, {}, Letters(), eos_token_ids={2})
-    assert "##" in alone.stop_words, "an ordinary token of the user's may hide inside a longer one"
+    assert "##" in alone.text.stop_words, "an ordinary token of the user's may hide inside a longer one"
 
 
 def test_ignore_eos_keeps_the_users_stops() -> None:
     config = GenerationConfig(ignore_eos=True, stop_words=["Q:"], stop_token_ids=[11])
     result = resolve(config, {}, Letters(), eos_token_ids={2}, template_stops=["<end>", "<|im"])
     assert result.sampling.stop_token_ids == {11}
-    assert result.stop_words == ("Q:",)
+    assert result.text.stop_words == ("Q:",)
 
 
 def test_bad_words_are_met_in_every_position() -> None:
@@ -115,6 +115,6 @@ def test_text_switches() -> None:
         skip_special_tokens=False, spaces_between_special_tokens=False, include_stop_str_in_output=True
     )
     result = resolve(config, {}, Letters())
-    assert not result.skip_special_tokens
-    assert not result.spaces_between_special_tokens
-    assert result.include_stop
+    assert not result.text.skip_special_tokens
+    assert not result.text.spaces_between_special_tokens
+    assert result.text.include_stop

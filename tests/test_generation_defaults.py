@@ -51,9 +51,9 @@ def test_ends_that_are_ids() -> None:
 
 def test_the_models_own_stop_strings_end_a_reply() -> None:
     defaults = checked_defaults({"stop_strings": ["ab", "<end>"]})
-    assert resolve(None, defaults, Letters()).stop_words == ("ab",)
+    assert resolve(None, defaults, Letters()).text.stop_words == ("ab",)
     assert resolve(None, defaults, Letters()).sampling.stop_token_ids == {3}
-    assert resolve(GenerationConfig(ignore_eos=True), defaults, Letters()).stop_words == ()
+    assert resolve(GenerationConfig(ignore_eos=True), defaults, Letters()).text.stop_words == ()
 
 
 def test_a_wrong_stop_string_is_named_as_in_the_file() -> None:

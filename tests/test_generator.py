@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,17 +11,17 @@ import numpy as np
 import pytest
 
 from jaxdeploy.config import EngineConfig
-from jaxdeploy.engine.front.generator import Generator, TextRequest
+from jaxdeploy.engine.front.generator import Generator
 from jaxdeploy.errors import CheckpointError, ContextLengthError
-from jaxdeploy.messages import FinishReason, Request, SamplingParams
+from jaxdeploy.messages import FinishReason, Request, SamplingParams, TextOptions
 from tests.test_text_stream import cut
 from tests.tiny_models import IN_A_ROW, SESSION_LEN, SHAPES_IN_A_ROW, dense_greedy, prompt, request, tiny_engine
 from tests.tiny_text import LETTERS, active_blocks, generate, joined, text_of, tiny_generator
 
 
-def text_request(name: str, length: int, *, stop_words: tuple[str, ...] = (), **kw: Any) -> TextRequest:
+def text_request(name: str, length: int, *, stop_words: tuple[str, ...] = (), **kw: Any) -> Request:
     include = kw.pop("include_stop", False)
-    return TextRequest(request(name, prompt(length), **kw), stop_words, include_stop=include)
+    return replace(request(name, prompt(length), **kw), text=TextOptions(stop_words, include_stop=include))
 
 
 def plain_text(length: int, count: int = 16) -> str:
@@ -66,8 +67,8 @@ def test_stop_words_at_random() -> None:
         cases.append(text_request(str(index), 20, stop_words=words, include_stop=bool(index % 2)))
     outputs = generate(tiny_generator(), cases)
     for case in cases:
-        steps = outputs[case.request.request_id]
-        assert joined(steps)[0] == cut(whole, case.stop_words, include_stop=case.include_stop)
+        steps = outputs[case.request_id]
+        assert joined(steps)[0] == cut(whole, case.text.stop_words, include_stop=case.text.include_stop)
         assert steps[-1].finish_reason is FinishReason.STOP
 
 
@@ -127,7 +128,7 @@ def test_a_bad_request_leaves_nothing_behind() -> None:
 def test_the_detokenizer_is_told_what_was_asked() -> None:
     generator = tiny_generator()
     item = request("a", prompt(3))
-    generator.submit(TextRequest(item, skip_special_tokens=False, spaces_between_special_tokens=False))
+    generator.submit(replace(item, text=TextOptions(skip_special_tokens=False, spaces_between_special_tokens=False)))
     assert cast(Any, generator.tokenizer).asked == [
         {
             "skip_special_tokens": False,
@@ -156,7 +157,7 @@ def test_golden_story(shared: Path, own_process: bool) -> None:
         bos = generator.tokenizer.bos_token_id
         assert bos is not None
         sampling = SamplingParams(max_new_tokens=256, stop_token_ids=generator.eos_token_ids)
-        text, _ = joined(generate(generator, [TextRequest(Request("a", (bos,), sampling))])["a"])
+        text, _ = joined(generate(generator, [Request("a", (bos,), sampling)])["a"])
     assert f"{text}\n".encode() == (folder / "golden_greedy.txt").read_bytes()
 
 

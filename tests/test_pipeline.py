@@ -98,13 +98,13 @@ def test_chat_template_and_do_preprocess() -> None:
     pipe, generator = fake_pipeline(template="chatml")
     assert "<|im_start|>user\nhi<|im_end|>" in only(pipe("hi")).text
     assert only(pipe("hi", do_preprocess=False)).text == "hi"
-    assert [request.stop_words for request in generator.submitted] == [("<|im_end|>",), ()]
+    assert [request.text.stop_words for request in generator.submitted] == [("<|im_end|>",), ()]
 
 
 def test_empty_text_begins_with_bos() -> None:
     pipe, generator = fake_pipeline()
     pipe("", do_preprocess=False)
-    assert generator.submitted[0].request.prompt_token_ids == (1,)
+    assert generator.submitted[0].prompt_token_ids == (1,)
 
 
 def test_gen_config_for_all_or_for_each() -> None:
@@ -121,7 +121,7 @@ def test_old_keyword_arguments() -> None:
     pipe, generator = fake_pipeline()
     result = pipe("abcd", request_output_len=2, top_k=40, top_p=0.8, temperature=0.8, repetition_penalty=1.1)
     assert only(result).finish_reason is FinishReason.LENGTH
-    sampling = generator.submitted[0].request.sampling
+    sampling = generator.submitted[0].sampling
     assert (sampling.top_k, sampling.top_p, sampling.temperature) == (40, 0.8, 0.8)
     with pytest.raises(ConfigError, match="the nearest one is top_p"):
         pipe("a", top_pp=1)
@@ -132,7 +132,7 @@ def test_adapters_are_passed_on_for_all_or_for_each() -> None:
     pipe(["a", "b"], adapter_name="x")
     pipe(["a", "b"], adapter_name=[None, "y"], n=2)
     pipe.chat("a", adapter_name="x")
-    assert [request.request.adapter for request in generator.submitted] == ["x", "x", None, None, "y", "y", "x"]
+    assert [request.adapter for request in generator.submitted] == ["x", "x", None, None, "y", "y", "x"]
     with pytest.raises(ConfigError, match="adapter_name has 1 entries for 2 prompts; give one for each"):
         pipe(["a", "b"], adapter_name=["x"])
 
@@ -141,7 +141,7 @@ def test_alternatives_are_flat_and_numbered() -> None:
     pipe, generator = fake_pipeline()
     result = pipe("a", GenerationConfig(n=2, temperature=1.0, random_seed=3))
     assert texts(result) == ["a", "a"]
-    assert [request.request.sampling.seed for request in generator.submitted] == [3, 4]
+    assert [request.sampling.seed for request in generator.submitted] == [3, 4]
     several = pipe(["a", "b"], GenerationConfig(n=2))
     assert texts(several) == ["a", "a", "b", "b"]
     assert isinstance(several, list)

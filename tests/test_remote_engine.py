@@ -22,9 +22,10 @@ from numpy.testing import assert_allclose
 from jaxdeploy.engine.checks import RequestLimits
 from jaxdeploy.engine.front.adapter_loader import unload
 from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
+from jaxdeploy.engine.front.child import Calls, Commands
 from jaxdeploy.engine.front.engine_like import EngineLike
-from jaxdeploy.engine.front.generator import TextRequest
-from jaxdeploy.engine.front.remote import PATIENCE, EngineDiedError, RemoteEngine, _Calls, _obey
+from jaxdeploy.engine.front.process import EngineDiedError
+from jaxdeploy.engine.front.remote import STEP_TIMEOUT, RemoteEngine
 from jaxdeploy.engine.scheduling.adapters import Adapters
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import (
@@ -35,7 +36,7 @@ from jaxdeploy.errors import (
     RequestFailedError,
     UnknownAdapterError,
 )
-from jaxdeploy.messages import FinishReason, Request, StepOutput
+from jaxdeploy.messages import FinishReason, Request, StepOutput, TextOptions
 from tests.served import until as eventually
 from tests.tiny_models import SESSION_LEN, VOCAB, outputs_of, prompt, request, tiny_engine
 from tests.tiny_text import generate, joined, tiny_generator
@@ -188,7 +189,7 @@ def test_its_outputs_are_those_of_an_engine(remote: RemoteEngine) -> None:
 
 
 def test_with_text_around_it(remote: RemoteEngine) -> None:
-    items = [TextRequest(request(f"{n}", prompt(n)), stop_words=("never",)) for n in (5, 20)]
+    items = [replace(request(f"{n}", prompt(n)), text=TextOptions(("never",))) for n in (5, 20)]
     seen, expected = generate(tiny_generator(remote), items), generate(tiny_generator(), items)
     assert {name: joined(outputs) for name, outputs in seen.items()} == {
         name: joined(outputs) for name, outputs in expected.items()
@@ -196,10 +197,10 @@ def test_with_text_around_it(remote: RemoteEngine) -> None:
 
 
 def test_an_asynchronous_engine_over_it(remote: RemoteEngine) -> None:
-    expected = {f"{n}": joined(generate(tiny_generator(), [TextRequest(request("a", prompt(n)))])["a"]) for n in (5, 9)}
+    expected = {f"{n}": joined(generate(tiny_generator(), [request("a", prompt(n))])["a"]) for n in (5, 9)}
 
     async def ask(engine: AsyncEngine, length: int) -> tuple[str, list[int]]:
-        return joined([output async for output in engine.generate(TextRequest(request(f"{length}", prompt(length))))])
+        return joined([output async for output in engine.generate(request(f"{length}", prompt(length)))])
 
     async def both(engine: AsyncEngine) -> Any:
         return await asyncio.wait_for(asyncio.gather(ask(engine, 5), ask(engine, 9)), 60)
@@ -258,13 +259,25 @@ def test_how_it_stands() -> None:
 def test_a_request_that_the_process_refuses_ends_with_the_reason() -> None:
     """A fault of any kind in its ``add``; the others and the process go on."""
     here, there = multiprocessing.Pipe()
-    engine, refused = Refusing(), list[StepOutput]()
+    engine = Refusing()
+    commands = Commands(there, engine, Calls(engine))
     for name, tokens in (("bad", (1, 2)), ("good", (2, 3))):
         here.send(("add", Request(name, tokens)))
-    assert _obey(there, engine, _Calls(engine), refused)
-    assert refused == [StepOutput("bad", (), FinishReason.ERROR)]
-    assert isinstance(refused[0].error, RequestFailedError)
+    assert commands.handle()
+    assert commands.refused == [StepOutput("bad", (), FinishReason.ERROR)]
+    assert isinstance(commands.refused[0].error, RequestFailedError)
     assert [output.request_id for output in engine.step()] == ["good"]
+
+
+def test_a_refused_request_that_is_aborted_says_nothing_to_the_next_of_its_name() -> None:
+    here, there = multiprocessing.Pipe()
+    engine = Refusing()
+    commands = Commands(there, engine, Calls(engine))
+    for command in (("add", Request("a", (1, 2))), ("abort", "a"), ("add", Request("a", (2, 3)))):
+        here.send(command)
+    assert commands.handle()
+    assert (commands.refused, commands.aborted) == ([], ["a"])
+    assert [output.request_id for output in engine.step()] == ["a"]
 
 
 def test_looking_loses_no_output() -> None:
@@ -339,7 +352,7 @@ def test_who_waits_for_a_dead_process_hears_of_it(caplog: pytest.LogCaptureFixtu
     engine = AsyncEngine(tiny_generator(RemoteEngine(partial(echo, 5))))
 
     async def ask() -> None:
-        async for _ in engine.generate(TextRequest(request("a", (1,) * 90))):
+        async for _ in engine.generate(request("a", (1,) * 90)):
             pass
 
     with pytest.raises(EngineStoppedError):
@@ -361,7 +374,7 @@ def test_adapters_come_and_go_while_others_run() -> None:
     loading = engine.load_adapter("x", "fine")
     begun = time.monotonic()
     assert engine.step() == [], "the answer wakes whoever waits"
-    assert time.monotonic() - begun < PATIENCE - 0.05
+    assert time.monotonic() - begun < STEP_TIMEOUT - 0.05
     answered(engine, loading)
     assert engine.stats == EngineStats(running=1, adapters=("x",))
     engine.add(Request("b", (1,), adapter="x"))
@@ -427,8 +440,7 @@ def test_loading_through_the_asynchronous_engine() -> None:
     engine = AsyncEngine(tiny_generator(RemoteEngine(echo)))
 
     async def ask(name: str) -> list[int]:
-        asked = TextRequest(request("a", (1, 2, 3)))
-        asked = replace(asked, request=replace(asked.request, adapter=name))
+        asked = replace(request("a", (1, 2, 3)), adapter=name)
         return [token async for output in engine.generate(asked) for token in output.token_ids]
 
     async def talk() -> None:

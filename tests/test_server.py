@@ -21,9 +21,8 @@ from jaxdeploy.chat.session import Conversation
 from jaxdeploy.chat.terminal import Chat
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
-from jaxdeploy.engine.front.generator import TextOutput
 from jaxdeploy.errors import ConfigError, RequestError
-from jaxdeploy.messages import FinishReason
+from jaxdeploy.messages import FinishReason, TextOutput
 from tests.served import MOST, NAME, SESSION_LEN, RunningServer, running, until, with_tools
 
 ASK: Any = [{"role": "user", "content": "What is 6 times 7?"}]
@@ -353,7 +352,7 @@ def test_too_many_are_turned_away(client: openai.OpenAI, engine: AsyncEngine) ->
     with running(engine, most=1) as small, small_client(small) as other:
         stream = chat(other, stream=True, **LONG)
         next(iter(stream))
-        assert until(lambda: small.served.held == 1)
+        assert until(lambda: small.served.num_replies == 1)
         with pytest.raises(openai.RateLimitError, match="1 replies are generated or wait") as turned_away:
             chat(other)
         assert int(turned_away.value.response.headers["retry-after"]) >= 1
@@ -365,7 +364,7 @@ def test_too_many_are_turned_away(client: openai.OpenAI, engine: AsyncEngine) ->
 def test_a_request_is_ended_by_another(client: openai.OpenAI, server: RunningServer) -> None:
     stream = iter(chat(client, stream=True, **LONG))
     first = next(stream)
-    assert until(lambda: server.served.held == 1)
+    assert until(lambda: server.served.num_replies == 1)
     assert post(server, "/abort_request", request_id=first.id).json() == {"aborted": 1}
     with pytest.raises(openai.APIError, match="was aborted"):
         list(stream)

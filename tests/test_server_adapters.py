@@ -15,14 +15,14 @@ import httpx2
 import openai
 import pytest
 
-from jaxdeploy.api.pipeline import Pipeline, pipeline
+from jaxdeploy.api.loading import pipeline
+from jaxdeploy.api.pipeline import Pipeline
 from jaxdeploy.bundled import bundled_model
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import EngineConfig, ProxyConfig, ServerConfig
 from jaxdeploy.engine.front.async_engine import AsyncEngine
-from jaxdeploy.engine.front.generator import TextOutput, TextRequest
 from jaxdeploy.errors import ConfigError, RequestError, UnknownAdapterError
-from jaxdeploy.messages import FinishReason
+from jaxdeploy.messages import FinishReason, Request, TextOutput
 from jaxdeploy.models.registry import read_config
 from jaxdeploy.server.proxy.app import create_proxy_app
 from jaxdeploy.server.run import load
@@ -259,9 +259,9 @@ def test_an_adapter_that_goes_between_engine_and_its_process(
     served = guarded.served.adapters._served
     served["gone"] = served["one"]
 
-    async def refuse(requests: Sequence[TextRequest]) -> AsyncGenerator[TextOutput]:
+    async def refuse(requests: Sequence[Request]) -> AsyncGenerator[TextOutput]:
         del served["gone"]
-        yield TextOutput(requests[0].request.request_id, "", (), (), FinishReason.ERROR)
+        yield TextOutput(requests[0].request_id, "", (), (), FinishReason.ERROR)
 
     monkeypatch.setattr(engine, "generate_all", refuse)
     assert "model='gone' is not served here" in refused(chat(http, "gone"), 404)

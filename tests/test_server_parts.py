@@ -19,18 +19,18 @@ from jaxdeploy.cli import command_parser
 from jaxdeploy.cli.flags import read_settings
 from jaxdeploy.cli.serve import ServeOptions
 from jaxdeploy.config import EngineConfig, ProxyConfig, ServerConfig
-from jaxdeploy.engine.front.generator import TextOutput
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import ConfigError, RequestError
-from jaxdeploy.messages import FinishReason, SpeculationCounts
+from jaxdeploy.generation.reply import Reply
+from jaxdeploy.messages import FinishReason, SpeculationCounts, TextOutput
 from jaxdeploy.server.logs import JsonFormat, TextFormat, name_request, set_up_logging
 from jaxdeploy.server.metrics import Metrics
 from jaxdeploy.server.protocol.stream_event import StreamEvent
 from jaxdeploy.server.protocol.usage import Usage
 from jaxdeploy.server.request_log import RequestLog
-from jaxdeploy.server.served import Pulse
 from jaxdeploy.server.sessions import KEPT, SessionBusyError, Sessions
 from jaxdeploy.server.streaming import NAMED_PING, event_stream, line_stream, named_event_stream
+from jaxdeploy.server.watchdog import Watchdog
 
 
 class Chunk(BaseModel):
@@ -46,6 +46,10 @@ async def chunks(*numbers: int, pause: float = 0.0, fault: Exception | None = No
 
 
 def body_of(response: StreamingResponse) -> str:
+    return asyncio.run(sent_by(response))
+
+
+async def sent_by(response: StreamingResponse) -> str:
     sent: list[bytes] = []
 
     async def send(message: MutableMapping[str, Any]) -> None:
@@ -55,7 +59,7 @@ def body_of(response: StreamingResponse) -> str:
         await asyncio.Event().wait()
         raise AssertionError
 
-    asyncio.run(response({"type": "http"}, stays, send))
+    await response({"type": "http"}, stays, send)
     return b"".join(sent).decode()
 
 
@@ -101,7 +105,7 @@ def test_lines_fail_before_the_first_one_or_after() -> None:
 
     async def lines() -> list[str]:
         response = await line_stream(chunks(1, 2, fault=RequestError("x; y")))
-        return [str(part) async for part in response.body_iterator]
+        return (await sent_by(response)).splitlines()
 
     *good, bad = asyncio.run(lines())
     assert [json.loads(line) for line in good] == [{"number": 1}, {"number": 2}]
@@ -111,20 +115,22 @@ def test_lines_fail_before_the_first_one_or_after() -> None:
 def test_an_engine_that_has_work_and_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    pulse = Pulse()
-    assert pulse.still_for(EngineStats(running=1, steps=5)) == 0
+    watchdog = Watchdog()
+    assert watchdog.stalled_for(EngineStats(running=1, steps=5)) == 0
     now = 30.0
-    assert pulse.still_for(EngineStats(running=1, steps=5)) == 30
-    assert pulse.still_for(EngineStats(steps=5)) == 0, "it has nothing to do"
+    assert watchdog.stalled_for(EngineStats(running=1, steps=5)) == 30
+    assert watchdog.stalled_for(EngineStats(steps=5)) == 0, "it has nothing to do"
     now = 90.0
-    assert pulse.still_for(EngineStats(waiting=1, steps=6)) == 0
+    assert watchdog.stalled_for(EngineStats(waiting=1, steps=6)) == 0
     now = 100.0
-    assert pulse.still_for(EngineStats(waiting=1, steps=6)) == 10
-    assert pulse.still_for(EngineStats(steps=7)) == 0
+    assert watchdog.stalled_for(EngineStats(waiting=1, steps=6)) == 10
+    assert watchdog.stalled_for(EngineStats(steps=7)) == 0
     now = 500.0
-    assert pulse.still_for(EngineStats(waiting=1, steps=7)) == 0, "it was idle, and its work may have come just now"
+    assert watchdog.stalled_for(EngineStats(waiting=1, steps=7)) == 0, (
+        "it was idle, and its work may have come just now"
+    )
     now = 570.0
-    assert pulse.still_for(EngineStats(waiting=1, steps=7)) == 70
+    assert watchdog.stalled_for(EngineStats(waiting=1, steps=7)) == 70
 
 
 def test_the_conversations_of_longest_ago_are_forgotten() -> None:
@@ -184,8 +190,9 @@ def test_the_dashboard_shows_what_there_is() -> None:
 
     async def text() -> str:
         metrics = Metrics("m")
-        times = metrics.watch()
-        times.note(TextOutput("r", "a", (1, 2), (), FinishReason.STOP))
+        reply, output = Reply(), TextOutput("r", "a", (1, 2), (), FinishReason.STOP)
+        reply.add(output)
+        metrics.note(reply, output)
         metrics.take(EngineStats(prompt_tokens=5))
         return metrics.text()
 

@@ -350,7 +350,7 @@ def test_unknown_models(client: openai.OpenAI) -> None:
 def test_a_stream_that_fails_says_so(client: openai.OpenAI, server: RunningServer) -> None:
     stream = iter(ask(client, stream=True, max_output_tokens=200, extra_body={"ignore_eos": True}))
     begun = next(stream).response
-    assert until(lambda: server.served.held == 1)
+    assert until(lambda: server.served.num_replies == 1)
     httpx2.post(f"{server.url}/abort_request", json={"request_id": begun.id})
     events: list[Any] = []
     with pytest.raises(openai.APIError, match="was aborted"):
@@ -367,7 +367,7 @@ def test_a_client_that_leaves_frees_its_place(client: openai.OpenAI, server: Run
     before = len(server.served.responses)
     stream = ask(client, stream=True, max_output_tokens=200, extra_body={"ignore_eos": True})
     next(iter(stream))
-    assert until(lambda: server.served.held == 1)
+    assert until(lambda: server.served.num_replies == 1)
     stream.close()
     assert until(server.idle, 5)
     assert len(server.served.responses) == before

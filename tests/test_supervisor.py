@@ -15,7 +15,7 @@ import pytest
 
 from jaxdeploy.engine.checks import RequestLimits
 from jaxdeploy.engine.front import supervisor
-from jaxdeploy.engine.front.remote import EngineDiedError
+from jaxdeploy.engine.front.process import EngineDiedError
 from jaxdeploy.engine.front.supervisor import MAX_DEATHS, Supervisor
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import CheckpointError, ConfigError, RequestError, UnknownAdapterError

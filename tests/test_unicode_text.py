@@ -118,6 +118,6 @@ def test_python_takes_them_in_prompts_and_settings() -> None:
     message = {"role": "user", "content": [{"type": "text", "text": f"a{HALF}"}]}
     assert encode([message], tokenizer, template, do_preprocess=True) == replaced
     texts = GenerationConfig(stop_words=[HALF], bad_words=[HALF])
-    assert resolve(texts, {}, tokenizer).stop_words == ("\ufffd",)
+    assert resolve(texts, {}, tokenizer).text.stop_words == ("\ufffd",)
     schema = GenerationConfig(response_format={"type": "json_schema", "json_schema": {"schema": {"enum": [HALF]}}})
     assert "\ufffd" in str(resolve(schema, {}, tokenizer).sampling.grammar)

@@ -17,13 +17,13 @@ from starlette.requests import Request as StarletteRequest
 from starlette.responses import PlainTextResponse
 
 from jaxdeploy.api.client import ServerError
-from jaxdeploy.chat.session import Reply
+from jaxdeploy.chat.session import ChatReply
 from jaxdeploy.cli import main
 from jaxdeploy.config import GenerationConfig, ServerConfig
 from jaxdeploy.engine.front.async_engine import AsyncEngine
 from jaxdeploy.messages import FinishReason
 from jaxdeploy.server.local import LocalServer
-from jaxdeploy.server.served import Served
+from jaxdeploy.server.service import ModelService
 from jaxdeploy.web_chat import login
 from jaxdeploy.web_chat.dialogue import Dialogue, Manner, add, short_name
 from jaxdeploy.web_chat.login import LoginGate
@@ -58,7 +58,7 @@ async def whole(steps: AsyncGenerator[None]) -> int:
 async def some_of(dialogue: Dialogue, steps: AsyncGenerator[None]) -> None:
     """Let a reply begin."""
     async for _ in steps:
-        if dialogue.turns[-1].reply.tokens > 3:
+        if dialogue.turns[-1].reply.num_tokens > 3:
             return
     raise AssertionError("it ended first")
 
@@ -100,7 +100,7 @@ def test_stopping_keeps_what_there_is(server: RunningServer) -> None:
         assert dialogue.turns[0].reply.finish_reason is FinishReason.ABORT
         assert dialogue.figures.endswith(" · stopped")
         await whole(others)
-        assert other.turns[0].reply.tokens == 200, "another's reply goes on"
+        assert other.turns[0].reply.num_tokens == 200, "another's reply goes on"
         assert await idle(server)
 
     talk(server, work)
@@ -114,7 +114,7 @@ def test_a_browser_that_leaves_ends_its_reply(server: RunningServer) -> None:
         assert not await asyncio.to_thread(server.idle)
         await steps.aclose()
         assert await idle(server)
-        assert dialogue.turns[0].reply.tokens < 200
+        assert dialogue.turns[0].reply.num_tokens < 200
 
     talk(server, work)
 
@@ -229,7 +229,7 @@ def test_thoughts_are_not_sent_back() -> None:
     asyncio.run(whole(dialogue.ask(model, "Q", manner)))
     asyncio.run(whole(dialogue.ask(model, "Why?", Manner(" "))))
     reply = dialogue.turns[0].reply
-    assert (reply.thought, reply.text, reply.tokens) == ("Hm. Yes.", "42", 3)
+    assert (reply.thought, reply.text, reply.num_tokens) == ("Hm. Yes.", "42", 3)
     said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "42"}]
     assert model.asked[0] == [{"role": "system", "content": "Be brief."}, said[0]]
     assert model.asked[1] == [*said, {"role": "user", "content": "Why?"}]
@@ -245,12 +245,12 @@ def test_a_failure_on_the_way_keeps_what_there_is(caplog: pytest.LogCaptureFixtu
 
 
 def test_the_server_counts_tokens_best() -> None:
-    reply = Reply()
+    reply = ChatReply()
     add(reply, {"choices": [{"delta": {"role": "assistant", "content": ""}}]})
     add(reply, {"choices": [{"delta": {"content": "ab"}, "finish_reason": "length"}], "usage": None})
-    assert (reply.tokens, reply.finish_reason) == (1, FinishReason.LENGTH)
+    assert (reply.num_tokens, reply.finish_reason) == (1, FinishReason.LENGTH)
     add(reply, {"choices": [], "usage": {"completion_tokens": 7}})
-    assert (reply.text, reply.tokens) == ("ab", 7)
+    assert (reply.text, reply.num_tokens) == ("ab", 7)
 
 
 def asked(app: Any, *requests: tuple[str, str], **options: Any) -> list[httpx2.Response]:
@@ -383,7 +383,7 @@ def test_a_model_is_shown_by_its_name(model: str, shown: str) -> None:
 
 
 def test_the_server_of_this_process_wants_its_key() -> None:
-    local = LocalServer(Served(demo_engine(), NAME, 4), ServerConfig(api_keys=["of the page"]))
+    local = LocalServer(ModelService(demo_engine(), NAME, 4), ServerConfig(api_keys=["of the page"]))
     assert httpx2.get(f"{local.url}/v1/models").status_code == 401
     assert RemoteModel(local.url, local.api_key).name == NAME
     local.close()

@@ -8,7 +8,8 @@ from typing import cast
 from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.engine.front.engine_like import EngineLike
-from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
+from jaxdeploy.engine.front.generator import Generator
+from jaxdeploy.messages import Request, TextOutput
 from jaxdeploy.tokenizer import Tokenizer
 from tests.tiny_models import VOCAB, tiny_engine
 
@@ -79,12 +80,12 @@ def active_blocks(generator: Generator) -> int:
     return generator.engine.scheduler.blocks.active
 
 
-def generate(generator: Generator, requests: Iterable[TextRequest]) -> dict[str, list[TextOutput]]:
+def generate(generator: Generator, requests: Iterable[Request]) -> dict[str, list[TextOutput]]:
     """All outputs by request."""
     outputs: dict[str, list[TextOutput]] = {}
     for item in requests:
         generator.submit(item)
-        outputs[item.request.request_id] = []
+        outputs[item.request_id] = []
     while generator.has_work:
         for output in generator.step():
             outputs[output.request_id].append(output)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jaxdeploy.api.response import Response
+from jaxdeploy.generation.reply import Reply
 from jaxdeploy.generation.resolved import ResolvedGeneration
-from jaxdeploy.messages import Request, TokenLogprob
-
-if TYPE_CHECKING:
-    from jaxdeploy.engine.front.generator import TextOutput, TextRequest
+from jaxdeploy.messages import PromptReading, Request, TextOutput, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -28,42 +25,40 @@ class Job:
     adapter: str | None = None
     goes_on: bool = False
 
-    def request(self, request_id: str, *, embed: bool = False) -> TextRequest:
-        """What the generator is asked for."""
-        from jaxdeploy.engine.front.generator import TextRequest
-
-        request = Request(
+    def request(self, request_id: str, *, embed: bool = False) -> Request:
+        """Return the request for the generator."""
+        return Request(
             request_id,
             self.ids,
             self.how.alternatives()[self.alternative],
             session_id=str(self.session_id) if self.goes_on else None,
             embed=embed,
             adapter=self.adapter,
+            text=self.how.text,
         )
-        return TextRequest.of(request, self.how)
 
-    def piece(self, output: TextOutput, length: int) -> Response:
-        """The caller's form of an output; ``length`` tokens were generated so far."""
-        wanted = self.how.sampling.logprobs is not None
+    def response(self, output: TextOutput | Reply, num_tokens: int) -> Response:
+        """Return an output, or the whole reply, in the caller's form; ``num_tokens`` were generated so far."""
+        asked = self.how.sampling.logprobs is not None
         return Response(
             text=output.text,
-            generate_token_len=length,
+            generate_token_len=num_tokens,
             input_token_len=len(self.ids),
             session_id=self.session_id,
             finish_reason=output.finish_reason,
             token_ids=list(output.token_ids),
-            logprobs=[_logprobs(token) for token in output.logprobs] if wanted else None,
+            logprobs=[_logprobs(token) for token in output.logprobs] if asked else None,
             index=self.index,
             cached_tokens=output.cached_tokens,
-            prompt_logprobs=self._prompt_logprobs(output),
+            prompt_logprobs=self._prompt_logprobs(output.prompt),
             speculation=output.speculation,
             error=output.error,
         )
 
-    def _prompt_logprobs(self, output: TextOutput) -> list[dict[int, float]] | None:
-        if output.prompt is None or self.how.sampling.prompt_logprobs is None:
+    def _prompt_logprobs(self, reading: PromptReading | None) -> list[dict[int, float]] | None:
+        if reading is None or self.how.sampling.prompt_logprobs is None:
             return None
-        return [_logprobs(token) for token in output.prompt.logprobs]
+        return [_logprobs(token) for token in reading.logprobs]
 
 
 def _logprobs(token: TokenLogprob) -> dict[int, float]:

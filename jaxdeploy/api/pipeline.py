@@ -4,85 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from jaxdeploy.api.arguments import any_order, config_of, split_settings, without_unused
+from jaxdeploy.api.call_options import AdapterNames, CallOptions, GenConfigs
 from jaxdeploy.api.embedding import pooled
 from jaxdeploy.api.jobs import Job
-from jaxdeploy.api.prompts import Prompt, Prompts, as_list, encode
+from jaxdeploy.api.prompts import Prompts, as_list, encode
 from jaxdeploy.api.response import Response, Session
 from jaxdeploy.api.streams import Streams
-from jaxdeploy.config import ChatTemplateConfig, EngineConfig, GenerationConfig, SpeculativeConfig
-from jaxdeploy.errors import ConfigError, RequestError
-from jaxdeploy.files.stored import shown
-from jaxdeploy.generation.resolved import resolve
-from jaxdeploy.messages import PromptReading
+from jaxdeploy.config import GenerationConfig
+from jaxdeploy.errors import RequestError
+from jaxdeploy.generation.reply import Reply
+from jaxdeploy.messages import PromptReading, TextOutput
 
 if TYPE_CHECKING:
     from jaxdeploy.chat_template import ChatTemplate
     from jaxdeploy.engine.front.generator import Generator
     from jaxdeploy.tokenizer import Tokenizer
-
-logger = logging.getLogger("jaxdeploy")
-
-GenConfigs: TypeAlias = (
-    GenerationConfig | Mapping[str, Any] | Sequence[GenerationConfig | Mapping[str, Any] | None] | None
-)
-"""How to generate: for all prompts, or for each."""
-
-AdapterNames: TypeAlias = str | Sequence[str | None] | None
-"""One LoRA adapter for all prompts, or one for each; ``None`` is the model itself."""
-
-
-@any_order
-def pipeline(
-    model_path: str | Path,
-    backend_config: EngineConfig | Mapping[str, Any] | str | None = None,
-    chat_template_config: ChatTemplateConfig | Mapping[str, Any] | str | None = None,
-    log_level: str = "WARNING",
-    max_log_len: int | None = None,
-    trust_remote_code: bool | None = None,
-    speculative_config: SpeculativeConfig | None = None,
-    *,
-    model_name: str | None = None,
-    **settings: Any,
-) -> Pipeline:
-    """Load a model and make it ready to answer.
-
-    LMDeploy's versions order these arguments differently. A positional config is recognised by its type, and a text in
-    second place is ``model_name``, as in LMDeploy 0.3.
-
-    Args:
-        model_path: a folder with a checkpoint, or a model's id on the Hugging Face hub.
-        backend_config: how the engine runs; an ``EngineConfig``, or a mapping of its fields.
-        chat_template_config: a config, a built-in template's name, or a JSON or Jinja file; default: the checkpoint's.
-        log_level: DEBUG, INFO, WARNING, ERROR or CRITICAL, for the logger ``jaxdeploy``.
-        max_log_len: accepted and ignored; prompts are not logged.
-        trust_remote_code: accepted and ignored; code of a checkpoint is never run.
-        speculative_config: who guesses tokens, as LMDeploy has it; the same as the fields of ``EngineConfig``.
-        model_name: the name of a built-in chat template. Other names change nothing.
-        **settings: fields of ``EngineConfig``, laid over ``backend_config``.
-
-    Raises:
-        JaxdeployError: a setting, the checkpoint or the memory does not fit; the message says what to do.
-    """
-    from jaxdeploy.engine.front.generator import Generator
-
-    set_log_level(log_level)
-    if isinstance(chat_template_config, Mapping):
-        chat_template_config = ChatTemplateConfig(**chat_template_config)
-    config = config_of(EngineConfig, backend_config, "backend_config")
-    guessing = speculative_config.fields if speculative_config is not None else {}
-    unheeded = {"max_log_len": max_log_len, "trust_remote_code": trust_remote_code}
-    (config,) = split_settings({**guessing, **unheeded, **without_unused(settings)}, config)
-    template = chat_template_config or _template_named(model_name or config.model_name)
-    bars = sys.stderr.isatty()
-    return Pipeline(Generator.from_pretrained(str(model_path), config, chat_template=template, progress=bars))
 
 
 class Pipeline:
@@ -173,13 +114,14 @@ class Pipeline:
             RequestError: a prompt cannot be served, or (``UnknownAdapterError``) there is no such adapter; nothing was
                 generated then.
         """
-        given = _call(gen_config, do_preprocess, adapter_name, options)
-        jobs, single = self._jobs(prompts, **given)
-        responses = [Response("", 0, len(job.ids), job.session_id, index=job.index) for job in jobs]
+        call = CallOptions.of_call(gen_config, do_preprocess, adapter_name, options)
+        jobs, single = self._jobs(prompts, call)
+        replies = [Reply() for _ in jobs]
         with _progress_bar(len(jobs), use_tqdm) as bar:
-            for piece in self._stream(jobs):
-                responses[piece.index].extend(piece)
-                bar.update(piece.finish_reason is not None)
+            for job, output in self._outputs(jobs):
+                replies[job.index].add(output)
+                bar.update(output.finish_reason is not None)
+        responses = [job.response(reply, reply.num_tokens) for job, reply in zip(jobs, replies, strict=True)]
         return responses[0] if single and len(responses) == 1 else responses
 
     infer = __call__
@@ -197,8 +139,8 @@ class Pipeline:
 
         Leaving the loop early drops what is still running. The prompts are queued when the loop starts.
         """
-        given = _call(gen_config, do_preprocess, adapter_name, options)
-        return self._stream(self._jobs(prompts, **given)[0])
+        call = CallOptions.of_call(gen_config, do_preprocess, adapter_name, options)
+        return self._stream(self._jobs(prompts, call)[0])
 
     def embed(
         self, texts: Prompts, *, pooling: str = "last", normalize: bool = True, adapter_name: AdapterNames = None
@@ -215,7 +157,7 @@ class Pipeline:
             RequestError: a text is empty or too long, or the pooling or adapter is unknown.
         """
         config = GenerationConfig(do_sample=False, max_new_tokens=1)
-        jobs, _ = self._jobs(texts, config, do_preprocess=False, adapter_name=adapter_name)
+        jobs, _ = self._jobs(texts, CallOptions(config, do_preprocess=False, adapter_name=adapter_name))
         return [pooled(reading, pooling, normalize=normalize) for reading in self._read(jobs)]
 
     def get_ppl(
@@ -233,7 +175,7 @@ class Pipeline:
         if any(len(prompt["prompt_token_ids"]) < 2 for prompt in prompts):
             raise RequestError("input_ids must have at least 2 tokens each: the first is not scored; give more")
         config = GenerationConfig(do_sample=False, max_new_tokens=1, prompt_logprobs=0)
-        jobs, _ = self._jobs(prompts, config, do_preprocess=False, adapter_name=adapter_name)
+        jobs, _ = self._jobs(prompts, CallOptions(config, do_preprocess=False, adapter_name=adapter_name))
         scores = [reading.logprobs for reading in self._read(jobs)]
         return [-sum(token.logprob for token in tokens) / len(tokens) for tokens in scores]
 
@@ -285,62 +227,32 @@ class Pipeline:
         self.close()
 
     def _say(
-        self, prompt: str, session: Session, gen_config: GenConfigs, options: dict[str, Any]
+        self, prompt: str, session: Session, gen_config: GenConfigs, options: Mapping[str, Any]
     ) -> Iterator[Response]:
         messages = [*session.messages, {"role": "user", "content": prompt}]
-        jobs, _ = self._jobs(messages, gen_config, session_id=session.session_id, **options)
-        return self._remember(prompt, session, self._stream([dataclasses.replace(jobs[0], goes_on=True)]))
+        jobs, _ = self._jobs(messages, CallOptions.of(gen_config, {**options, "session_id": session.session_id}))
+        return self._remember(prompt, session, dataclasses.replace(jobs[0], goes_on=True))
 
-    def _remember(self, prompt: str, session: Session, pieces: Iterator[Response]) -> Iterator[Response]:
-        reply: Response | None = None
-        for piece in pieces:
-            reply = dataclasses.replace(piece) if reply is None else reply.extend(piece)
-            yield piece
-        assert reply is not None, "a stream has at least the piece that ends it"
-        session.response = reply
+    def _remember(self, prompt: str, session: Session, job: Job) -> Iterator[Response]:
+        reply = Reply()
+        for _, output in self._outputs([job]):
+            reply.add(output)
+            yield job.response(output, reply.num_tokens)
+        session.response = job.response(reply, reply.num_tokens)
         session.history.append((prompt, reply.text))
 
-    def _jobs(
-        self,
-        prompts: Prompts,
-        gen_config: GenConfigs,
-        *,
-        do_preprocess: bool = True,
-        adapter_name: AdapterNames = None,
-        session_id: int | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool | None = None,
-        **fields: Any,
-    ) -> tuple[list[Job], bool]:
+    def _jobs(self, prompts: Prompts, call: CallOptions) -> tuple[list[Job], bool]:
+        """Return a job for each alternative of each prompt, and whether there is a single prompt."""
         several, single = as_list(prompts)
-        ending = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-        configs, adapters = _configs(gen_config, len(several), fields), _adapters(adapter_name, len(several))
+        configs, adapters = call.configs(len(several)), call.adapters(len(several))
         jobs: list[Job] = []
         for prompt, config, adapter in zip(several, configs, adapters, strict=True):
-            session = next(self._session_ids) if session_id is None else session_id
-            jobs += self._alternatives(prompt, config, adapter, do_preprocess, ending, session, len(jobs))
+            session = next(self._session_ids) if call.session_id is None else call.session_id
+            made = self.generator
+            ids = encode(prompt, made.tokenizer, made.template, do_preprocess=call.do_preprocess, **call.ending)
+            how = made.resolve(config, chat=call.do_preprocess)
+            jobs += [Job(ids, session, len(jobs) + index, how, index, adapter) for index in range(how.n)]
         return jobs, single
-
-    def _alternatives(
-        self,
-        prompt: Prompt,
-        config: GenerationConfig,
-        adapter: str | None,
-        do_preprocess: bool,
-        ending: dict[str, bool | None],
-        session_id: int,
-        first: int,
-    ) -> list[Job]:
-        made = self.generator
-        ids = encode(prompt, made.tokenizer, made.template, do_preprocess=do_preprocess, **ending)
-        how = resolve(
-            config,
-            made.generation_defaults,
-            made.tokenizer,
-            eos_token_ids=made.eos_token_ids,
-            template_stops=made.template.stop_words if do_preprocess else (),
-        )
-        return [Job(ids, session_id, first + index, how, index, adapter) for index in range(how.n)]
 
     def _read(self, jobs: list[Job]) -> list[PromptReading]:
         """What is told of the prompts of ``jobs``; what they are answered is dropped."""
@@ -354,14 +266,19 @@ class Pipeline:
         return [readings[job.index] for job in jobs]
 
     def _stream(self, jobs: list[Job]) -> Iterator[Response]:
+        lengths = [0] * len(jobs)
+        for job, output in self._outputs(jobs):
+            lengths[job.index] += len(output.token_ids)
+            yield job.response(output, lengths[job.index])
+
+    def _outputs(self, jobs: list[Job]) -> Iterator[tuple[Job, TextOutput]]:
+        """Run ``jobs`` and yield their outputs. ``stop_session`` finds them meanwhile."""
         by_id = {next(self._names): job for job in jobs}
-        lengths = dict.fromkeys(by_id, 0)
         for request_id, job in by_id.items():
             self._running.setdefault(job.session_id, []).append(request_id)
         try:
             for output in self._streams.read([job.request(name) for name, job in by_id.items()]):
-                lengths[output.request_id] += len(output.token_ids)
-                yield by_id[output.request_id].piece(output, lengths[output.request_id])
+                yield by_id[output.request_id], output
         finally:
             for request_id, job in by_id.items():
                 self._forget(job.session_id, request_id)
@@ -371,66 +288,6 @@ class Pipeline:
         names.remove(request_id)
         if not names:
             del self._running[session_id]
-
-
-def _call(
-    gen_config: GenConfigs, do_preprocess: Any, adapter_name: AdapterNames, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a call. In LMDeploy 0.3 ``request_output_len`` is in third place, before ``do_preprocess``."""
-    given = {"adapter_name": adapter_name, **without_unused(options)}
-    if isinstance(do_preprocess, bool):
-        return {"gen_config": gen_config, "do_preprocess": do_preprocess, **given}
-    if isinstance(do_preprocess, int) and adapter_name is None:
-        return {"gen_config": gen_config, "request_output_len": do_preprocess, **given}
-    raise ConfigError(
-        f"do_preprocess={shown(do_preprocess)} must be true or false; name the arguments after gen_config"
-    )
-
-
-def set_log_level(level: str) -> None:
-    """Set the level of the logger ``jaxdeploy``, and show its lines on stderr. Raises ``ConfigError``."""
-    names = logging.getLevelNamesMapping()
-    if level.upper() not in names:
-        raise ConfigError(f"log_level={level!r} is not one of DEBUG, INFO, WARNING, ERROR; take one of these")
-    logger.setLevel(names[level.upper()])
-    if not logger.hasHandlers():
-        logger.addHandler(logging.StreamHandler())
-
-
-def _template_named(name: str | None) -> str | None:
-    """The built-in template of this name; LMDeploy 0.3 chose templates by the model's name."""
-    if name is None:
-        return None
-    from jaxdeploy.chat_template.builtin import find_builtin
-
-    if find_builtin(name) is not None:
-        return name
-    logger.warning("model_name=%r has no meaning here: the chat template is the checkpoint's own", name)
-    return None
-
-
-def _configs(given: GenConfigs, count: int, fields: dict[str, Any]) -> list[GenerationConfig]:
-    """One config for each prompt, with single fields laid over it."""
-    if "request_output_len" in fields:
-        fields["max_new_tokens"] = fields.pop("request_output_len")
-    over = {name: value for name, value in fields.items() if value is not None}
-    listed: Sequence[Any] = given if isinstance(given, list | tuple) else [given] * count
-    several = [config_of(GenerationConfig, one, "gen_config") for one in listed]
-    if len(several) != count:
-        raise ConfigError(
-            f"gen_config has {len(several)} entries for {count} prompts; give one for each, or one for all"
-        )
-    return [config for one in several for config in split_settings(over, one)]
-
-
-def _adapters(given: AdapterNames, count: int) -> list[str | None]:
-    """One adapter for each prompt."""
-    several = [given] * count if given is None or isinstance(given, str) else list(given)
-    if len(several) != count:
-        raise ConfigError(
-            f"adapter_name has {len(several)} entries for {count} prompts; give one for each, or one for all"
-        )
-    return several
 
 
 def _progress_bar(total: int, wanted: bool | None) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jaxdeploy.errors import RequestError
+from jaxdeploy.generation.prompt import prompt_ids
 
 if TYPE_CHECKING:
     from jaxdeploy.chat_template import ChatTemplate
@@ -41,12 +42,7 @@ def encode(
     Raises:
         RequestError: the prompt has none of the forms, breaks a rule of messages, or has no token at all.
     """
-    ids = _encode(prompt, tokenizer, template, do_preprocess, ending)
-    if not ids and tokenizer.bos_token_id is not None:
-        return (tokenizer.bos_token_id,)
-    if not ids:
-        raise RequestError(f"prompt={prompt!r} has no tokens, and this model has no token to begin with; write some")
-    return ids
+    return prompt_ids(_encode(prompt, tokenizer, template, do_preprocess, ending), tokenizer.bos_token_id, prompt)
 
 
 def _encode(

@@ -35,7 +35,7 @@ class Response:
     error: JaxdeployError | None = None
 
     def extend(self, piece: Response) -> Response:
-        """Append the next piece of the stream that this reply began with."""
+        """Append the next piece of a stream, for callers who join pieces; LMDeploy's method."""
         self.text += piece.text
         self.generate_token_len = piece.generate_token_len
         self.finish_reason = piece.finish_reason

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from jaxdeploy.errors import RequestError
-from jaxdeploy.messages import FinishReason
+from jaxdeploy.messages import FinishReason, Request, TextOutput
 
 if TYPE_CHECKING:
-    from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
+    from jaxdeploy.engine.front.generator import Generator
 
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Streams:
         self._stopped: deque[str] = deque()
         self._closed = False
 
-    def read(self, requests: Sequence[TextRequest]) -> Iterator[TextOutput]:
+    def read(self, requests: Sequence[Request]) -> Iterator[TextOutput]:
         """Run ``requests`` and yield what they produce; those still running when the reader leaves are dropped.
 
         Raises:
@@ -38,7 +38,7 @@ class Streams:
         try:
             for request in requests:
                 self._submit(request, box)
-                running.add(request.request.request_id)
+                running.add(request.request_id)
             while running:
                 output = self._next(box)
                 if output.finish_reason is not None:
@@ -46,7 +46,7 @@ class Streams:
                 yield output
         finally:
             self._drop(running)
-            self._forget_stops({request.request.request_id for request in requests})
+            self._forget_stops({request.request_id for request in requests})
 
     def stop(self, request_ids: Sequence[str]) -> None:
         """End these requests before the next step. Takes no lock, so that signal handlers may call it."""
@@ -64,10 +64,10 @@ class Streams:
             self._boxes.clear()
             self._generator.close()
 
-    def _submit(self, request: TextRequest, box: deque[TextOutput]) -> None:
+    def _submit(self, request: Request, box: deque[TextOutput]) -> None:
         with self._lock:
             self._generator.submit(request)
-            self._boxes[request.request.request_id] = box
+            self._boxes[request.request_id] = box
 
     def _next(self, box: deque[TextOutput]) -> TextOutput:
         while not box:
@@ -90,8 +90,6 @@ class Streams:
                 box.append(output)
 
     def _end(self, request_id: str) -> None:
-        from jaxdeploy.engine.front.generator import TextOutput
-
         box = self._boxes.pop(request_id, None)
         if box is not None:
             self._generator.abort(request_id)

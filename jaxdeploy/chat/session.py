@@ -1,4 +1,4 @@
-"""A conversation in the terminal: what was said, one reply as it streams, and how fast it was."""
+"""A conversation in the terminal: its messages, one reply as it streams, and the speed of the reply."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
 from jaxdeploy.files.atomic import check_replaceable, is_json, put_text
 from jaxdeploy.files.stored import user_path
-from jaxdeploy.messages import FinishReason
+from jaxdeploy.generation.reply import Reply
+from jaxdeploy.messages import FinishReason, TextOutput
 
 if TYPE_CHECKING:
     from jaxdeploy.api.pipeline import Pipeline
@@ -103,18 +103,14 @@ class Conversation:
 
 
 @dataclass
-class Reply:
-    """A reply with its counts; times in seconds of ``time.perf_counter``.
+class ChatReply(Reply):
+    """A reply with the figures that the terminal shows.
 
-    ``max_new_tokens`` is what was asked for. ``full`` is whether the session reached ``session_len``, where known.
+    thought: the reasoning, separate from the text.
+    max_new_tokens: limit that was asked for.
+    full: whether the session reached ``session_len``; ``None``: unknown.
     """
 
-    text: str = ""
-    tokens: int = 0
-    finish_reason: FinishReason | None = None
-    started: float = 0.0
-    first: float | None = None
-    ended: float = 0.0
     thought: str = ""
     max_new_tokens: int | None = None
     full: bool | None = None
@@ -124,21 +120,21 @@ class Reply:
         """The setting that cut the reply off."""
         if self.full:
             return "session_len"
-        if self.full is False or self.tokens >= (self.max_new_tokens or sys.maxsize):
+        if self.full is False or self.num_tokens >= (self.max_new_tokens or sys.maxsize):
             return "max_new_tokens"
         return "max_new_tokens or session_len"
 
     def summary(self) -> str:
-        """The figures as a note beside the reply."""
+        """Return the figures in brackets."""
         return f"[{self.figures()}]"
 
     def figures(self) -> str:
-        """Tokens, time to the first token, tokens a second after it, and why the reply ended before its end."""
-        parts = [f"{self.tokens} token{'' if self.tokens == 1 else 's'}"]
-        if self.first is not None:
-            parts.append(f"TTFT {self.first - self.started:.2f} s")
-            if self.tokens > 1 and self.ended > self.first:
-                parts.append(f"{(self.tokens - 1) / (self.ended - self.first):.1f} tok/s")
+        """Return tokens, time to the first token, tokens per second after it, and why the reply was cut off."""
+        parts = [f"{self.num_tokens} token{'' if self.num_tokens == 1 else 's'}"]
+        if self.time_to_first_token is not None:
+            parts.append(f"TTFT {self.time_to_first_token:.2f} s")
+        if self.time_per_token:
+            parts.append(f"{1 / self.time_per_token:.1f} tok/s")
         if self.finish_reason is FinishReason.ABORT:
             parts.append("stopped")
         if self.finish_reason is FinishReason.LENGTH:
@@ -146,7 +142,7 @@ class Reply:
         return " · ".join(parts)
 
 
-def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, write: Callable[[str], Any]) -> Reply:
+def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, write: Callable[[str], Any]) -> ChatReply:
     """Generate a reply and ``write`` each piece at once. Ctrl-C ends it, and what was written stays.
 
     Raises:
@@ -154,20 +150,20 @@ def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, wr
         JaxdeployError: the reply ended with an error.
     """
     session = pipe.session()
-    reply = Reply(started=time.perf_counter(), max_new_tokens=gen_config.max_new_tokens)
+    reply = ChatReply(max_new_tokens=gen_config.max_new_tokens)
     with _stopping_on_interrupt(pipe, session):
         for piece in pipe.stream_infer(prompt, gen_config, session_id=session.session_id):
-            reply.ended = time.perf_counter()
-            if piece.token_ids and reply.first is None:
-                reply.first = reply.ended
-            reply.text += piece.text
-            reply.tokens, reply.finish_reason = piece.generate_token_len, piece.finish_reason
+            reply.add(_output_of(piece))
             write(piece.text)
             if pipe.session_len is not None:
                 reply.full = piece.input_token_len + piece.generate_token_len >= pipe.session_len
             if piece.error is not None:
                 raise piece.error
     return reply
+
+
+def _output_of(piece: Response) -> TextOutput:
+    return TextOutput("", piece.text, tuple(piece.token_ids), finish_reason=piece.finish_reason, error=piece.error)
 
 
 @contextmanager

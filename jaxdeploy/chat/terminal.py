@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from jaxdeploy.chat.session import Conversation, Reply, Speaker, stream_reply
+from jaxdeploy.chat.session import ChatReply, Conversation, Speaker, stream_reply
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ContextLengthError, JaxdeployError, RequestError
 from jaxdeploy.messages import FinishReason
@@ -80,7 +80,7 @@ class Chat:
         reply = self._reply(text)
         self._conversation.remember(text, reply.text)
 
-    def _reply(self, text: str) -> Reply:
+    def _reply(self, text: str) -> ChatReply:
         reply = stream_reply(self._pipe, self._conversation.prompt(text), self._gen_config, _write)
         if not reply.text.endswith("\n"):
             _write("\n")

@@ -35,7 +35,7 @@ def check_messages(messages: Any, more_roles: Iterable[str] = ()) -> list[Messag
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise RequestError(f"messages={messages!r:.60} must be a list of at least one message; add one")
-    roles = (*ROLES, *(role for role in more_roles if role not in ROLES))
+    roles = tuple(dict.fromkeys((*ROLES, *more_roles)))
     return [_checked(f"messages[{index}]", message, roles) for index, message in enumerate(messages)]
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from jaxdeploy.chat_template.conversation import THOUGHTS, Ending, Message, function_of, text_of
 from jaxdeploy.chat_template.sandbox import CompiledTemplate, TemplateError
-from jaxdeploy.chat_template.shapes import Shape, called, is_shown, shapes
+from jaxdeploy.chat_template.shapes import Shape, called, is_shown, shapes, shows
 from jaxdeploy.errors import RequestError
 from jaxdeploy.tokenizer.settings import DEFAULT
 
@@ -50,11 +51,11 @@ class JinjaTemplate:
         template = self._chosen(tools)
         if tools and "tools" not in template.variables:
             raise RequestError(f"tools have no place in chat template {self.name!r}; leave tools out")
-        chat = [self._with_known_role(_with_thought(message)) for message in messages]
+        chat = [self._as_read(message) for message in messages]
         said, chat = _marked(chat) if how.continues else ("", chat)
         given = {**variables, "tools": tools or None, "add_generation_prompt": how.begins}
-        shape, text = self._rendered(template, chat, given)
-        self._check_shown(template, shape.of(chat), given, text)
+        shaped, text = self._rendered(template, chat, given)
+        self._check_shown(template, shaped, given, text)
         return _cut(text, said) if how.continues else text
 
     def _chosen(self, tools: Tools | None) -> CompiledTemplate:
@@ -66,26 +67,34 @@ class JinjaTemplate:
             )
         return self._templates[name]
 
-    def _with_known_role(self, message: Message) -> Message:
-        """``developer`` is the newer name of ``system``."""
-        is_unknown = message["role"] == "developer" and "developer" not in self.source
-        return {**message, "role": "system"} if is_unknown else message
+    def _as_read(self, message: Message) -> Message:
+        """Return a message with names that templates read.
 
-    def _rendered(self, template: CompiledTemplate, chat: list[Message], given: Variables) -> tuple[Shape, str]:
-        """Return the first rendering that shows everything, else the first that does not fail."""
+        ``developer`` is the newer name of ``system``. A thought has several names, as transformers gives it.
+        """
+        if message["role"] == "developer" and "developer" not in self.source:
+            message = {**message, "role": "system"}
+        if message.keys().isdisjoint(THOUGHTS):
+            return message
+        thought = next(message[name] for name in THOUGHTS if name in message)
+        return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+    def _rendered(self, template: CompiledTemplate, chat: list[Message], given: Variables) -> tuple[list[Message], str]:
+        """Return the first rendering that shows everything, else the first that does not fail, and its messages."""
         fault: TemplateError | None = None
-        found: tuple[Shape, str] | None = None
+        found: tuple[list[Message], str] | None = None
         for shape in shapes(chat):
+            shaped = shape.of(chat)
             try:
-                text = template.render({**given, "messages": shape.of(chat)})
+                text = template.render({**given, "messages": shaped})
             except TemplateError as error:
                 fault = fault or error
                 continue
-            if shape.shows(text, chat) and not (
+            if shows(text, chat, shaped) and not (
                 shape.null is None and _writes_null(template, shape, chat, given, text)
             ):
-                return shape, text
-            found = found or (shape, text)
+                return shaped, text
+            found = found or (shaped, text)
         if found is not None:
             return found
         assert fault is not None, "there is at least one form"
@@ -101,22 +110,25 @@ class JinjaTemplate:
         names = [str(function_of(tool).get("name")) for tool in given["tools"] or ()]
         if names and not any(is_shown(name, text) for name in names):
             raise RequestError(f"tools: chat template {self.name!r} shows none of them; leave tools out")
-        for role in {"system", "developer", "tool"} - self.roles:
+        present = set(map(itemgetter("role"), chat))
+        for role in ({"system", "developer", "tool"} - self.roles) & present:
             hidden = any(message["role"] == role and not is_shown(text_of(message), text) for message in chat)
             others = [message for message in chat if message["role"] != role]
             if hidden and _renders(template, {**given, "messages": others}) == text:
                 raise RequestError(
                     f"messages of role={role!r} have no place in chat template {self.name!r}; leave them out"
                 )
-        hides_calls = "tool_calls" not in self.source and not all(is_shown(name, text) for name in called(chat))
+        calls = called(chat)
+        if "tool_calls" in self.source or not calls or all(is_shown(name, text) for name in calls):
+            return
         silent = [{key: value for key, value in message.items() if key != "tool_calls"} for message in chat]
-        if hides_calls and _renders(template, {**given, "messages": silent}) == text:
+        if _renders(template, {**given, "messages": silent}) == text:
             raise RequestError(f"tool_calls have no place in chat template {self.name!r}; leave them out")
 
 
 def _writes_null(template: CompiledTemplate, shape: Shape, chat: list[Message], given: Variables, text: str) -> bool:
     """Return whether null content is printed as ``None``."""
-    if not any(message.get("content", "") is None for message in chat) or "None" not in text:
+    if "None" not in text or not any(message.get("content", "") is None for message in chat):
         return False
     empty = _renders(template, {**given, "messages": Shape("", shape.parts, shape.objects).of(chat)})
     return empty is not None and empty.count("None") < text.count("None")
@@ -127,12 +139,6 @@ def _renders(template: CompiledTemplate, given: Variables) -> str | None:
         return template.render(given)
     except TemplateError:
         return None
-
-
-def _with_thought(message: Message) -> Message:
-    """A thought by all the names that templates read it by, as transformers gives it."""
-    thought = next((message[name] for name in THOUGHTS if name in message), None)
-    return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _marked(chat: list[Message]) -> tuple[str, list[Message]]:

@@ -16,6 +16,7 @@ SECONDS = 4.0
 BETWEEN_CLOCKS = 1024
 
 _CONTAINERS = (list, tuple, dict, KeysView, ValuesView, ItemsView)
+_ATOMS = frozenset({str, bytes, int, bool})
 
 
 class LimitError(Exception):
@@ -71,7 +72,14 @@ class Meter:
             return known[1]
         size = 64
         for item in chain.from_iterable(value.items()) if isinstance(value, dict) else value:
-            size += 8 + (item.__sizeof__() if type(item) is str else self.size(item))
+            if type(item) in _ATOMS:
+                size += 8 + item.__sizeof__()
+            elif type(item) in _CONTAINERS:
+                size += 8 + self._contained(item)
+            elif item is None:
+                size += 8 + 64
+            else:
+                size += 8 + self.size(item)
         self._sizes[id(value)] = (value, size)  # the reference keeps the id from being used again
         return size
 

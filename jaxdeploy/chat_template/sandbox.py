@@ -13,6 +13,7 @@ LONGEST_SOURCE = 2**17
 LONGEST_REASON = 500
 PROBE = {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True}
 PROBE_SECONDS = 1.0
+_SCALARS = frozenset({str, int, float, bool, type(None)})
 MEND = "mend it or name a built-in one with --chat-template"
 
 
@@ -111,12 +112,12 @@ def _line(error: Exception) -> str:
 
 def _plain(value: Any) -> Any:
     """A copy of plain JSON values, so that no method of a caller's object is within reach of the template."""
-    if value is None or type(value) in (str, int, float, bool):
+    if type(value) in _SCALARS:
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): item if type(item) in _SCALARS else _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [item if type(item) in _SCALARS else _plain(item) for item in value]
     for kind in (str, bool, int, float):
         if isinstance(value, kind):
             return kind(value)

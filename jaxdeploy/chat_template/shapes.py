@@ -30,23 +30,13 @@ class Shape:
         """Return copies of ``messages`` in this form."""
         return [self._message(message) for message in messages]
 
-    def shows(self, text: str, messages: Sequence[Message]) -> bool:
-        """Return whether ``text`` shows the messages themselves and no Python values in their place.
-
-        A template that expects text prints the ``repr`` of an object, and one that expects parts skips a text.
-        """
-        shaped = self.of(messages)
-        objects: list[Any] = [message["content"] for message in shaped if isinstance(message.get("content"), list)]
-        objects += [arguments for message in shaped for arguments in _arguments(message) if arguments]
-        if any(repr(item) in text for item in objects if not isinstance(item, str)):
-            return False
-        if not all(is_shown(name, text) for name in called(messages)):
-            return False
-        said = next((message for message in reversed(messages) if message["role"] == "user"), None)
-        return said is None or is_shown(text_of(said), text)
-
     def _message(self, message: Message) -> Message:
-        shaped = {**message, "content": self.null if _is_null(message) else self._content(message["content"])}
+        content = message.get("content")
+        if _is_null(message):
+            content = self.null
+        elif self.parts is not None:
+            content = self._content(content)
+        shaped = {**message, "content": content}
         if shaped["content"] is ABSENT:
             del shaped["content"]
         if "tool_calls" in message:
@@ -54,7 +44,7 @@ class Shape:
         return shaped
 
     def _content(self, content: Any) -> Any:
-        if self.parts is None or self.parts == isinstance(content, list):
+        if self.parts == isinstance(content, list):
             return content
         return [{"type": "text", "text": content}] if self.parts else text_of({"content": content})
 
@@ -72,14 +62,42 @@ def shapes(messages: Sequence[Message]) -> Iterator[Shape]:
 
     First null stays null, content stays as it was written, and arguments are objects, as transformers documents them.
     """
-    contents = [message.get("content") for message in messages]
+    has_nulls = has_none = has_lists = has_calls = False
+    for message in messages:
+        content = message.get("content")
+        has_none = has_none or content is None
+        has_nulls = has_nulls or _is_null(message)
+        has_lists = has_lists or isinstance(content, list)
+        has_calls = has_calls or "tool_calls" in message
     nulls: tuple[Any, ...] = (None,)
-    if any(map(_is_null, messages)):
-        nulls = (None, ABSENT, "") if None in contents else ("", None, ABSENT)
-    parts = (None, False) if any(isinstance(content, list) for content in contents) else (None, True)
-    objects = (True, False) if any("tool_calls" in message for message in messages) else (True,)
+    if has_nulls:
+        nulls = (None, ABSENT, "") if has_none else ("", None, ABSENT)
+    parts = (None, False) if has_lists else (None, True)
+    objects = (True, False) if has_calls else (True,)
     for part, null, object_ in product(parts, nulls, objects):
         yield Shape(null, part, object_)
+
+
+def shows(text: str, messages: Sequence[Message], shaped: Sequence[Message]) -> bool:
+    """Return whether ``text`` shows ``messages``, given as ``shaped``, and no Python values in their place.
+
+    A template that expects text prints the ``repr`` of an object, and one that expects parts skips a text.
+    """
+    said: Message | None = None
+    for message, form in zip(messages, shaped, strict=True):
+        if isinstance(form.get("content"), list) and repr(form["content"]) in text:
+            return False
+        if "tool_calls" in message and not _shows_calls(text, message, form):
+            return False
+        if message["role"] == "user":
+            said = message
+    return said is None or is_shown(text_of(said), text)
+
+
+def _shows_calls(text: str, message: Message, form: Message) -> bool:
+    if any(arguments and not isinstance(arguments, str) and repr(arguments) in text for arguments in _arguments(form)):
+        return False
+    return all(is_shown(name, text) for name in called([message]))
 
 
 def called(messages: Sequence[Message]) -> list[str]:

@@ -102,7 +102,8 @@ class ChatTemplate:
         """
         chat = check_messages(messages, self.jinja.roles if self.jinja is not None else ())
         how = ending(chat, add_generation_prompt, continue_final_message)
-        check_variables(kwargs, self._reads(tools), self.name)
+        if kwargs:
+            check_variables(kwargs, self._reads(tools), self.name)
         if self.capability != "chat":
             text = "".join(text_of(message) for message in chat)
             return _infill(text) if self.capability == "infilling" else text

@@ -72,7 +72,7 @@ def _adapter(name: str | None, config: EngineConfig) -> str | None:
 
 def _load(model: str | None, options: ChatOptions, config: EngineConfig) -> Pipeline:
     template = template_config(options.chat_template, options.cap)  # the system prompt is a message of the conversation
-    from jaxdeploy.api.pipeline import pipeline
+    from jaxdeploy.api.loading import pipeline
     from jaxdeploy.bundled import bundled_model
 
     return pipeline(

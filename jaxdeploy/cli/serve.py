@@ -208,7 +208,7 @@ def _serve(model: str | None, options: ServeOptions, config: ServerConfig, engin
 
 def _talk(url: str, options: ServeOptions, generation: GenerationConfig) -> int:
     from jaxdeploy.api.client import ApiClient
-    from jaxdeploy.api.pipeline import set_log_level
+    from jaxdeploy.api.loading import set_log_level
     from jaxdeploy.chat.input import line_reader
     from jaxdeploy.chat.session import Conversation
     from jaxdeploy.chat.terminal import Chat

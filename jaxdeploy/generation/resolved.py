@@ -12,20 +12,32 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import itemgetter
+from typing import Any, Protocol, TypeAlias
 
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.files.stored import shown
 from jaxdeploy.generation.defaults import token_ids
 from jaxdeploy.grammar.response_format import grammar_of
-from jaxdeploy.messages import SamplingParams
+from jaxdeploy.messages import SamplingParams, TextOptions
 from jaxdeploy.unicode_text import well_formed, well_formed_values
 
-SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
+DRAW_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0.0}
 MAX_NEW_TOKENS = 512
+SETTING_DEFAULTS = {
+    **DRAW_DEFAULTS,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "max_new_tokens": MAX_NEW_TOKENS,
+    "min_new_tokens": 0,
+}
 _SEEDS = 2**32
+_BAD = frozenset({"bad_words", "bad_token_ids"})
+_DRAW = itemgetter(*DRAW_DEFAULTS)
 
 
 class Vocabulary(Protocol):
@@ -39,53 +51,91 @@ class Vocabulary(Protocol):
         ...
 
 
+Settings: TypeAlias = "GenerationConfig | Mapping[str, Any] | None"
+"""A config, or the fields of one that are set. The values of a mapping have been checked."""
+
+
 @dataclass(frozen=True)
 class ResolvedGeneration:
-    """A generation config without gaps: what the engine wants in ids, and what happens to the text afterwards."""
+    """Settings with defaults filled in.
+
+    sampling: how tokens are chosen.
+    text: how tokens become text.
+    n: number of alternative replies.
+    """
 
     sampling: SamplingParams
-    stop_words: tuple[str, ...] = ()
+    text: TextOptions = field(default_factory=TextOptions)
     n: int = 1
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    include_stop: bool = False
 
     def alternatives(self) -> list[SamplingParams]:
-        """``n`` samplings that differ in their seed."""
+        """Return ``n`` samplings that differ in their seed."""
         seed = self.sampling.seed
-        return [replace(self.sampling, seed=(seed + index) % _SEEDS) for index in range(self.n)]
+        others = [replace(self.sampling, seed=(seed + index) % _SEEDS) for index in range(1, self.n)]
+        return [self.sampling, *others]
 
 
 def resolve(
-    config: GenerationConfig | None,
+    settings: Settings,
     defaults: Mapping[str, Any],
     tokenizer: Vocabulary,
     *,
     eos_token_ids: Iterable[int] = (),
     template_stops: Sequence[str] = (),
     to_grammar: Callable[[Mapping[str, Any]], str | None] = grammar_of,
+    encode_word: Callable[[str], Sequence[int]] | None = None,
 ) -> ResolvedGeneration:
-    """Fill the gaps of ``config`` and translate its texts.
+    """Fill in defaults and translate texts to token ids.
 
-    ``defaults`` is what ``read_generation_defaults`` returned, ``eos_token_ids`` what ``eos_token_ids()`` found,
-    ``template_stops`` the words with which the chat template ends a reply, ``to_grammar`` checks and translates
-    ``response_format``. A request without ``random_seed`` gets a
-    fresh one. Ends that the model sets, the template's among them, do not count under ``ignore_eos``; the user's do.
+    Stop tokens and stop words that the model sets do not count under ``ignore_eos``. Those of ``settings`` do.
+
+    Args:
+        settings: fields of the request. Without ``random_seed`` the seed is random.
+        defaults: result of ``read_generation_defaults``.
+        tokenizer: the tokenizer of the model.
+        eos_token_ids: result of ``eos_token_ids``.
+        template_stops: words with which the chat template ends a reply.
+        to_grammar: checks and translates ``response_format``.
+        encode_word: returns the ids of a stop word, possibly from a cache; default: ``tokenizer.encode``.
+
+    Raises:
+        RequestError: ``response_format`` cannot be followed, or does not go with another setting.
     """
-    config = config or GenerationConfig()
-    own_stops = frozenset() if config.ignore_eos else frozenset(eos_token_ids)
-    turn_stops = () if config.ignore_eos else (*template_stops, *defaults.get("stop_words", ()))
-    stop_ids, stop_words = _split_stops(config.stop_words or (), turn_stops, tokenizer)
+    given = _set_fields(settings)
+    merged = {**SETTING_DEFAULTS, **defaults, **given}
+    ignore_eos = bool(given.get("ignore_eos"))
+    model_ids = frozenset() if ignore_eos else frozenset(eos_token_ids)
+    model_stops = () if ignore_eos else (*template_stops, *defaults.get("stop_words", ()))
+    stop_ids, stop_words = _split_stops(
+        given.get("stop_words", ()),
+        model_stops,
+        tokenizer.special_ids,
+        encode_word or partial(tokenizer.encode, add_bos=False),
+    )
     return ResolvedGeneration(
-        sampling=replace(
-            _sampling(config, defaults, own_stops | stop_ids | frozenset(config.stop_token_ids or ()), tokenizer),
-            grammar=_grammar(config, to_grammar),
+        sampling=SamplingParams(
+            **_draw(given, merged),
+            repetition_penalty=float(merged["repetition_penalty"]),
+            presence_penalty=float(merged["presence_penalty"]),
+            frequency_penalty=float(merged["frequency_penalty"]),
+            max_new_tokens=merged["max_new_tokens"],
+            min_new_tokens=merged["min_new_tokens"],
+            seed=given["random_seed"] % _SEEDS if "random_seed" in given else secrets.randbelow(_SEEDS),
+            stop_token_ids=model_ids.union(stop_ids, given.get("stop_token_ids", ())),
+            bad_token_sequences=() if given.keys().isdisjoint(_BAD) else _bad_sequences(given, tokenizer),
+            logprobs=given.get("logprobs"),
+            prompt_logprobs=given.get("prompt_logprobs"),
+            logit_bias=_biases(given["logit_bias"]) if given.get("logit_bias") else (),
+            grammar=_grammar(given, to_grammar) if "response_format" in given else None,
+            num_speculative_tokens=given.get("num_speculative_tokens"),
         ),
-        stop_words=stop_words,
-        n=config.n or 1,
-        skip_special_tokens=config.skip_special_tokens is not False,
-        spaces_between_special_tokens=config.spaces_between_special_tokens is not False,
-        include_stop=bool(config.include_stop_str_in_output),
+        text=TextOptions(
+            stop_words=stop_words,
+            skip_special_tokens=given.get("skip_special_tokens", True),
+            spaces_between_special_tokens=given.get("spaces_between_special_tokens", True),
+            include_stop=given.get("include_stop_str_in_output", False),
+        ),
+        n=given.get("n", 1),
     )
 
 
@@ -98,14 +148,6 @@ def eos_token_ids(tokenizer: Vocabulary, *configs: Mapping[str, Any]) -> frozens
     return frozenset(named if tokenizer.eos_token_id is None else [tokenizer.eos_token_id, *named])
 
 
-def samples(config: GenerationConfig, defaults: Mapping[str, Any]) -> bool:
-    """Whether tokens are drawn at random, before looking at temperature 0 and the like."""
-    if config.do_sample is not None:
-        return config.do_sample
-    asked = any(getattr(config, name) is not None for name in SAMPLING_DEFAULTS)
-    return asked or bool(defaults.get("do_sample"))
-
-
 def bad_token_sequences(words: Iterable[str], tokenizer: Vocabulary) -> tuple[tuple[int, ...], ...]:
     """Every way in which the tokenizer may begin each word: at the start of a text, after a space, inside a line."""
     found = {}
@@ -115,28 +157,17 @@ def bad_token_sequences(words: Iterable[str], tokenizer: Vocabulary) -> tuple[tu
     return tuple(ids for ids in found if ids)
 
 
-def _sampling(
-    config: GenerationConfig, defaults: Mapping[str, Any], stop_ids: frozenset[int], tokenizer: Vocabulary
-) -> SamplingParams:
-    def value(name: str, fallback: Any) -> Any:
-        return next((v for v in (getattr(config, name), defaults.get(name)) if v is not None), fallback)
+def _set_fields(settings: Settings) -> Mapping[str, Any]:
+    """Return the fields that are not ``None``."""
+    if isinstance(settings, GenerationConfig):
+        return {name: value for name, value in vars(settings).items() if value is not None}
+    return settings or {}
 
-    bad_ids = tuple((token_id,) for token_id in config.bad_token_ids or ())
-    return SamplingParams(
-        **_draw(config, defaults, value),
-        repetition_penalty=float(value("repetition_penalty", 1.0)),
-        presence_penalty=float(value("presence_penalty", 0.0)),
-        frequency_penalty=float(value("frequency_penalty", 0.0)),
-        seed=secrets.randbelow(_SEEDS) if config.random_seed is None else config.random_seed % _SEEDS,
-        max_new_tokens=value("max_new_tokens", MAX_NEW_TOKENS),
-        min_new_tokens=value("min_new_tokens", 0),
-        stop_token_ids=stop_ids,
-        bad_token_sequences=bad_token_sequences(config.bad_words or (), tokenizer) + bad_ids,
-        logprobs=config.logprobs,
-        prompt_logprobs=config.prompt_logprobs,
-        logit_bias=_biases(config.logit_bias or {}),
-        num_speculative_tokens=config.num_speculative_tokens,
-    )
+
+def _bad_sequences(given: Mapping[str, Any], tokenizer: Vocabulary) -> tuple[tuple[int, ...], ...]:
+    of_words = bad_token_sequences(given["bad_words"], tokenizer) if given.get("bad_words") else ()
+    of_ids = tuple((token_id,) for token_id in given["bad_token_ids"]) if given.get("bad_token_ids") else ()
+    return of_words + of_ids
 
 
 def _biases(given: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
@@ -147,32 +178,33 @@ def _biases(given: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
         raise ConfigError(f"logit_bias={shown(given)} must map token ids to numbers; correct it") from None
 
 
-def _grammar(config: GenerationConfig, to_grammar: Callable[[Mapping[str, Any]], str | None]) -> str | None:
-    """What the reply must follow. Raises ``RequestError`` for what cannot go with it, or is none."""
-    if config.response_format is None:
-        return None
-    if config.ignore_eos or config.min_new_tokens:
+def _grammar(given: Mapping[str, Any], to_grammar: Callable[[Mapping[str, Any]], str | None]) -> str | None:
+    """Return the grammar of the reply. Raises ``RequestError`` if it is none, or does not go with other settings."""
+    if given.get("ignore_eos") or given.get("min_new_tokens"):
         raise RequestError("response_format says when a reply ends; leave ignore_eos and min_new_tokens out")
-    return to_grammar(well_formed_values(config.response_format))
+    return to_grammar(well_formed_values(given["response_format"]))
 
 
-def _draw(config: GenerationConfig, defaults: Mapping[str, Any], value: Any) -> dict[str, Any]:
-    """The fields of a draw; nothing, which is greedy, where none is wanted."""
-    if not samples(config, defaults):
+def _draw(given: Mapping[str, Any], merged: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a random draw; none for greedy decoding. ``merged`` has the defaults too."""
+    asked = not given.keys().isdisjoint(DRAW_DEFAULTS) or bool(merged.get("do_sample"))
+    if not given.get("do_sample", asked):
         return {}
-    draw = {name: value(name, fallback) for name, fallback in SAMPLING_DEFAULTS.items()}
-    greedy = draw["temperature"] == 0 or draw["top_k"] == 1 or draw["top_p"] == 0
-    return {} if greedy else draw
+    greedy = merged["temperature"] == 0 or merged["top_k"] == 1 or merged["top_p"] == 0
+    return {} if greedy else dict(zip(DRAW_DEFAULTS, _DRAW(merged), strict=True))
 
 
 def _split_stops(
-    asked: Sequence[str], of_template: Sequence[str], tokenizer: Vocabulary
+    asked: Sequence[str],
+    of_template: Sequence[str],
+    special_ids: frozenset[int],
+    encode: Callable[[str], Sequence[int]],
 ) -> tuple[frozenset[int], tuple[str, ...]]:
     """Ids and texts. A user's word is an id only where it is a special token: others may hide inside longer tokens."""
     ids, words = set(), {}
     for word in map(well_formed, filter(None, (*asked, *of_template))):
-        encoded = tokenizer.encode(word, add_bos=False)
-        if len(encoded) == 1 and (word in of_template or encoded[0] in tokenizer.special_ids):
+        encoded = encode(word)
+        if len(encoded) == 1 and (word in of_template or encoded[0] in special_ids):
             ids.add(encoded[0])
         else:
             words[word] = True

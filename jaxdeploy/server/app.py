@@ -15,10 +15,10 @@ from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.middleware import surround
 from jaxdeploy.server.registering import registered
 from jaxdeploy.server.routes import routers
-from jaxdeploy.server.served import Served
+from jaxdeploy.server.service import ModelService
 
 
-def create_app(served: Served, config: ServerConfig) -> FastAPI:
+def create_app(served: ModelService, config: ServerConfig) -> FastAPI:
     """The server as an ASGI application; the engine is closed at its end. Raises ``ConfigError`` for wrong keys."""
     config = with_keys(config)
     app = FastAPI(
@@ -43,7 +43,7 @@ def create_app(served: Served, config: ServerConfig) -> FastAPI:
     return app
 
 
-def _lifespan(served: Served, config: ServerConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(served: ModelService, config: ServerConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:

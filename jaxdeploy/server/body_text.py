@@ -19,16 +19,13 @@ def well_formed_body(body: bytes) -> bytes:
     form: tokenizers, grammars and replies would fail on it later.
     """
     encoding = json.detect_encoding(body)
-    if encoding != "utf-8" or not _is_utf8(body):
+    try:
+        body.decode()
+        is_utf8 = encoding == "utf-8"
+    except UnicodeDecodeError:
+        is_utf8 = False
+    if not is_utf8:
         body = body.decode(encoding, "replace").encode()
     if b"\\ud" in body or b"\\uD" in body:
         return ESCAPES.sub(lambda found: rb"\ufffd" if found["lone"] else found[0], body)
     return body
-
-
-def _is_utf8(body: bytes) -> bool:
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -10,9 +10,10 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from jaxdeploy.server.connection import while_connected
+from jaxdeploy.server.context import RequestContext
 from jaxdeploy.server.errors import ForbiddenError
 from jaxdeploy.server.security import KEY_NAME, TENANT
-from jaxdeploy.server.served import Origin, Served
+from jaxdeploy.server.service import ModelService
 from jaxdeploy.server.sessions import SessionKey
 
 __all__ = ["Caller", "Model", "ReplyId", "need_keys", "while_connected"]
@@ -24,7 +25,7 @@ class Tenant:
 
     owner: str = ""
 
-    def origin(
+    def context(
         self,
         request_id: str,
         *,
@@ -32,8 +33,8 @@ class Tenant:
         priority: int = 0,
         session_id: int | None = None,
         adapter: str | None = None,
-    ) -> Origin:
-        """What the engine is told of a request. Raises ``ForbiddenError`` for a priority before other keys' requests.
+    ) -> RequestContext:
+        """Return the context of a request. Raises ``ForbiddenError`` for a priority before other keys' requests.
 
         Shares of the engine are fair between keys where these are separated, else between users.
         """
@@ -43,19 +44,19 @@ class Tenant:
                 "server with --no-separate-keys"
             )
         session = None if session_id in (None, -1) else f"{self.owner}:{session_id}"
-        return Origin(request_id, self.owner or user, priority, session, adapter, self.owner)
+        return RequestContext(request_id, self.owner or user, priority, session, adapter, self.owner)
 
     def session(self, session_id: int) -> SessionKey:
         """The session that the request calls so."""
         return self.owner, session_id
 
 
-def _served(request: Request) -> Served:
-    served: Served = request.app.state.served
+async def _served(request: Request) -> ModelService:
+    served: ModelService = request.app.state.served
     return served
 
 
-def _tenant(request: Request) -> Tenant:
+async def _tenant(request: Request) -> Tenant:
     key = request.scope.get(KEY_NAME, "") if request.app.state.separates_keys else ""
     named = request.headers.get(TENANT, "") if request.app.state.separates_tenants else ""
     return Tenant(f"{key}/{named}" if _TENANT_NAME.fullmatch(named) else key)
@@ -64,7 +65,7 @@ def _tenant(request: Request) -> Tenant:
 _TENANT_NAME = re.compile(r"[0-9a-f]{16}")
 
 
-def need_keys(request: Request) -> None:
+async def need_keys(request: Request) -> None:
     """Raise ``ForbiddenError`` where requests need no key: this is not for everybody who reaches the server."""
     if not request.app.state.needs_keys:
         raise ForbiddenError(
@@ -73,11 +74,11 @@ def need_keys(request: Request) -> None:
         )
 
 
-def _reply_id() -> str:
+async def _reply_id() -> str:
     return uuid.uuid4().hex
 
 
-Model = Annotated[Served, Depends(_served)]
+Model = Annotated[ModelService, Depends(_served)]
 Caller = Annotated[Tenant, Depends(_tenant)]
 ReplyId = Annotated[str, Depends(_reply_id)]
 """A new name: the id that a client may send for the log can come twice."""

@@ -11,13 +11,13 @@ import uvicorn
 
 from jaxdeploy.config import ServerConfig
 from jaxdeploy.server.app import create_app
-from jaxdeploy.server.served import Served
+from jaxdeploy.server.service import ModelService
 
 
 class LocalServer:
     """Serves ``served`` on this machine's own address, at a free port, to those who have ``api_key``."""
 
-    def __init__(self, served: Served, config: ServerConfig) -> None:
+    def __init__(self, served: ModelService, config: ServerConfig) -> None:
         self.api_key = secrets.token_urlsafe()
         self._served = served
         app = create_app(

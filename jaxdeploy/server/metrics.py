@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -18,9 +16,8 @@ from prometheus_client import (
 )
 
 from jaxdeploy.engine.stats import EngineStats
-
-if TYPE_CHECKING:
-    from jaxdeploy.engine.front.generator import TextOutput
+from jaxdeploy.generation.reply import Reply
+from jaxdeploy.messages import TextOutput
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -93,43 +90,16 @@ class Metrics:
         self._restarts.inc(stats.restarts - self._last.restarts)
         self._last = stats
 
-    def watch(self) -> ReplyTimes:
-        """Follow the replies to a request that has just come."""
-        return ReplyTimes(self)
-
     def text(self) -> str:
         """Everything, in Prometheus' text format."""
         return generate_latest(self._registry).decode()
 
-    def note_first(self, seconds: float) -> None:
-        """The first token of a reply came after so long."""
-        self._first.observe(seconds)
-
-    def note_end(self, seconds: float, per_token: float | None, reason: str) -> None:
-        """A reply ended after so long, for ``reason``."""
-        self._whole.observe(seconds)
-        if per_token is not None:
-            self._each.observe(per_token)
-        self._ended.labels(self._model, reason).inc()
-
-
-class ReplyTimes:
-    """When the tokens of a request's replies came."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._begun = time.monotonic()
-        self._first: dict[str, float] = {}
-        self._tokens: dict[str, int] = {}
-
-    def note(self, output: TextOutput) -> None:
-        """A piece has come."""
-        now, name = time.monotonic(), output.request_id
-        if output.token_ids and name not in self._first:
-            self._first[name] = now
-            self._metrics.note_first(now - self._begun)
-        self._tokens[name] = self._tokens.get(name, 0) + len(output.token_ids)
+    def note(self, reply: Reply, output: TextOutput) -> None:
+        """Observe a reply after ``output`` was added to it."""
+        if output.token_ids and reply.num_tokens == len(output.token_ids):
+            self._first.observe(reply.time_to_first_token or 0.0)
         if output.finish_reason is not None:
-            after = self._tokens[name] - 1
-            per_token = (now - self._first[name]) / after if after > 0 else None
-            self._metrics.note_end(now - self._begun, per_token, str(output.finish_reason))
+            self._whole.observe(reply.updated_at - reply.started_at)
+            if reply.time_per_token is not None:
+                self._each.observe(reply.time_per_token)
+            self._ended.labels(self._model, str(output.finish_reason)).inc()

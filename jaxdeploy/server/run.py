@@ -11,7 +11,7 @@ from jaxdeploy.server.app import create_app
 from jaxdeploy.server.keys import with_keys
 from jaxdeploy.server.listening import address, bound, certificate, listen
 from jaxdeploy.server.logs import set_up_logging
-from jaxdeploy.server.served import Served
+from jaxdeploy.server.service import ModelService
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -57,12 +57,12 @@ def load(
     *,
     chat_template: ChatTemplateConfig | str | None = None,
     progress: bool = False,
-) -> Served:
+) -> ModelService:
     """``model`` with an engine in a process of its own, as routes want it. Raises ``JaxdeployError``."""
     name = engine_config.model_name or model
     if name in (engine_config.adapters or {}):
         raise ConfigError(f"adapters={name!r} is the name of the model; choose another, or name the model (model_name)")
-    return Served(
+    return ModelService(
         AsyncEngine.from_pretrained(model, engine_config, chat_template=chat_template, progress=progress),
         name,
         config.max_concurrent_requests,

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from jaxdeploy.errors import JaxdeployError
 
 SessionKey: TypeAlias = tuple[str, int]
-"""The owner of a session (``Origin.owner``), and its number."""
+"""The owner of a session (``RequestContext.owner``), and its number."""
 
 KEPT = 4096
 """Conversations; the one that was quiet longest goes first."""

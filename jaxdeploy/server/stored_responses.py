@@ -6,7 +6,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from jaxdeploy.errors import JaxdeployError
-from jaxdeploy.server.protocol.responses import Item, Response
+from jaxdeploy.server.protocol.response import Response
+from jaxdeploy.server.protocol.responses import Item
 
 KEPT = 1024
 """Responses; the one that was not asked for longest goes first."""
@@ -25,7 +26,7 @@ class UnknownResponseError(JaxdeployError):
 class StoredResponse:
     """A response, and the conversation of which it is the end: all items but the instructions.
 
-    Only requests of its ``owner`` (``Origin.owner``) find it.
+    Only requests of its ``owner`` (``RequestContext.owner``) find it.
     """
 
     response: Response

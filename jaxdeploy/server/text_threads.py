@@ -21,13 +21,13 @@ class TextThreads:
         self._short = ThreadPoolExecutor(SHORT_THREADS, "jaxdeploy-text")
         self._long = ThreadPoolExecutor(LONG_THREADS, "jaxdeploy-long-text")
 
-    async def run(self, work: Callable[[], T], size: int = 0) -> T:
-        """Return the result of ``work`` on ``size`` characters.
+    def run(self, work: Callable[[], T], size: int = 0) -> asyncio.Future[T]:
+        """Begin ``work`` on ``size`` characters, and return its future.
 
         Work is dropped if its caller is cancelled before it begins.
         """
         threads = self._long if size > LONG else self._short
-        return await asyncio.get_running_loop().run_in_executor(threads, work)
+        return asyncio.get_running_loop().run_in_executor(threads, work)
 
     def close(self) -> None:
         """End the threads."""

@@ -42,8 +42,9 @@ class TokenBound:
         """Return the smallest number of tokens that ``text`` can have."""
         if not self.longest:
             return 0
-        pieces = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
-        size = sum(len(self._kept(piece).encode("utf-8", "surrogatepass")) for piece in pieces)
+        size = 0
+        for start in range(0, len(text), PIECE):
+            size += len(self._kept(text[start : start + PIECE]).encode("utf-8", "surrogatepass"))
         return -(-size // self.longest)
 
     def _kept(self, piece: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from itertools import filterfalse
 from typing import Protocol
 
 UTF8_LOOK_BACK = 8
@@ -42,21 +43,22 @@ class ByteStream:
         """The text has begun before the first id: keep that one's leading space."""
         self._at_start = False
 
-    def push(self, token_id: int) -> bytes:
-        """The bytes that this token adds."""
-        special = token_id in self._vocabulary.special_ids
-        if special and self._skip:
-            return b""
-        piece = self._vocabulary.bytes_of(token_id)
-        return self._joined(piece, special) if piece else b""
-
-    def _joined(self, piece: bytes, special: bool) -> bytes:
-        at_start, self._at_start = self._at_start, False
-        apart = self._spaced and not at_start and (special or self._after_special)
-        self._after_special = special
-        if self._vocabulary.strips_first_space and (at_start or apart) and not special:
-            piece = piece.removeprefix(b" ")
-        return b" " + piece if apart else piece
+    def push(self, *token_ids: int) -> bytes:
+        """Return the bytes that these tokens add."""
+        vocabulary = self._vocabulary
+        pieces = []
+        for token_id in token_ids:
+            special = token_id in vocabulary.special_ids
+            piece = b"" if special and self._skip else vocabulary.bytes_of(token_id)
+            if not piece:
+                continue
+            at_start, self._at_start = self._at_start, False
+            apart = self._spaced and not at_start and (special or self._after_special)
+            self._after_special = special
+            if vocabulary.strips_first_space and (at_start or apart) and not special:
+                piece = piece.removeprefix(b" ")
+            pieces.append(b" " + piece if apart else piece)
+        return b"".join(pieces)
 
 
 class Detokenizer:
@@ -76,10 +78,10 @@ class Detokenizer:
     ) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._bytes = ByteStream(vocabulary, skip_special_tokens, spaces_between_special_tokens)
-        if any(vocabulary.bytes_of(i) for i in prompt_ids if i not in vocabulary.special_ids):
+        plain_ids = filterfalse(vocabulary.special_ids.__contains__, prompt_ids)
+        if any(map(vocabulary.bytes_of, plain_ids)):
             self._bytes.start_inside_text()
-            for token_id in prompt_ids[-UTF8_LOOK_BACK:]:
-                self.push(token_id)
+            self._utf8.decode(self._bytes.push(*prompt_ids[-UTF8_LOOK_BACK:]))
 
     def push(self, token_id: int) -> str:
         """The text that has become certain with this token; may be empty."""
@@ -95,4 +97,4 @@ def decode(
 ) -> str:
     """The text of all ``ids`` at once."""
     stream = ByteStream(vocabulary, skip_special_tokens, spaces_between_special_tokens)
-    return b"".join([stream.push(token_id) for token_id in ids]).decode("utf-8", errors="replace")
+    return stream.push(*ids).decode("utf-8", errors="replace")

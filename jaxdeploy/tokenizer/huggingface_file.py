@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "<eos>", "<|im_end|>")
 QUICKLY_ENCODED = 4096
 """Characters that are encoded in a few milliseconds."""
+MAX_CACHED_TOKENS = 2**16
+"""Tokens whose bytes are kept, about 100 bytes of memory each."""
 MOST_TOKENS = 2**19
 """Twice the largest vocabulary that is known."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -48,6 +50,8 @@ class HuggingFaceFile:
         self._check_ids(settings.added)
         self._added = self._encoder.get_added_tokens_decoder()
         self._rules = DecoderRules.read(self._description.get("decoder"), path)
+        self.bytes_of = lru_cache(MAX_CACHED_TOKENS)(self._compute_bytes)
+        """Returns the UTF-8 text of a token; added tokens are written as they are."""
         self.strips_first_space = self._rules.strips_first_space
         self.vocab_size = 1 + max(self._encoder.get_vocab(with_added_tokens=True).values())
         if self.vocab_size > LARGEST_ID:
@@ -74,8 +78,7 @@ class HuggingFaceFile:
         token_id = self._encoder.token_to_id(token)
         return None if token_id is None else int(token_id)
 
-    def bytes_of(self, token_id: int) -> bytes:
-        """UTF-8 of the token's text; added tokens are written as they are."""
+    def _compute_bytes(self, token_id: int) -> bytes:
         token = self.id_to_token(token_id)
         return token.encode() if token_id in self._added else self._rules.bytes_of(token)
 
@@ -84,7 +87,7 @@ class HuggingFaceFile:
         """How many tokens a text has at least."""
         ids = range(self.vocab_size)
         texts = map(self.id_to_token, ids)
-        return bound_of_description(self._description, self._added.values(), map(self.bytes_of, ids), texts)
+        return bound_of_description(self._description, self._added.values(), map(self._compute_bytes, ids), texts)
 
     @cached_property
     def _literal_encoder(self) -> Any:

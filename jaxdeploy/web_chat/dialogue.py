@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxdeploy.api.client import REASONS, ServerError
-from jaxdeploy.chat.session import Reply
+from jaxdeploy.chat.session import ChatReply
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import ContextLengthError, JaxdeployError
-from jaxdeploy.messages import FinishReason
+from jaxdeploy.messages import FinishReason, TextOutput
 from jaxdeploy.unicode_text import well_formed
 
 logger = logging.getLogger("jaxdeploy")
@@ -47,7 +46,7 @@ class Turn:
     """What the user said, and the reply to it."""
 
     said: str
-    reply: Reply
+    reply: ChatReply
 
 
 @dataclass
@@ -69,8 +68,8 @@ class Dialogue:
     @property
     def figures(self) -> str:
         """How long and how fast the last reply is."""
-        last = self.turns[-1].reply if self.turns else Reply()
-        if last.tokens:
+        last = self.turns[-1].reply if self.turns else ChatReply()
+        if last.num_tokens:
             return last.figures()
         return "waiting for the first token" if self.busy else ""
 
@@ -81,7 +80,7 @@ class Dialogue:
         self.user = self.user or secrets.token_hex(8)
         said = well_formed(said)
         most = manner.gen_config.max_new_tokens
-        turn = Turn(said, Reply(started=time.perf_counter(), max_new_tokens=most))
+        turn = Turn(said, ChatReply(max_new_tokens=most))
         events = model.events(self._messages(said, manner), manner.gen_config, self.user)
         self.turns.append(turn)
         writing = self._writing = asyncio.create_task(self._write(turn, events))
@@ -141,7 +140,7 @@ class Dialogue:
         except Exception:
             logger.exception("a reply failed")
             self.error = "The web chat failed; its log says more."
-        if not turn.reply.tokens and (self.error or turn.reply.finish_reason is FinishReason.ABORT):
+        if not turn.reply.num_tokens and (self.error or turn.reply.finish_reason is FinishReason.ABORT):
             self._take_back(turn)
 
     def _take_back(self, turn: Turn) -> None:
@@ -158,26 +157,20 @@ def short_name(model: str) -> str:
     return (name.rpartition("/")[2] if is_path else name) or model
 
 
-def add(reply: Reply, event: Mapping[str, Any]) -> None:
+def add(reply: ChatReply, event: Mapping[str, Any]) -> None:
     """Add a chunk to ``reply``. A chunk counts as a token, until the server tells how many there were."""
     for choice in event.get("choices") or ():
         delta = choice.get("delta") or {}
         text, thought = delta.get("content") or "", delta.get("reasoning_content") or delta.get("reasoning") or ""
-        if text or thought:
-            reply.ended = time.perf_counter()
-            reply.first = reply.first or reply.ended
-            reply.tokens += 1
-            reply.text = _added(reply.text, text)
-            reply.thought = _added(reply.thought, thought)
         ended = choice.get("finish_reason")
-        reply.finish_reason = FinishReason(ended) if ended in REASONS else reply.finish_reason
+        reason = FinishReason(ended) if ended in REASONS else reply.finish_reason
+        if text or thought:
+            reply.add(TextOutput("", text, (0,), finish_reason=reason))
+            reply.text = well_formed(reply.text)
+            reply.thought = well_formed(reply.thought + thought)
+        reply.finish_reason = reason
     if usage := event.get("usage"):
-        reply.tokens = usage["completion_tokens"]
-
-
-def _added(text: str, more: str) -> str:
-    """Both together, as UTF-8 can hold them."""
-    return text + more if well_formed(more) is more else well_formed(text + more)
+        reply.num_tokens = usage["completion_tokens"]
 
 
 def in_words(error: JaxdeployError) -> str:

@@ -14,10 +14,11 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from jaxdeploy.config import ChatTemplateConfig, EngineConfig
-from jaxdeploy.engine.front.generator import Generator, TextOutput, TextRequest
-from jaxdeploy.engine.front.remote import EngineDiedError
+from jaxdeploy.engine.front.generator import Generator
+from jaxdeploy.engine.front.process import EngineDiedError
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
+from jaxdeploy.messages import Request, TextOutput
 
 logger = logging.getLogger("jaxdeploy")
 
@@ -98,7 +99,7 @@ class AsyncEngine:
         if self.failure is not None:
             raise EngineStoppedError(f"the engine stopped: {type(self.failure).__name__}: {self.failure}")
 
-    async def generate(self, request: TextRequest) -> AsyncIterator[TextOutput]:
+    async def generate(self, request: Request) -> AsyncIterator[TextOutput]:
         """Outputs of ``request`` until it ends. Leaving the iteration early aborts it and frees what it holds.
 
         Raises:
@@ -108,10 +109,10 @@ class AsyncEngine:
             async for output in outputs:
                 yield output
 
-    async def generate_all(self, requests: Sequence[TextRequest]) -> AsyncGenerator[TextOutput]:
+    async def generate_all(self, requests: Sequence[Request]) -> AsyncGenerator[TextOutput]:
         """Outputs of all ``requests`` as they come, as ``generate`` does; where one fails the others are aborted."""
         stream = _Stream()
-        running = {request.request.request_id for request in requests}
+        running = {request.request_id for request in requests}
         try:
             for request in requests:
                 self._send(partial(self._submit, request, stream))
@@ -234,14 +235,14 @@ class AsyncEngine:
             except Exception:  # if the engine has died, its next step raises
                 logger.exception("a command to the engine failed")
 
-    def _submit(self, request: TextRequest, stream: _Stream) -> None:
+    def _submit(self, request: Request, stream: _Stream) -> None:
         try:
             self._check_running()
             self.generator.submit(request)
         except Exception as error:  # whatever is wrong with a request is its caller's alone
             stream.put(error)
         else:
-            self._streams[request.request.request_id] = stream
+            self._streams[request.request_id] = stream
 
     def _deliver(self, outputs: Iterable[TextOutput]) -> None:
         """Hand ``outputs`` to their streams. Outputs of a request that has ended are dropped."""

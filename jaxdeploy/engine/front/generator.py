@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,63 +16,20 @@ from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.front.engine_like import EngineLike
 from jaxdeploy.engine.front.supervisor import Supervisor
 from jaxdeploy.engine.front.text_stream import TextStream
-from jaxdeploy.errors import JaxdeployError
 from jaxdeploy.generation.defaults import read_generation_defaults
-from jaxdeploy.generation.resolved import ResolvedGeneration, eos_token_ids
+from jaxdeploy.generation.resolved import ResolvedGeneration, Settings, eos_token_ids, resolve
+from jaxdeploy.grammar.response_format import grammar_of
 from jaxdeploy.messages import (
-    NO_SPECULATION,
     FinishReason,
-    PromptReading,
     Request,
-    SpeculationCounts,
     StepOutput,
-    TokenLogprob,
+    TextOutput,
 )
 from jaxdeploy.models.registry import architecture_of
 from jaxdeploy.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class TextRequest:
-    """A request and what happens to its text: stop words to match, special tokens to show."""
-
-    request: Request
-    stop_words: tuple[str, ...] = ()
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
-    include_stop: bool = False
-
-    @classmethod
-    def of(cls, request: Request, how: ResolvedGeneration) -> TextRequest:
-        """``request``, its text treated as ``how`` says."""
-        return cls(
-            request,
-            stop_words=how.stop_words,
-            skip_special_tokens=how.skip_special_tokens,
-            spaces_between_special_tokens=how.spaces_between_special_tokens,
-            include_stop=how.include_stop,
-        )
-
-
-@dataclass(frozen=True)
-class TextOutput:
-    """What a step added to a reply: text and tokens since the last output, and how it ended if it did.
-
-    ``stop_word`` is the text that ended it, where one did; ``prompt`` comes once, where it was asked for;
-    ``speculation`` counts the drafts of the whole reply, up to here. ``error`` comes with ``FinishReason.ERROR``:
-    why the request ended.
-    """
-
-    request_id: str
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
-    cached_tokens: int = 0
-    stop_word: str | None = None
-    prompt: PromptReading | None = None
-    speculation: SpeculationCounts = NO_SPECULATION
-    error: JaxdeployError | None = field(default=None, compare=False)
+MAX_CACHED_WORDS = 256
+"""Stop words whose token ids are kept."""
 
 
 class Generator:
@@ -97,7 +53,7 @@ class Generator:
         self.generation_defaults = defaults
         self.eos_token_ids = eos
         self.session_len = engine.limits.session_len
-        self._streams: dict[str, tuple[TextRequest, TextStream]] = {}
+        self._streams: dict[str, tuple[Request, TextStream]] = {}
 
     @classmethod
     def from_pretrained(
@@ -131,18 +87,41 @@ class Generator:
         engine: EngineLike = Supervisor(build) if own_process else build()
         return cls(engine, tokenizer, template, defaults, ends)
 
+    def resolve(
+        self,
+        settings: Settings,
+        *,
+        chat: bool,
+        to_grammar: Callable[[Mapping[str, Any]], str | None] = grammar_of,
+    ) -> ResolvedGeneration:
+        """Fill in the defaults of the model, for a ``chat`` also its stop words. Raises as ``resolve``."""
+        return resolve(
+            settings,
+            self.generation_defaults,
+            self.tokenizer,
+            eos_token_ids=self.eos_token_ids,
+            template_stops=self.template.stop_words if chat else (),
+            to_grammar=to_grammar,
+            encode_word=self._encode_word,
+        )
+
+    @cached_property
+    def _encode_word(self) -> Callable[[str], Sequence[int]]:
+        """Encodes stop words, which are often the same."""
+        return lru_cache(MAX_CACHED_WORDS)(partial(self.tokenizer.encode, add_bos=False))
+
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has anything to do."""
         return self.engine.has_work
 
-    def submit(self, request: TextRequest) -> None:
+    def submit(self, request: Request) -> None:
         """Queue a request. Raises ``ContextLengthError`` and other ``RequestError``s; nothing is queued then."""
-        name = request.request.request_id
-        check_name(request.request, name in self._streams)
+        if request.request_id in self._streams:
+            check_name(request, True)
         stream = self._stream_of(request)
-        self.engine.add(request.request)
-        self._streams[name] = (request, stream)
+        self.engine.add(request)
+        self._streams[request.request_id] = (request, stream)
 
     def step(self) -> list[TextOutput]:
         """Run one engine step.
@@ -184,17 +163,18 @@ class Generator:
     ) -> None:
         self.close()
 
-    def _stream_of(self, request: TextRequest) -> TextStream:
+    def _stream_of(self, request: Request) -> TextStream:
+        options = request.text
         decoder = self.tokenizer.detokenizer(
-            skip_special_tokens=request.skip_special_tokens,
-            spaces_between_special_tokens=request.spaces_between_special_tokens,
-            prompt_ids=request.request.prompt_token_ids,
+            skip_special_tokens=options.skip_special_tokens,
+            spaces_between_special_tokens=options.spaces_between_special_tokens,
+            prompt_ids=request.prompt_token_ids,
         )
         return TextStream(
             decoder,
-            request.stop_words,
-            include_stop=request.include_stop,
-            min_new_tokens=request.request.sampling.min_new_tokens,
+            options.stop_words,
+            include_stop=options.include_stop,
+            min_new_tokens=request.sampling.min_new_tokens,
         )
 
     def _text_or_failure(self, output: StepOutput) -> TextOutput:
@@ -208,7 +188,7 @@ class Generator:
         request, stream = self._streams[output.request_id]
         reason = output.finish_reason
         shown = output.token_ids
-        if reason is FinishReason.STOP and not request.include_stop:
+        if reason is FinishReason.STOP and not request.text.include_stop:
             shown = shown[:-1]
         text, tokens = "", output.token_ids
         for count, token in enumerate(shown, 1):
@@ -223,12 +203,12 @@ class Generator:
             output.request_id,
             text,
             tokens,
-            output.logprobs[: len(tokens)],
-            reason,
-            output.cached_tokens,
-            stream.stop_word,
-            output.prompt,
-            output.speculation,
+            logprobs=output.logprobs[: len(tokens)],
+            finish_reason=reason,
+            cached_tokens=output.cached_tokens,
+            stop_word=stream.stop_word,
+            prompt=output.prompt,
+            speculation=output.speculation,
             error=output.error if reason is FinishReason.ERROR else None,
         )
 

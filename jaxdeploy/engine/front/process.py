@@ -16,7 +16,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from jaxdeploy.errors import ConfigError
+from jaxdeploy.errors import ConfigError, JaxdeployError
 
 NAME = "jaxdeploy-engine"
 UNGUARDED = 64
@@ -25,6 +25,13 @@ OF_THE_OWNER = (signal.SIGINT, signal.SIGTERM)
 """Signals that a terminal or a service manager sends to both processes. Only the owner acts on them."""
 PR_SET_PDEATHSIG = 1
 """Linux: the signal that a process gets when the thread that started it ends."""
+
+
+class EngineDiedError(JaxdeployError):
+    """The engine's process has ended; the message has the reason."""
+
+    exit_code = 1
+    http_status = 503
 
 
 class UnguardedScriptError(ConfigError):

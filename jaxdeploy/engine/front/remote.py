@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import multiprocessing
 import os
 import pickle
 import select
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from jaxdeploy.engine.checks import RequestLimits, check_name
-from jaxdeploy.engine.failure import failure
-from jaxdeploy.engine.front import process
+from jaxdeploy.engine.front import child, process
+from jaxdeploy.engine.front.child import Report
 from jaxdeploy.engine.front.engine_like import EngineLike
+from jaxdeploy.engine.front.process import EngineDiedError
 from jaxdeploy.engine.scheduling.adapters import check_adapter
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
-from jaxdeploy.messages import FinishReason, Request, StepOutput
+from jaxdeploy.messages import Request, StepOutput
 
 logger = logging.getLogger("jaxdeploy")
 
-PATIENCE = 0.5
+STEP_TIMEOUT = 0.5
 """Seconds that ``step`` waits for outputs, unless it is woken."""
-SWITCH_INTERVAL = 1e-4
-"""Seconds after which the thread that sends has to let the one that steps go on; Python's own 5 ms are a whole step."""
-ANSWER_PAUSE = 0.01
-"""Seconds between two looks for the answer to a call, while there is nothing else to do."""
-LAST_WORDS = 10.0
+EXIT_TIMEOUT = 10.0
 """Seconds that the process has to end by itself."""
-
-
-class EngineDiedError(JaxdeployError):
-    """The engine's process has ended; the message has the reason."""
-
-    exit_code = 1
-    http_status = 503
 
 
 class RemoteEngine:
@@ -59,8 +45,8 @@ class RemoteEngine:
     def __init__(self, build: Callable[[], EngineLike], *, wait: bool = True) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        # ``build`` travels as bytes: what it imports (JAX) is imported when the process already watches its owner.
-        self._process = process.start(_serve, theirs, pickle.dumps(build), logger.getEffectiveLevel())
+        # ``build`` is sent as bytes: the process imports its modules (JAX) after it has begun to watch its owner.
+        self._process = process.start(child.main, theirs, pickle.dumps(build), logger.getEffectiveLevel())
         theirs.close()
         self._woken, self._waker = spawn.Pipe(duplex=False)
         os.set_blocking(self._waker.fileno(), False)
@@ -69,9 +55,10 @@ class RemoteEngine:
         self._waiting = select.poll()
         for readable in (self._connection, self._woken):
             self._waiting.register(readable, select.POLLIN)
-        self._names: dict[str, str] = {}
-        """What a request is called there → its name here: names may be used again, numbers are not."""
-        self._numbers: dict[str, str] = {}
+        self._unfinished: set[str] = set()
+        """Ids of requests that have not ended."""
+        self._aborted: dict[str, int] = {}
+        """Id → aborts that the process has not confirmed. Until then its outputs belong to an earlier request."""
         self._count = 0
         self._asked: dict[int, Future[None]] = {}
         """Calls that are not answered yet, by their numbers."""
@@ -104,32 +91,31 @@ class RemoteEngine:
     def stats(self) -> EngineStats:
         """How it stands, as far as it has said. Requests that it has not mentioned count as waiting."""
         self._drain(0)
-        unknown = len(self._numbers) - self._stats.running
+        unknown = len(self._unfinished) - self._stats.running
         return replace(self._stats, waiting=max(self._stats.waiting, unknown))
 
     @property
     def has_work(self) -> bool:
         """Whether outputs or answers are to come."""
-        return bool(self._numbers or self._asked)
+        return bool(self._unfinished or self._asked)
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises like ``Engine.add``."""
-        check_name(request, request.request_id in self._numbers)
+        if request.request_id in self._unfinished:
+            check_name(request, True)
         self.limits.check(request)
         if request.adapter is not None:
             check_adapter(request.adapter, self._stats.adapters)
-        self._count += 1
-        number = f"{request.request_id}#{self._count}"
-        self._send("add", replace(request, request_id=number))
-        self._numbers[request.request_id] = number
-        self._names[number] = request.request_id
+        self._send("add", request)
+        self._unfinished.add(request.request_id)
 
     def abort(self, request_id: str) -> None:
-        """Drop a request; one that has ended, or never was, is no error."""
-        number = self._numbers.pop(request_id, None)
-        if number is not None:
-            del self._names[number]
-            self._send("abort", number)
+        """Drop a request; one that has ended, or never was, is no error. Its id may be used again at once."""
+        if request_id in self._unfinished:
+            self._unfinished.remove(request_id)
+            self._arrived = [output for output in self._arrived if output.request_id != request_id]
+            self._aborted[request_id] = self._aborted.get(request_id, 0) + 1
+            self._send("abort", request_id)
 
     def load_adapter(self, name: str, folder: str | Path) -> Future[None]:
         """Have a LoRA adapter read; ``step`` takes the answer. Raises like ``Engine.load_adapter``, in the future."""
@@ -149,16 +135,16 @@ class RemoteEngine:
 
         Outputs that arrived before the process ended are returned first; the next call raises ``EngineDiedError``.
         """
-        self._drain(0 if self._arrived else PATIENCE)
+        self._drain(0 if self._arrived else STEP_TIMEOUT)
         outputs, self._arrived = self._arrived, []
-        return [self._named(output) for output in outputs if output.request_id in self._names]
+        return [output for output in outputs if self._is_current(output)]
 
     def close(self) -> None:
         """End the process, and with it give the device memory back."""
         if self._limits is not None and self._end is None and self._process.is_alive():
             with suppress(EngineDiedError):
                 self._send("close", None)
-                self._process.join(LAST_WORDS)
+                self._process.join(EXIT_TIMEOUT)
         process.kill(self._process)
         self._fail_calls(EngineDiedError("the engine was closed before it had answered"))
         with self._waking:
@@ -167,7 +153,7 @@ class RemoteEngine:
 
     def _wait_until_ready(self) -> None:
         try:
-            while not self.ready(PATIENCE):
+            while not self.ready(STEP_TIMEOUT):
                 pass
         except BaseException:  # Ctrl-C too: no process is left
             self.close()
@@ -184,23 +170,33 @@ class RemoteEngine:
         try:
             while self._end is None and self._connection.poll():
                 if (message := self._receive()) is not None:
-                    self._take(*message)
+                    self._take(message)
         except Exception as error:  # the end of the process, or what it failed with
             self._end = error
         if self._end is not None and not self._arrived:
             raise self._end
 
-    def _take(self, outputs: list[StepOutput], stats: EngineStats, answers: list[tuple[int, Exception | None]]) -> None:
-        self._arrived += outputs
-        self._stats = stats
-        for number, error in answers:
+    def _take(self, report: Report) -> None:
+        for request_id in report.aborted:
+            self._confirm(request_id)
+        self._arrived += (output for output in report.outputs if output.request_id not in self._aborted)
+        self._stats = report.stats
+        for number, error in report.answers:
             _settle(self._asked.pop(number), error)
 
-    def _named(self, output: StepOutput) -> StepOutput:
-        name = self._names[output.request_id]
+    def _confirm(self, request_id: str) -> None:
+        """Count an abort that the process has made. What it sends from now on belongs to a later request."""
+        self._aborted[request_id] -= 1
+        if not self._aborted[request_id]:
+            del self._aborted[request_id]
+
+    def _is_current(self, output: StepOutput) -> bool:
+        """Return whether the request of an output has not ended; it ends with its last output."""
+        if output.request_id not in self._unfinished:
+            return False
         if output.finish_reason is not None:
-            del self._names[output.request_id], self._numbers[name]
-        return replace(output, request_id=name)
+            self._unfinished.remove(output.request_id)
+        return True
 
     def _call(self, method: str, *arguments: Any) -> Future[None]:
         """Have a method of the engine called that answers later."""
@@ -217,7 +213,7 @@ class RemoteEngine:
         try:
             self._connection.send((what, about))
         except OSError:
-            raise self._death() from None
+            raise self._died() from None
 
     def _receive(self) -> Any:
         """The next message, or ``None`` for a log record, which goes to the handlers here.
@@ -227,7 +223,7 @@ class RemoteEngine:
         try:
             message = self._connection.recv()
         except (EOFError, OSError):
-            raise self._death() from None
+            raise self._died() from None
         if isinstance(message, Exception):
             self._fail_calls(EngineDiedError(f"the engine failed: {message}"))
             raise message
@@ -236,8 +232,8 @@ class RemoteEngine:
             return None
         return message
 
-    def _death(self) -> JaxdeployError:
-        self._process.join(LAST_WORDS)
+    def _died(self) -> JaxdeployError:
+        self._process.join(EXIT_TIMEOUT)
         if self._process.exitcode == process.UNGUARDED:
             return process.UnguardedScriptError()
         error = EngineDiedError(f"the engine's process ended with exit code {self._process.exitcode}")
@@ -253,112 +249,3 @@ def _settle(answer: Future[None], error: Exception | None) -> None:
         answer.set_result(None)
     else:
         answer.set_exception(error)
-
-
-class _Calls:
-    """Methods of ``engine`` that were called and have not answered."""
-
-    def __init__(self, engine: EngineLike) -> None:
-        self._engine = engine
-        self._running: dict[int, Future[None]] = {}
-
-    @property
-    def patience(self) -> float | None:
-        """Seconds after which to look again whether one has; ``None``: there is none."""
-        return ANSWER_PAUSE if self._running else None
-
-    def begin(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
-        """Call a method. What it raises is its answer."""
-        try:
-            self._running[number] = getattr(self._engine, method)(*arguments)
-        except Exception as error:  # the caller receives it; the engine goes on
-            self._running[number] = Future()
-            self._running[number].set_exception(error)
-
-    def answers(self) -> list[tuple[int, Exception | None]]:
-        """Number and error of each that has since the last time."""
-        done = [number for number, future in self._running.items() if future.done()]
-        return [(number, _fault_of(self._running.pop(number))) for number in done]
-
-
-def _fault_of(future: Future[None]) -> Exception | None:
-    """What went wrong, as it can be sent."""
-    error = future.exception()
-    assert error is None or isinstance(error, Exception), "nobody leaves the process here"
-    return None if error is None else _sendable(error)
-
-
-def _serve(connection: Connection, build: bytes, log_level: int) -> None:
-    """The life of the process: build an engine, obey, step, report."""
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    with _outbox(connection) as send:
-        process.log_through(send, log_level)
-        try:
-            engine: EngineLike = pickle.loads(build)()
-            said = engine.stats
-            send((engine.limits, said))
-            gc.collect()
-            gc.freeze()  # what is here now stays; looking through it again and again would hold up steps
-            calls, refused = _Calls(engine), list[StepOutput]()
-            while _obey(connection, engine, calls, refused):
-                outputs, answers = [*refused, *engine.step()], calls.answers()
-                refused.clear()
-                stats = engine.stats
-                if outputs or answers or stats != said:
-                    send((outputs, stats, answers))
-                    said = stats
-            engine.close()
-        except Exception as error:
-            send(_sendable(error))
-
-
-@contextmanager
-def _outbox(connection: Connection) -> Iterator[Callable[[Any], None]]:
-    """Send from a thread: were the engine to wait for its reader, and the reader for it, nothing would go on."""
-    messages: SimpleQueue[Any] = SimpleQueue()
-
-    def deliver() -> None:
-        with suppress(OSError):  # whoever started it is gone
-            while (message := messages.get()) is not None:
-                connection.send(message)
-
-    thread = threading.Thread(target=deliver, name="jaxdeploy-outbox")
-    thread.start()
-    yield messages.put
-    messages.put(None)
-    thread.join()
-
-
-def _obey(connection: Connection, engine: EngineLike, calls: _Calls, refused: list[StepOutput]) -> bool:
-    """Do what was asked for since the last step, waiting while there is nothing else to do; whether to go on.
-
-    A request that the engine does not take is ``refused``: its adapter has just been unloaded, or it breaks a rule.
-    """
-    patience = 0 if engine.has_work else calls.patience
-    while connection.poll(patience):
-        match connection.recv():
-            case "add", request:
-                try:
-                    engine.add(request)
-                except Exception as error:  # only this request ends
-                    reason = failure(request.request_id, error)
-                    refused.append(StepOutput(request.request_id, (), FinishReason.ERROR, error=reason))
-            case "abort", name:
-                try:
-                    engine.abort(name)
-                except Exception:  # the other requests continue
-                    logger.exception("request %s could not be aborted", name)
-            case "call", call:
-                calls.begin(*call)
-            case _:
-                return False
-        patience = 0
-    return True
-
-
-def _sendable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever an exception of others does when it is pickled
-        return EngineDiedError(f"the engine failed: {type(error).__name__}: {error}")
-    return error

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from jaxdeploy.engine.checks import RequestLimits, check_name
 from jaxdeploy.engine.front.engine_like import EngineLike
-from jaxdeploy.engine.front.remote import PATIENCE, EngineDiedError, RemoteEngine
+from jaxdeploy.engine.front.process import EngineDiedError
+from jaxdeploy.engine.front.remote import STEP_TIMEOUT, RemoteEngine
 from jaxdeploy.engine.scheduling.adapters import check_adapter
 from jaxdeploy.engine.stats import EngineStats
 from jaxdeploy.errors import JaxdeployError
@@ -234,7 +235,7 @@ class Supervisor:
     def _restart_further(self) -> list[StepOutput]:
         """Wait for the new process; when it is ready, load the adapters and send the requests."""
         try:
-            if self._end is None and self._engine.ready(PATIENCE) and self._has_adapters():
+            if self._end is None and self._engine.ready(STEP_TIMEOUT) and self._has_adapters():
                 self._serve_again()
         except Exception as error:
             self._lose(error)

@@ -51,4 +51,4 @@ class Bounded(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few_members(cls, given: Any) -> Any:
-        return _few(given)
+        return _few(given) if isinstance(given, Mapping) and len(given) > MOST_KEYS else given

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.checks import MAX_LOGPROBS
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.fields import (
@@ -203,16 +203,22 @@ class ChatRequest(Sampling):
     def _belongs_together(self) -> Self:
         if self.top_logprobs and not self.logprobs:
             raise RequestError(f"top_logprobs={self.top_logprobs} needs logprobs=true; add it")
-        check_stream_options(self)
+        if self.stream_options is not None:
+            check_stream_options(self)
         if self.enable_thinking is not None:
             self.chat_template_kwargs = {"enable_thinking": self.enable_thinking, **(self.chat_template_kwargs or {})}
         if isinstance(self.tool_choice, AllowedChoice):
             self._allow(self.tool_choice.allowed_tools)
-        if self.must_call and not self.functions_to_call:
-            raise RequestError(f"tool_choice={self.tool_choice!r} names no function of tools; add it there")
-        if self.must_call and self.response_format not in (None, {}, {"type": "text"}):
-            raise RequestError("tool_choice has a call made, response_format another text; leave one of them out")
+        if self.must_call:
+            self._check_call()
         return self
+
+    def _check_call(self) -> None:
+        """Raise ``RequestError`` if the call that must be made cannot be."""
+        if not self.functions_to_call:
+            raise RequestError(f"tool_choice={self.tool_choice!r} names no function of tools; add it there")
+        if self.response_format not in (None, {}, {"type": "text"}):
+            raise RequestError("tool_choice has a call made, response_format another text; leave one of them out")
 
     def _allow(self, allowed: AllowedFunctions) -> None:
         """Keep the allowed tools, in the order of the choice. Raises ``RequestError`` for a name that no tool has."""
@@ -227,9 +233,12 @@ class ChatRequest(Sampling):
     @property
     def ending(self) -> dict[str, bool | None]:
         """How the prompt ends."""
-        return {name: getattr(self, name) for name in ("add_generation_prompt", "continue_final_message")}
+        return {
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+        }
 
-    @property
+    @cached_property
     def may_call(self) -> bool:
         """Whether calls are looked for in the reply."""
         return bool(self.tools) and self.tool_choice != "none"
@@ -251,20 +260,21 @@ class ChatRequest(Sampling):
         """Whose request it is, as far as it says."""
         return self.safety_identifier or self.user or ""
 
-    def generation(self, calls: str | None) -> GenerationConfig:
-        """How the reply is generated; as long as there is room where no length is given. It follows ``calls``, if any.
+    def generation(self, calls: str | None) -> dict[str, Any]:
+        """Return the settings of the reply, as fields of ``GenerationConfig``.
 
-        Where calls may be made, special tokens are shown: some forms of calls have them.
+        Without a limit the reply may be as long as there is room. It follows the grammar ``calls``, if any. Where calls
+        may be made, special tokens are shown: some forms of calls contain them.
         """
-        longest = self.max_completion_tokens or self.max_tokens or 2**31 - 1
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
         form = self.response_format
         if calls is not None:
             form = {"type": "grammar", "grammar": calls, "tools": self.functions_to_call}
-        config = self.generation_config(longest, logprobs, response_format=form)
-        if self.may_call:
-            config.skip_special_tokens = False
-        return config
+        fields = self.generation_fields(
+            max_new_tokens=self.max_completion_tokens or self.max_tokens or 2**31 - 1,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            response_format=form,
+        )
+        return {**fields, "skip_special_tokens": False} if self.may_call else fields
 
 
 class LogprobOf(BaseModel):

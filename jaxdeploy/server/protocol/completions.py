@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.fields import Sampling, StreamOptions, check_stream_options, refused
 from jaxdeploy.server.protocol.usage import Usage
@@ -68,12 +67,12 @@ class CompletionRequest(Sampling):
         """Whether log-probabilities of the prompt's tokens are wanted."""
         return bool(self.echo) and self.logprobs is not None
 
-    def generation(self) -> GenerationConfig:
-        """How replies are generated."""
-        longest = OPENAI_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.generation_config(
-            max(longest, 1),
-            self.logprobs,
+    def generation(self) -> dict[str, Any]:
+        """Return the settings of the replies, as fields of ``GenerationConfig``."""
+        max_tokens = OPENAI_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return self.generation_fields(
+            max_new_tokens=max(max_tokens, 1),
+            logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
             response_format=self.response_format,
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from operator import attrgetter
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
-from jaxdeploy.config import GenerationConfig
 from jaxdeploy.config.generation import MAX_ALTERNATIVES
 from jaxdeploy.engine.checks import MAX_BIASES
 from jaxdeploy.errors import RequestError
@@ -76,29 +78,44 @@ class Strict(Bounded):
     """
 
     model_config = ConfigDict(extra="forbid")
+    _refused: ClassVar[dict[str, _Refused]] = {}
+    """Name → refusal of the fields without a feature."""
+    _defaulted: ClassVar[frozenset[str]] = frozenset()
+    """Fields in which null is the default."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        refusals = {name: _refusal_of(field) for name, field in cls.model_fields.items()}
+        cls._refused = {name: refusal for name, refusal in refusals.items() if refusal is not None}
+        cls._defaulted = frozenset(
+            name for name, field in cls.model_fields.items() if field.default is not None and not field.is_required()
+        )
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nothings(cls, given: Any) -> Any:
+        """Drop values that say nothing from fields that are unknown, refused or defaulted."""
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if not cls._says_nothing(name, value)}
-
-    @classmethod
-    def _says_nothing(cls, name: str, value: Any) -> bool:
-        field = cls.model_fields.get(name)
-        if field is None or any(isinstance(about, _Refused) for about in field.metadata):
-            return value in NOTHINGS
-        return value is None and field.default is not None and not field.is_required()
+        kept = {}
+        for name, value in given.items():
+            is_read = name in cls.model_fields and name not in cls._refused
+            if (value is not None or name not in cls._defaulted) if is_read else value not in NOTHINGS:
+                kept[name] = value
+        return kept
 
     @model_validator(mode="after")
     def _refuse(self) -> Self:
-        for name, field in type(self).model_fields.items():
+        for name, refusal in self._refused.items():
             value = getattr(self, name)
-            for about in field.metadata:
-                if isinstance(about, _Refused) and value not in (*NOTHINGS, *about.fine):
-                    raise RequestError(f"{name}={value!r:.60} is not there; {about.advice}")
+            if value is not None and value not in NOTHINGS and value not in refusal.fine:
+                raise RequestError(f"{name}={value!r:.60} is not there; {refusal.advice}")
         return self
+
+
+def _refusal_of(field: FieldInfo) -> _Refused | None:
+    return next((about for about in field.metadata if isinstance(about, _Refused)), None)
 
 
 SAME_NAMES = (
@@ -108,6 +125,9 @@ SAME_NAMES = (
     *("skip_special_tokens", "spaces_between_special_tokens", "num_speculative_tokens"),
 )
 """Fields of a request that ``GenerationConfig`` has by the same names."""
+
+_SAME_FIELDS = attrgetter(*SAME_NAMES)
+"""Returns their values."""
 
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -163,23 +183,27 @@ class Sampling(Unpacked):
         """``stop`` as a list."""
         return as_stops(self.stop)
 
-    def generation_config(self, max_new_tokens: int | None, logprobs: int | None, **more: Any) -> GenerationConfig:
-        """The fields as the engine's own config. As OpenAI has it, a reply is drawn at random unless told otherwise."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in SAME_NAMES}
-        return GenerationConfig(
-            **fields,
-            **more,
-            do_sample=True,
-            random_seed=self.seed,
-            stop_words=self.stop_words,
-            max_new_tokens=max_new_tokens,
-            logprobs=logprobs,
-        )
+    def generation_fields(self, **more: Any) -> dict[str, Any]:
+        """Return the fields of ``GenerationConfig`` that are set, and ``more``.
+
+        The values were checked when the request was read. As OpenAI has it, a reply is drawn at random by default.
+        """
+        fields = dict(zip(SAME_NAMES, _SAME_FIELDS(self), strict=True))
+        stops = as_stops(self.stop)
+        fields.update(more, do_sample=True, random_seed=self.seed, stop_words=stops)
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def set_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that are not ``None``."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def as_stops(stop: str | list[str] | None) -> list[str]:
     """The words of a ``stop`` field; an empty text is none."""
-    words = [stop] if isinstance(stop, str) else stop or []
+    if not stop:
+        return []
+    words = [stop] if isinstance(stop, str) else stop
     return [word for word in words if word]
 
 

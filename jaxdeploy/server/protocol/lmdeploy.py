@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
 from jaxdeploy.server.protocol.chat import MOST_MESSAGES, Message
-from jaxdeploy.server.protocol.fields import Stop, Stops, TokenIds, Unpacked, as_stops, refused
+from jaxdeploy.server.protocol.fields import Stop, Stops, TokenIds, Unpacked, as_stops, refused, set_fields
 
 
 class Named(Unpacked):
@@ -65,23 +64,24 @@ class InteractiveRequest(Named):
             return [{"role": "user", "content": self.prompt}]
         return [message.model_dump() for message in self.prompt]
 
-    def generation(self) -> GenerationConfig:
-        """How the reply is generated."""
-        return GenerationConfig(
-            do_sample=True,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            temperature=self.temperature,
-            repetition_penalty=self.repetition_penalty,
-            random_seed=self.seed,
-            min_new_tokens=self.min_new_tokens,
-            ignore_eos=self.ignore_eos,
-            stop_words=as_stops(self.stop),
-            max_new_tokens=self.request_output_len or 2**31 - 1,
-            skip_special_tokens=self.skip_special_tokens,
-            spaces_between_special_tokens=self.spaces_between_special_tokens,
-        )
+    def generation(self) -> dict[str, Any]:
+        """Return the settings of the reply, as fields of ``GenerationConfig``."""
+        fields = {
+            "do_sample": True,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "temperature": self.temperature,
+            "repetition_penalty": self.repetition_penalty,
+            "random_seed": self.seed,
+            "min_new_tokens": self.min_new_tokens,
+            "ignore_eos": self.ignore_eos,
+            "stop_words": as_stops(self.stop),
+            "max_new_tokens": self.request_output_len or 2**31 - 1,
+            "skip_special_tokens": self.skip_special_tokens,
+            "spaces_between_special_tokens": self.spaces_between_special_tokens,
+        }
+        return set_fields(fields)
 
 
 class InteractiveReply(BaseModel):
@@ -127,24 +127,25 @@ class GenerateRequest(Named):
             raise RequestError("prompt or input_ids must be given, and not both; leave one out")
         return self
 
-    def generation(self) -> GenerationConfig:
-        """How the reply is generated."""
-        return GenerationConfig(
-            do_sample=True,
-            temperature=self.temperature,
-            repetition_penalty=self.repetition_penalty,
-            ignore_eos=self.ignore_eos,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            stop_words=as_stops(self.stop),
-            stop_token_ids=self.stop_token_ids,
-            max_new_tokens=self.max_tokens,
-            skip_special_tokens=self.skip_special_tokens,
-            spaces_between_special_tokens=self.spaces_between_special_tokens,
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            logprobs=0 if self.return_logprob else None,
-        )
+    def generation(self) -> dict[str, Any]:
+        """Return the settings of the reply, as fields of ``GenerationConfig``."""
+        fields = {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "repetition_penalty": self.repetition_penalty,
+            "ignore_eos": self.ignore_eos,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "stop_words": as_stops(self.stop),
+            "stop_token_ids": self.stop_token_ids,
+            "max_new_tokens": self.max_tokens,
+            "skip_special_tokens": self.skip_special_tokens,
+            "spaces_between_special_tokens": self.spaces_between_special_tokens,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+            "logprobs": 0 if self.return_logprob else None,
+        }
+        return set_fields(fields)
 
 
 class Ended(BaseModel):

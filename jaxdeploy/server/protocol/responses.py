@@ -1,11 +1,11 @@
-"""``/v1/responses``: OpenAI's request and reply as items, for a model that writes text and calls functions."""
+"""``/v1/responses``: OpenAI's request of items, for a model that writes text and calls functions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, TypeAdapter, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from jaxdeploy.errors import RequestError
 from jaxdeploy.grammar.response_format import nested_form
@@ -131,7 +131,6 @@ Items = Annotated[
     Field(min_length=1, max_length=MOST_MESSAGES),
     BeforeValidator(_as_items, json_schema_input_type=str | list[Item]),
 ]
-_ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])
 
 
 class FunctionTool(Strict):
@@ -251,7 +250,7 @@ class ResponsesRequest(Sampling):
 
     def chat_request(self, before: Sequence[Item]) -> ChatRequest:
         """The same, after the items of earlier responses, in the form of a chat. Raises ``RequestError``."""
-        messages = _messages([*before, *self.input])
+        messages = messages_of([*before, *self.input])
         if self.instructions:
             messages.insert(0, {"role": "system", "content": self.instructions})
         if len(messages) > MOST_MESSAGES:
@@ -280,133 +279,6 @@ class ResponsesRequest(Sampling):
         }
 
 
-class OutputText(BaseModel):
-    """Text of the reply."""
-
-    type: Literal["output_text"] = "output_text"
-    text: str = ""
-    annotations: list[None] = []
-    logprobs: list[None] = []
-
-
-class OutputThought(BaseModel):
-    """A thought."""
-
-    type: Literal["reasoning_text"] = "reasoning_text"
-    text: str = ""
-
-
-class OutputMessage(BaseModel):
-    """What the model says."""
-
-    id: str
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
-    status: ItemStatus = "in_progress"
-    content: list[OutputText] = []
-
-
-class OutputReasoning(BaseModel):
-    """What the model says to itself."""
-
-    id: str
-    type: Literal["reasoning"] = "reasoning"
-    status: ItemStatus = "in_progress"
-    summary: list[None] = []
-    content: list[OutputThought] = []
-
-
-class OutputCall(BaseModel):
-    """A call that the model makes; ``arguments`` are JSON."""
-
-    id: str
-    type: Literal["function_call"] = "function_call"
-    status: ItemStatus = "in_progress"
-    call_id: str
-    name: str
-    arguments: str = ""
-
-
-OutputItem = Annotated[OutputMessage | OutputReasoning | OutputCall, Field(discriminator="type")]
-
-
-class InputTokensDetails(BaseModel):
-    """Tokens of the prompt that were found in the cache."""
-
-    cached_tokens: int
-    cache_write_tokens: int = 0
-
-
-class OutputTokensDetails(BaseModel):
-    """Tokens of the reply that were thoughts."""
-
-    reasoning_tokens: int
-
-
-class ResponsesUsage(BaseModel):
-    """Tokens of the prompt and of the reply."""
-
-    input_tokens: int
-    input_tokens_details: InputTokensDetails
-    output_tokens: int
-    output_tokens_details: OutputTokensDetails
-    total_tokens: int
-
-
-class IncompleteDetails(BaseModel):
-    """Why a response is not complete."""
-
-    reason: Literal["max_output_tokens"]
-
-
-class ResponseError(BaseModel):
-    """Why a response failed."""
-
-    code: str
-    message: str
-
-
-class Response(BaseModel):
-    """The whole reply, and what was asked for."""
-
-    id: str
-    object: Literal["response"] = "response"
-    created_at: int
-    completed_at: int | None = None
-    status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
-    error: ResponseError | None = None
-    incomplete_details: IncompleteDetails | None = None
-    model: str
-    output: list[OutputItem] = []
-    usage: ResponsesUsage | None = None
-
-    background: bool = False
-    instructions: str | None
-    max_output_tokens: int | None
-    max_tool_calls: None = None
-    metadata: dict[str, str]
-    parallel_tool_calls: bool
-    previous_response_id: str | None
-    prompt_cache_key: str | None
-    reasoning: dict[str, None] = {"effort": None, "summary": None}
-    safety_identifier: str | None
-    service_tier: Literal["default"] = "default"
-    store: bool
-    temperature: float
-    text: dict[str, Any]
-    tool_choice: Any
-    tools: list[dict[str, Any]]
-    top_logprobs: int = 0
-    top_p: float
-    truncation: Literal["disabled"] = "disabled"
-    user: str | None
-
-    @property
-    def items(self) -> list[Item]:
-        """The output as items of a later request."""
-        return _ITEMS.validate_python([item.model_dump() for item in self.output])
-
-
 class RetrieveQuery(Strict):
     """How a stored response is asked for."""
 
@@ -416,16 +288,21 @@ class RetrieveQuery(Strict):
     include_obfuscation: Any = refused("leave it out", "false")
 
 
-class DeletedResponse(BaseModel):
-    """It is gone."""
+def _allowed(tools: list[FunctionTool], choice: AllowedTools) -> list[FunctionTool]:
+    known = {tool.name: tool for tool in tools}
+    for tool in choice.tools:
+        if tool.name not in known:
+            raise RequestError(f"tool_choice.tools: {tool.name!r:.60} names no function of tools; add it there")
+    return [known[tool.name] for tool in choice.tools]
 
-    id: str
-    object: Literal["response"] = "response"
-    deleted: Literal[True] = True
+
+def _chat_tool(tool: FunctionTool) -> dict[str, Any]:
+    function = tool.echo()
+    return {"type": function.pop("type"), "function": function}
 
 
-def _messages(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Items as messages of a chat, where the thoughts, text and calls of one reply stand together."""
+def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
+    """Return the messages of a chat. The thoughts, text and calls of one reply are one message."""
     messages: list[dict[str, Any]] = []
     for item in items:
         match item:
@@ -458,16 +335,3 @@ def _reply(messages: list[dict[str, Any]], *ending: str) -> dict[str, Any]:
 
 def _text(parts: Iterable[TextPart | RefusalPart | ReasoningPart]) -> str:
     return "".join(part.text for part in parts)
-
-
-def _allowed(tools: list[FunctionTool], choice: AllowedTools) -> list[FunctionTool]:
-    known = {tool.name: tool for tool in tools}
-    for tool in choice.tools:
-        if tool.name not in known:
-            raise RequestError(f"tool_choice.tools: {tool.name!r:.60} names no function of tools; add it there")
-    return [known[tool.name] for tool in choice.tools]
-
-
-def _chat_tool(tool: FunctionTool) -> dict[str, Any]:
-    function = tool.echo()
-    return {"type": function.pop("type"), "function": function}

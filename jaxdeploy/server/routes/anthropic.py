@@ -12,7 +12,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from jaxdeploy.messages import FinishReason
-from jaxdeploy.server.conversation import Replies, WholeReply, chat_prompt
+from jaxdeploy.server.context import RequestContext
+from jaxdeploy.server.conversation import ParsedReply, chat_replies, chat_requests
 from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Text, Thought
 from jaxdeploy.server.protocol.anthropic import (
@@ -25,6 +26,7 @@ from jaxdeploy.server.protocol.anthropic import (
 )
 from jaxdeploy.server.protocol.chat import ChatRequest
 from jaxdeploy.server.protocol.stream_event import StreamEvent
+from jaxdeploy.server.replies import Replies
 from jaxdeploy.server.streaming import NAMED_PING, STREAMS, named_event_stream
 
 router = APIRouter(tags=["Anthropic"])
@@ -37,13 +39,13 @@ async def messages(
     """Go on with a conversation."""
     adapter = served.adapter_of(asked.model)
     chat = asked.chat_request()
-    origin = caller.origin(f"msg_{reply_id}", user=chat.tenant, adapter=adapter)
-    prompt = await while_connected(request, chat_prompt(served, chat))
-    replies = Replies(served, chat, prompt, origin)
+    context = caller.context(f"msg_{reply_id}", user=chat.tenant, adapter=adapter)
+    requests = await while_connected(request, chat_requests(served, chat, context))
+    replies = chat_replies(served, chat, requests, context, stream=bool(asked.stream))
     if asked.stream:
         replies.check_room()
-        return named_event_stream(_Stream(replies).events(), ping=NAMED_PING)
-    return await while_connected(request, _whole(replies))
+        return named_event_stream(_Stream(chat, replies).events(), ping=NAMED_PING)
+    return await while_connected(request, _whole(chat, replies))
 
 
 @router.post("/v1/messages/count_tokens")
@@ -51,18 +53,18 @@ async def count_tokens(asked: CountRequest, request: Request, served: Model) -> 
     """How many tokens a conversation has as the model reads it."""
     served.check_model(asked.model)
     chat = ChatRequest(**asked.chat_fields())
-    prompt = await while_connected(request, chat_prompt(served, chat))
-    return TokenCount(input_tokens=len(prompt.ids))
+    (counted,) = await while_connected(request, chat_requests(served, chat, RequestContext("")))
+    return TokenCount(input_tokens=len(counted.prompt_token_ids))
 
 
-async def _whole(replies: Replies) -> MessagesReply:
+async def _whole(chat: ChatRequest, replies: Replies[ParsedReply]) -> MessagesReply:
     (reply,) = await replies.whole()
     return MessagesReply(
-        id=replies.origin.request_id,
+        id=replies.context.request_id,
         model=replies.model,
         content=_blocks(reply),
-        stop_reason=_stop_reason(replies, reply.finish_reason, reply.stop_word),
-        stop_sequence=_stop_sequence(replies, reply.stop_word),
+        stop_reason=_stop_reason(chat, reply),
+        stop_sequence=_stop_sequence(chat, reply),
         usage=_usage(replies),
     )
 
@@ -70,15 +72,15 @@ async def _whole(replies: Replies) -> MessagesReply:
 class _Stream:
     """A reply as Anthropic's events: one block after the other, each begun, filled and ended."""
 
-    def __init__(self, replies: Replies) -> None:
-        self._replies = replies
+    def __init__(self, chat: ChatRequest, replies: Replies[ParsedReply]) -> None:
+        self._chat, self._replies = chat, replies
         self._blocks = 0
         self._open: str | None = None
 
     async def events(self) -> AsyncGenerator[StreamEvent]:
         """From ``message_start`` to ``message_stop``."""
         begun = MessagesReply(
-            id=self._replies.origin.request_id,
+            id=self._replies.context.request_id,
             model=self._replies.model,
             content=[],
             stop_reason=None,
@@ -86,18 +88,17 @@ class _Stream:
             usage=_usage(self._replies),
         )
         yield StreamEvent.of("message_start", message=begun.model_dump())
-        reason, stop_word = None, None
-        async with aclosing(self._replies.pieces()) as pieces:
-            async for _, output, events in pieces:
-                for event in events:
+        (reply,) = self._replies.replies
+        async with aclosing(self._replies.outputs()) as outputs:
+            async for _ in outputs:
+                for event in reply.events:
                     for made in self._events(event):
                         yield made
-                reason, stop_word = output.finish_reason, output.stop_word
         for made in self._end_block():
             yield made
         ended = {
-            "stop_reason": _stop_reason(self._replies, reason, stop_word),
-            "stop_sequence": _stop_sequence(self._replies, stop_word),
+            "stop_reason": _stop_reason(self._chat, reply),
+            "stop_sequence": _stop_sequence(self._chat, reply),
         }
         usage = _usage(self._replies).model_dump()
         yield StreamEvent.of("message_delta", delta=ended, usage=usage)
@@ -136,7 +137,7 @@ class _Stream:
         return StreamEvent.of("content_block_delta", index=self._blocks, delta=delta)
 
 
-def _blocks(reply: WholeReply) -> list[dict[str, Any]]:
+def _blocks(reply: ParsedReply) -> list[dict[str, Any]]:
     blocks: list[dict[str, Any]] = []
     if reply.thought:
         blocks.append({"type": "thinking", "thinking": reply.thought, "signature": ""})
@@ -148,21 +149,21 @@ def _blocks(reply: WholeReply) -> list[dict[str, Any]]:
     return blocks
 
 
-def _stop_reason(replies: Replies, reason: FinishReason | None, stop_word: str | None) -> StopReason:
-    if reason is FinishReason.LENGTH:
+def _stop_reason(chat: ChatRequest, reply: ParsedReply) -> StopReason:
+    if reply.finish_reason is FinishReason.LENGTH:
         return "max_tokens"
-    if _stop_sequence(replies, stop_word) is not None:
+    if _stop_sequence(chat, reply) is not None:
         return "stop_sequence"
-    return "tool_use" if replies.has_called(0) else "end_turn"
+    return "tool_use" if reply.parser.num_calls else "end_turn"
 
 
-def _stop_sequence(replies: Replies, stop_word: str | None) -> str | None:
-    """The stop word, if it is one of the request's."""
-    return stop_word if stop_word in replies.asked.stop_words else None
+def _stop_sequence(chat: ChatRequest, reply: ParsedReply) -> str | None:
+    """Return the stop word, if it is one of the request's."""
+    return reply.stop_word if reply.stop_word in chat.stop_words else None
 
 
-def _usage(replies: Replies) -> AnthropicUsage:
-    counted = replies.counts.usage
+def _usage(replies: Replies[ParsedReply]) -> AnthropicUsage:
+    counted = replies.usage
     cached = counted.prompt_tokens_details.cached_tokens
     return AnthropicUsage(
         input_tokens=counted.prompt_tokens - cached,

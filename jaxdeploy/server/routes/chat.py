@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from jaxdeploy.engine.front.generator import TextOutput
-from jaxdeploy.messages import FinishReason
-from jaxdeploy.server.collected import chat_logprobs
-from jaxdeploy.server.conversation import Replies, WholeReply, chat_prompt
+from jaxdeploy.messages import FinishReason, TextOutput
+from jaxdeploy.server.conversation import ParsedReply, chat_replies, chat_requests
 from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
+from jaxdeploy.server.logprobs import chat_logprobs
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Text, Thought
 from jaxdeploy.server.protocol.chat import (
     CallDelta,
@@ -28,6 +27,7 @@ from jaxdeploy.server.protocol.chat import (
     Reply,
     ToolCall,
 )
+from jaxdeploy.server.replies import Replies
 from jaxdeploy.server.streaming import STREAMS, event_stream
 
 router = APIRouter(tags=["OpenAI"])
@@ -40,59 +40,58 @@ async def chat_completions(
     """Go on with a conversation."""
     adapter = served.adapter_of(asked.model)
     served.check_number(asked.n or 1)
-    origin = caller.origin(
+    context = caller.context(
         f"chatcmpl-{reply_id}",
         user=asked.tenant,
         priority=asked.priority,
         session_id=asked.session_id,
         adapter=adapter,
     )
-    prompt = await while_connected(request, chat_prompt(served, asked))
-    job = _Job(Replies(served, asked, prompt, origin))
+    requests = await while_connected(request, chat_requests(served, asked, context))
+    job = _Job(asked, chat_replies(served, asked, requests, context, stream=bool(asked.stream)))
     if asked.stream:
         job.replies.check_room()
-        return event_stream(job.chunks(), ping=job.silence())
+        return event_stream(job.chunks(), ping=job.silence)
     return await while_connected(request, job.whole())
 
 
 class _Job:
     """``replies`` in OpenAI's form."""
 
-    def __init__(self, replies: Replies) -> None:
+    def __init__(self, asked: ChatRequest, replies: Replies[ParsedReply]) -> None:
         self.replies = replies
-        self._asked, self._tokenizer = replies.asked, replies.served.tokenizer
+        self._asked, self._tokenizer = asked, replies.service.tokenizer
         self._created = int(time.time())
-        options = replies.asked.stream_options
-        self._with_usage = options is not None and options.include_usage
+        self._with_usage = asked.stream_options is not None and asked.stream_options.include_usage
 
     async def whole(self) -> ChatReply:
-        """All of them in one answer."""
+        """Return all replies in one answer."""
         whole = await self.replies.whole()
         return ChatReply(
-            id=self.replies.origin.request_id,
+            id=self.replies.context.request_id,
             object="chat.completion",
             created=self._created,
             model=self.replies.model,
             choices=[self._choice(index, reply) for index, reply in enumerate(whole)],
-            usage=self.replies.counts.usage,
+            usage=self.replies.usage,
         )
 
     async def chunks(self) -> AsyncGenerator[ChatChunk]:
-        """Who speaks, then what is said, then, where it was asked for, what it took."""
-        for index in range(len(self.replies)):
+        """Yield the role of each reply, its text as it arrives, and at the end the usage if it was asked for."""
+        for index in range(len(self.replies.requests)):
             yield self._chunk(ChunkChoice(index=index, delta=Delta(role="assistant", content=""), finish_reason=None))
-        async with aclosing(self.replies.pieces()) as pieces:
-            async for index, output, events in pieces:
-                for choice in self._pieces(index, output, events):
+        async with aclosing(self.replies.outputs()) as outputs:
+            async for index, output in outputs:
+                for choice in self._choices_of(index, output):
                     yield self._chunk(choice)
         if self._with_usage:
             yield self._chunk()
 
     def silence(self) -> ChatChunk:
-        """A chunk that adds nothing."""
+        """Return a chunk that adds nothing."""
         return self._chunk(ChunkChoice(index=0, delta=Delta(), finish_reason=None))
 
-    def _choice(self, index: int, reply: WholeReply) -> Choice:
+    def _choice(self, index: int, reply: ParsedReply) -> Choice:
         message = Reply(role="assistant", content=reply.text or (None if reply.calls else ""), refusal=None)
         if reply.thought:
             message.reasoning_content = reply.thought
@@ -105,33 +104,34 @@ class _Job:
         reason = self._finish_reason(index, reply.finish_reason)
         return Choice(index=index, message=message, logprobs=logprobs, finish_reason=reason)
 
-    def _pieces(self, index: int, output: TextOutput, events: list[Event]) -> Iterator[ChunkChoice]:
-        """What an output adds: a chunk for each event, log-probabilities with the first, why it ended with the last."""
-        deltas = [_delta(event) for event in events]
+    def _choices_of(self, index: int, output: TextOutput) -> list[ChunkChoice]:
+        """Return a choice for each event of an output. The first has the log-probabilities, the last the reason."""
+        deltas = [_delta(event) for event in self.replies.replies[index].events]
         reason = None if output.finish_reason is None else self._finish_reason(index, output.finish_reason)
-        wanted = self._asked.logprobs and output.logprobs
-        if not deltas and (wanted or reason):
+        logprobs = output.logprobs if self._asked.logprobs else ()
+        if not deltas and (logprobs or reason):
             deltas = [Delta()]
-        for at, delta in enumerate(deltas):
-            last = reason if at + 1 == len(deltas) else None
-            choice = ChunkChoice(index=index, delta=delta, finish_reason=last)
-            if wanted and at == 0:
-                choice.logprobs = chat_logprobs(self._tokenizer, list(output.logprobs))
-            yield choice
+        choices = [ChunkChoice(index=index, delta=delta, finish_reason=None) for delta in deltas]
+        if logprobs:
+            choices[0].logprobs = chat_logprobs(self._tokenizer, logprobs)
+        if choices:
+            choices[-1].finish_reason = reason
+        return choices
 
     def _finish_reason(self, index: int, reason: FinishReason | None) -> str:
-        return "tool_calls" if reason is FinishReason.STOP and self.replies.has_called(index) else str(reason)
+        calls = self.replies.replies[index].parser.num_calls
+        return "tool_calls" if reason is FinishReason.STOP and calls else str(reason)
 
     def _chunk(self, *choices: ChunkChoice) -> ChatChunk:
         chunk = ChatChunk(
-            id=self.replies.origin.request_id,
+            id=self.replies.context.request_id,
             object="chat.completion.chunk",
             created=self._created,
             model=self.replies.model,
             choices=list(choices),
         )
         if self._with_usage:
-            chunk.usage = None if choices else self.replies.counts.usage
+            chunk.usage = None if choices else self.replies.usage
         return chunk
 
 

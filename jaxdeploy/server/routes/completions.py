@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
+from jaxdeploy.generation.reply import Reply
 from jaxdeploy.messages import PromptReading, TokenLogprob
-from jaxdeploy.server.collected import Collected, Counts, collect, token_text
+from jaxdeploy.messages import Request as Generation
+from jaxdeploy.server.context import RequestContext
 from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
+from jaxdeploy.server.logprobs import token_text
 from jaxdeploy.server.protocol.completions import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionReply,
     CompletionRequest,
 )
-from jaxdeploy.server.served import Origin, Prompt, Served
+from jaxdeploy.server.replies import Replies
+from jaxdeploy.server.service import ModelService
 from jaxdeploy.server.streaming import STREAMS, event_stream
 
 router = APIRouter(tags=["OpenAI"])
@@ -30,53 +35,54 @@ async def completions(
 ) -> CompletionReply | StreamingResponse:
     """Go on with a text, or with each of several."""
     adapter = served.adapter_of(asked.model)
-    origin = caller.origin(f"cmpl-{reply_id}", user=asked.user or "", priority=asked.priority, adapter=adapter)
+    context = caller.context(f"cmpl-{reply_id}", user=asked.user or "", priority=asked.priority, adapter=adapter)
     served.check_number(len(asked.prompts) * (asked.n or 1))
-    prompts = await while_connected(request, _resolved(served, asked))
-    job = _Job(served, asked, prompts, origin)
+    requests = await while_connected(request, _requests(served, asked, context))
+    make_reply = partial(Reply, keeps_content=not asked.stream)
+    job = _Job(asked, Replies(served, requests, context, make_reply, asked.n or 1))
     if asked.stream:
-        served.check_room(prompts)
-        return event_stream(job.chunks(), ping=job.silence())
+        job.replies.check_room()
+        return event_stream(job.chunks(), ping=job.silence)
     return await while_connected(request, job.whole())
 
 
-async def _resolved(served: Served, asked: CompletionRequest) -> list[Prompt]:
-    config = asked.generation()
-    return [await served.resolved(await served.ids_of(given), config, chat=False) for given in asked.prompts]
+async def _requests(served: ModelService, asked: CompletionRequest, context: RequestContext) -> list[Generation]:
+    settings = asked.generation()
+    requests: list[Generation] = []
+    for given in asked.prompts:
+        ids = await served.encoder.ids_of(given)
+        requests += await served.requests(ids, settings, context, chat=False, first=len(requests))
+    return requests
 
 
 class _Job:
-    """The replies to one request."""
+    """``replies`` in OpenAI's form."""
 
-    def __init__(self, served: Served, asked: CompletionRequest, prompts: Sequence[Prompt], origin: Origin) -> None:
-        self._served, self._asked, self._prompts, self._origin = served, asked, prompts, origin
+    def __init__(self, asked: CompletionRequest, replies: Replies[Reply]) -> None:
+        self._asked, self.replies = asked, replies
         self._created = int(time.time())
-        n = prompts[0].how.n
-        self._counts = Counts(sum(len(prompt.ids) for prompt in prompts), n)
-        self._echoes = [self._echo(prompt) for prompt in prompts for _ in range(n)]
+        self._tokenizer = replies.service.tokenizer
+        self._echoes = [self._echo(request) for request in replies.requests]
         self._offsets = [0 if asked.scores_prompt else len(echo) for echo in self._echoes]
-        scored = [len(prompt.ids) if asked.scores_prompt else 0 for prompt in prompts for _ in range(n)]
-        self._prompt_tokens = scored
+        self._prompt_tokens = [
+            len(request.prompt_token_ids) if asked.scores_prompt else 0 for request in replies.requests
+        ]
         """Prompt tokens of each reply whose log-probabilities are still to be reported."""
         self._runs = asked.max_tokens != 0 or asked.scores_prompt
 
     async def whole(self) -> CompletionReply:
-        """All of them in one answer."""
-        if self._runs:
-            async with aclosing(self._served.replies(self._prompts, self._origin)) as pieces:
-                replies = await collect(pieces, len(self._echoes), self._counts)
-        else:
-            replies = [Collected() for _ in self._echoes]
+        """Return all replies in one answer."""
+        replies = await self.replies.whole() if self._runs else self.replies.replies
         return CompletionReply(
-            id=self._origin.request_id,
+            id=self.replies.context.request_id,
             created=self._created,
-            model=self._served.model_of(self._origin),
+            model=self.replies.model,
             choices=[self._whole_choice(index, reply) for index, reply in enumerate(replies)],
-            usage=self._counts.usage,
+            usage=self.replies.usage,
         )
 
     async def chunks(self) -> AsyncGenerator[CompletionReply]:
-        """Piece by piece."""
+        """Yield the replies piece by piece."""
         asked = self._asked
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         ends = "length" if asked.max_tokens == 0 else None
@@ -85,9 +91,8 @@ class _Job:
                 if echo:
                     yield self._chunk(self._choice(index, echo, [], ends))
         if self._runs:
-            async with aclosing(self._served.replies(self._prompts, self._origin)) as pieces:
-                async for index, output in pieces:
-                    self._counts.add(index, output)
+            async with aclosing(self.replies.outputs()) as outputs:
+                async for index, output in outputs:
                     if output.prompt is not None:
                         scores = self._prompt_scores(index, output.prompt)
                         yield self._chunk(self._choice(index, self._echoes[index], scores, ends))
@@ -97,26 +102,26 @@ class _Job:
             yield self._chunk()
 
     def silence(self) -> CompletionReply:
-        """A chunk that adds nothing."""
+        """Return a chunk that adds nothing."""
         return self._chunk(CompletionChoice(index=0, text="", finish_reason=None))
 
-    def _whole_choice(self, index: int, reply: Collected) -> CompletionChoice:
+    def _whole_choice(self, index: int, reply: Reply) -> CompletionChoice:
         if self._asked.max_tokens == 0:
-            reply = Collected(prompt=reply.prompt)
+            reply = Reply(prompt=reply.prompt)
         scores: list[TokenLogprob | int] = [] if reply.prompt is None else self._prompt_scores(index, reply.prompt)
         scores += reply.logprobs
         return self._choice(index, self._echoes[index] + reply.text, scores, reply.finish_reason or "length")
 
     def _chunk(self, *choices: CompletionChoice) -> CompletionReply:
         chunk = CompletionReply(
-            id=self._origin.request_id,
+            id=self.replies.context.request_id,
             object="text_completion",
             created=self._created,
-            model=self._served.model_of(self._origin),
+            model=self.replies.model,
             choices=list(choices),
         )
         if not choices:
-            chunk.usage = self._counts.usage
+            chunk.usage = self.replies.usage
         return chunk
 
     def _choice(
@@ -128,10 +133,10 @@ class _Job:
 
     def _prompt_scores(self, index: int, reading: PromptReading) -> list[TokenLogprob | int]:
         """The first token of a prompt, of which there is nothing to say, and the others."""
-        return [self._prompts[index // self._counts.n].ids[0], *reading.logprobs]
+        return [self.replies.requests[index].prompt_token_ids[0], *reading.logprobs]
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob | int]) -> CompletionLogprobs:
-        tokenizer = self._served.tokenizer
+        tokenizer = self._tokenizer
         scores = [None if isinstance(token, int) else token for token in tokens]
         ids = [token if isinstance(token, int) else token.token_id for token in tokens]
         texts = [token_text(tokenizer, token_id) for token_id in ids]
@@ -154,8 +159,8 @@ class _Job:
         """Return whether the next token of reply ``index`` is special and left out of the text."""
         in_prompt = self._prompt_tokens[index] > 0
         self._prompt_tokens[index] -= in_prompt
-        how = self._prompts[index // self._counts.n].how
-        return token_id in self._served.tokenizer.special_ids and (in_prompt or how.skip_special_tokens)
+        skips = self.replies.requests[index].text.skip_special_tokens
+        return token_id in self._tokenizer.special_ids and (in_prompt or skips)
 
-    def _echo(self, prompt: Prompt) -> str:
-        return self._served.tokenizer.decode(prompt.ids) if self._asked.echo else ""
+    def _echo(self, request: Generation) -> str:
+        return self._tokenizer.decode(request.prompt_token_ids) if self._asked.echo else ""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
-from contextlib import aclosing
 
 import numpy as np
 from fastapi import APIRouter, Request
 
 from jaxdeploy.api.embedding import pooled
+from jaxdeploy.generation.reply import Reply
 from jaxdeploy.messages import PromptReading
+from jaxdeploy.messages import Request as Generation
+from jaxdeploy.server.context import RequestContext
 from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.embeddings import Embedding, EmbeddingsReply, EmbeddingsRequest, EmbeddingsUsage
-from jaxdeploy.server.served import Origin, Prompt, Served
+from jaxdeploy.server.replies import Replies
+from jaxdeploy.server.service import ModelService
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -23,28 +25,22 @@ async def embeddings(asked: EmbeddingsRequest, request: Request, served: Model, 
     """The vectors of one text or several."""
     adapter = served.adapter_of(asked.model)
     served.check_number(len(asked.prompts))
-    prompts = await while_connected(request, _prompts(served, asked))
-    origin = Origin(f"embd-{reply_id}", asked.user or "", asked.priority, adapter=adapter)
-    readings = await while_connected(request, _read(served, prompts, origin))
-    tokens = sum(len(prompt.ids) for prompt in prompts)
+    context = RequestContext(f"embd-{reply_id}", asked.user or "", asked.priority, adapter=adapter)
+    requests = await while_connected(request, _requests(served, asked, context))
+    replies = Replies(served, requests, context, Reply)
+    await while_connected(request, replies.whole())
+    readings = [reply.prompt for reply in replies.replies if reply.prompt is not None]
+    tokens = sum(len(request.prompt_token_ids) for request in requests)
     return EmbeddingsReply(
         data=[Embedding(index=index, embedding=_vector(asked, reading)) for index, reading in enumerate(readings)],
-        model=served.model_of(origin),
+        model=replies.model,
         usage=EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens),
     )
 
 
-async def _prompts(served: Served, asked: EmbeddingsRequest) -> list[Prompt]:
-    return [await served.to_read(await served.ids_of(given)) for given in asked.prompts]
-
-
-async def _read(served: Served, prompts: Sequence[Prompt], origin: Origin) -> list[PromptReading]:
-    readings: dict[int, PromptReading] = {}
-    async with aclosing(served.replies(prompts, origin)) as pieces:
-        async for index, output in pieces:
-            if output.prompt is not None:
-                readings[index] = output.prompt
-    return [readings[index] for index in range(len(prompts))]
+async def _requests(served: ModelService, asked: EmbeddingsRequest, context: RequestContext) -> list[Generation]:
+    prompts = [await served.encoder.ids_of(given) for given in asked.prompts]
+    return [await served.embedding_request(ids, context, index) for index, ids in enumerate(prompts)]
 
 
 def _vector(asked: EmbeddingsRequest, reading: PromptReading) -> list[float] | str:

@@ -34,11 +34,11 @@ async def health(served: Model) -> Health:
         stats = await asyncio.wait_for(served.engine.stats(), PATIENCE)
     except TimeoutError:
         raise EngineStoppedError(f"the engine has not answered for {PATIENCE:g} s; restart it") from None
-    still = served.pulse.still_for(stats)
+    stalled = served.watchdog.stalled_for(stats)
     if stats.fault:
         raise EngineStoppedError(f"the engine is being restarted: {stats.fault}; try again later")
-    if still > STUCK:
-        raise EngineStoppedError(f"the engine has work and has not run a step for {still:.0f} s; restart it")
+    if stalled > STUCK:
+        raise EngineStoppedError(f"the engine has work and has not run a step for {stalled:.0f} s; restart it")
     return Health()
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from jaxdeploy.engine.front.generator import TextOutput
 from jaxdeploy.errors import ContextLengthError
-from jaxdeploy.messages import FinishReason
-from jaxdeploy.server.collected import Collected
+from jaxdeploy.generation.reply import Reply
+from jaxdeploy.messages import FinishReason, TextOutput
+from jaxdeploy.messages import Request as Generation
+from jaxdeploy.server.context import RequestContext
 from jaxdeploy.server.conversation import with_reply
 from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
 from jaxdeploy.server.protocol.lmdeploy import (
@@ -23,7 +25,8 @@ from jaxdeploy.server.protocol.lmdeploy import (
     InteractiveRequest,
     MetaInfo,
 )
-from jaxdeploy.server.served import Origin, Prompt, Served
+from jaxdeploy.server.replies import Replies
+from jaxdeploy.server.service import ModelService
 from jaxdeploy.server.sessions import SessionKey
 from jaxdeploy.server.streaming import LINES, STREAMS, event_stream, line_stream
 
@@ -42,12 +45,12 @@ async def interactive(
     if asked.request_output_len == 0:
         served.sessions.forget(session)
         return _silent("stop")
-    origin = caller.origin(
+    context = caller.context(
         f"interactive-{reply_id}",
         session_id=session[1] if asked.interactive_mode else None,
         adapter=served.adapter_of(asked.named),
     )
-    pieces = _turn(served, asked, session, origin)
+    pieces = _turn(served, asked, session, context)
     if asked.stream:
         return await while_connected(request, line_stream(pieces))
     return await while_connected(request, _joined(pieces))
@@ -59,47 +62,49 @@ async def generate(
 ) -> GenerateReply | StreamingResponse:
     """Go on with a text or with token ids."""
     adapter = served.adapter_of(asked.named)
-    prompt = await while_connected(request, _prompt(served, asked))
-    origin = caller.origin(f"generate-{reply_id}", session_id=asked.session_id, adapter=adapter)
+    context = caller.context(f"generate-{reply_id}", session_id=asked.session_id, adapter=adapter)
+    requests = await while_connected(request, _requests(served, asked, context))
+    replies = Replies(served, requests, context, partial(Reply, keeps_content=not asked.stream))
     if asked.stream:
-        served.check_room([prompt])
-        return event_stream(_pieces(served, asked, prompt, origin))
-    return await while_connected(request, _whole(served, asked, prompt, origin))
+        replies.check_room()
+        return event_stream(_pieces(asked, replies))
+    return await while_connected(request, _whole(asked, replies))
 
 
-async def _prompt(served: Served, asked: GenerateRequest) -> Prompt:
-    ids = tuple(asked.input_ids) if asked.input_ids else await served.text_ids(asked.prompt or "")
-    return await served.resolved(ids, asked.generation(), chat=False)
+async def _requests(served: ModelService, asked: GenerateRequest, context: RequestContext) -> list[Generation]:
+    ids = tuple(asked.input_ids) if asked.input_ids else await served.encoder.text_ids(asked.prompt or "")
+    return await served.requests(ids, asked.generation(), context, chat=False)
 
 
 async def _turn(
-    served: Served, asked: InteractiveRequest, session: SessionKey, origin: Origin
+    served: ModelService, asked: InteractiveRequest, session: SessionKey, context: RequestContext
 ) -> AsyncGenerator[InteractiveReply]:
     """The reply in pieces; what was said is remembered when it is complete.
 
     A session that is full gets a reply without text that ends by its length, as LMDeploy's client expects.
     """
-    with served.sessions.turn(session, origin.request_id) as conversation:
+    with served.sessions.turn(session, context.request_id) as conversation:
         messages = [*conversation.messages, *asked.messages]
-        before, whole = conversation.tokens, Collected()
+        before = conversation.tokens
         try:
-            ids = await served.chat_ids(messages)
-            prompt = await served.resolved(ids, asked.generation(), chat=True)
+            ids = await served.encoder.chat_ids(messages)
+            requests = await served.requests(ids, asked.generation(), context, chat=True)
         except ContextLengthError:
             yield _silent("length", before)
             return
-        async with aclosing(served.replies([prompt], origin)) as pieces:
-            async for _, output in pieces:
-                whole.add(output)
+        replies = Replies(served, requests, context, Reply)
+        (reply,) = replies.replies
+        async with aclosing(replies.outputs()) as outputs:
+            async for _, output in outputs:
                 yield InteractiveReply(
                     text=output.text,
-                    tokens=len(whole.token_ids),
+                    tokens=reply.num_tokens,
                     input_tokens=max(len(ids) - before, 0),
                     history_tokens=before,
                     finish_reason=output.finish_reason and str(output.finish_reason),
                 )
-        conversation.messages = with_reply(messages, whole.text)
-        conversation.tokens = len(ids) + len(whole.token_ids)
+        conversation.messages = with_reply(messages, reply.text)
+        conversation.tokens = len(ids) + reply.num_tokens
     if not asked.interactive_mode:
         served.sessions.forget(session)
 
@@ -120,32 +125,28 @@ async def _joined(pieces: AsyncGenerator[InteractiveReply]) -> InteractiveReply:
         return last.model_copy(update={"text": "".join(texts)})
 
 
-async def _pieces(
-    served: Served, asked: GenerateRequest, prompt: Prompt, origin: Origin
-) -> AsyncGenerator[GenerateReply]:
-    count = 0
-    async with aclosing(served.replies([prompt], origin)) as outputs:
+async def _pieces(asked: GenerateRequest, replies: Replies[Reply]) -> AsyncGenerator[GenerateReply]:
+    (reply,) = replies.replies
+    async with aclosing(replies.outputs()) as outputs:
         async for _, output in outputs:
-            count += len(output.token_ids)
-            yield _reply(asked, prompt, output, count)
+            yield _reply(asked, replies, output, reply.num_tokens)
 
 
-async def _whole(served: Served, asked: GenerateRequest, prompt: Prompt, origin: Origin) -> GenerateReply:
-    whole = Collected()
-    async with aclosing(served.replies([prompt], origin)) as outputs:
-        async for _, output in outputs:
-            whole.add(output)
-    return _reply(asked, prompt, whole, len(whole.token_ids))
+async def _whole(asked: GenerateRequest, replies: Replies[Reply]) -> GenerateReply:
+    (reply,) = await replies.whole()
+    return _reply(asked, replies, reply, reply.num_tokens)
 
 
-def _reply(asked: GenerateRequest, prompt: Prompt, output: TextOutput | Collected, count: int) -> GenerateReply:
+def _reply(
+    asked: GenerateRequest, replies: Replies[Reply], output: TextOutput | Reply, num_tokens: int
+) -> GenerateReply:
     logprobs = [(token.logprob, token.token_id) for token in output.logprobs] if asked.return_logprob else None
     return GenerateReply(
         text=output.text,
         output_ids=list(output.token_ids),
         meta_info=MetaInfo(
-            prompt_tokens=len(prompt.ids),
-            completion_tokens=count,
+            prompt_tokens=len(replies.requests[0].prompt_token_ids),
+            completion_tokens=num_tokens,
             finish_reason=_ended(output.finish_reason),
             output_token_logprobs=logprobs,
         ),

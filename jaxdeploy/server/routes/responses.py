@@ -11,18 +11,16 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 
-from jaxdeploy.messages import FinishReason
-from jaxdeploy.server.conversation import Replies, chat_prompt
+from jaxdeploy.messages import FinishReason, TextOutput
+from jaxdeploy.messages import Request as Generation
+from jaxdeploy.server.conversation import ParsedReply, chat_replies, chat_requests
 from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
 from jaxdeploy.server.error_handlers import error_reply
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Text, Thought
-from jaxdeploy.server.protocol.responses import (
+from jaxdeploy.server.protocol.response import (
     DeletedResponse,
     IncompleteDetails,
     InputTokensDetails,
-    Item,
-    ItemStatus,
-    MessageItem,
     OutputCall,
     OutputItem,
     OutputMessage,
@@ -32,12 +30,11 @@ from jaxdeploy.server.protocol.responses import (
     OutputTokensDetails,
     Response,
     ResponseError,
-    ResponsesRequest,
     ResponsesUsage,
-    RetrieveQuery,
 )
+from jaxdeploy.server.protocol.responses import Item, ItemStatus, MessageItem, ResponsesRequest, RetrieveQuery
 from jaxdeploy.server.protocol.stream_event import StreamEvent
-from jaxdeploy.server.served import Prompt
+from jaxdeploy.server.replies import Replies
 from jaxdeploy.server.stored_responses import StoredResponse
 from jaxdeploy.server.streaming import STREAMS, named_event_stream
 
@@ -53,10 +50,10 @@ async def create_response(
     previous = asked.previous_response_id
     before = () if previous is None else served.responses.find(previous, caller.owner).items
     chat = asked.chat_request(before)
-    prompt = await while_connected(request, chat_prompt(served, chat))
-    origin = caller.origin(f"resp_{reply_id}", user=chat.tenant, priority=chat.priority, adapter=adapter)
-    replies = Replies(served, chat, prompt, origin)
-    job = _Job(replies, _begun(asked, replies, prompt), (*before, *asked.input))
+    context = caller.context(f"resp_{reply_id}", user=chat.tenant, priority=chat.priority, adapter=adapter)
+    requests = await while_connected(request, chat_requests(served, chat, context))
+    replies = chat_replies(served, chat, requests, context, stream=bool(asked.stream))
+    job = _Job(replies, _begun(asked, replies, requests[0]), (*before, *asked.input))
     if asked.stream:
         replies.check_room()
         return named_event_stream(job.stream())
@@ -79,56 +76,57 @@ async def delete_response(response_id: str, served: Model, caller: Caller) -> De
 
 
 class _Job:
-    """``replies``, of which there is one, as a response that goes on from the items ``before``."""
+    """``replies``, of which there is one, as a response that continues the items ``before``."""
 
-    def __init__(self, replies: Replies, response: Response, before: Sequence[Item]) -> None:
+    def __init__(self, replies: Replies[ParsedReply], response: Response, before: Sequence[Item]) -> None:
         self._replies, self._response, self._before = replies, response, before
         self._output = _Output(response.output)
+        self._unassigned_tokens = 0
+        """Tokens since the last event: the next event shows whether they belong to a thought."""
         self._thought_tokens = 0
+        self._count = 0
+        """Events of the stream so far."""
 
     async def whole(self) -> Response:
-        """All of it in one answer."""
-        async with aclosing(self._events()) as events:
-            async for _ in events:
-                pass
+        """Return the complete response."""
+        async with aclosing(self._replies.outputs()) as outputs:
+            async for _, output in outputs:
+                self._take(output)
+        self._end()
         return self._response
 
     async def stream(self) -> AsyncGenerator[StreamEvent]:
-        """From ``response.created`` to the end. A failure is told twice, for clients look for one or the other."""
-        count = 0
+        """Yield events from ``response.created`` to the end.
+
+        A failure is reported by two events, since clients expect one or the other.
+        """
         try:
-            async with aclosing(self._events()) as events:
-                async for event in events:
-                    yield _numbered(event, count)
-                    count += 1
-        except Exception as error:  # headers are out: this is the only way to tell
-            told = error_reply(error).error
-            self._output.end_item("incomplete")
-            self._response.status = "failed"
-            self._response.error = ResponseError(code=told.code or told.type, message=told.message)
-            yield _numbered(self._tell("failed"), count)
-            fields = told.model_dump(exclude={"type"})
-            yield _numbered(StreamEvent.of("error", **fields, error=told.model_dump()), count + 1)
+            for event in (self._tell("created"), self._tell("in_progress")):
+                yield self._numbered(event)
+            async with aclosing(self._replies.outputs()) as outputs:
+                async for _, output in outputs:
+                    for event in self._take(output):
+                        yield self._numbered(event)
+            for event in self._end():
+                yield self._numbered(event)
+        except Exception as error:  # the headers are sent: an event is the only way to report it
+            for event in self._fail(error):
+                yield self._numbered(event)
 
-    async def _events(self) -> AsyncGenerator[StreamEvent]:
-        yield self._tell("created")
-        yield self._tell("in_progress")
-        reason, tokens = None, 0
-        async with aclosing(self._replies.pieces()) as pieces:
-            async for _, output, events in pieces:
-                tokens += len(output.token_ids)
-                if events:
-                    self._thought_tokens += tokens if isinstance(events[0], Thought) else 0
-                    tokens = 0
-                for event in events:
-                    for made in self._output.push(event):
-                        yield made
-                reason = output.finish_reason
-        for made in self._end(cut=reason is FinishReason.LENGTH):
-            yield made
+    def _take(self, output: TextOutput) -> list[StreamEvent]:
+        """Return the events of an output that was added to the reply."""
+        (reply,) = self._replies.replies
+        self._unassigned_tokens += len(output.token_ids)
+        if reply.events:
+            if isinstance(reply.events[0], Thought):
+                self._thought_tokens += self._unassigned_tokens
+            self._unassigned_tokens = 0
+        return [made for event in reply.events for made in self._output.push(event)]
 
-    def _end(self, *, cut: bool) -> list[StreamEvent]:
-        """The last events; ``cut``: the reply was longer than it might be."""
+    def _end(self) -> list[StreamEvent]:
+        """Complete the response and return its last events."""
+        (reply,) = self._replies.replies
+        cut = reply.finish_reason is FinishReason.LENGTH
         response = self._response
         response.status = "incomplete" if cut else "completed"
         events = self._output.end(response.status)
@@ -137,8 +135,22 @@ class _Job:
         response.usage = _usage(self._replies, self._thought_tokens)
         if response.store:
             items = _joined(self._before, response.items)
-            self._replies.served.responses.keep(StoredResponse(response, items, self._replies.origin.owner))
+            stored = StoredResponse(response, items, self._replies.context.owner)
+            self._replies.service.responses.keep(stored)
         return [*events, self._tell(response.status)]
+
+    def _fail(self, error: Exception) -> list[StreamEvent]:
+        """Mark the response as failed and return its last events."""
+        told = error_reply(error).error
+        self._output.end_item("incomplete")
+        self._response.status = "failed"
+        self._response.error = ResponseError(code=told.code or told.type, message=told.message)
+        fields = told.model_dump(exclude={"type"})
+        return [self._tell("failed"), StreamEvent.of("error", **fields, error=told.model_dump())]
+
+    def _numbered(self, event: StreamEvent) -> StreamEvent:
+        self._count += 1
+        return event.model_copy(update={"sequence_number": self._count - 1})
 
     def _tell(self, what: str) -> StreamEvent:
         return StreamEvent.of(f"response.{what}", response=self._response.model_dump())
@@ -227,13 +239,13 @@ class _Output:
         return StreamEvent.of(f"response.{what}", **place, **fields)
 
 
-def _begun(asked: ResponsesRequest, replies: Replies, prompt: Prompt) -> Response:
+def _begun(asked: ResponsesRequest, replies: Replies[ParsedReply], request: Generation) -> Response:
     """A response without output; what the request left open is what the engine takes."""
-    sampling = prompt.how.sampling
+    sampling = request.sampling
     form = asked.text.format if asked.text else None
     choice = asked.tool_choice or "auto"
     return Response(
-        id=replies.origin.request_id,
+        id=replies.context.request_id,
         created_at=int(time.time()),
         model=replies.model,
         instructions=asked.instructions,
@@ -262,8 +274,8 @@ def _joined(before: Sequence[Item], output: Sequence[Item]) -> tuple[Item, ...]:
     return (*before, *output)
 
 
-def _usage(replies: Replies, thought_tokens: int) -> ResponsesUsage:
-    counted = replies.counts.usage
+def _usage(replies: Replies[ParsedReply], thought_tokens: int) -> ResponsesUsage:
+    counted = replies.usage
     return ResponsesUsage(
         input_tokens=counted.prompt_tokens,
         input_tokens_details=InputTokensDetails(cached_tokens=counted.prompt_tokens_details.cached_tokens),
@@ -271,10 +283,6 @@ def _usage(replies: Replies, thought_tokens: int) -> ResponsesUsage:
         output_tokens_details=OutputTokensDetails(reasoning_tokens=thought_tokens),
         total_tokens=counted.total_tokens,
     )
-
-
-def _numbered(event: StreamEvent, number: int) -> StreamEvent:
-    return event.model_copy(update={"sequence_number": number})
 
 
 def _id(prefix: str) -> str:

@@ -14,7 +14,7 @@ from jaxdeploy.server.protocol.tokens import (
     TokenizeRequest,
     TokenizerInfo,
 )
-from jaxdeploy.server.served import Served
+from jaxdeploy.server.service import ModelService
 
 router = APIRouter(tags=["tokens"])
 
@@ -63,19 +63,19 @@ async def tokenizer_info(served: Model) -> TokenizerInfo:
     )
 
 
-async def _tokens(served: Served, asked: TokenizeRequest) -> list[int]:
+async def _tokens(served: ModelService, asked: TokenizeRequest) -> list[int]:
     if asked.messages is None:
-        return await served.count_text_ids(asked.prompt or "", add_bos=asked.add_special_tokens)
+        return await served.encoder.count_text_ids(asked.prompt or "", add_bos=asked.add_special_tokens)
     messages = [message.model_dump() for message in asked.messages]
     ending = {name: getattr(asked, name) for name in ("add_generation_prompt", "continue_final_message")}
-    return await served.count_chat_ids(messages, **(asked.chat_template_kwargs or {}), **ending)
+    return await served.encoder.count_chat_ids(messages, **(asked.chat_template_kwargs or {}), **ending)
 
 
-async def _encoded(served: Served, asked: EncodeRequest) -> list[list[int]]:
+async def _encoded(served: ModelService, asked: EncodeRequest) -> list[list[int]]:
     found = []
     for text in [asked.input] if isinstance(asked.input, str) else asked.input:
         if asked.do_preprocess:
-            found.append(await served.count_chat_ids([{"role": "user", "content": text}]))
+            found.append(await served.encoder.count_chat_ids([{"role": "user", "content": text}]))
         else:
-            found.append(await served.count_text_ids(text, add_bos=asked.add_bos))
+            found.append(await served.encoder.count_text_ids(text, add_bos=asked.add_bos))
     return found

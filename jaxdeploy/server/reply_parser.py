@@ -1,4 +1,4 @@
-"""A reply on its way to the client: thoughts and calls are taken out of its text."""
+"""The text of a reply, parsed as it arrives: thoughts and calls are separated from what is said."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from types import ModuleType
 from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Parser, Text
 
 
-class Reading:
-    """Puts one reply through ``parsers``, each reading what the one before took for text.
+class ReplyParser:
+    """Applies ``parsers`` to one reply. Each gets what the previous one left as text.
 
-    ``calls`` are those that have begun; ``one_call``: there are no others after the first.
+    num_calls: number of calls that have begun.
+
+    With ``one_call`` calls after the first are dropped.
     """
 
     def __init__(self, parsers: Sequence[Parser], *, one_call: bool = False) -> None:
         self._parsers = parsers
         self._one_call = one_call
-        self.calls = 0
+        self.num_calls = 0
 
     def push(self, text: str, *, ends: bool) -> list[Event]:
-        """What ``text`` adds to the reply; ``ends``: nothing follows it."""
+        """Return what ``text`` adds to the reply; ``ends``: nothing follows it."""
         events: list[Event] = [Text(text)] if text else []
         for parser in self._parsers:
             events = _through(parser, events, ends)
-        return [event for event in events if self._counts(event)]
+        return [event for event in events if self._is_kept(event)]
 
-    def _counts(self, event: Event) -> bool:
+    def _is_kept(self, event: Event) -> bool:
         if isinstance(event, CallBegins):
-            self.calls += 1
+            self.num_calls += 1
         return not (self._one_call and isinstance(event, CallBegins | CallArguments) and event.index)
 
 
@@ -40,7 +42,7 @@ def _through(parser: Parser, events: Sequence[Event], ends: bool) -> list[Event]
 
 
 def parsers_for(tools: ModuleType | None, reasoning: ModuleType | None, *, thinking: bool) -> list[Parser]:
-    """New parsers for one reply."""
+    """Return new parsers for one reply."""
     found: list[Parser] = []
     if reasoning is not None:
         found.append(reasoning.parser(thinking=thinking))
