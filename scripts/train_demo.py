@@ -30,7 +30,7 @@ from demo.tokenizer import IM_END, load_tokenizer, save_tokenizer, train_tokeniz
 from demo.training import TrainConfig, train  # noqa: E402
 
 from jaxdeploy.checkpoint.export import claim  # noqa: E402
-from jaxdeploy.checkpoint.model import load_model  # noqa: E402
+from jaxdeploy.checkpoint.model import LoadOptions, load_model  # noqa: E402
 from jaxdeploy.compress.texts import OWN_TEXT  # noqa: E402
 from jaxdeploy.errors import JaxdeployError  # noqa: E402
 from jaxdeploy.models.registry import read_config  # noqa: E402
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
     model = read_config(hf)
     start = None
     if args.start is not None:
-        start = load_model(args.start, hf, mesh=make_mesh(1), dtype=jnp.dtype(jnp.float32), model=model)
+        start = load_model(args.start, hf, make_mesh(1), LoadOptions(jnp.dtype(jnp.float32)), model)
     decoder, losses = train(config, model, tokenizer, args.work_dir, start)
     save_tokenizer(tokenizer, args.out, max_length=config.max_position)
     export(decoder, hf, args.out)

@@ -26,7 +26,7 @@ import tokenizers
 
 from jaxdeploy.chat_template import ChatTemplate
 from jaxdeploy.checkpoint.adapter import adaptable, base_tensors, read_adapter
-from jaxdeploy.checkpoint.model import load_model
+from jaxdeploy.checkpoint.model import LoadOptions, load_model
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
@@ -214,7 +214,7 @@ def load(folder: Path, *, adapter: bool = False) -> None:
     if adapter:
         base = base_tensors(family, model, open_checkpoint(folder))
         read_adapter(folder / "a", adaptable(family, model), base=base)
-    load_model(folder, hf, mesh=make_mesh(1), dtype=jnp.dtype(jnp.float32), model=model)
+    load_model(folder, hf, make_mesh(1), LoadOptions(jnp.dtype(jnp.float32)), model)
 
 
 def mutate(bases: list[Base], case: int, target: Path) -> tuple[Base, str]:

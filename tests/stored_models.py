@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxdeploy.checkpoint.model import load_model
+from jaxdeploy.checkpoint.model import LoadOptions, load_model
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.writing import put_json, put_tensors
 from jaxdeploy.models.decoder import Decoder, decoder_from
@@ -195,7 +195,7 @@ class Checkpoint:
         """Write and read it."""
         self.write(folder)
         dtype = options.pop("dtype", jnp.dtype(jnp.float32))
-        return load_model(folder, read_hf_config(folder), mesh=make_mesh(tp), dtype=dtype, **options)
+        return load_model(folder, read_hf_config(folder), make_mesh(tp), LoadOptions(dtype, **options))
 
     def write(self, folder: Path) -> None:
         """Write ``config.json`` and the tensors."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxdeploy.checkpoint.model import load_model
+from jaxdeploy.checkpoint.model import LoadOptions, load_model
 from jaxdeploy.checkpoint.quantized import expand_quantized
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.checkpoint.tensors import open_checkpoint
@@ -295,7 +295,7 @@ def test_the_format_that_the_user_names(tmp_path: Path) -> None:
 def test_random_weights_of_a_quantised_model(tmp_path: Path, name: str) -> None:
     """``load_format`` dummy: as many bytes in the same kernels, for measuring speed."""
     hf = {**LLAMA, "quantization_config": {"quant_method": name, "bits": 4, "group_size": 32}}
-    decoder = load_model(tmp_path, hf, mesh=make_mesh(1), dtype=jnp.dtype(jnp.float32), load_format="dummy")
+    decoder = load_model(tmp_path, hf, make_mesh(1), LoadOptions(jnp.dtype(jnp.float32), load_format="dummy"))
     weight = decoder.layers[0].mlp.down
     assert isinstance(weight, Int4Weight if name == "awq" else Int8Weight)
     product = weight.multiply(jnp.eye(hf["intermediate_size"], dtype=jnp.float32))

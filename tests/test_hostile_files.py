@@ -343,7 +343,7 @@ def test_names_that_no_file_has(name: str) -> None:
     with pytest.raises(ConfigError, match="ssl_certfile="):
         certificate(ServerConfig(ssl=True, ssl_certfile=name))
     with pytest.raises(ConfigError, match="calib_dataset="):
-        open_texts(name, folder=None, setting="calib_dataset", evaluate=False, render=str)
+        open_texts(name, folder=None, setting="calib_dataset", evaluate=False, render=lambda messages: None)
     with pytest.raises(RequestError, match=r"path=.* cannot be written"):
         Conversation().save(name + "/x")
     assert not is_url(name)

@@ -116,7 +116,7 @@ def test_files_that_would_hang(tmp_path: Path, kind: str) -> None:
     if kind == "large":
         os.truncate(file, 2**40)
     with pytest.raises(CheckpointError, match=r"not a regular file|1024 at most are read|10000 ranks cannot share"):
-        read_kv_parameters(tmp_path, LAYERS, KV_HEADS)
+        read_kv_parameters(tmp_path, LAYOUTS)
 
 
 def test_integers_stand_for_what_they_stood_for_in_v03() -> None:

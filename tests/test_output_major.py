@@ -13,7 +13,7 @@ import pytest
 
 from jaxdeploy.checkpoint.export import save_checkpoint
 from jaxdeploy.checkpoint.loader import dummy_params
-from jaxdeploy.checkpoint.model import load_model
+from jaxdeploy.checkpoint.model import LoadOptions, load_model
 from jaxdeploy.models.decoder import Decoder, abstract_params
 from jaxdeploy.models.output_major import OutputMajorWeight, product
 from jaxdeploy.models.registry import FAMILIES, family_of
@@ -46,7 +46,7 @@ def stored(folder: Path, hf: dict[str, Any]) -> Path:
 
 
 def load(folder: Path, hf: dict[str, Any], *, outputs_first: bool, tp: int = 1) -> Decoder:
-    return load_model(folder, hf, mesh=make_mesh(tp), dtype=FLOAT32, outputs_first=outputs_first)
+    return load_model(folder, hf, make_mesh(tp), LoadOptions(FLOAT32, outputs_first=outputs_first))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 32, 33])

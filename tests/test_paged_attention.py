@@ -108,7 +108,7 @@ def test_paged_is_dense(window: int | None) -> None:
             queries.append(q)
         q = jnp.concatenate(queries)[None]
         rows = (jnp.asarray(table), *(jnp.array([n], jnp.int32) for n in (0, 40)))
-        dense = dense_attention(q, qkv[None, :, :, -2], qkv[None, :, :, -1], ScoreOptions(0.25, window))
+        dense = dense_attention(q, qkv[None, :, :, -2], qkv[None, :, :, -1], scores=ScoreOptions(0.25, window))
         return paged_attention(PagedAttentionCall(q, pool, *rows, scores=ScoreOptions(0.25, window))), dense
 
     paged, dense = both(jnp.zeros((6, 2, 2, 16, 16), jnp.float32))

@@ -155,7 +155,7 @@ class Rounded:
         both = jnp.stack([rotated(qkv[:, :, -2], scheme), qkv[:, :, -1]])
         fixed = None if pool is None else jnp.broadcast_to(pool[:, None], (*both.shape[:-1], 2))
         k, v = dequantize(*quantize(both, self.bits, fixed), self.bits)
-        return dense_attention(q[None], k[None], v[None], scores).reshape(q.shape), pool
+        return dense_attention(q[None], k[None], v[None], scores=scores).reshape(q.shape), pool
 
 
 @functools.cache

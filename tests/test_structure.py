@@ -176,7 +176,6 @@ def test_cycles_are_found() -> None:
     assert cycle_of({"a": frozenset("b"), "b": frozenset("c"), "c": frozenset("a")})
 
 
-@pytest.mark.xfail(strict=True, reason="checkpoint: model, quantized; build: front, speculation")
 def test_functions_have_few_parameters() -> None:
     assert wide_functions("jaxdeploy", "scripts", "benchmarks") == set(SIGNATURES_OF_OTHERS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,39 +24,48 @@ from jaxdeploy.models.weights import WeightTable, output_major
 from jaxdeploy.parallel.sharding import sharding_of
 
 
-def load_model(
-    folder: Path,
-    hf: Mapping[str, Any],
-    *,
-    mesh: Mesh,
-    dtype: jnp.dtype,
-    model: ModelConfig | None = None,
-    model_format: str | None = None,
-    load_format: str = "auto",
-    outputs_first: bool = False,
-    progress: bool = False,
-) -> Decoder:
-    """The decoder in ``folder``, whose ``config.json`` is ``hf``, on ``mesh``.
+@dataclass(frozen=True)
+class LoadOptions:
+    """How weights are read and held.
 
-    ``model`` replaces what ``hf`` says, ``dtype`` is that of float weights, ``model_format`` and ``load_format`` are
-    those of ``EngineConfig``; ``outputs_first`` holds float weights as ``OutputMajorWeight``; ``progress`` shows a bar.
+    Attributes:
+        dtype: dtype of float weights.
+        model_format: see ``EngineConfig``.
+        load_format: see ``EngineConfig``.
+        outputs_first: float weights are held as ``OutputMajorWeight``.
+        progress: show a bar on stderr.
+    """
+
+    dtype: jnp.dtype
+    model_format: str | None = None
+    load_format: str = "auto"
+    outputs_first: bool = False
+    progress: bool = False
+
+
+def load_model(
+    folder: Path, hf: Mapping[str, Any], mesh: Mesh, options: LoadOptions, model: ModelConfig | None = None
+) -> Decoder:
+    """Return the decoder in ``folder``, whose ``config.json`` is ``hf``, on ``mesh``.
+
+    ``model`` replaces the options in ``hf``.
 
     Raises ``CheckpointError``, ``UnsupportedModelError``.
     """
     family = family_of(hf)
     model = model or family.model_config(hf)
-    decoder, table = abstract_decoder(model, dtype), family.weights(model)
-    files = TensorFiles({}) if load_format == "dummy" else open_checkpoint(folder, model_format)
-    if quantization := quantization_of(hf, model_format):
+    decoder, table = abstract_decoder(model, options.dtype), family.weights(model)
+    files = TensorFiles({}) if options.load_format == "dummy" else open_checkpoint(folder, options.model_format)
+    if quantization := quantization_of(hf, options.model_format):
         table = hold_quantized(decoder, table, files, quantization, mesh)
         files = without_zero_biases(files, table)
-    if outputs_first:
+    if options.outputs_first:
         table = _hold_outputs_first(decoder, table, mesh)
     params, place = parameters_of(decoder), partial(sharding_of, mesh)
-    if load_format == "dummy":
+    if options.load_format == "dummy":
         fill(decoder, dummy_params(params, sharding_of=place))
     else:
-        fill(decoder, load_params(params, table, files, sharding_of=place, progress=progress))
+        fill(decoder, load_params(params, table, files, sharding_of=place, progress=options.progress))
     return decoder
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -111,49 +112,46 @@ def _quantized(
     table: WeightTable, files: TensorFiles, config: Mapping[str, Any]
 ) -> Iterator[tuple[ParamPath, Source, list[_Module]]]:
     """The linear maps of which at least one module is stored quantised, with all their modules."""
-    chosen = format_of(config)
-    chosen.check(config)
-    skipped = SkippedModules(config)
+    reader = _ModuleReader(files, config)
     for path, source in table.items():
         if source.linear is None:
             continue
         linear = source.linear
         sizes = zip(linear.modules, linear.outputs.rows, strict=True)
         expected = path[0] == "layers"
-        modules = [_module(chosen, config, skipped, files, *size, linear.width, expected=expected) for size in sizes]
+        modules = [reader.module(*size, linear.width, expected=expected) for size in sizes]
         if any(module.decode is not None for module in modules):
             yield path, source, modules
 
 
-def _module(
-    chosen: Format,
-    config: Mapping[str, Any],
-    skipped: SkippedModules,
-    files: TensorFiles,
-    module: str,
-    outputs: int,
-    inputs: int,
-    *,
-    expected: bool,
-) -> _Module:
-    """How a module is stored; where nothing of it is found, quantised if that is ``expected``."""
-    weight = f"{module}.weight"
-    is_float = weight in files and np.issubdtype(files[weight].dtype, np.inexact)
-    absent = not expected and not any(name.startswith(f"{module}.") for name in files)
-    if is_float or absent or module in skipped:
-        return _Module({"weight": weight}, {"weight": (outputs, inputs)})
-    wanted = chosen.tensors(outputs, inputs, config).items()
-    specs = {suffix: spec for suffix, spec in wanted if not spec.optional or f"{module}.{suffix}" in files}
-    names = {suffix: f"{module}.{suffix}" for suffix in specs}
-    group_of = names.get(chosen.GROUPS or "", "")
-    return _Module(
-        names,
-        {suffix: spec.shape for suffix, spec in specs.items()},
-        frozenset(names[suffix] for suffix, spec in specs.items() if spec.kind == "i"),
-        lambda arrays: chosen.decode(arrays, outputs, inputs, config),
-        _scattered(files[group_of].read()) if group_of in files else None,
-        chosen.group_count(inputs, config),
-    )
+class _ModuleReader:
+    """Finds how modules are stored in ``files`` with the quantisation ``config``. Raises ``UnsupportedModelError``."""
+
+    def __init__(self, files: TensorFiles, config: Mapping[str, Any]) -> None:
+        self._files, self._config = files, config
+        self._format: Format = format_of(config)
+        self._format.check(config)
+        self._skipped = SkippedModules(config)
+
+    def module(self, name: str, outputs: int, inputs: int, *, expected: bool) -> _Module:
+        """How a module is stored; where nothing of it is found, quantised if that is ``expected``."""
+        files, weight = self._files, f"{name}.weight"
+        is_float = weight in files and jnp.issubdtype(files[weight].dtype, np.inexact)
+        absent = not expected and not any(tensor.startswith(f"{name}.") for tensor in files)
+        if is_float or absent or name in self._skipped:
+            return _Module({"weight": weight}, {"weight": (outputs, inputs)})
+        wanted = self._format.tensors(outputs, inputs, self._config).items()
+        specs = {suffix: spec for suffix, spec in wanted if not spec.optional or f"{name}.{suffix}" in files}
+        names = {suffix: f"{name}.{suffix}" for suffix in specs}
+        group_of = names.get(self._format.GROUPS or "", "")
+        return _Module(
+            names,
+            {suffix: spec.shape for suffix, spec in specs.items()},
+            frozenset(names[suffix] for suffix, spec in specs.items() if spec.kind == "i"),
+            lambda arrays: self._format.decode(arrays, outputs, inputs, self._config),
+            _scattered(files[group_of].read()) if group_of in files else None,
+            self._format.group_count(inputs, self._config),
+        )
 
 
 def _scattered(groups: Array) -> Array | None:

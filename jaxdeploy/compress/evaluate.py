@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxdeploy.checkpoint.model import load_model
+from jaxdeploy.checkpoint.model import LoadOptions, load_model
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.compress.report import Quality
 from jaxdeploy.errors import CheckpointError, ConfigError
@@ -119,9 +119,7 @@ def load_decoder(
     model = tensor_parallel(family_of(hf).model_config(hf), tp)
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else model.dtype
-    return load_model(
-        folder, hf, mesh=mesh, dtype=jnp.dtype(dtype), model=model, model_format=model_format, progress=progress
-    )
+    return load_model(folder, hf, mesh, LoadOptions(jnp.dtype(dtype), model_format, progress=progress), model)
 
 
 def perplexity(

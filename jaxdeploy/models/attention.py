@@ -130,7 +130,7 @@ def _attend_paged(
     return jnp.concatenate(outputs) if len(outputs) > 1 else outputs[0], pool
 
 
-def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, scores: ScoreOptions) -> jax.Array:
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scores: ScoreOptions) -> jax.Array:
     """Causal attention over whole sequences: ``q`` [B, T, N, H], ``k`` and ``v`` [B, T, K, H] → [B, T, N, H]."""
     sequences, tokens, heads, size = q.shape
     groups = (k.shape[2], heads // k.shape[2])
@@ -256,12 +256,12 @@ class Attention(nnx.Module):
         scheme: PositionScheme,
         context: AttentionContext,
         pool: Pool | None,
-        wanted: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, Pool | None]:
-        """``x`` [T, D] → ([T, D], or the ``wanted`` rows of it; updated ``pool``)."""
+        """Return outputs [T, D] for ``x`` [T, D], or those of the ``selected`` tokens, and the updated ``pool``."""
         qkv = linear(x, self.wqkv, value_of(self.bqkv))
         out, pool = context.attend(qkv, scheme, pool, self.scores)
-        out = out if wanted is None else out[wanted]
+        out = out if selected is None else out[selected]
         return linear(out, self.wo, value_of(self.bo)), pool
 
 

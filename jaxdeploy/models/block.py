@@ -33,9 +33,9 @@ class Block(Protocol):
         scheme: PositionScheme,
         context: AttentionContext,
         pool: Pool | None,
-        wanted: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, Pool | None]:
-        """``x`` [T, D] → ([T, D], or the ``wanted`` rows of it; updated ``pool``)."""
+        """Return hidden states [T, D] of ``x`` [T, D], or those of ``selected`` tokens, and the updated ``pool``."""
         ...
 
 

@@ -92,11 +92,11 @@ def _run_layer(
     scheme: PositionScheme,
     context: AttentionContext,
     pool: Pool | None,
-    wanted: jax.Array | None,
+    selected: jax.Array | None,
 ) -> tuple[jax.Array, Pool | None]:
     """One layer under its own ``jit``: equal layers are traced and lowered once, however many there are."""
     layer: Block = nnx.merge(graph, weights)
-    return layer(x, scheme, context, pool, wanted)
+    return layer(x, scheme, context, pool, selected)
 
 
 @cache

@@ -77,9 +77,9 @@ class Layer(nnx.Module):
         scheme: PositionScheme,
         context: AttentionContext,
         pool: Pool | None,
-        wanted: jax.Array | None = None,
+        selected: jax.Array | None = None,
     ) -> tuple[jax.Array, Pool | None]:
         """See ``Block``."""
-        attended, pool = self.attention(self.attention_norm(x), scheme, context, pool, wanted)
-        normed, x = self.mlp_norm.added(attended, x if wanted is None else x[wanted])
+        attended, pool = self.attention(self.attention_norm(x), scheme, context, pool, selected)
+        normed, x = self.mlp_norm.added(attended, x if selected is None else x[selected])
         return x + self.mlp(normed), pool

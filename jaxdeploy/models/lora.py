@@ -189,18 +189,20 @@ class AdapterBank:
         filled: Arrays = self._put(arrays, np.int32(slot), placed)
         return filled
 
-    def adapted(self, decoder: AnyModel, arrays: Arrays, slots: jax.Array, wanted: jax.Array | None = None) -> AnyModel:
+    def adapted(
+        self, decoder: AnyModel, arrays: Arrays, slots: jax.Array, selected: jax.Array | None = None
+    ) -> AnyModel:
         """``decoder`` for tokens whose adapters are in ``slots``, int32 [T] (negative: none); inside a step.
 
-        ``wanted`` int32 [B] are the tokens that the last layer computes to its end (``Model.hidden``).
+        ``selected`` int32 [B] is that of ``Model.hidden``.
         """
         copy: Any = nnx.merge(*nnx.split(decoder))
         for index, layer in enumerate(copy.layers):
-            last = wanted is not None and index == self.layers - 1
+            last = selected is not None and index == self.layers - 1
             for row, kind in enumerate(self.kinds):
                 if kind.path == HEAD or index not in kind.layers:
                     continue
-                own = slots[wanted] if last and not kind.feeds_cache else slots
+                own = slots[selected] if last and not kind.feeds_cache else slots
                 base: Weight = weight_at(layer, kind.path)
                 use = self._use(arrays, row, kind.layers.index(index), own)
                 put_weight(layer, kind.path, AdaptedWeight(base, kind, self.mesh, use))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from jaxdeploy.errors import UnsupportedModelError
 from jaxdeploy.files.fields import StoredFields
 from jaxdeploy.files.stored import shown
-from jaxdeploy.models.config import ModelConfig
-from jaxdeploy.models.weights import WeightTable
+
+if TYPE_CHECKING:  # they import jax, and ``jaxdeploy list`` needs the names alone
+    from jaxdeploy.models.config import ModelConfig
+    from jaxdeploy.models.weights import WeightTable
 
 FAMILIES = {
     "LlamaForCausalLM": "jaxdeploy.models.families.llama",

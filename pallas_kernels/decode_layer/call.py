@@ -63,10 +63,10 @@ class DecodeLayerCall:
     positions: jax.Array
     cos: jax.Array
     sin: jax.Array
-    scores: ScoreOptions
-    num_heads: int = field(metadata={"static": True})
-    eps: float = field(metadata={"static": True})
-    axis_name: str | None = field(default=None, metadata={"static": True})
+    scores: ScoreOptions = field(kw_only=True)
+    num_heads: int = field(kw_only=True, metadata={"static": True})
+    eps: float = field(kw_only=True, metadata={"static": True})
+    axis_name: str | None = field(default=None, kw_only=True, metadata={"static": True})
 
     @property
     def tokens(self) -> int:

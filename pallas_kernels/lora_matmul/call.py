@@ -37,7 +37,7 @@ class LoRAMatmulCall:
     adapter: jax.Array
     candidates: jax.Array
     ranks: jax.Array
-    segments: tuple[int, ...] | None = field(default=None, metadata={"static": True})
+    segments: tuple[int, ...] | None = field(default=None, kw_only=True, metadata={"static": True})
 
     @property
     def widths(self) -> tuple[int, ...]:

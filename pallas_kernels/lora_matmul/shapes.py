@@ -119,7 +119,7 @@ def make_call(shape: Shape, seed: int = 0) -> LoRAMatmulCall:
     b = jnp.where(columns.swapaxes(1, 2), b, jnp.zeros((), dtype))
     mine = entries - 1 - jax.random.permutation(keys[3], shape.slots)
     candidates = jnp.where(jnp.arange(shape.slots) < shape.slots - shape.mixed, mine, -1).astype(jnp.int32)
-    return LoRAMatmulCall(x, a, b, candidates[_slots(shape, keys[4])], candidates, ranks, shape.segments)
+    return LoRAMatmulCall(x, a, b, candidates[_slots(shape, keys[4])], candidates, ranks, segments=shape.segments)
 
 
 def _slots(shape: Shape, key: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
@@ -32,7 +32,7 @@ class PagedAttentionCall:
     block_tables: jax.Array
     first_positions: jax.Array
     lengths: jax.Array
-    scores: ScoreOptions
+    scores: ScoreOptions = field(kw_only=True)
 
     @property
     def kv_heads(self) -> int:

@@ -159,7 +159,7 @@ def make_call(shape: Shape, seed: int = 0) -> PagedAttentionCall:
     lengths = jnp.resize(jnp.array(shape.lengths or (shape.queries,), jnp.int32), (rows,))
     used = (firsts + lengths)[:, None] > jnp.arange(shape.entries, dtype=jnp.int32) * shape.block_size
     tables = jnp.where(used, jnp.repeat(tables, shape.rows, axis=0), NOWHERE)
-    return PagedAttentionCall(q, _make_pool(shape, blocks, keys[2]), tables, firsts, lengths, _scores(shape))
+    return PagedAttentionCall(q, _make_pool(shape, blocks, keys[2]), tables, firsts, lengths, scores=_scores(shape))
 
 
 def _scores(shape: Shape) -> ScoreOptions:

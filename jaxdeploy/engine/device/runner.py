@@ -148,22 +148,22 @@ class ModelRunner:
                 jax.block_until_ready(self.run(inputs))
         self._warm = True
 
-    def prepare(self, shapes: list[StepShape], reading: PromptOutputs) -> None:
-        """Compile the steps of ``shapes`` that read prompts, unless they are there. Any thread may call it."""
+    def prepare(self, shapes: list[StepShape], prompt_outputs: PromptOutputs) -> None:
+        """Compile steps of ``shapes`` with these prompt outputs, unless they are compiled. Any thread may call it."""
         for shape in shapes:
-            inputs = padding_inputs(shape, self._vocab_size, full_sampler=True, prompt_outputs=reading)
+            inputs = padding_inputs(shape, self._vocab_size, full_sampler=True, prompt_outputs=prompt_outputs)
             variant = _variant(inputs)
             if variant not in self._steps:
                 self._steps[variant] = self.compiled(inputs)
 
     def seconds_to_restore(self) -> float:
-        """How long a block takes from host memory to the device; compiles the copies and leaves nothing behind."""
-        there = [Transfer(0, block, to_device=False) for block in range(GROUP)]
-        back = [Transfer(0, block, to_device=True) for block in range(GROUP)]
-        self.copy_blocks(there)
+        """Return the time to copy a block from host memory to the device. Compiles the copies."""
+        saves = [Transfer(0, block, to_device=False) for block in range(GROUP)]
+        restores = [Transfer(0, block, to_device=True) for block in range(GROUP)]
+        self.copy_blocks(saves)
 
         def copy() -> None:
-            self.copy_blocks(back)
+            self.copy_blocks(restores)
             jax.block_until_ready(self._own_state.pools)
 
         seconds = _seconds(copy) / GROUP
@@ -171,16 +171,16 @@ class ModelRunner:
         return seconds
 
     def seconds_to_compute(self, shape: StepShape) -> float:
-        """How long one of the prompt tokens takes in a step of ``shape``, when all are computed together."""
+        """Return the time of a step of ``shape`` for each of its prompt tokens."""
         inputs = padding_inputs(shape, self._vocab_size, full_sampler=False)
         return _seconds(lambda: jax.block_until_ready(self.run(inputs))) / shape.prefill_tokens
 
     def compiled(self, inputs: ModelInputs) -> jax.stages.Compiled:
-        """The program that ``run`` would use for such inputs, to look at its memory and its instructions."""
+        """Return the program that ``run`` uses for ``inputs``, to inspect its memory and instructions."""
         return self.lowered(inputs).compile()
 
     def lowered(self, inputs: ModelInputs) -> jax.stages.Lowered:
-        """The same before it is compiled."""
+        """Return the same program before it is compiled."""
         arrays = jax.tree.map(_shape, self._arrays_of(inputs.shape))
         step = self._jitted(_variant(inputs))
         lowered: jax.stages.Lowered = step.lower(arrays, self._state_shapes, *_from_host(inputs))
@@ -216,7 +216,7 @@ class ModelRunner:
 
 
 class _Variant(NamedTuple):
-    """What makes a step another program."""
+    """The static part of a step: each value is a program."""
 
     shape: StepShape
     full_sampler: bool
@@ -243,7 +243,7 @@ def _shape(array: jax.Array) -> Any:
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The shortest of three runs, after one to warm up."""
+    """Return the shortest time of three runs, after one for warm-up."""
     work()
     return min(timeit.repeat(work, number=1, repeat=3))
 

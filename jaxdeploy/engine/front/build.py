@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdeploy.checkpoint.model import load_model
+from jaxdeploy.checkpoint.model import LoadOptions, load_model
 from jaxdeploy.checkpoint.tensor_ref import TensorRef
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
@@ -98,17 +98,8 @@ def _build(
     cache_dtype = CacheDtype(limits.dtype, policy.bits)
     adapters = adapters_of(family_of(hf), model, config, mesh, limits.dtype, partial(_stored_tensors, folder, config))
     draft = find_draft_model(folder, model, config)
-    decoder = load_model(
-        folder,
-        hf,
-        mesh=mesh,
-        dtype=limits.dtype,
-        model=model,
-        model_format=config.model_format,
-        load_format=config.load_format,
-        outputs_first=_outputs_first(mesh),
-        progress=progress,
-    )
+    options = LoadOptions(limits.dtype, config.model_format, config.load_format, _outputs_first(mesh), progress)
+    decoder = load_model(folder, hf, mesh, options, model)
     draft_model = load_draft_model(
         draft, decoder, config, mesh, limits.dtype, outputs_first=_outputs_first(mesh), progress=progress
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxdeploy.checkpoint.eagle3 import load_eagle3
-from jaxdeploy.checkpoint.model import load_model
+from jaxdeploy.checkpoint.model import LoadOptions, load_model
 from jaxdeploy.checkpoint.source import read_hf_config, resolve_model
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.errors import ConfigError
@@ -92,16 +92,8 @@ def load_draft_model(
     if draft.eagle3 is not None:
         embedding = model.embedding.table[...]
         return load_eagle3(draft.folder, draft.eagle3, embedding, mesh, dtype, progress=progress)
-    return load_model(
-        draft.folder,
-        draft.hf,
-        mesh=mesh,
-        dtype=dtype,
-        model=draft.config,
-        load_format=config.load_format,
-        outputs_first=outputs_first,
-        progress=progress,
-    )
+    options = LoadOptions(dtype, load_format=config.load_format, outputs_first=outputs_first, progress=progress)
+    return load_model(draft.folder, draft.hf, mesh, options, draft.config)
 
 
 def _tokens(folder: Path) -> list[str]:
