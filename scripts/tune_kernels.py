@@ -151,7 +151,7 @@ def find_tasks(args: argparse.Namespace) -> Iterator[Task]:
 def runs(backend: ModuleType) -> bool:
     """Whether this device can run it. Without a GPU every one is listed, for the dry run to interpret."""
     try:
-        backend.check(current_target())
+        backend.check_device(current_target())
     except RefusalError:
         return not on_gpu()
     return True

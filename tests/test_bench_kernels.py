@@ -222,9 +222,9 @@ def test_a_backend_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch)
 def test_each_call_of_a_program_has_its_own_arrays() -> None:
     op = Op("rms_norm")
     arguments = op.arguments(op.shapes.TEST_SHAPES[0], 3)
-    assert len({float(args[0].sum()) for args in arguments}) == 3
-    results = Program(lambda x, *_: x.sum(), arguments).run()
-    assert [float(result) for result in results] == [float(args[0].sum()) for args in arguments]
+    assert len({float(call.x.sum()) for (call,) in arguments}) == 3
+    results = Program(lambda call: call.x.sum(), arguments).run()
+    assert [float(result) for result in results] == [float(call.x.sum()) for (call,) in arguments]
 
 
 def test_a_carried_program_goes_on_from_where_it_was() -> None:

@@ -68,7 +68,7 @@ def test_the_fastest_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_wrong_tiles_are_never_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = W8A8.shapes.Shape("tuned", 3, 256, 64)
     monkeypatch.setattr(W8A8.shapes, "candidates_for", candidates(GOOD[0]))
-    monkeypatch.setattr(tune_kernels, "expected", lambda op, shape, arguments: jnp.ones((3, 64), jnp.bfloat16))
+    monkeypatch.setattr(tune_kernels, "expected", lambda op, arguments: jnp.ones((3, 64), jnp.bfloat16))
     line = tune(Task(W8A8, shape), 1, tmp_path)
     assert "nothing to choose from: 1 candidates, 0 failed, 1 wrong" in line
     assert not any(tmp_path.rglob("*.json"))
