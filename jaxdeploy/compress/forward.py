@@ -6,10 +6,10 @@ alike; parameters travel as a mapping from their path within the layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,9 @@ from flax import nnx
 
 from jaxdeploy.models.attention import AttentionContext, DenseContext
 from jaxdeploy.models.block import Block, BlockConfig
-from jaxdeploy.models.linears import put_weight, weight_at
+from jaxdeploy.models.linears import LinearSpec, put_weight, weight_at
 from jaxdeploy.models.model import Positions
 from jaxdeploy.models.rope import PositionScheme, rotated
-from pallas_kernels.kv_pool import Pool
 from pallas_kernels.score_options import ScoreOptions
 from pallas_kernels.w8a8_matmul.reference import quantize_tokens
 
@@ -84,24 +83,40 @@ class LayerForward:
         nnx.update(layer, nnx.from_flat_state(flat))
         return layer
 
-    def run(self, layer: Block, x: jax.Array, context: AttentionContext) -> jax.Array:
-        """Return the outputs [B, T, D] of ``layer`` for ``x`` [B, T, D]."""
+    def run(self, layer: Block, x: jax.Array, context: AttentionContext) -> tuple[jax.Array, Any]:
+        """Return the outputs [B, T, D] of ``layer`` for ``x`` [B, T, D], and the pool that ``context`` updated."""
         sequences, length, _ = x.shape
         tables = self.block.positions.tables(*Positions.of_prompts(sequences, length))
-        out, _ = layer(x.reshape(sequences * length, -1), tables, context, None)
-        return out.reshape(x.shape)
+        out, pool = layer(x.reshape(sequences * length, -1), tables, context, None)
+        return out.reshape(x.shape), pool
 
 
-class _Fed:
-    """A weight that does something with what it is fed, before it multiplies."""
+class _Recorder:
+    """A float weight that keeps its inputs [T, K] of the last product."""
 
-    def __init__(self, weight: nnx.Param[jax.Array], inputs: int, hook: Callable[[jax.Array], jax.Array]) -> None:
-        self._weight, self._inputs, self._hook = weight, inputs, hook
+    def __init__(self, weight: nnx.Param[jax.Array], spec: LinearSpec) -> None:
+        self.weight, self.spec = weight, spec
+        self.inputs: jax.Array | None = None
 
     def multiply(self, x: jax.Array) -> jax.Array:
         """``x`` [T, K] → [T, *outputs]."""
-        weight = self._weight[...]
-        return jnp.tensordot(self._hook(x).reshape(-1, *weight.shape[: self._inputs]), weight, axes=self._inputs)
+        self.inputs = x
+        return _product(self.weight, self.spec, x)
+
+
+class _InputRounder:
+    """A float weight that rounds its inputs to int8 per token."""
+
+    def __init__(self, weight: nnx.Param[jax.Array], spec: LinearSpec) -> None:
+        self.weight, self.spec = weight, spec
+
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """``x`` [T, K] → [T, *outputs]."""
+        return _product(self.weight, self.spec, round_tokens(x))
+
+
+def _product(weight: nnx.Param[jax.Array], spec: LinearSpec, x: jax.Array) -> jax.Array:
+    return jnp.tensordot(x.reshape(-1, *spec.inputs), weight[...], axes=len(spec.inputs))
 
 
 def round_tokens(x: jax.Array) -> jax.Array:
@@ -110,43 +125,45 @@ def round_tokens(x: jax.Array) -> jax.Array:
     return (q.astype(jnp.float32) * steps[:, None]).astype(x.dtype)
 
 
-def _hook(layer: Block, name: str, hook: Callable[[jax.Array], jax.Array]) -> None:
-    """Let ``hook`` see, and change, the inputs of the linear map ``name``."""
-    (spec,) = (spec for spec in layer.linears() if spec.name == name)
-    weight = weight_at(layer, spec.path)
-    assert isinstance(weight, nnx.Param), "a layer under calibration has float weights"
-    put_weight(layer, spec.path, _Fed(weight, len(spec.inputs), hook))
+W = TypeVar("W")
+
+
+def _replace(layer: Block, names: Iterable[str], kind: Callable[[nnx.Param[jax.Array], LinearSpec], W]) -> dict[str, W]:
+    """Put a ``kind`` in place of the weights ``names`` of ``layer``, and return them."""
+    specs = {spec.name: spec for spec in layer.linears()}
+    replaced = {}
+    for name in names:
+        weight = weight_at(layer, specs[name].path)
+        assert isinstance(weight, nnx.Param), "a layer under calibration has float weights"
+        replaced[name] = kind(weight, specs[name])
+        put_weight(layer, specs[name].path, replaced[name])
+    return replaced
 
 
 @dataclass(frozen=True)
-class _Ranges:
-    """``DenseContext`` that notes keys and values."""
+class _KeysAndValues:
+    """``DenseContext`` that returns keys, as a cache has them, and values [T, K, H] in place of the updated pool."""
 
     dense: DenseContext
-    note: Callable[[tuple[jax.Array, jax.Array]], None]
 
-    def attend(
-        self, qkv: jax.Array, scheme: PositionScheme, pool: Pool | None, scores: ScoreOptions
-    ) -> tuple[jax.Array, Pool | None]:
+    def attend(self, qkv: jax.Array, scheme: PositionScheme, pool: Any, scores: ScoreOptions) -> tuple[jax.Array, Any]:
         """See ``AttentionContext``."""
-        self.note((rotated(qkv[:, :, -2], scheme), qkv[:, :, -1]))
-        return self.dense.attend(qkv, scheme, pool, scores)
+        attended, _ = self.dense.attend(qkv, scheme, pool, scores)
+        return attended, (rotated(qkv[:, :, -2], scheme), qkv[:, :, -1])
 
 
 @partial(jax.jit, static_argnums=0)
 def _kv_range(forward: LayerForward, params: dict[Any, jax.Array], x: jax.Array) -> jax.Array:
-    noted: list[tuple[jax.Array, jax.Array]] = []
-    forward.run(forward.layer(params, x.dtype), x, _Ranges(DenseContext(x.shape[0]), noted.append))
-    (pair,) = noted
+    context = _KeysAndValues(DenseContext(x.shape[0]))
+    _, pair = forward.run(forward.layer(params, x.dtype), x, context)
     return jnp.stack([jnp.stack([part.min(), part.max()]) for part in pair]).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnums=0)
 def _outputs(forward: LayerForward, params: dict[Any, jax.Array], x: jax.Array, context: AttentionContext) -> jax.Array:
     layer = forward.layer(params, x.dtype)
-    for name in forward.rounding:
-        _hook(layer, name, round_tokens)
-    return forward.run(layer, x, context)
+    _replace(layer, forward.rounding, _InputRounder)
+    return forward.run(layer, x, context)[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -158,16 +175,14 @@ def _listen(
     x: jax.Array,
     picks: jax.Array,
 ) -> dict[str, Sums]:
-    layer, heard = forward.layer(params, x.dtype), dict[str, jax.Array]()
-
-    def note(name: str, inputs: jax.Array) -> jax.Array:
-        heard[name] = inputs
-        return inputs
-
-    for name in names:
-        _hook(layer, name, partial(note, name))
+    layer = forward.layer(params, x.dtype)
+    recorders = _replace(layer, names, _Recorder)
     forward.run(layer, x, DenseContext(x.shape[0]))
-    return {name: _sums(inputs.astype(jnp.float32), picks, gram) for name, inputs in heard.items()}
+    found = {}
+    for name, recorder in recorders.items():
+        assert recorder.inputs is not None, f"the layer does not use {name}"
+        found[name] = _sums(recorder.inputs.astype(jnp.float32), picks, gram)
+    return found
 
 
 def _sums(x: jax.Array, picks: jax.Array, gram: bool) -> Sums:
