@@ -222,7 +222,7 @@ class AsyncEngine:
                 command()
 
     def _handle_commands(self) -> bool:
-        """Run the commands since the last step. An idle engine waits ``IDLE_TIMEOUT`` seconds. False ends the thread."""
+        """Run the commands since the last step. Return false to end the thread. An idle engine waits for a command."""
         while True:
             try:
                 command = self._commands.get(block=not self.generator.has_work, timeout=IDLE_TIMEOUT)
