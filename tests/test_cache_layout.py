@@ -1,10 +1,10 @@
-"""A second cache geometry, defined here alone: a latent vector and a rotary key for each token, shared by all heads."""
+"""A second cache geometry from outside of the product: see ``latent_family``."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,16 @@ from jaxdeploy.engine.device.runner import ModelRunner
 from jaxdeploy.engine.scheduling.host_tier import Transfer
 from jaxdeploy.errors import CheckpointError, ConfigError, UnsupportedModelError
 from jaxdeploy.messages import Request
-from jaxdeploy.models.attention import PagedContext, Rows
-from jaxdeploy.models.cache_layout import CacheDtype, CacheLayout, FeaturesLayout, HeadsLayout, PoolArray
+from jaxdeploy.models.cache_layout import CacheDtype, CacheLayout, FeaturesLayout, HeadsLayout
 from jaxdeploy.models.decoder import Decoder
-from jaxdeploy.models.layers import parameter
-from jaxdeploy.models.rope import Rotary, rotated
+from jaxdeploy.models.layer import LayerConfig
 from jaxdeploy.parallel.mesh import make_mesh
 from jaxdeploy.parallel.sharding import sharding_of
+from tests.latent_family import LatentLayout, latent
 from tests.tiny_models import (
     CONFIG,
     SHAPES,
     LastingRunner,
-    attention_of,
     prompt,
     request,
     run,
@@ -46,78 +44,18 @@ FLOATS = CacheDtype(jnp.dtype(jnp.float32))
 FEW_SHAPES = [SHAPES[2], SHAPES[4]]
 
 
-@dataclass(frozen=True)
-class LatentLayout(CacheLayout):
-    """A latent vector and a rotary key of each token, whole on every device."""
-
-    rank: int
-    rotary: int
-
-    def pool(self, num_blocks: int, block_size: int, dtype: CacheDtype, ranges: Any = None) -> Any:
-        sizes = {"latent": self.rank, "rotary": self.rotary}
-        return {
-            name: PoolArray((num_blocks, block_size, size), dtype.dtype, (None,) * 3) for name, size in sizes.items()
-        }
-
-    def block_size(self, pool: Any) -> int:
-        return int(pool["latent"].shape[1])
-
-
-class LatentAttention(nnx.Module):
-    """Attention over latent vectors, with the up-projections absorbed into ``wq`` and ``wo``."""
-
-    def __init__(self, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        size, heads, rotary = CONFIG.hidden_size, attention_of(CONFIG).num_heads, attention_of(CONFIG).head_dim
-        self.cache_layout = LatentLayout(RANK, rotary)
-        self.wq = parameter(rngs, (size, heads, RANK + rotary), ("embed", "heads", None), dtype)
-        self.down = parameter(rngs, (size, RANK + rotary), ("embed", None), dtype)
-        self.wo = parameter(rngs, (heads, RANK, size), ("heads", None, "embed"), dtype)
-
-    def __call__(
-        self, x: jax.Array, rotary: Rotary, context: PagedContext, pool: Any, selected: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
-        q, new = jnp.einsum("td,dnw->tnw", x, self.wq[...]), x @ self.down[...]
-        q = jnp.concatenate([q[..., :RANK], rotated(q[..., RANK:], rotary)], axis=-1)
-        key = rotated(new[:, None, RANK:], rotary)[:, 0]
-        pool = {"latent": put(pool["latent"], new[:, :RANK], context), "rotary": put(pool["rotary"], key, context)}
-        outputs, start = [], 0
-        for rows in context.regions:
-            outputs.append(attended(q[start : start + rows.tokens], pool, rows))
-            start += rows.tokens
-        out = jnp.concatenate(outputs)
-        return jnp.einsum("tnr,nrd->td", out if selected is None else out[selected], self.wo[...]), pool
-
-
-def put(array: jax.Array, values: jax.Array, context: PagedContext) -> jax.Array:
-    flat = array.reshape(-1, array.shape[-1])
-    return flat.at[context.slots].set(values, mode="drop").reshape(array.shape)
-
-
-def attended(q: jax.Array, pool: Any, rows: Rows) -> jax.Array:
-    """[T, N, RANK + rotary] → [T, N, RANK]."""
-    count = rows.block_tables.shape[0]
-    queries = q.reshape(count, rows.query_length, *q.shape[1:])
-    latent, rotary = (pool[name][rows.block_tables].reshape(count, -1, pool[name].shape[-1]) for name in pool)
-    keys = jnp.concatenate([latent, rotary], axis=-1)
-    scores = jnp.einsum("rqnw,rkw->rnqk", queries, keys) / np.sqrt(keys.shape[-1])
-    positions = rows.first_positions[:, None] + jnp.arange(rows.query_length, dtype=jnp.int32)
-    visible = jnp.arange(keys.shape[1], dtype=jnp.int32) <= positions[..., None]
-    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("rnqk,rkc->rqnc", weights, latent).reshape(*q.shape[:2], RANK)
-
-
-class LatentDecoder(Decoder):
+def mixed_decoder() -> Decoder:
     """The tiny decoder, whose first layer keeps latent vectors and whose second keeps keys and values."""
-
-    def __init__(self) -> None:
-        super().__init__(CONFIG, rngs=nnx.Rngs(0))
-        self.layers[0].attention = LatentAttention(rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32))
+    first, second = CONFIG.layers
+    assert isinstance(first, LayerConfig)
+    config = replace(CONFIG, layers=(latent(first, RANK), second))
+    return Decoder(config, rngs=nnx.Rngs(0))
 
 
 @functools.cache
 def runner(tp: int) -> ModelRunner:
     """The one that all engines here share, with weights large enough that logits differ by more than rounding."""
-    decoder, random, mesh = nnx.eval_shape(LatentDecoder), np.random.default_rng(0), make_mesh(tp)
+    decoder, random, mesh = nnx.eval_shape(mixed_decoder), np.random.default_rng(0), make_mesh(tp)
     flat: Any = {}
     for path, param in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
         shape = param.get_value().shape

@@ -1,4 +1,4 @@
-"""A block with a fifth linear map works everywhere although no product file knows it; see ``open_family``."""
+"""Blocks that no product file knows work everywhere: see ``open_family`` and ``latent_family``."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ PROMPT = np.random.default_rng(3).integers(0, 1024, 40)
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "OpenForCausalLM", "tests.open_family")
+    monkeypatch.setitem(FAMILIES, "LatentForCausalLM", "tests.latent_family")
 
 
 @pytest.fixture
@@ -91,13 +92,13 @@ def expected_replies(folder: Path, adapter: Path | None = None) -> list[list[int
     return found
 
 
-def test_it_runs_with_an_adapter_of_the_new_map(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_it_runs_with_an_adapter_of_the_new_map(tp: int, model: Path, tmp_path: Path) -> None:
     """As numpy says, on one device and on two."""
     adapter = write_adapter(tmp_path / "adapter")
     expected = expected_replies(model) + expected_replies(model, adapter)
     assert expected[:2] != expected[2:]
-    for tp in (1, 2):
-        assert replies(model, None, "a", tp=tp, adapters={"a": str(adapter)}) == expected
+    assert replies(model, None, "a", tp=tp, adapters={"a": str(adapter)}) == expected
 
 
 @pytest.mark.slow
@@ -131,17 +132,17 @@ def test_folds_leave_its_outputs_unchanged(model: Path) -> None:
     np.testing.assert_allclose(after, before, atol=1e-5)
 
 
-def write_adapter(folder: Path) -> Path:
-    """An adapter of rank 4 that adapts ``mix`` in both layers."""
+def write_adapter(folder: Path, module: str = "mlp.mix_proj", rows: int = 128) -> Path:
+    """An adapter of rank 4 that adapts a linear map with 64 inputs in both layers."""
     folder.mkdir()
     random = np.random.default_rng(5)
     tensors = {}
     for layer in range(2):
-        prefix = f"base_model.model.model.layers.{layer}.mlp.mix_proj"
+        prefix = f"base_model.model.model.layers.{layer}.{module}"
         tensors[f"{prefix}.lora_A.weight"] = random.standard_normal((4, 64)).astype(np.float32)
-        tensors[f"{prefix}.lora_B.weight"] = random.standard_normal((128, 4)).astype(np.float32)
+        tensors[f"{prefix}.lora_B.weight"] = random.standard_normal((rows, 4)).astype(np.float32)
     put_tensors(folder / "adapter_model.safetensors", tensors)
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["mix_proj"], "bias": "none"}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": [module.split(".")[-1]], "bias": "none"}
     put_json(folder / "adapter_config.json", config)
     return folder
 
@@ -156,3 +157,32 @@ def test_it_is_quantised(method: str, model: Path, tmp_path: Path) -> None:
     assert isinstance(decoder.layers[1].mlp.mix, Int4Weight)
     if method == "gptq":
         assert replies(tmp_path / method) == replies(tmp_path / method, tp=2)
+
+
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_another_cache_geometry(tp: int, tmp_path: Path) -> None:
+    """A folder of a family with latent attention: loaded, with and without prefix cache, adapted, quantised."""
+    hf = {**HF, "architectures": ["LatentForCausalLM"], "latent_rank": 16}
+    model = write_model(tmp_path / "model", hf)
+    adapter = write_adapter(tmp_path / "adapter", "self_attn.down_proj", 32)
+    merge_lora(model, adapter, tmp_path / "merged")
+    expected = [dense_replies(folder) for folder in (model, tmp_path / "merged")]
+    assert expected[0] != expected[1]
+    assert replies(model, None, "a", tp=tp, adapters={"a": str(adapter)}) == expected[0] + expected[1]
+    if tp == 1:
+        assert replies(model, enable_prefix_caching=False) == expected[0]
+        report = quantize(model, tmp_path / "awq", method="awq")
+        assert [linear.linear for linear in report.linears[:5]] == ["query", "kv", "out", "gate_up", "down"]
+        assert replies(tmp_path / "awq") == dense_replies(tmp_path / "awq")
+
+
+def dense_replies(folder: Path) -> list[list[int]]:
+    """The replies according to the whole sequences, without a cache."""
+    decoder, found = load_decoder(folder), []
+    for length in (36, 40):
+        tokens = PROMPT[:length].tolist()
+        for _ in range(8):
+            padded = jnp.asarray([tokens + [0] * (48 - len(tokens))], jnp.int32)
+            tokens.append(int(decoder(padded)[0, len(tokens) - 1].argmax()))
+        found.append(tokens[length:])
+    return found
