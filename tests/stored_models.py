@@ -195,7 +195,8 @@ class Checkpoint:
         """Write and read it."""
         self.write(folder)
         dtype = options.pop("dtype", jnp.dtype(jnp.float32))
-        return load_model(folder, read_hf_config(folder), make_mesh(tp), LoadOptions(dtype, **options))
+        model = options.pop("model", None)
+        return load_model(folder, read_hf_config(folder), make_mesh(tp), LoadOptions(dtype, **options), model)
 
     def write(self, folder: Path) -> None:
         """Write ``config.json`` and the tensors."""

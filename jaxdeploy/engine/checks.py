@@ -111,7 +111,7 @@ class RequestLimits:
             _check_ids("bad_token_sequences", ids)
             if not ids:
                 raise RequestError("bad_token_sequences has an empty sequence; leave it out")
-        if sampling.logit_bias != ():
+        if type(sampling.logit_bias) is not tuple or sampling.logit_bias:
             self._check_bias(sampling.logit_bias)
 
     def _check_prompt(self, ids: tuple[int, ...]) -> None:
