@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What it costs the host to launch a decode step of a Llama-3-8B in W4A16: its real arguments, each of one element.
 
-The program hands pools and buffer on and computes nothing else, so what is left is JAX's own work for every launch.
+The program hands its state on and computes nothing else, so what is left is JAX's own work for every launch.
 
     python scripts/bench_dispatch.py --out benchmarks/results/dispatch_cpu.json
 """
@@ -22,6 +22,7 @@ from static_programs import SLOTS, STEP_BATCH, TABLE_LENGTH, llama_8b
 
 from jaxdeploy.engine.device.buckets import StepShape
 from jaxdeploy.engine.device.inputs import packed_size
+from jaxdeploy.engine.device.step import DeviceState, StepArrays
 from jaxdeploy.engine.device.step_weights import flatten
 from jaxdeploy.parallel.mesh import make_mesh
 
@@ -50,20 +51,21 @@ def main() -> None:
 
 def time_launches(leaves: tuple[jax.Array, ...], count: int) -> list[float]:
     """Seconds that each of ``count`` launches keeps the host, with what the device does awaited in between."""
-    step = jax.jit(_hand_on, donate_argnums=(1, 2), keep_unused=True)
+    step = jax.jit(_hand_on, donate_argnums=1, keep_unused=True)
     packed = np.zeros(packed_size(StepShape(STEP_BATCH, 0, TABLE_LENGTH, SLOTS)), np.int32)
-    pools, buffer = tuple(jnp.zeros((1,), jnp.bfloat16) for _ in range(LAYERS)), jnp.zeros((1,), jnp.int32)
+    pools = tuple(jnp.zeros((1,), jnp.bfloat16) for _ in range(LAYERS))
+    arrays, state = StepArrays(leaves), DeviceState(pools, jnp.zeros((1,), jnp.int32))
     seconds = []
     for _ in range(count + 100):
         start = time.perf_counter()
-        tokens, pools, buffer = step(leaves, pools, buffer, packed)
+        tokens, state = step(arrays, state, packed)
         seconds.append(time.perf_counter() - start)
-        jax.block_until_ready((tokens, pools, buffer))
+        jax.block_until_ready((tokens, state))
     return seconds[100:]
 
 
-def _hand_on(leaves: Any, pools: Any, buffer: jax.Array, packed: jax.Array) -> Any:
-    return packed[:STEP_BATCH], pools, buffer
+def _hand_on(arrays: StepArrays, state: DeviceState, packed: jax.Array) -> tuple[jax.Array, DeviceState]:
+    return packed[:STEP_BATCH], state
 
 
 if __name__ == "__main__":
