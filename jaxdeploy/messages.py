@@ -103,11 +103,6 @@ class Request:
     cache_salt: str = ""
     text: TextOptions = field(default_factory=TextOptions)
 
-    @property
-    def reads_prompt(self) -> bool:
-        """Whether anything is reported of the prompt; then all of it is computed, whatever the cache has."""
-        return self.embed or self.sampling.prompt_logprobs is not None
-
 
 @dataclass(frozen=True)
 class TokenLogprob:
