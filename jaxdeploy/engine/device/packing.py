@@ -72,7 +72,7 @@ def pack(shape: StepShape, batch: ScheduledBatch, vocab_size: int, *, constrain:
         *((width * index, chunk) for index, chunk in enumerate(batch.decodes)),
         *enumerate(batch.chunks, width * shape.decodes),
     )
-    rows = tuple((row, chunk) for row, chunk in places if chunk.samples)
+    rows = tuple((row, chunk) for row, chunk in places if batch.samples and chunk.samples)
     packed = _packed_fields(shape, batch)
     outputs = prompt_outputs_of(batch)
     if not outputs and not any(chunk.sequence.needs_sampler for _, chunk in rows):
@@ -153,6 +153,8 @@ def _packed_fields(shape: StepShape, batch: ScheduledBatch) -> Array:
     row = 0
     for index, chunk in enumerate(batch.chunks, shape.decodes):
         row = _fill_chunk(fields, shape, index, row, chunk)
+    if not batch.samples:
+        fields.samples[:] = 0
     return packed
 
 

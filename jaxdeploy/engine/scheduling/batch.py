@@ -34,8 +34,11 @@ class Chunk:
 
     @property
     def verifies(self) -> bool:
-        """Whether the drafts are unverified, so that the sample after each of them counts."""
-        return bool(self.drafts)
+        """Whether the sample after each draft counts: the sequence does not have the drafts as tokens.
+
+        A draft model computes accepted tokens like drafts. Then only the sample after the last one is new.
+        """
+        return bool(self.drafts) and self.start + 1 >= len(self.sequence.token_ids)
 
     @property
     def samples(self) -> bool:
@@ -66,6 +69,8 @@ class ScheduledBatch:
     """Sequences that got their slot for this step."""
     repeats: int = 1
     """Tokens that each decode yields, one after the other."""
+    samples: bool = True
+    """Whether the step yields tokens. It does not if the sequences have them, as for a draft model that catches up."""
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.chunks)

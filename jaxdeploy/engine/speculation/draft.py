@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,6 @@ from jaxdeploy.engine.scheduling.batch import Chunk, ScheduledBatch
 from jaxdeploy.engine.scheduling.sequence import Sequence
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class _Known(Chunk):
-    """A chunk whose next token is known, so none is sampled."""
-
-    @property
-    def samples(self) -> bool:
-        """Never."""
-        return False
-
-
-class _Seen(Chunk):
-    """A chunk whose drafts are tokens of the sequence."""
-
-    @property
-    def verifies(self) -> bool:
-        """There is nothing to verify."""
-        return False
 
 
 class DraftProposer:
@@ -94,16 +74,16 @@ class DraftProposer:
             for sequence in late:
                 length = min(len(sequence.token_ids) - 1 - sequence.draft.computed, left)
                 if length > 0:
-                    chunks.append(_Known(sequence, sequence.draft.computed, length))
+                    chunks.append(Chunk(sequence, sequence.draft.computed, length))
                     sequence.draft.computed += length
                     left -= -(-length // ROW_LENGTH) * ROW_LENGTH
-            self._run(ScheduledBatch(chunks=tuple(chunks)))
+            self._run(ScheduledBatch(chunks=tuple(chunks), samples=False))
             late = [sequence for sequence in late if sequence.draft.computed < len(sequence.token_ids) - 1]
 
     def _draft_first(self, sequences: list[Sequence]) -> dict[Sequence, int]:
         """Compute tokens that are new to the model, and sample the next one."""
         rows = [
-            _Seen(
+            Chunk(
                 item,
                 item.draft.computed - 1,
                 1 + len(item.token_ids) - item.draft.computed,
