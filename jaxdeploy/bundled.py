@@ -13,7 +13,7 @@ def bundled_model() -> str:
     """Return the folder of the bundled model.
 
     Raises:
-        ModelNotFoundError: the installation has no such folder.
+        ModelNotFoundError: the installation lacks the folder.
     """
     if not (DEMO / "config.json").is_file():
         raise ModelNotFoundError(f"the bundled model is missing from {DEMO}; name a MODEL, a folder or a hub id")

@@ -251,7 +251,7 @@ def _bank(config: ModelConfig, mesh: Mesh) -> AdapterBank:
 
 
 def _state(layers: int, small: bool) -> DeviceState:
-    """Return what the engine hands from step to step, as shapes."""
+    """Return the state of an engine as shapes."""
     pool: Any = _pool_in_8_bits() if small else jax.ShapeDtypeStruct(ENGINE_POOL, jnp.bfloat16)
     token_buffer: Any = jax.ShapeDtypeStruct((SLOTS, SESSION_LEN), jnp.int32)
     return DeviceState((pool,) * layers, token_buffer)

@@ -75,7 +75,7 @@ class ApiClient:
         self._stopped.add(session if isinstance(session, int) else session.session_id)
 
     def stream_infer(self, prompts: Prompt, gen_config: GenerationConfig, *, session_id: int) -> Iterator[Response]:
-        """The reply as it comes. Raises ``RequestError`` for what the server refuses, ``ServerError`` if it fails."""
+        """Yield the reply as it arrives. Raises ``RequestError`` (the server refuses it) or ``ServerError``."""
         path, asked = self._request(prompts, gen_config)
         length = 0
         for event in self._events(path, asked):
@@ -164,7 +164,7 @@ def sampling_fields(gen_config: GenerationConfig) -> dict[str, Any]:
 
 
 def event_in(line: str) -> dict[str, Any] | None:
-    """What a line of a stream holds. Raises ``ServerError`` if it tells of a failure."""
+    """Return the event in a line of a stream. Raises ``ServerError`` if it reports a failure."""
     if not line.startswith("data: {"):
         return None
     event: dict[str, Any] = json.loads(line.removeprefix("data: "))

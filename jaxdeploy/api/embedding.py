@@ -1,4 +1,4 @@
-"""What stands for a text: the hidden states of its tokens, made one vector."""
+"""Embeddings: the hidden states of a text as one vector."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POOLINGS = ("last", "mean")
 def pooled(
     result: PromptResult, pooling: str = "last", *, normalize: bool = True, dimensions: int | None = None
 ) -> list[float]:
-    """One vector of D numbers, or of the first ``dimensions`` of them; of length 1 where it is to ``normalize``.
+    """Return a vector of D numbers, or of the first ``dimensions`` of them, scaled to length 1 with ``normalize``.
 
     Raises ``RequestError`` for another pooling than ``POOLINGS``, or for more dimensions than there are.
     """

@@ -1,4 +1,4 @@
-"""One reply to generate: what the generator is asked, and what is made of its answers."""
+"""One reply to generate: the request for it, and the ``Response`` made from its outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxdeploy.messages import PromptResult, Request, TextOutput, TokenLogprob
 class Job:
     """One reply to generate: the ``alternative``-th of ``how.n`` for a prompt.
 
-    ``adapter`` is the LoRA adapter that makes it. ``goes_on``: the session's next prompt is expected to go on from it.
+    ``adapter`` is its LoRA adapter. ``goes_on``: the session's next prompt is expected to continue from it.
     """
 
     ids: tuple[int, ...]

@@ -69,9 +69,9 @@ class Pipeline:
         return self._streams.between_steps(lambda: engine.stats.adapters)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
-        """Read a LoRA adapter in PEFT's layout; it takes the place of one that has this name.
+        """Read a LoRA adapter in PEFT's layout. It replaces one of the same name.
 
-        Replies go on meanwhile, those that run with an adapter of this name to their end.
+        Replies continue meanwhile. Those that use the replaced adapter complete with it.
 
         Raises:
             CheckpointError: it is damaged or does not fit; the message lists every fault.
@@ -81,7 +81,7 @@ class Pipeline:
         self._streams.between_steps(lambda: engine.load_adapter(name, path)).result()
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter; replies that run with it go on to their end. Raises ``UnknownAdapterError``."""
+        """Forget an adapter. Replies that use it complete. Raises ``UnknownAdapterError``."""
         engine = self.generator.engine
         self._streams.between_steps(lambda: engine.unload_adapter(name)).result()
 
@@ -111,8 +111,8 @@ class Pipeline:
             One ``Response`` for one prompt; a list for a list of prompts, or where ``n`` is above 1.
 
         Raises:
-            RequestError: a prompt cannot be served, or (``UnknownAdapterError``) there is no such adapter; nothing was
-                generated then.
+            RequestError: a prompt cannot be served, or (``UnknownAdapterError``) the adapter is not loaded. Nothing
+                is generated.
         """
         call = CallOptions.of_call(gen_config, do_preprocess, adapter_name, options)
         jobs, single = self._jobs(prompts, call)
@@ -135,9 +135,9 @@ class Pipeline:
         adapter_name: AdapterNames = None,
         **options: Any,
     ) -> Iterator[Response]:
-        """As a call, but yield each piece as soon as it is there; ``index`` tells the replies of many prompts apart.
+        """Like a call, but yield each piece when it is generated. ``index`` is the index of the reply.
 
-        Leaving the loop early drops what is still running. The prompts are queued when the loop starts.
+        Leaving the loop early drops replies that still run. The prompts are queued when the loop starts.
         """
         call = CallOptions.of_call(gen_config, do_preprocess, adapter_name, options)
         return self._stream(self._jobs(prompts, call)[0])
@@ -165,7 +165,7 @@ class Pipeline:
     ) -> list[float]:
         """For each sequence of at least 2 token ids the mean cross-entropy of all but the first, in nats.
 
-        It is LMDeploy's function of the name: the perplexity is the exponential of what it gives.
+        As in LMDeploy, the perplexity is the exponential of the result.
 
         Raises:
             RequestError: a sequence is too short or too long.
@@ -291,7 +291,7 @@ class Pipeline:
 
 
 def _progress_bar(total: int, wanted: bool | None) -> Any:
-    """A bar on stderr; where nobody said, only a terminal shows one, and only for several replies."""
+    """Return a bar on stderr. By default it is shown on a terminal, for several replies."""
     from tqdm import tqdm
 
     hidden = (True if total < 2 else None) if wanted is None else not wanted

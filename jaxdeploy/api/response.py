@@ -17,8 +17,8 @@ class Response:
     ``logprobs`` are the new piece and ``generate_token_len`` counts from the start. ``logprobs`` has one dict a token,
     token id → natural log-probability, the chosen token's among them; ``prompt_logprobs`` are the same for the prompt's
     tokens but the first, in a stream with the first piece. ``cached_tokens`` of the prompt were found in the KV cache
-    and not computed again. ``speculation`` tells how speculative decoding went. ``error`` is the reason where
-    ``finish_reason`` is "error".
+    and not computed again. ``speculation`` counts drafts. ``error`` is the reason if ``finish_reason`` is
+    "error".
     """
 
     text: str
@@ -54,7 +54,7 @@ class Response:
 
 @dataclass
 class Session:
-    """A conversation; ``history`` holds what was said, ``response`` the last reply with its counts."""
+    """A conversation: ``history`` has its prompts and replies, ``response`` the last reply with its counts."""
 
     session_id: int
     history: list[tuple[str, str]] = field(default_factory=list)

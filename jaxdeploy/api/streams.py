@@ -1,4 +1,4 @@
-"""Several readers share one generator: each is given the outputs of its own requests, whoever ran the step."""
+"""Several readers share one generator. Each gets the outputs of its requests, even if another one ran the step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Streams:
-    """Steps the generator while anybody reads. Safe to use from several threads."""
+    """Steps the generator while there are readers. Several threads may use it."""
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
@@ -28,7 +28,7 @@ class Streams:
         self._closed = False
 
     def read(self, requests: Sequence[Request]) -> Iterator[TextOutput]:
-        """Run ``requests`` and yield what they produce; those still running when the reader leaves are dropped.
+        """Run ``requests`` and yield their outputs. When the reader leaves, those that still run are dropped.
 
         Raises:
             RequestError: one of them cannot be served; then none is. Or ``close`` came in between.

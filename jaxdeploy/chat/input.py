@@ -1,4 +1,4 @@
-"""Reading what the user types or pipes: several lines where a backslash ends one, or with Alt-Enter on a terminal."""
+"""Input of the terminal chat. A backslash at the end of a line, or Alt-Enter on a terminal, continues the input."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ def line_reader() -> Callable[[], str]:
 
 
 def given_prompt(flag: str | None) -> str | None:
-    """The prompt of ``--prompt``, or of stdin where that is ``-`` or missing. None: the user types on a terminal.
+    """Return the prompt of ``--prompt``, or that of stdin if the flag is ``-`` or missing.
+
+    ``None``: the user types on a terminal.
 
     Raises:
-        RequestError: stdin is empty, or has a text beside the flag's.
+        RequestError: stdin is empty, or has a text in addition to that of the flag.
     """
     if flag is None and sys.stdin.isatty():
         return None
@@ -46,7 +48,7 @@ def given_prompt(flag: str | None) -> str | None:
 
 
 def read_lines() -> str:
-    """Read with the plain ``input``, which knows the arrow keys where ``readline`` is there."""
+    """Read with the plain ``input``, which supports arrow keys if ``readline`` is available."""
     with suppress(ImportError):
         import readline  # noqa: F401
     lines = [input(PROMPT)]

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class Speaker(Protocol):
-    """A model to talk with: a ``Pipeline``, or one behind a server."""
+    """A model to talk with: a ``Pipeline``, or the client of a server."""
 
     @property
     def session_len(self) -> int | None:
-        """Longest prompt plus reply, in tokens; ``None`` where that is not known."""
+        """Maximum tokens of prompt and reply; ``None`` if it is not known."""
         ...
 
     def session(self) -> Session:
@@ -72,7 +72,7 @@ class WithAdapter:
 
 @dataclass
 class Conversation:
-    """The messages so far. ``remembers`` False: every prompt stands alone, as text to complete does."""
+    """The messages so far. If ``remembers`` is false, each prompt is independent, like a text to complete."""
 
     system: str | None = None
     remembers: bool = True
@@ -143,7 +143,7 @@ class ChatReply(Reply):
 
 
 def stream_reply(pipe: Speaker, prompt: Prompt, gen_config: GenerationConfig, write: Callable[[str], Any]) -> ChatReply:
-    """Generate a reply and ``write`` each piece at once. Ctrl-C ends it, and what was written stays.
+    """Generate a reply and ``write`` each piece at once. Ctrl-C ends it; the text so far is kept.
 
     Raises:
         RequestError: the prompt cannot be served, e.g. ``ContextLengthError``.

@@ -57,7 +57,7 @@ class Chat:
                 self.note("/exit leaves")
 
     def take(self, text: str) -> bool:
-        """Obey a command, or answer; False when the user leaves. What goes wrong is one line, and the chat goes on."""
+        """Run a command or answer a prompt. Returns false if the user leaves. The chat continues after an error."""
         word, _, rest = text.partition(" ")
         word = {"end": "/reset", "exit": "/exit"}.get(text, word)
         try:

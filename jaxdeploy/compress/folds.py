@@ -1,6 +1,6 @@
 """Scalings of a layer that move size from activations into weights and leave its outputs unchanged.
 
-They follow from what the block declares about the inputs of its linear maps (``models.linears``).
+They follow from the inputs of linear maps, which the block declares (``models.linears``).
 """
 
 from __future__ import annotations

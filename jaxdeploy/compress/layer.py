@@ -94,7 +94,7 @@ class LayerInWork:
             self._inputs.clear()
 
     def _multiply_rows(self, name: str, factors: jax.Array) -> None:
-        """Multiply the inputs' rows of a linear map; what it is fed is divided by the same factors."""
+        """Multiply the rows of a linear map. Its inputs are divided by the same factors."""
         path = self._specs[name].path
         self.params[path] = (self.weight(name) * factors[:, None]).reshape(self.params[path].shape)
         if known := self._inputs.get(name):

@@ -1,4 +1,4 @@
-"""From what the user asked for to what the engine does: defaults filled in, texts turned into token ids.
+"""From the settings of a request to those of the engine: defaults are filled in, texts become token ids.
 
 A field counts from the first of these that sets it: the request, the checkpoint's ``generation_config.json``, the
 values below. A reply is greedy if the request says ``do_sample`` False, if the temperature or ``top_p`` is 0, or if
@@ -212,6 +212,6 @@ def _split_stops(
 
 
 def _after_newline(text: str, tokenizer: Vocabulary) -> tuple[int, ...]:
-    """The ids of ``text`` without what a tokenizer puts in front of a whole text; nothing where that cannot be told."""
+    """Return the ids of ``text`` without a prefix that the tokenizer adds to whole texts; nothing if there is doubt."""
     line, both = tokenizer.encode("\n", add_bos=False), tokenizer.encode("\n" + text, add_bos=False)
     return tuple(both[len(line) :]) if both[: len(line)] == line else ()

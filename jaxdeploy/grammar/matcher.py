@@ -40,8 +40,8 @@ class Matcher:
     def allow(self, words: Words, drafts: tuple[int, ...] = ()) -> None:
         """Clear the bits of tokens that cannot come next in ``words``, uint32 [1 + drafts, ceil(V / 32)].
 
-        The rows behind the first are for what comes behind one, two, ... of ``drafts``; behind one that does not follow
-        they are left as they are. What ends a reply may come where the grammar has come to an end.
+        The rows after the first are for the positions after each of ``drafts``. Rows after a draft that the grammar
+        does not allow are unchanged. Tokens that end a reply are allowed at the end of the grammar.
         """
         first, *others = np.atleast_2d(words)
         self._clear(first)
@@ -62,7 +62,7 @@ class Matcher:
         words[:] = both if both.any() else allowed  # words that were forbidden besides do not break the grammar
 
     def take(self, token_id: int) -> bool:
-        """The reply goes on with ``token_id``. Whether it still follows the grammar, and can be told how to go on."""
+        """Advance by ``token_id``. Returns whether the reply still follows the grammar and the matcher can continue."""
         return bool(self._matcher.consume_token(token_id)) and not self._matcher.is_error()
 
 
@@ -81,7 +81,7 @@ class Grammars:
         self._lock = threading.Lock()
 
     def matcher(self, grammar: str) -> Matcher:
-        """At the beginning of ``grammar``. Raises ``RequestError`` where it is none, or too large."""
+        """Return a matcher at the beginning of ``grammar``. Raises ``RequestError`` if it is invalid or too large."""
         if not self._eos_token_ids:
             raise RequestError("the model has no token that ends a reply, so none can follow a grammar; leave it out")
 
@@ -102,7 +102,7 @@ class Grammars:
 
         compiled = LLMatcher(vocabulary, grammar, log_level=0)
         if not compiled.is_error():
-            compiled.compute_bitmask()  # the first one takes longest; copies inherit what it has found out
+            compiled.compute_bitmask()  # the first call is the slowest; copies inherit its results
         if compiled.is_error():
             fault = next(iter(compiled.get_error().splitlines()), "no reason given")
             raise RequestError(f"the grammar cannot be followed ({fault}); simplify it")
@@ -135,7 +135,9 @@ class _Vocabulary:
         self.tokens = [self._bytes(token_id) for token_id in known] + [b""] * (size - len(known))
 
     def __call__(self, text: str) -> list[int]:
-        """The first tokens of ``text`` where it continues another; some tokenizers begin every text with a space.
+        """Return the first tokens of ``text`` as the continuation of another text.
+
+        Some tokenizers put a space before every text.
 
         The caller needs the next token and asks again after it, so a long text is cut.
         """

@@ -1,4 +1,4 @@
-"""The text of a reply, parsed as it arrives: thoughts and calls are separated from what is said."""
+"""The text of a reply, parsed as it arrives: thoughts and calls are separated from the text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxdeploy.server.parsers.events import CallArguments, CallBegins, Event, Pa
 
 
 class ReplyParser:
-    """Applies ``parsers`` to one reply. Each gets what the previous one left as text.
+    """Applies ``parsers`` to one reply. Each gets the text that the previous one leaves.
 
     num_calls: number of calls that have begun.
 

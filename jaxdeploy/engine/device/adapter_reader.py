@@ -1,4 +1,4 @@
-"""From an adapter's folder to what a slot of the device's bank gets of it."""
+"""From an adapter's folder to the content of a slot in the adapter bank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("jaxdeploy")
 
 DEFAULT_SLOTS = 8
 ROUNDED = 16
-"""The rank of a bank is a multiple of it: what tensor cores multiply at a time."""
+"""The rank of a bank is a multiple of this size, which is that of a tensor-core tile."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class EngineAdapters:
 def adapters_of(
     family: Family, model: ModelConfig, config: EngineConfig, mesh: Mesh, dtype: jnp.dtype, files: Callable[[], Tensors]
 ) -> EngineAdapters | None:
-    """What ``config`` says of adapters; ``None`` where there are to be none. ``files`` opens the model's tensors.
+    """Return the adapters of ``config``, or ``None`` if it has none. ``files`` opens the model's tensors.
 
     Raises ``CheckpointError``: one of them is damaged, or does not fit; ``ConfigError``: a rank without adapters.
     """

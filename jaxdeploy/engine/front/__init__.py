@@ -1,1 +1,1 @@
-"""The interfaces of an engine: in this process, in a process of its own, asynchronous, and with text."""
+"""The interfaces of an engine: in this process, in a separate process, asynchronous, and with text."""

@@ -45,7 +45,7 @@ def _put_all(loop: asyncio.AbstractEventLoop, items: list[tuple[_Stream, TextOut
         for stream, output in items:
             stream.outputs.put_nowait(output)
 
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+    with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(put)
 
 
@@ -57,9 +57,9 @@ class EngineStoppedError(JaxdeployError):
 
 
 class AsyncEngine:
-    """Runs a ``Generator`` in a thread of its own; coroutines submit requests and iterate over their outputs.
+    """Runs a ``Generator`` in a separate thread. Coroutines submit requests and iterate over their outputs.
 
-    ``from_pretrained`` puts the engine under it into a process, so that only text is left to the thread.
+    ``from_pretrained`` runs the engine in a separate process; the thread then handles text only.
     """
 
     def __init__(self, generator: Generator) -> None:
@@ -82,7 +82,7 @@ class AsyncEngine:
         chat_template: ChatTemplateConfig | str | None = None,
         progress: bool = False,
     ) -> AsyncEngine:
-        """Load ``model`` into an engine in a process of its own. Arguments and errors are those of ``Generator``'s."""
+        """Load ``model`` into an engine in a separate process. Arguments and errors are those of ``Generator``."""
         return cls(
             Generator.from_pretrained(model, config, chat_template=chat_template, progress=progress, own_process=True)
         )
@@ -100,7 +100,7 @@ class AsyncEngine:
             raise EngineStoppedError(f"the engine stopped: {type(self.failure).__name__}: {self.failure}")
 
     async def generate(self, request: Request) -> AsyncIterator[TextOutput]:
-        """Outputs of ``request`` until it ends. Leaving the iteration early aborts it and frees what it holds.
+        """Outputs of ``request`` until it ends. Leaving the iteration early aborts it and frees its resources.
 
         Raises:
             RequestError: it cannot be served. EngineStoppedError: the engine stopped before it ended.
@@ -110,7 +110,7 @@ class AsyncEngine:
                 yield output
 
     async def generate_all(self, requests: Sequence[Request]) -> AsyncGenerator[TextOutput]:
-        """Outputs of all ``requests`` as they come, as ``generate`` does; where one fails the others are aborted."""
+        """Outputs of all ``requests`` as they arrive. If one fails, the others are aborted."""
         stream = _Stream()
         running = {request.request_id for request in requests}
         try:
@@ -128,7 +128,7 @@ class AsyncEngine:
                 self._tell(partial(self._abort, request_id, stream))
 
     async def stats(self) -> EngineStats:
-        """How the engine stands. Raises ``EngineStoppedError``, or what the engine died of."""
+        """Return state and counters of the engine. Raises ``EngineStoppedError`` or ``EngineDiedError``."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[EngineStats] = loop.create_future()
 
@@ -136,7 +136,7 @@ class AsyncEngine:
             try:
                 self._check_running()
                 answer: EngineStats | Exception = self.generator.engine.stats
-            except Exception as error:  # whoever asked hears of it; what else was asked for goes on
+            except Exception as error:  # the caller gets it; other commands continue
                 answer = error
             with contextlib.suppress(RuntimeError):  # the caller's loop is closed
                 loop.call_soon_threadsafe(_resolve, found, answer)
@@ -145,7 +145,7 @@ class AsyncEngine:
         return await found
 
     async def load_adapter(self, name: str, folder: str | Path) -> None:
-        """Read a LoRA adapter in PEFT's layout; then requests may ask for it. Others go on meanwhile.
+        """Read a LoRA adapter in PEFT's layout; then requests may name it. Other requests continue meanwhile.
 
         Raises:
             CheckpointError: it is damaged or does not fit. ConfigError: there is no room for adapters.
@@ -154,9 +154,9 @@ class AsyncEngine:
         await self._call(lambda: self.generator.engine.load_adapter(name, folder))
 
     async def unload_adapter(self, name: str) -> None:
-        """Refuse requests for an adapter; those that are there go on to their end.
+        """Refuse new requests for an adapter. Current ones continue.
 
-        Raises ``UnknownAdapterError``, and when the engine ends like ``load_adapter``.
+        Raises ``UnknownAdapterError``, and the errors of ``load_adapter`` if the engine ends.
         """
         await self._call(lambda: self.generator.engine.unload_adapter(name))
 
@@ -165,20 +165,20 @@ class AsyncEngine:
         self._tell(lambda: self._fail(request_id, EngineStoppedError(f"request {request_id} was aborted")))
 
     def close(self) -> None:
-        """Stop the thread, fail what still runs and give the device memory back."""
+        """Stop the thread, fail running requests and free the device memory."""
         self._tell(None)
         self._thread.join()
         self.generator.close()
 
     async def _call(self, call: Callable[[], Future[None]]) -> None:
-        """Have the engine's thread make a call, and wait for the answer."""
+        """Run a call in the engine's thread, and wait for the answer."""
         answer: Future[None] = Future()
 
         def begin() -> None:
             try:
                 self._check_running()
                 call().add_done_callback(partial(_pass_on, answer))
-            except Exception as error:  # whoever called hears of it; what else was asked for goes on
+            except Exception as error:  # the caller gets it; other commands continue
                 answer.set_exception(error)
 
         self._send(begin)
@@ -211,7 +211,7 @@ class AsyncEngine:
         self._stop()
 
     def _stop(self) -> None:
-        """Fail what runs and what was asked for too late; after this nothing more can be asked for."""
+        """Fail running requests and late commands. No command is accepted after this."""
         with self._sending:
             self._stopped = True
         for request_id in list(self._streams):
@@ -257,7 +257,7 @@ class AsyncEngine:
             _put_all(loop, items)
 
     def _abort(self, request_id: str, stream: _Stream) -> None:
-        if self._streams.get(request_id) is stream:  # else it was refused: the name may be another's
+        if self._streams.get(request_id) is stream:  # otherwise it was refused, and another request may have the name
             del self._streams[request_id]
             self.generator.abort(request_id)
 
@@ -269,7 +269,7 @@ class AsyncEngine:
 
 
 def _resolve(future: asyncio.Future[EngineStats], answer: EngineStats | Exception) -> None:
-    if future.done():  # whoever asked has gone
+    if future.done():  # the caller has cancelled it
         return
     if isinstance(answer, Exception):
         future.set_exception(answer)

@@ -132,7 +132,7 @@ def _stored_tensors(folder: Path, config: EngineConfig) -> Mapping[str, TensorRe
 
 
 def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limits:
-    """Fill the gaps of ``config``: what the model was made for, and what suits the platform."""
+    """Return the sizes of an engine. Settings that ``config`` leaves open depend on the model and the platform."""
     is_cpu = on_cpu(mesh)
     stretched = int(model.max_position * max(config.rope_scaling_factor, 1.0))
     session_len = config.session_len or min(stretched, DEFAULT_SESSION_LEN)
@@ -170,7 +170,7 @@ def max_shared_len(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def _outputs_first(mesh: Mesh) -> bool:
-    """A CPU multiplies such weights fastest; the fused kernels, interpreted there, take them as a GPU does."""
+    """Return whether weights are output-major: fastest on a CPU, but not for the fused kernels, interpreted or not."""
     return on_cpu(mesh) and preferred("decode_layer") != fused_decode.KERNELS
 
 

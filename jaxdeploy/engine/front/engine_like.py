@@ -1,4 +1,4 @@
-"""What an engine is to those who use it: in the same process, in another, or a stand-in."""
+"""The interface of an engine, whether it runs in this process or in another."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxdeploy.messages import Request, StepOutput
 
 
 class EngineLike(Protocol):
-    """The part of ``Engine`` that does not depend on where it runs."""
+    """The methods of ``Engine`` that are available from any process."""
 
     @property
     def limits(self) -> RequestLimits:
-        """What it takes."""
+        """Limits that requests are checked against."""
         ...
 
     @property
@@ -26,7 +26,7 @@ class EngineLike(Protocol):
 
     @property
     def stats(self) -> EngineStats:
-        """How it stands."""
+        """Current state and counters."""
         ...
 
     def add(self, request: Request) -> None:
@@ -34,26 +34,26 @@ class EngineLike(Protocol):
         ...
 
     def abort(self, request_id: str) -> None:
-        """Drop a request; one that has ended, or never was, is no error.
+        """Drop a request. It is no error if the request has ended or never existed.
 
         No later ``step`` returns an output of it. Its name may be used again at once.
         """
         ...
 
     def load_adapter(self, name: str, folder: str | Path) -> Future[None]:
-        """Have a LoRA adapter read; once that is done requests may ask for it. What is wrong stands in the future."""
+        """Read a LoRA adapter. Requests may name it once the future is done; errors are raised in the future."""
         ...
 
     def unload_adapter(self, name: str) -> Future[None]:
-        """Refuse requests for an adapter; those that are there go on. What is wrong stands in the future."""
+        """Refuse new requests for an adapter. Current ones continue; errors are raised in the future."""
         ...
 
     def step(self) -> list[StepOutput]:
-        """What has come since the last call."""
+        """Return the outputs since the last call."""
         ...
 
     def wake(self) -> None:
-        """Have a ``step`` that waits for something to come return; any thread may call it."""
+        """Make a ``step`` that waits return. Any thread may call this."""
         ...
 
     def close(self) -> None:

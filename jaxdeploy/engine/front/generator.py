@@ -1,4 +1,4 @@
-"""The engine with text around it: a tokenizer and chat template before, decoded and stop-matched text behind."""
+"""An engine with text: the tokenizer and chat template for prompts, decoding and stop words for replies."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ class Generator:
         return outputs
 
     def abort(self, request_id: str) -> None:
-        """Drop a request and free what it holds."""
+        """Drop a request and free its resources."""
         self._streams.pop(request_id, None)
         self.engine.abort(request_id)
 

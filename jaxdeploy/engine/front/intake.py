@@ -120,7 +120,7 @@ class Intake:
         return done
 
     def close(self) -> None:
-        """Stop the threads once they have done what they are doing."""
+        """Stop the threads after their current work."""
         for threads in (self._step_thread, self._grammar_threads):
             threads.shutdown(wait=False, cancel_futures=True)
 

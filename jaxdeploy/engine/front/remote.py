@@ -34,10 +34,10 @@ EXIT_TIMEOUT = 10.0
 
 
 class RemoteEngine:
-    """Stands for an engine that ``build`` makes in a process of its own. One thread calls it.
+    """An engine that ``build`` makes in a separate process. One thread calls it.
 
-    ``build`` must pickle. Only that process touches the devices: on a GPU the caller's must not use JAX. With ``wait``
-    false the constructor returns at once; ``ready`` then reports when the engine is built.
+    ``build`` must pickle. Only that process uses the devices: on a GPU the caller's process must not use JAX. With
+    ``wait`` false the constructor returns at once; ``ready`` then reports when the engine is built.
 
     Raises whatever ``build`` raises.
     """
@@ -89,7 +89,7 @@ class RemoteEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """How it stands, as far as it has said. Requests that it has not mentioned count as waiting."""
+        """State and counters as last reported. Requests that are not in the report count as waiting."""
         self._drain(0)
         unknown = len(self._unfinished) - self._stats.running
         return replace(self._stats, waiting=max(self._stats.waiting, unknown))
@@ -165,13 +165,13 @@ class RemoteEngine:
             os.read(self._woken.fileno(), 4096)
 
     def _drain(self, patience: float) -> None:
-        """Take what has been sent, waiting for it, or to be woken, at most so many seconds."""
+        """Take the messages that have arrived. Wait up to ``patience`` seconds for one, or for ``wake``."""
         self._wait(patience)
         try:
             while self._end is None and self._connection.poll():
                 if (message := self._receive()) is not None:
                     self._take(message)
-        except Exception as error:  # the end of the process, or what it failed with
+        except Exception as error:  # the process has ended, or it reports a failure
             self._end = error
         if self._end is not None and not self._arrived:
             raise self._end
@@ -218,7 +218,7 @@ class RemoteEngine:
     def _receive(self) -> Any:
         """The next message, or ``None`` for a log record, which goes to the handlers here.
 
-        Raises what the process reports, or ``EngineDiedError`` when it reports nothing more.
+        Raises the error that the process reports, or ``EngineDiedError`` if it has ended.
         """
         try:
             message = self._connection.recv()
@@ -242,7 +242,7 @@ class RemoteEngine:
 
 
 def _settle(answer: Future[None], error: Exception | None) -> None:
-    """Give an answer to whoever still waits for it."""
+    """Complete ``answer``, unless the caller has cancelled it."""
     if not answer.set_running_or_notify_cancel():
         return
     if error is None:

@@ -37,7 +37,7 @@ class Scheduler:
     """Holds waiting and running sequences and their blocks.
 
     The scheduler runs ahead: a step may be scheduled before the tokens of the previous one are known, as long as the
-    device runs them in order. What such a step computes for a sequence that turns out to have ended is dropped.
+    device runs them in order. If a sequence turns out to have ended, its results of that step are dropped.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class Scheduler:
         return chunk
 
     def _with_drafts(self, decodes: tuple[Chunk, ...], drafter: Drafter) -> tuple[Chunk, ...]:
-        """Return ``decodes`` with drafts. Only free and cached blocks make room for them: nobody is preempted."""
+        """Return ``decodes`` with drafts. They take free and cached blocks only: no sequence is preempted."""
         room = {}
         for chunk in decodes:
             sequence, placement = chunk.sequence, chunk.sequence.placement
@@ -337,7 +337,7 @@ class Scheduler:
         if full > len(placement.cached_nodes) and self.prefixes.serves(sequence):
             try:
                 self.prefixes.add(sequence, full)
-            except Exception as error:  # the chunk is complete and runs, so what the cache knows is true
+            except Exception as error:  # the chunk is complete and runs, so its entries in the cache are valid
                 self.faults[sequence] = error
         return len(placement.cached_nodes)
 

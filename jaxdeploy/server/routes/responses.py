@@ -240,7 +240,7 @@ class _Output:
 
 
 def _begun(asked: ResponsesRequest, replies: Replies[ParsedReply], request: Generation) -> Response:
-    """A response without output; what the request left open is what the engine takes."""
+    """Return a response without output. Settings that the request leaves open have the values of the engine."""
     sampling = request.sampling
     form = asked.text.format if asked.text else None
     choice = asked.tool_choice or "auto"
