@@ -18,7 +18,7 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-LEAST_TEMPERATURE = 1e-5
+MIN_TEMPERATURE = 1e-5
 """Below it logits divided by the temperature may overflow, and a draw is the most likely token anyway."""
 
 
@@ -26,7 +26,7 @@ LEAST_TEMPERATURE = 1e-5
 class SamplingParams:
     """How the next token is chosen, in token ids only: texts were translated before a request reaches the engine.
 
-    A ``temperature`` below ``LEAST_TEMPERATURE`` is greedy. ``top_k`` 0 and ``top_p`` 1.0 keep every token.
+    A ``temperature`` below ``MIN_TEMPERATURE`` is greedy. ``top_k`` 0 and ``top_p`` 1.0 keep every token.
     ``logprobs`` is the number of
     alternatives reported with each token; ``None`` reports nothing, 0 only the chosen token's own; ``prompt_logprobs``
     is the same for the tokens of the prompt. ``grammar`` is what the reply must follow, in llguidance's form.
@@ -55,7 +55,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
-        return self.temperature < LEAST_TEMPERATURE or self.top_k == 1
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,6 @@ class Request:
     cache_salt: str = ""
     text: TextOptions = field(default_factory=TextOptions)
 
-    @property
-    def reads_prompt(self) -> bool:
-        """Whether anything is reported of the prompt; then all of it is computed, whatever the cache has."""
-        return self.embed or self.sampling.prompt_logprobs is not None
-
 
 @dataclass(frozen=True)
 class TokenLogprob:
@@ -119,10 +114,12 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class PromptReading:
-    """The mean of the normed hidden states of a prompt's tokens, and the last of them, D numbers each.
+class PromptResult:
+    """Outputs for a prompt.
 
-    ``logprobs`` are those of its tokens but the first, if they were asked for.
+    mean: mean of the normed hidden states of its tokens, D numbers.
+    last: hidden state of its last token, D numbers.
+    logprobs: log-probabilities of its tokens except the first, if the request asked for them.
     """
 
     mean: tuple[float, ...]
@@ -169,7 +166,7 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
-    prompt: PromptReading | None = None
+    prompt: PromptResult | None = None
     speculation: SpeculationCounts = NO_SPECULATION
     error: JaxdeployError | None = field(default=None, compare=False)
 
@@ -197,6 +194,6 @@ class TextOutput:
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
     stop_word: str | None = None
-    prompt: PromptReading | None = None
+    prompt: PromptResult | None = None
     speculation: SpeculationCounts = NO_SPECULATION
     error: JaxdeployError | None = field(default=None, compare=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from pallas_kernels.target import Target, current_target
 
@@ -83,7 +83,7 @@ def dispatch(call: Call, *, backend: str | None = None, tiles: Any = None) -> An
         raise BackendNameError(f"backend={named} is none of {call.OP}'s; choose from {', '.join(backends)}")
     reasons = []
     for name in backends if named is None else [named]:
-        module: Any = importlib.import_module(backends[name])
+        module = cast(Backend, importlib.import_module(backends[name]))
         try:
             if named is None or not target.interpret:
                 module.check_device(target)

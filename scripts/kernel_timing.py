@@ -27,7 +27,7 @@ from pallas_kernels.dispatch import dispatch
 CACHE_BYTES = 256 * 2**20
 """What the arrays of a program exceed together: a few times the largest L2 cache (126 MB on a B200)."""
 
-MOST_CALLS = 64
+MAX_CALLS = 64
 """Calls in a program. Where even these fit into a cache, the kernel is timed as its arrays are in use: cached."""
 
 SAMPLE_SECONDS = 0.02
@@ -81,7 +81,7 @@ def calls(nbytes: int) -> int:
     """Calls in a program, each of which has arguments of ``nbytes``."""
     if not on_gpu():
         return 2
-    return min(MOST_CALLS, max(2, math.ceil(CACHE_BYTES / nbytes)))
+    return min(MAX_CALLS, max(2, math.ceil(CACHE_BYTES / nbytes)))
 
 
 def on_gpu() -> bool:

@@ -34,8 +34,8 @@ else:
 
 Array = np.ndarray[Any, Any]
 NEVER = 10**9
-LEAST_DISTINCT = 20  # a reply that repeats itself would show little
-LEAST_MARGIN = 2e-3  # between the two likeliest tokens: the reply must not hang on rounding
+MIN_DISTINCT = 20  # a reply that repeats itself would show little
+MIN_MARGIN = 2e-3  # between the two likeliest tokens: the reply must not hang on rounding
 MAX_SEED = 200
 
 
@@ -100,7 +100,7 @@ def fault_of(model: Any, case: Case) -> str | None:
     tokens, logits = reply(model, torch.from_numpy(prompt_of(case).astype(np.int64))[None])
     second, first = np.sort(logits, axis=-1)[:, -2:].T
     distinct, margin = len(set(tokens.tolist())), float((first - second).min())
-    if distinct < LEAST_DISTINCT or margin < LEAST_MARGIN:
+    if distinct < MIN_DISTINCT or margin < MIN_MARGIN:
         return f"gives a reply of {distinct} distinct tokens with margin {margin:.1e}"
     return None
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 MAPPINGS = Path("/proc/self/maps")
-MOST_MAPPINGS = 10_000
+MAX_MAPPINGS = 10_000
 """Linux allows 65,530; the programs of one file take fewer than the rest."""
 ALLOWED_SKIPS = ("needs ../shared", "needs torch", "needs a GPU", "needs Chromium", "the backend refuses")
 
@@ -121,7 +121,7 @@ def _dtype_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
 def _room_for_programs() -> Iterator[None]:
     """Let go of compiled programs before they fill the process's table of memory mappings: then LLVM crashes."""
     yield
-    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MOST_MAPPINGS:
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > MAX_MAPPINGS:
         jax.clear_caches()
         gc.collect()
 

@@ -22,7 +22,6 @@ from jaxdeploy.models.linears import LinearSpec, whole
 from jaxdeploy.models.rope import PositionScheme, rotated
 from jaxdeploy.models.weights import WeightTable, decoder_weights
 
-ARCHITECTURES = ("LatentForCausalLM",)
 LINEARS = {"latent_query": "self_attn.q_proj", "latent_down": "self_attn.down_proj", "latent_out": "self_attn.o_proj"}
 NAMES = replace(llama.NAMES, linears={**llama.NAMES.linears, **LINEARS})
 

@@ -20,7 +20,6 @@ from jaxdeploy.models.linears import LinearSpec, whole
 from jaxdeploy.models.mlp import MLP, MLPConfig
 from jaxdeploy.models.weights import WeightTable, decoder_weights
 
-ARCHITECTURES = ("OpenForCausalLM",)
 NAMES = replace(llama.NAMES, linears={**llama.NAMES.linears, "mix": "mlp.mix_proj"})
 
 Array = np.ndarray[Any, Any]
@@ -39,13 +38,14 @@ class MixedMLP(MLP):
 
     def __init__(self, config: MLPConfig, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         super().__init__(config, width, rngs=rngs, dtype=dtype)
-        self.mix: Weight = self.linears()[1].parameters(rngs, dtype)[0]
+        _, mix, _ = self.linears()
+        self.mix: Weight = mix.parameters(rngs, dtype)[0]
 
     def linears(self) -> tuple[LinearSpec, ...]:
         gate_up, down = super().linears()
         size = self.config.intermediate_size
         mix = LinearSpec(("mix",), (self.width,), (size,), ("embed", "mlp"), ("mix",), whole(size))
-        return (gate_up, mix, down) if hasattr(self, "down") else (gate_up, down)
+        return gate_up, mix, down
 
     def __call__(self, x: jax.Array) -> jax.Array:
         both = linear(x, self.gate_up)

@@ -24,7 +24,7 @@ from jaxdeploy.server.service import ModelService
 
 NAME = "demo"
 SESSION_LEN = 256
-MOST = 12
+MAX_REPLIES = 12
 """Replies that the server takes at a time."""
 
 
@@ -90,7 +90,7 @@ def demo_engine(**settings: Any) -> AsyncEngine:
 
 @contextmanager
 def running(
-    engine: AsyncEngine, most: int = MOST, options: dict[str, Any] | None = None, **config: Any
+    engine: AsyncEngine, most: int = MAX_REPLIES, options: dict[str, Any] | None = None, **config: Any
 ) -> Iterator[RunningServer]:
     """A server over ``engine``."""
     server = RunningServer(ModelService(engine, NAME, most, **(options or {})), ServerConfig(**config))

@@ -17,7 +17,7 @@ from jaxdeploy.server.protocol.bounded import MAX_KEYS
 from jaxdeploy.server.protocol.chat import ChatRequest
 from jaxdeploy.server.protocol.completions import CompletionRequest
 
-MOST = 64 * 1024**2
+MAX_BODY = 64 * 1024**2
 SAID: dict[str, Any] = {"role": "user", "content": "a"}
 
 
@@ -61,16 +61,16 @@ def answered(limit: BodyLimit, *pieces: bytes, kind: bytes = b"application/json"
         (b'""' * 4 * MAX_VALUES + b"{" * 201, 413, "more than 1048576 values"),
         (b"{}" * (MAX_OBJECTS + 1), 413, "more than 65536 objects"),
         (("[" * (DEEPEST + 1)).encode("utf-16"), 400, "more than 200 deep"),
-        (b" " * (MOST + 1), 413, "larger than"),
+        (b" " * (MAX_BODY + 1), 413, "larger than"),
     ],
 )  # fmt: skip
 def test_what_a_body_may_hold(body: bytes, status: int, says: str) -> None:
-    found, text = answered(BodyLimit(length, MOST), body[:100], body[100:])
+    found, text = answered(BodyLimit(length, MAX_BODY), body[:100], body[100:])
     assert (found, says in text) == (status, True), text
 
 
 def test_bodies_of_other_types_are_not_looked_into() -> None:
-    assert answered(BodyLimit(length, MOST), b"[" * 1000, kind=b"multipart/form-data") == (200, "1000")
+    assert answered(BodyLimit(length, MAX_BODY), b"[" * 1000, kind=b"multipart/form-data") == (200, "1000")
 
 
 def test_all_bodies_together_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:

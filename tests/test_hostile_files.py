@@ -317,7 +317,7 @@ def test_odd_yaml(tmp_path: Path, content: str) -> None:
 
 
 def test_numbers_of_members_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pickle_machine, "MOST", 1000)
+    monkeypatch.setattr(pickle_machine, "MAX_INSTRUCTIONS", 1000)
     write_zip(tmp_path / "pytorch_model.bin", b"}" * 1001, {})
     assert "more than 1000 instructions" in open_checkpoint(tmp_path).faults[0]
     monkeypatch.setattr(pickle_reader, "_LARGEST_DIRECTORY", 100)
@@ -326,7 +326,7 @@ def test_numbers_of_members_are_limited(tmp_path: Path, monkeypatch: pytest.Monk
     put_tensors(tmp_path / "model.safetensors", {name: np.zeros(1, np.float32) for name in "abc"})
     assert "has 3 tensors, 2 at most" in open_checkpoint(tmp_path).faults[0]
     fill_byte_level(tmp_path, 1)
-    monkeypatch.setattr(huggingface_file, "MOST_TOKENS", 100)
+    monkeypatch.setattr(huggingface_file, "MAX_TOKENS", 100)
     with pytest.raises(CheckpointError, match=r"tokens, 100 at most"):
         Tokenizer.load(tmp_path)
 

@@ -171,7 +171,7 @@ def test_blocks_on_the_host(
     meminfo.write_text(f"MemTotal:       9999999999 kB\nMemAvailable:   {kilobytes} kB\n")
     monkeypatch.setattr(kv_cache, "MEMINFO", meminfo)
     assert plan(num_blocks=6, session_len=90, **config).host_blocks == config.get("num_cpu_blocks", 0)
-    monkeypatch.setattr(kv_cache, "_on_cpu", lambda mesh: False)
+    monkeypatch.setattr(kv_cache, "on_cpu", lambda mesh: False)
     made = plan(num_blocks=6, session_len=90, tp=2, **config)
     assert (made.host_blocks, made.host_block_bytes) == (host_blocks, BLOCK_BYTES)
     assert ("more on the host" in str(made)) == (host_blocks > 0)

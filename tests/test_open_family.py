@@ -72,6 +72,7 @@ def replies(folder: Path, *adapters: str | None, **options: Any) -> list[list[in
         for length in (36, 40):
             item = replace(request(str(length), PROMPT[:length].tolist(), max_new_tokens=8), adapter=adapter)
             found.append(run(engine, [item])[str(length)])
+    assert (engine.scheduler.prefixes.found > 0) == options.get("enable_prefix_caching", True)
     engine.close()
     return found
 

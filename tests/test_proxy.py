@@ -201,7 +201,7 @@ def test_what_is_remembered_is_bounded() -> None:
         recent.get(0)
     assert [recent.get(key) for key in range(3)] == [0, None, 2]
     keys = list(routing.prefix_keys({"prompt": "x" * 10**6}))
-    assert len(keys) == routing.LONGEST // routing.PIECE == len(set(keys))
+    assert len(keys) == routing.MAX_PREFIX // routing.PIECE == len(set(keys))
 
 
 def test_a_session_stays_where_it_is(stack: ExitStack) -> None:

@@ -353,7 +353,7 @@ def test_what_a_node_says_of_its_models_is_checked(stack: ExitStack) -> None:
     assert time.monotonic() - begun < 2
     for why, node in liars.items():
         assert why in found[node.url]["why_down"], found[node.url]["why_down"]
-        assert len(found[node.url]["why_down"]) <= nodes.LONGEST_REASON
+        assert len(found[node.url]["why_down"]) <= nodes.MAX_REASON
     assert proxy.http.post(CHAT, json=ASK).status_code == 200
 
 

@@ -104,20 +104,17 @@ def short_engine(bits: int | None) -> Any:
     decoder = decoder_from(INTERPRETED, params(INTERPRETED))
     runner = ModelRunner(decoder, StepPlan(mesh), DeviceState.of(pools, 2, session_len, mesh))
     blocks = BlockManager(plan.num_blocks)
-    scheduler = Scheduler(
-        blocks,
-        PrefixCache(blocks, block_size, 0, 0),
-        SchedulerLimits(
-            block_size=block_size,
-            max_batch_size=2,
-            max_prefill_tokens=32,
-            max_mixed_tokens=32,
-            row_length=ROW_LENGTH,
-            session_len=session_len,
-            decode_steps=1,
-        ),
+    limits = SchedulerLimits(
+        block_size=block_size,
+        max_batch_size=2,
+        max_prefill_tokens=32,
+        max_mixed_tokens=32,
+        row_length=ROW_LENGTH,
+        session_len=session_len,
+        decode_steps=1,
     )
-    shapes = [StepShape(2, prefill, plan.blocks_for(session_len), 2) for prefill in (0, 32)]
+    scheduler = Scheduler(blocks, PrefixCache(blocks, block_size, 0, 0), limits)
+    shapes = [StepShape(2, prefill, limits.blocks_for(session_len), 2) for prefill in (0, 32)]
     return Engine(scheduler, runner, shapes, VOCAB)
 
 

@@ -23,7 +23,7 @@ from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason, TextOutput
-from tests.served import MOST, NAME, SESSION_LEN, RunningServer, running, until, with_tools
+from tests.served import MAX_REPLIES, NAME, SESSION_LEN, RunningServer, running, until, with_tools
 
 ASK: Any = [{"role": "user", "content": "What is 6 times 7?"}]
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 12}
@@ -157,7 +157,7 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
         ({"logit_bias": {"99999": 1}}, "logit_bias: token 99999 must be between 0 and"),
         ({"top_logprobs": 2}, "top_logprobs=2 needs logprobs=true"),
         ({"stream_options": {"include_usage": True}}, "stream_options are for streams only"),
-        ({"n": MOST + 1}, f"n={MOST + 1} replies in one request are more than {MOST}"),
+        ({"n": MAX_REPLIES + 1}, f"n={MAX_REPLIES + 1} replies in one request are more than {MAX_REPLIES}"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"chat_template_kwargs": 5}, "chat_template_kwargs=5"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages has a field of its own"),

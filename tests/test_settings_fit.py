@@ -20,6 +20,7 @@ from jaxdeploy.engine.front.build import make_scheduler, max_shared_len, resolve
 from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.batch import ScheduledBatch
 from jaxdeploy.engine.scheduling.block_manager import BlockManager
+from jaxdeploy.engine.scheduling.limits import SchedulerLimits
 from jaxdeploy.engine.scheduling.scheduler import Scheduler
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.engine.speculation.draft import DraftProposer
@@ -62,13 +63,13 @@ class NoDevice:
         return SimpleNamespace(sampled=SimpleNamespace(tokens=np.ones((shape.repeats, shape.samples), np.int32)))
 
 
-def drafter(config: EngineConfig, limits: Any, plan: CachePlan) -> Speculation | None:
+def drafter(config: EngineConfig, limits: SchedulerLimits) -> Speculation | None:
     if config.speculative_method is None:
         return None
     count = config.num_speculative_tokens or 3
     proposer: Proposer = NgramProposer()
     if config.speculative_method == "draft":
-        table = plan.blocks_for(limits.session_len)
+        table = limits.blocks_for(limits.session_len)
         shapes = draft_shapes(limits.max_batch_size, limits.max_prefill_tokens, table, count)
         proposer = DraftProposer(cast(Any, NoDevice()), shapes, VOCAB, count)
     return Speculation(proposer, count, AlwaysOpen())
@@ -109,7 +110,7 @@ def test_every_batch_fits_a_shape(platform: str, config: EngineConfig, spare: in
     plan = CachePlan(needed + spare, config.block_size, 1, "as few as may be", host_blocks=config.num_cpu_blocks or 0)
     bounds = scheduler_limits(limits, plan)
     scheduler = make_scheduler(BlockManager(plan.num_blocks), plan, bounds, max_shared_len(CONFIG, config))
-    speculation = drafter(config, limits, plan)
+    speculation = drafter(config, bounds)
     shapes = shapes_of(bounds, speculation.count if speculation else 0)
     dice = random.Random(seed)
     run(scheduler, shapes, speculation, dice)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from jaxdeploy.chat_template.limits import LARGEST, LimitError, Meter
-from jaxdeploy.chat_template.sandbox import LONGEST_SOURCE, CompiledTemplate
+from jaxdeploy.chat_template.sandbox import MAX_SOURCE, CompiledTemplate
 from jaxdeploy.errors import CheckpointError, RequestError
 
 SECONDS = 10
@@ -143,7 +143,7 @@ NESTED = [
     "{{ " + "1" * 9000 + " }}",
     "{#" * 4000,
     "{{ '" * 4000,
-    "x" * (LONGEST_SOURCE + 1),
+    "x" * (MAX_SOURCE + 1),
 ]
 ATTACKS = [*GROWING, *SLOW, *NESTED]
 CONVERSATION = {"messages": [{"role": "user", "content": "Hi"}] * 3, "add_generation_prompt": True}

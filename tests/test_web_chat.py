@@ -320,12 +320,12 @@ def test_wrong_logins_are_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_logins_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(login, "MOST_A_MINUTE", 50)
+    monkeypatch.setattr(login, "MAX_PER_MINUTE", 50)
     monkeypatch.setattr(login, "time", SimpleNamespace(monotonic=lambda: 600.0))
     attempts = login.Attempts()
     for number in range(9000):
         attempts.note(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
-    assert len(attempts._wrong) == login.MOST_ADDRESSES
+    assert len(attempts._wrong) == login.MAX_ADDRESSES
     assert attempts.wait("10.9.9.9") == 60, "many addresses together guess no faster"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxdeploy.api.response import Response
 from jaxdeploy.generation.reply import Reply
 from jaxdeploy.generation.resolved import ResolvedGeneration
-from jaxdeploy.messages import PromptReading, Request, TextOutput, TokenLogprob
+from jaxdeploy.messages import PromptResult, Request, TextOutput, TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Job:
             error=output.error,
         )
 
-    def _prompt_logprobs(self, reading: PromptReading | None) -> list[dict[int, float]] | None:
-        if reading is None or self.how.sampling.prompt_logprobs is None:
+    def _prompt_logprobs(self, result: PromptResult | None) -> list[dict[int, float]] | None:
+        if result is None or self.how.sampling.prompt_logprobs is None:
             return None
-        return [_logprobs(token) for token in reading.logprobs]
+        return [_logprobs(token) for token in result.logprobs]
 
 
 def _logprobs(token: TokenLogprob) -> dict[int, float]:

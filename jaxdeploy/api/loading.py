@@ -41,7 +41,7 @@ def pipeline(
         log_level: DEBUG, INFO, WARNING, ERROR or CRITICAL, for the logger ``jaxdeploy``.
         max_log_len: accepted and ignored; prompts are not logged.
         trust_remote_code: accepted and ignored; code of a checkpoint is never run.
-        speculative_config: who guesses tokens, as LMDeploy has it; the same as the fields of ``EngineConfig``.
+        speculative_config: how tokens are drafted, as in LMDeploy; it sets the same fields of ``EngineConfig``.
         model_name: the name of a built-in chat template. Other names change nothing.
         **settings: fields of ``EngineConfig``, laid over ``backend_config``.
 
@@ -54,9 +54,9 @@ def pipeline(
     if isinstance(chat_template_config, Mapping):
         chat_template_config = ChatTemplateConfig(**chat_template_config)
     config = config_of(EngineConfig, backend_config, "backend_config")
-    guessing = speculative_config.fields if speculative_config is not None else {}
+    speculative = speculative_config.fields if speculative_config is not None else {}
     unheeded = {"max_log_len": max_log_len, "trust_remote_code": trust_remote_code}
-    (config,) = split_settings({**guessing, **unheeded, **without_unused(settings)}, config)
+    (config,) = split_settings({**speculative, **unheeded, **without_unused(settings)}, config)
     template = chat_template_config or _template_named(model_name or config.model_name)
     bars = sys.stderr.isatty()
     return Pipeline(Generator.from_pretrained(str(model_path), config, chat_template=template, progress=bars))

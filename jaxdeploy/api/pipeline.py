@@ -18,7 +18,7 @@ from jaxdeploy.api.streams import Streams
 from jaxdeploy.config import GenerationConfig
 from jaxdeploy.errors import RequestError
 from jaxdeploy.generation.reply import Reply
-from jaxdeploy.messages import PromptReading, TextOutput
+from jaxdeploy.messages import PromptResult, TextOutput
 
 if TYPE_CHECKING:
     from jaxdeploy.chat_template import ChatTemplate
@@ -158,7 +158,7 @@ class Pipeline:
         """
         config = GenerationConfig(do_sample=False, max_new_tokens=1)
         jobs, _ = self._jobs(texts, CallOptions(config, do_preprocess=False, adapter_name=adapter_name))
-        return [pooled(reading, pooling, normalize=normalize) for reading in self._read(jobs)]
+        return [pooled(result, pooling, normalize=normalize) for result in self._prompt_results(jobs)]
 
     def get_ppl(
         self, input_ids: Sequence[int] | Sequence[Sequence[int]], *, adapter_name: AdapterNames = None
@@ -176,7 +176,7 @@ class Pipeline:
             raise RequestError("input_ids must have at least 2 tokens each: the first is not scored; give more")
         config = GenerationConfig(do_sample=False, max_new_tokens=1, prompt_logprobs=0)
         jobs, _ = self._jobs(prompts, CallOptions(config, do_preprocess=False, adapter_name=adapter_name))
-        scores = [reading.logprobs for reading in self._read(jobs)]
+        scores = [result.logprobs for result in self._prompt_results(jobs)]
         return [-sum(token.logprob for token in tokens) / len(tokens) for tokens in scores]
 
     def chat(
@@ -254,16 +254,16 @@ class Pipeline:
             jobs += [Job(ids, session, len(jobs) + index, how, index, adapter) for index in range(how.n)]
         return jobs, single
 
-    def _read(self, jobs: list[Job]) -> list[PromptReading]:
-        """What is told of the prompts of ``jobs``; what they are answered is dropped."""
+    def _prompt_results(self, jobs: list[Job]) -> list[PromptResult]:
+        """Run ``jobs`` and return the results of their prompts. Replies are dropped."""
         names = {next(self._names): job for job in jobs}
-        readings: dict[int, PromptReading] = {}
+        results: dict[int, PromptResult] = {}
         for output in self._streams.read([job.request(name, embed=True) for name, job in names.items()]):
             if output.error is not None:
                 raise output.error
             if output.prompt is not None:
-                readings[names[output.request_id].index] = output.prompt
-        return [readings[job.index] for job in jobs]
+                results[names[output.request_id].index] = output.prompt
+        return [results[job.index] for job in jobs]
 
     def _stream(self, jobs: list[Job]) -> Iterator[Response]:
         lengths = [0] * len(jobs)

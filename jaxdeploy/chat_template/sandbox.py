@@ -8,9 +8,9 @@ from typing import Any
 from jaxdeploy.chat_template.limits import SECONDS, LimitError, Meter
 from jaxdeploy.errors import CheckpointError, RequestError
 
-LONGEST_SOURCE = 2**17
+MAX_SOURCE = 2**17
 """Characters. The longest published templates have about a fifth of it."""
-LONGEST_REASON = 500
+MAX_REASON = 500
 PROBE = {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True}
 PROBE_SECONDS = 1.0
 _SCALARS = frozenset({str, int, float, bool, type(None)})
@@ -44,8 +44,8 @@ class CompiledTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        if len(source) > LONGEST_SOURCE:
-            raise CheckpointError(f"chat_template has {len(source)} characters, {LONGEST_SOURCE} at most; {MEND}")
+        if len(source) > MAX_SOURCE:
+            raise CheckpointError(f"chat_template has {len(source)} characters, {MAX_SOURCE} at most; {MEND}")
         self.source = source
         try:
             self._compile(source)
@@ -107,7 +107,7 @@ def _place(error: Exception) -> str:
 def _line(error: Exception) -> str:
     """What ``error`` says, in one line."""
     text = " ".join(str(getattr(error, "message", None) or error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}…"
 
 
 def _plain(value: Any) -> Any:

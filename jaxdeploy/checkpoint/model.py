@@ -21,6 +21,7 @@ from jaxdeploy.models.linears import put_weight
 from jaxdeploy.models.output_major import OutputMajorWeight
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.weights import WeightTable, output_major
+from jaxdeploy.parallel.mesh import on_cpu
 from jaxdeploy.parallel.sharding import sharding_of
 
 
@@ -41,6 +42,13 @@ class LoadOptions:
     load_format: str = "auto"
     outputs_first: bool = False
     progress: bool = False
+
+
+def float_dtype(name: str, model: ModelConfig, mesh: Mesh) -> jnp.dtype:
+    """Return the dtype that a setting ``dtype`` means. ``auto``: float32 on a CPU, otherwise that of the checkpoint."""
+    if name == "auto":
+        name = "float32" if on_cpu(mesh) else model.dtype
+    return jnp.dtype(name)
 
 
 def load_model(

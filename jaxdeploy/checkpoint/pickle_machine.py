@@ -11,7 +11,7 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
-MOST = 3_000_000
+MAX_INSTRUCTIONS = 3_000_000
 """Instructions of a pickle; a tensor takes about 60."""
 
 _LITERALS = frozenset(
@@ -51,8 +51,8 @@ class PickleMachine:
         Raises ``ValueError``: an instruction is unknown, has no place in a checkpoint or lacks its operands.
         """
         for count, (instruction, argument, _) in enumerate(pickletools.genops(pickled)):
-            if count > MOST:
-                raise ValueError(f"it has more than {MOST} instructions")
+            if count > MAX_INSTRUCTIONS:
+                raise ValueError(f"it has more than {MAX_INSTRUCTIONS} instructions")
             if instruction.name == "STOP":
                 return self._pop()
             self._step(instruction.name, argument)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxdeploy.checkpoint.model import LoadOptions, load_model
+from jaxdeploy.checkpoint.model import LoadOptions, float_dtype, load_model
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.compress.report import Quality
 from jaxdeploy.errors import CheckpointError, ConfigError
@@ -111,15 +111,14 @@ class Outputs:
 def load_decoder(
     folder: Path, *, dtype: str = "auto", tp: int = 1, model_format: str | None = None, progress: bool = False
 ) -> Decoder:
-    """The decoder of a checkpoint folder. ``dtype`` "auto" is the checkpoint's own on a GPU, float32 on a CPU.
+    """Return the decoder of a checkpoint folder. ``dtype`` as in ``EngineConfig``.
 
     Raises ``ConfigError``, ``CheckpointError``, ``UnsupportedModelError``.
     """
     hf, mesh = read_hf_config(folder, model_format), make_mesh(tp)
     model = tensor_parallel(family_of(hf).model_config(hf), tp)
-    if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else model.dtype
-    return load_model(folder, hf, mesh, LoadOptions(jnp.dtype(dtype), model_format, progress=progress), model)
+    options = LoadOptions(float_dtype(dtype, model, mesh), model_format, progress=progress)
+    return load_model(folder, hf, mesh, options, model)
 
 
 def perplexity(

@@ -13,7 +13,7 @@ INK, GREY = "#1f2937", "#6b7280"
 BEFORE, AFTER = "#cbd5e1", "#2563eb"
 LINES = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
 MARKERS = "osD^vP*X"
-LONGEST_NAME = 40
+MAX_NAME = 40
 
 
 def draw(report: Report, file: Path | IO[bytes]) -> None:
@@ -35,7 +35,7 @@ def draw(report: Report, file: Path | IO[bytes]) -> None:
 
 def _heading(report: Report) -> str:
     """Model and method; of a long path its end."""
-    model = report.model if len(report.model) <= LONGEST_NAME else f"…{report.model[-LONGEST_NAME:]}"
+    model = report.model if len(report.model) <= MAX_NAME else f"…{report.model[-MAX_NAME:]}"
     return f"{model} · {report.title}"
 
 

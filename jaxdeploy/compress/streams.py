@@ -24,7 +24,7 @@ SAMPLE = 512
 
 HELD_BACK = 8
 """One sequence in so many is not counted in any statistic."""
-LEAST_SEQUENCES = 4
+MIN_SEQUENCES = 4
 
 
 class HiddenStates:
@@ -60,7 +60,7 @@ class HiddenStates:
         """Statistics of what the linear maps ``names`` of a layer with ``params`` are fed."""
         whole = jax.device_put(dict(params), replicated(self._mesh))
         held_back = np.zeros(len(self.values), np.bool_)
-        if len(self.values) >= LEAST_SEQUENCES:
+        if len(self.values) >= MIN_SEQUENCES:
             held_back[min(HELD_BACK, len(self.values)) - 1 :: HELD_BACK] = True
         listen = partial(forward.listen, whole, names=tuple(names), gram=gram)
         heard = self._heard(listen, np.flatnonzero(~held_back))

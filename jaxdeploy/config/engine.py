@@ -129,17 +129,17 @@ class EngineConfig:
     )
     speculative_method: str | None = setting(
         None,
-        "guess tokens and verify several in one step; the reply stays the same: ngram (what came behind the same words "
+        "draft tokens and verify several in one step; the reply stays the same: ngram (what followed the same tokens "
         "before), draft (a smaller model), eagle3 (a head trained for the model); default: draft where a "
         "speculative_model is given, else none",
         choices=SPECULATIVE_METHODS,
     )
     speculative_model: str | None = setting(
-        None, "model that guesses, with the same tokenizer: a folder or a hub id; for draft and eagle3"
+        None, "model that drafts, with the same tokenizer: a folder or a hub id; for draft and eagle3"
     )
     num_speculative_tokens: int | None = setting(
         None,
-        "tokens guessed at a time; default: 7 for ngram, 3 for the others",
+        "draft tokens per step; default: 7 for ngram, 3 for the others",
         rule=Rule(f"must lie between 1 and {MAX_DRAFTS}", lambda value: 1 <= value <= MAX_DRAFTS),
         advice="3 and 7 are usual: with the token before them they fill up what is computed together",
     )

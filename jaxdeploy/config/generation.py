@@ -82,9 +82,9 @@ class GenerationConfig:
     )
     include_stop_str_in_output: bool | None = setting(None, "keep the text that ended the reply", flag=False)
     num_speculative_tokens: int | None = positive(
-        "tokens guessed at a time, at most as many as the engine does; default: as many",
+        "draft tokens per step, at most the number of the engine, which is the default",
         None,
-        "0 guesses none",
+        "0 drafts none",
         minimum=0,
         flag=False,
     )

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from jaxdeploy.messages import NO_SPECULATION, FinishReason, PromptReading, SpeculationCounts, TokenLogprob
+from jaxdeploy.messages import NO_SPECULATION, FinishReason, PromptResult, SpeculationCounts, TokenLogprob
 
 if TYPE_CHECKING:
     from jaxdeploy.errors import JaxdeployError
@@ -40,7 +40,7 @@ class Reply:
     finish_reason: FinishReason | None = None
     stop_word: str | None = None
     cached_tokens: int = 0
-    prompt: PromptReading | None = None
+    prompt: PromptResult | None = None
     speculation: SpeculationCounts = NO_SPECULATION
     error: JaxdeployError | None = None
     started_at: float = field(default_factory=time.perf_counter)

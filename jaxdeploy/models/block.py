@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol, Self
 
 import jax
@@ -62,3 +63,9 @@ class BlockConfig(Protocol):
     def __hash__(self) -> int:
         """Equal options have equal hashes: layers with equal options share one traced program."""
         ...
+
+
+@cache
+def abstract_block(config: BlockConfig, width: int) -> Block:
+    """Return a layer whose parameters are shapes, to ask what it declares. Callers must not change it."""
+    return nnx.eval_shape(lambda: config.build(width, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxdeploy.models.attention import AttentionContext, DenseContext
-from jaxdeploy.models.block import Block, BlockConfig
+from jaxdeploy.models.block import Block, abstract_block
 from jaxdeploy.models.cache_layout import CacheLayout
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.layers import Embedding, Head, RMSNorm
@@ -99,16 +99,9 @@ def _run_layer(
     return layer(x, scheme, context, pool, selected)
 
 
-@cache
 def cache_layouts(config: ModelConfig) -> tuple[CacheLayout, ...]:
-    """Return what each layer of a decoder keeps in the cache. Builds one layer of each kind, without arrays."""
-
-    def layout(layer: BlockConfig) -> CacheLayout:
-        block = nnx.eval_shape(lambda: layer.build(config.hidden_size, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
-        return block.cache_layout
-
-    kinds = {layer: layout(layer) for layer in set(config.layers)}
-    return tuple(kinds[layer] for layer in config.layers)
+    """Return what each layer of a decoder keeps in the cache, before the decoder exists."""
+    return tuple(abstract_block(layer, config.hidden_size).cache_layout for layer in config.layers)
 
 
 def abstract_decoder(config: ModelConfig, dtype: jnp.dtype) -> Decoder:

@@ -1,8 +1,8 @@
-"""The head of EAGLE-3 (arXiv:2503.01840): one layer that guesses from what the model made of the tokens before.
+"""The head of EAGLE-3 (arXiv:2503.01840): one layer that drafts from features of the model.
 
 A pair of a token and the feature of the token before it gives the feature of that token, and so the next token.
-Features of the model are made of its residual stream before three of its layers; where the model has not come yet the
-head goes on from its own.
+Features of the model are made of its residual stream before three of its layers. For tokens that the model has not
+computed, the head uses the features that it made.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def parameter(
     rngs: nnx.Rngs, shape: Sequence[int], axes: tuple[str | None, ...], dtype: jnp.dtype
 ) -> nnx.Param[jax.Array]:
     """A weight drawn from N(0, 0.02²) that names its logical axes (``jaxdeploy.parallel.sharding`` maps them)."""
-    value = (0.02 * jax.random.normal(rngs.params(), tuple(shape), jnp.float32)).astype(dtype)
+    value = normal(rngs.params(), tuple(shape), jnp.dtype(jnp.float32)).astype(dtype)
     return nnx.Param(value, axes=axes, draw=normal)
 
 

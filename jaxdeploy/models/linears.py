@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,14 +134,6 @@ class LinearSpec:
         """Return a random weight, and a bias of zeros if it has one."""
         weight = parameter(rngs, (*self.inputs, *self.outputs), self.axes, dtype)
         return weight, None if self.bias is None else constant(0.0, self.outputs, self.output_axes, dtype)
-
-
-class Declares(Protocol):
-    """A module that owns linear maps."""
-
-    def linears(self) -> tuple[LinearSpec, ...]:
-        """Return its linear maps, in the order in which they run."""
-        ...
 
 
 def weight_at(module: Any, path: Sequence[str | int]) -> Any:

@@ -34,7 +34,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: MLPConfig, width: int, *, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         self.config, self.width = config, width
-        gate_up, down = self.linears()
+        gate_up, down = MLP.linears(self)  # a subclass declares more
         self.gate_up: Weight
         self.down: Weight
         self.gate_up, self.gate_up_bias = gate_up.parameters(rngs, dtype)

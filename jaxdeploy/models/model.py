@@ -83,8 +83,8 @@ class Model(Protocol):
     def embed(self, tokens: jax.Array, media_rows: jax.Array | None = None) -> jax.Array:
         """Return the embeddings [T, D] of ``tokens`` int32 [T].
 
-        ``media_rows`` int32 [T] are rows of the media buffer that replace token embeddings, −1 for none. A step passes
-        it only to a model with encoders.
+        ``media_rows`` int32 [T] are rows of the media buffer that replace token embeddings, −1 for none. No step
+        passes it yet.
         """
         ...
 

@@ -25,8 +25,6 @@ FAMILIES = {
 class Family(Protocol):
     """What a family module defines."""
 
-    ARCHITECTURES: tuple[str, ...]
-
     def model_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """``config.json`` → sizes and options."""
         ...

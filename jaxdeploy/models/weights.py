@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from jaxdeploy.models.block import BlockConfig
+from jaxdeploy.models.block import BlockConfig, abstract_block
 from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.linears import LinearSpec, Outputs, whole
 from jaxdeploy.parallel.mesh import TP_AXIS
@@ -171,8 +169,7 @@ def decoder_weights(config: ModelConfig, names: DecoderNames, norm: Plain = plai
 @cache
 def declared(layer: BlockConfig, width: int) -> tuple[LinearSpec, ...]:
     """Return the linear maps of a layer with hidden states of size ``width``."""
-    block = nnx.eval_shape(lambda: layer.build(width, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32)))
-    return block.linears()
+    return abstract_block(layer, width).linears()
 
 
 def tensor_parallel(config: ModelConfig, tp: int) -> ModelConfig:

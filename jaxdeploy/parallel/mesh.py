@@ -19,6 +19,11 @@ def make_mesh(tp: int) -> Mesh:
     return Mesh(np.array(devices[:tp]), (TP_AXIS,))
 
 
+def on_cpu(mesh: Mesh) -> bool:
+    """Return whether the devices are CPUs, whose memory is that of the host."""
+    return bool(mesh.devices.flat[0].platform == "cpu")
+
+
 def axis_size(mesh: Mesh, axis: str | None) -> int:
     """Return the number of devices along the mesh axis ``axis``; 1 for ``None`` and for an axis that ``mesh`` lacks."""
     return 1 if axis is None else mesh.shape.get(axis, 1)

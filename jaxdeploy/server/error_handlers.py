@@ -34,7 +34,7 @@ CODES = {
 }
 
 MAX_FAULTS = 5
-LONGEST_NAME = 80
+MAX_NAME = 80
 """Characters of a field's name that are shown."""
 
 _SHORT = reprlib.Repr()
@@ -136,7 +136,7 @@ def _short(value: object) -> str:
 def _named(places: Sequence[str | int]) -> str:
     """The path to a field that nobody knows, which may have any name."""
     *before, name = places
-    return f"{_path(before)}.{str(name)[:LONGEST_NAME]}".removeprefix(".")
+    return f"{_path(before)}.{str(name)[:MAX_NAME]}".removeprefix(".")
 
 
 def _path(places: Sequence[str | int]) -> str:
@@ -146,7 +146,7 @@ def _path(places: Sequence[str | int]) -> str:
         if isinstance(place, int):
             text += f"[{place}]"
         elif (
-            len(place) <= LONGEST_NAME
+            len(place) <= MAX_NAME
             and place.isidentifier()
             and place not in ("body", "query", "str", "int", "float", "bool")
         ):

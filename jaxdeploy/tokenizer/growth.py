@@ -12,20 +12,22 @@ from typing import Any
 
 from jaxdeploy.errors import CheckpointError
 
-MOST = 1000
+MAX_FACTOR = 1000
 """Bytes for each byte of a text. Known tokenizers make spaces three times as long."""
 
 _PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
 
 def check_growth(description: Mapping[str, Any], path: Path) -> None:
-    """Raise ``CheckpointError`` if a part of ``description`` may make a text more than ``MOST`` times as long."""
+    """Raise ``CheckpointError`` if a part of ``description`` may make a text more than ``MAX_FACTOR`` times as long."""
     for name, members in _PARTS.items():
         factor = 1.0
         for step in _steps(description.get(name), members):
             factor *= max(_factor(step), 1.0)
-            if factor > MOST:
-                raise CheckpointError(f"{path}: its {name} makes texts more than {MOST} times as long; correct it")
+            if factor > MAX_FACTOR:
+                raise CheckpointError(
+                    f"{path}: its {name} makes texts more than {MAX_FACTOR} times as long; correct it"
+                )
 
 
 def _steps(part: Any, members: str) -> Iterator[Mapping[str, Any]]:

@@ -15,7 +15,7 @@ from jaxdeploy.files.stored import read_text
 from jaxdeploy.tokenizer.boundary import refusing
 from jaxdeploy.tokenizer.bounds import TokenBound, bound_of_description
 from jaxdeploy.tokenizer.growth import check_growth
-from jaxdeploy.tokenizer.settings import LARGEST_ID, AddedToken, Settings, read_json
+from jaxdeploy.tokenizer.settings import MAX_ID, AddedToken, Settings, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = ("</s>", END_OF_TEXT, "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -23,7 +23,7 @@ QUICKLY_ENCODED = 4096
 """Characters that are encoded in a few milliseconds."""
 MAX_CACHED_TOKENS = 2**16
 """Tokens whose bytes are kept, about 100 bytes of memory each."""
-MOST_TOKENS = 2**19
+MAX_TOKENS = 2**19
 """Twice the largest vocabulary that is known."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 QWEN2_SPLIT = (
@@ -54,8 +54,8 @@ class HuggingFaceFile:
         """Returns the UTF-8 text of a token; added tokens are written as they are."""
         self.strips_first_space = self._rules.strips_first_space
         self.vocab_size = 1 + max(self._encoder.get_vocab(with_added_tokens=True).values())
-        if self.vocab_size > LARGEST_ID:
-            raise CheckpointError(f"{path}: has a token with id {self.vocab_size - 1}, {LARGEST_ID} at most; mend it")
+        if self.vocab_size > MAX_ID:
+            raise CheckpointError(f"{path}: has a token with id {self.vocab_size - 1}, {MAX_ID} at most; mend it")
         self.special_ids = self._special_ids(settings)
         self.prefix_ids, self.suffix_ids = self._affixes()
         self.bos_id = self.prefix_ids[0] if len(self.prefix_ids) == 1 else None
@@ -163,8 +163,8 @@ class DecoderRules:
 def _check_size(description: Mapping[str, Any], path: Path) -> None:
     """Raise ``CheckpointError`` for a vocabulary that takes too much memory and time to build."""
     vocab = description["model"].get("vocab") or ()
-    if len(vocab) > MOST_TOKENS:
-        raise CheckpointError(f"{path}: has {len(vocab)} tokens, {MOST_TOKENS} at most; download or copy it again")
+    if len(vocab) > MAX_TOKENS:
+        raise CheckpointError(f"{path}: has {len(vocab)} tokens, {MAX_TOKENS} at most; download or copy it again")
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:

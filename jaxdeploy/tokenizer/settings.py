@@ -15,11 +15,11 @@ from jaxdeploy.files.stored import shown
 
 DEFAULT = "default"
 """Name of the chat template that is used without tools."""
-MOST_TEMPLATES = 64
+MAX_TEMPLATES = 64
 """Beside the default one."""
 CONFIG = "tokenizer_config.json"
 SPECIALS = "special_tokens_map.json"
-LARGEST_ID = 2**24
+MAX_ID = 2**24
 """More than any vocabulary has tokens."""
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ID = re.compile("[0-9]{1,9}", re.ASCII)
@@ -113,7 +113,7 @@ def _added_tokens(folder: Path, stored: StoredFields) -> Iterator[AddedToken]:
     """``added_tokens.json`` first, so that the newer ``added_tokens_decoder`` wins where both name an id."""
     older = StoredFields(read_json(folder / "added_tokens.json"), "added_tokens.json")
     for content in older.values:
-        token_id = older.whole(content, None, least=0, most=LARGEST_ID)
+        token_id = older.whole(content, None, least=0, most=MAX_ID)
         if token_id is not None:
             yield AddedToken(content, token_id, special=False)
     for name, token in stored.nested("added_tokens_decoder").values.items():
@@ -122,7 +122,7 @@ def _added_tokens(folder: Path, stored: StoredFields) -> Iterator[AddedToken]:
 
 def _added_token(folder: Path, token_id: str, token: Any) -> AddedToken:
     content = _text(token)
-    if content is None or not _ID.fullmatch(token_id) or int(token_id) > LARGEST_ID:
+    if content is None or not _ID.fullmatch(token_id) or int(token_id) > MAX_ID:
         fault = f"added_tokens_decoder[{shown(token_id)}]={shown(token)} must map an id to an object with its content"
         raise CheckpointError(f"{folder / CONFIG}: {fault}; download or copy the file again")
     flags = token if isinstance(token, Mapping) else {}
@@ -148,7 +148,7 @@ def _fallback_ids(folder: Path) -> dict[str, int]:
         for name in ("bos_token", "eos_token"):
             value = config.get(f"{name}_id")
             first: Any = value[0] if isinstance(value, list) and value else value
-            if is_whole(first) and 0 <= first <= LARGEST_ID:
+            if is_whole(first) and 0 <= first <= MAX_ID:
                 found[name] = int(first)
     return found
 
@@ -162,7 +162,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     files = {DEFAULT: folder / "chat_template.jinja"}
     more = folder / "additional_chat_templates"
     if stored.is_folder(more):
-        files |= {path.stem: path for path in sorted(more.glob("*.jinja"))[:MOST_TEMPLATES]}
+        files |= {path.stem: path for path in sorted(more.glob("*.jinja"))[:MAX_TEMPLATES]}
     found = {name: stored.read_text(path) for name, path in files.items() if stored.exists(path)}
     if found:
         return found

@@ -18,17 +18,17 @@ LOGIN = frozenset({"/login", "/login/"})
 OPEN_PATHS = LOGIN | {"/", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
 OPEN_FOLDERS = ("/assets/", "/static/")
 """Paths that the login page needs; all others are closed without a login."""
-MOST_OF_LOGIN = 8192
+MAX_LOGIN_BYTES = 8192
 """Bytes of a form with a name and a key."""
 
 FREE = 5
 """Wrong logins of an address before it has to wait."""
-LONGEST_WAIT = 60.0
+MAX_WAIT = 60.0
 """Seconds. The wait begins with 1 and doubles with each further wrong login."""
 FORGET_SECONDS = 900.0
 """Seconds after which the wrong logins of an address are forgotten."""
-MOST_ADDRESSES = 4096
-MOST_A_MINUTE = 300
+MAX_ADDRESSES = 4096
+MAX_PER_MINUTE = 300
 """Wrong logins of all addresses together."""
 
 
@@ -36,7 +36,7 @@ class Attempts:
     """Wrong logins by client address; a network of IPv6 (/64) counts as one address."""
 
     def __init__(self) -> None:
-        self._wrong: Recent[str, tuple[int, float]] = Recent(MOST_ADDRESSES)
+        self._wrong: Recent[str, tuple[int, float]] = Recent(MAX_ADDRESSES)
         self._minute = (0, 0)
         """A minute, and how many wrong logins there were in it."""
 
@@ -44,12 +44,12 @@ class Attempts:
         """Return the seconds until ``host`` may try again; 0 if it may try now."""
         now = time.monotonic()
         minute, count = self._minute
-        if minute == now // 60 and count >= MOST_A_MINUTE:
+        if minute == now // 60 and count >= MAX_PER_MINUTE:
             return 60 - now % 60
         wrong, last = self._wrong.get(_address(host)) or (0, 0.0)
         if wrong < FREE:
             return 0.0
-        return max(0.0, last + min(LONGEST_WAIT, 2.0 ** (wrong - FREE)) - now)
+        return max(0.0, last + min(MAX_WAIT, 2.0 ** (wrong - FREE)) - now)
 
     def note(self, host: str) -> None:
         """Record a try of ``host``. It counts as wrong until ``forgive``, so that concurrent tries count too."""
@@ -96,7 +96,7 @@ class LoginGate:
             await refused(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
-        if not length.isdecimal() or int(length) > MOST_OF_LOGIN:
+        if not length.isdecimal() or int(length) > MAX_LOGIN_BYTES:
             await JSONResponse({"detail": "A name and a key are shorter."}, 413)(scope, receive, send)
             return
         self._attempts.note(host)

@@ -25,7 +25,7 @@ KILLS = int(os.environ.get("ENGINE_KILLS", "10"))
 SERVING = float(os.environ.get("ENGINE_KILLS_SERVING", "25"))
 """Seconds for which the server has served again before the next kill."""
 CLIENTS = 12
-LONGEST = 300.0
+TIMEOUT = 300.0
 """Seconds that a request may take, restart included."""
 
 
@@ -42,12 +42,12 @@ class Load:
     def stop(self) -> None:
         """Wait until every request has ended."""
         self._leaving = True
-        self._thread.join(2 * LONGEST)
+        self._thread.join(2 * TIMEOUT)
         assert not self._thread.is_alive(), "a request hangs"
 
     async def _run(self) -> None:
         limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=self._url, timeout=LONGEST, limits=limits) as http:
+        async with httpx2.AsyncClient(base_url=self._url, timeout=TIMEOUT, limits=limits) as http:
             await asyncio.gather(*(self._client(http, number) for number in range(CLIENTS)))
 
     async def _client(self, http: httpx2.AsyncClient, number: int) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxdeploy.config import EngineConfig
 from jaxdeploy.errors import CacheTooSmallError
 from jaxdeploy.models.cache_layout import CacheDtype, CacheLayout, PoolArray
+from jaxdeploy.parallel.mesh import on_cpu
 from jaxdeploy.parallel.sharding import sharding_of
 
 MAX_CPU_BYTES = 1 << 30
@@ -53,10 +54,6 @@ class CachePlan:
     host_blocks: int = 0
     host_block_bytes: int = 0
     notes: tuple[str, ...] = ()
-
-    def blocks_for(self, tokens: int) -> int:
-        """Return the number of blocks that ``tokens`` tokens need."""
-        return -(-tokens // self.block_size)
 
     def __str__(self) -> str:
         size = _size(self.num_blocks * self.block_bytes)
@@ -156,14 +153,9 @@ def _count_host_blocks(config: EngineConfig, mesh: Mesh, size: int, num_blocks: 
     """Return the number of host blocks of ``size`` bytes for ``num_blocks`` device blocks."""
     if config.num_cpu_blocks is not None:
         return config.num_cpu_blocks
-    if not config.enable_prefix_caching or _on_cpu(mesh):
+    if not config.enable_prefix_caching or on_cpu(mesh):
         return 0
     return min(int(_free_host_bytes() * HOST_SHARE) // size, MAX_HOST_RATIO * num_blocks)
-
-
-def _on_cpu(mesh: Mesh) -> bool:
-    """Return whether device and host share their memory."""
-    return bool(mesh.devices.flat[0].platform == "cpu")
 
 
 def _free_host_bytes() -> int:

@@ -24,6 +24,7 @@ from jaxdeploy.engine.scheduling.host_tier import Transfer
 from jaxdeploy.models.cache_layout import CacheLayout, FeaturesLayout, num_blocks
 from jaxdeploy.models.lora import AdapterBank
 from jaxdeploy.models.model import Model
+from jaxdeploy.parallel.mesh import on_cpu
 from jaxdeploy.parallel.sharding import replicated
 
 logger = logging.getLogger("jaxdeploy")
@@ -78,7 +79,7 @@ class ModelRunner:
         self._replicated = replicated(plan.mesh)
         layouts = model.cache_layouts[: len(state.pools)]  # those of a head end with its features
         self._clear = jax.jit(partial(_cleared, layouts), donate_argnums=0, out_shardings=self._state_shardings)
-        self._on_gpu = plan.mesh.devices.flat[0].platform != "cpu"
+        self._on_gpu = not on_cpu(plan.mesh)
         self._vocab_size = model.config.vocab_size
         self._steps: dict[_Variant, Any] = {}
         self._warm = False

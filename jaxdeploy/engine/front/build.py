@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxdeploy.checkpoint.model import LoadOptions, load_model
+from jaxdeploy.checkpoint.model import LoadOptions, float_dtype, load_model
 from jaxdeploy.checkpoint.tensor_ref import TensorRef
 from jaxdeploy.checkpoint.tensors import open_checkpoint
 from jaxdeploy.config import EngineConfig
@@ -54,7 +53,7 @@ from jaxdeploy.models.eagle3 import Eagle3
 from jaxdeploy.models.model import Model
 from jaxdeploy.models.registry import family_of
 from jaxdeploy.models.weights import has_biased_keys, tensor_parallel
-from jaxdeploy.parallel.mesh import make_mesh
+from jaxdeploy.parallel.mesh import make_mesh, on_cpu
 from jaxdeploy.progress import counted
 from jaxdeploy.tokenizer import Tokenizer
 from pallas_kernels.dispatch import ENVIRONMENT, BackendNameError, NoBackendError, preferred
@@ -134,7 +133,7 @@ def _stored_tensors(folder: Path, config: EngineConfig) -> Mapping[str, TensorRe
 
 def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limits:
     """Fill the gaps of ``config``: what the model was made for, and what suits the platform."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    is_cpu = on_cpu(mesh)
     stretched = int(model.max_position * max(config.rope_scaling_factor, 1.0))
     session_len = config.session_len or min(stretched, DEFAULT_SESSION_LEN)
     if session_len > stretched:
@@ -146,11 +145,11 @@ def resolve_limits(model: ModelConfig, config: EngineConfig, mesh: Mesh) -> Limi
             session_len / stretched,
             stretched,
         )
-    max_batch_size = config.max_batch_size or (8 if on_cpu else 128)
-    prefill = config.max_prefill_token_num or (512 if on_cpu else 8192)
+    max_batch_size = config.max_batch_size or (8 if is_cpu else 128)
+    prefill = config.max_prefill_token_num or (512 if is_cpu else 8192)
     prefill = _whole_rows(min(prefill, max_batch_size * session_len))
-    mixed = _whole_rows(config.num_tokens_per_iter or (128 if on_cpu else 2048))
-    dtype = _dtype(model, config, on_cpu)
+    mixed = _whole_rows(config.num_tokens_per_iter or (128 if is_cpu else 2048))
+    dtype = float_dtype(config.dtype, model, mesh)
     return Limits(session_len, max_batch_size, prefill, mixed, min(config.decode_steps, session_len), dtype)
 
 
@@ -172,15 +171,7 @@ def max_shared_len(model: ModelConfig, config: EngineConfig) -> int:
 
 def _outputs_first(mesh: Mesh) -> bool:
     """A CPU multiplies such weights fastest; the fused kernels, interpreted there, take them as a GPU does."""
-    return mesh.devices.flat[0].platform == "cpu" and preferred("decode_layer") != fused_decode.KERNELS
-
-
-def _dtype(model: ModelConfig, config: EngineConfig, on_cpu: bool) -> jnp.dtype:
-    """``auto``: the checkpoint's own on a GPU; float32 on a CPU, where the others are slow."""
-    name = config.dtype
-    if name == "auto":
-        name = "float32" if on_cpu else model.dtype
-    return jnp.dtype(name)
+    return on_cpu(mesh) and preferred("decode_layer") != fused_decode.KERNELS
 
 
 def _model_config(hf: Mapping[str, Any], config: EngineConfig) -> ModelConfig:

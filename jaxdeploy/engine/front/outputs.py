@@ -11,7 +11,7 @@ import numpy as np
 from jaxdeploy.engine.device.sampler import Sampled
 from jaxdeploy.engine.failure import failure
 from jaxdeploy.engine.scheduling.sequence import Sequence
-from jaxdeploy.messages import FinishReason, PromptReading, StepOutput, TokenLogprob
+from jaxdeploy.messages import FinishReason, PromptResult, StepOutput, TokenLogprob
 
 Array = np.ndarray[Any, Any]
 
@@ -53,7 +53,7 @@ class NewTokens(NamedTuple):
     """Tokens of the sequence before."""
 
 
-def step_output(new: NewTokens, sampled: HostSample, prompt: PromptReading | None = None) -> StepOutput:
+def step_output(new: NewTokens, sampled: HostSample, prompt: PromptResult | None = None) -> StepOutput:
     """Return the output of a sequence for one step."""
     sequence = new.sequence
     request = sequence.request

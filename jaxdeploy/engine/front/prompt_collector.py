@@ -12,7 +12,7 @@ from jaxdeploy.engine.prompt_outputs import PromptOutputs
 from jaxdeploy.engine.scheduling.batch import PromptPlace
 from jaxdeploy.engine.scheduling.sequence import Sequence
 from jaxdeploy.errors import NonFiniteError
-from jaxdeploy.messages import PromptReading, TokenLogprob
+from jaxdeploy.messages import PromptResult, TokenLogprob
 
 
 class PromptCollector:
@@ -47,12 +47,12 @@ class PromptCollector:
         for token, value, *top in zip(tokens, values, top_ids, top_values, strict=True):
             self._logprobs.append(TokenLogprob(token, value, tuple(zip(*top, strict=True))))
 
-    def result(self) -> PromptReading:
+    def result(self) -> PromptResult:
         """Return the outputs of the whole prompt. Raises ``NonFiniteError``."""
         mean, last = self._sum / self._sequence.prompt_length, self._last
         if not (np.isfinite(mean).all() and np.isfinite(last).all()):
             raise NonFiniteError("the hidden states of the prompt are not finite; check the weights and the adapter")
-        return PromptReading(tuple(mean.tolist()), tuple(last.tolist()), tuple(self._logprobs))
+        return PromptResult(tuple(mean.tolist()), tuple(last.tolist()), tuple(self._logprobs))
 
 
 class PromptCollectors:
@@ -87,7 +87,7 @@ class PromptCollectors:
                 faults.append((sequence, error))
         return faults
 
-    def result(self, sequence: Sequence) -> PromptReading:
+    def result(self, sequence: Sequence) -> PromptResult:
         """Return the prompt outputs of a sequence, once: they come with its first token."""
         sequence.prompt_outputs = PromptOutputs.NONE
         return self._collectors.pop(sequence).result()

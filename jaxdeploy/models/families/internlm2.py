@@ -10,8 +10,6 @@ from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.hf_config import read_decoder
 from jaxdeploy.models.weights import DecoderNames, WeightTable, decoder_weights
 
-ARCHITECTURES = ("InternLM2ForCausalLM",)
-
 NAMES = DecoderNames(
     embedding="model.tok_embeddings",
     norm="model.norm",

@@ -11,9 +11,7 @@ from jaxdeploy.models.config import ModelConfig
 from jaxdeploy.models.families.llama import weights
 from jaxdeploy.models.hf_config import read_decoder, read_layer_count
 
-__all__ = ["ARCHITECTURES", "model_config", "weights"]
-
-ARCHITECTURES = ("Qwen2ForCausalLM",)
+__all__ = ["model_config", "weights"]
 
 
 def model_config(hf: Mapping[str, Any]) -> ModelConfig:

@@ -172,7 +172,7 @@ class Sampling(Unpacked):
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     num_speculative_tokens: int | None = Field(
-        None, ge=0, le=2**31 - 1, description="tokens guessed at a time, at most as many as the server does; 0: none"
+        None, ge=0, le=2**31 - 1, description="draft tokens per step, at most the number of the server; 0: none"
     )
     priority: int = Field(0, ge=-(2**31), lt=2**31, description="the lowest comes first")
     repetition_ngram_size: Any = refused("repetition_penalty makes repetitions less likely", 0)

@@ -14,9 +14,12 @@ class CachedTokens(BaseModel):
 
 
 class PredictionTokens(BaseModel):
-    """How speculative decoding went: tokens guessed right and wrong (OpenAI's names), the share of the first.
+    """Counts of speculative decoding, with OpenAI's names.
 
-    ``mean_accepted_length`` is the tokens that a step of verification gave, the one behind the guesses among them.
+    accepted_prediction_tokens: draft tokens that were accepted.
+    rejected_prediction_tokens: draft tokens that were not.
+    acceptance_rate: share of the draft tokens that were accepted.
+    mean_accepted_length: mean tokens of a verification, including the one sampled after the drafts.
     """
 
     accepted_prediction_tokens: int
@@ -25,18 +28,18 @@ class PredictionTokens(BaseModel):
     mean_accepted_length: float
 
     @classmethod
-    def of(cls, guesses: SpeculationCounts) -> PredictionTokens:
+    def of(cls, counts: SpeculationCounts) -> PredictionTokens:
         """As a client reads it."""
         return cls(
-            accepted_prediction_tokens=guesses.accepted,
-            rejected_prediction_tokens=guesses.drafts - guesses.accepted,
-            acceptance_rate=round(guesses.acceptance_rate, 4),
-            mean_accepted_length=round(guesses.mean_length, 4),
+            accepted_prediction_tokens=counts.accepted,
+            rejected_prediction_tokens=counts.drafts - counts.accepted,
+            acceptance_rate=round(counts.acceptance_rate, 4),
+            mean_accepted_length=round(counts.mean_length, 4),
         )
 
 
 class Usage(BaseModel):
-    """Tokens of the prompt and of all its replies; ``completion_tokens_details`` where any were guessed."""
+    """Tokens of the prompt and of all its replies; ``completion_tokens_details`` if there were drafts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -45,12 +48,12 @@ class Usage(BaseModel):
     completion_tokens_details: PredictionTokens | None = None
 
     @classmethod
-    def of(cls, prompt: int, completion: int, cached: int, guesses: SpeculationCounts = NO_SPECULATION) -> Usage:
+    def of(cls, prompt: int, completion: int, cached: int, counts: SpeculationCounts = NO_SPECULATION) -> Usage:
         """From what was counted."""
         return cls(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
             prompt_tokens_details=CachedTokens(cached_tokens=cached),
-            completion_tokens_details=PredictionTokens.of(guesses) if guesses.rounds else None,
+            completion_tokens_details=PredictionTokens.of(counts) if counts.rounds else None,
         )

@@ -12,7 +12,7 @@ from jaxdeploy.server.proxy.nodes import clipped
 MAX_MODELS = 1000
 """Models and adapters of a node."""
 MAX_FIELDS = 32
-LONGEST_NAME = 256
+MAX_NAME = 256
 MAX_TEXT_LENGTH = 1024
 """Characters."""
 LARGEST = 2**53
@@ -44,8 +44,8 @@ def _checked(card: Any) -> Card:
     if not isinstance(card, dict) or len(card) > MAX_FIELDS:
         raise BadAnswerError(f"/v1/models lists a model that is no object of at most {MAX_FIELDS} members")
     name = card.get("id")
-    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
-        raise BadAnswerError(f"/v1/models lists a model whose id is no text of 1 to {LONGEST_NAME} characters")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        raise BadAnswerError(f"/v1/models lists a model whose id is no text of 1 to {MAX_NAME} characters")
     for member, value in card.items():
         if not _printable(member) or not _scalar(value):
             raise BadAnswerError(f"/v1/models has {clipped(member)}={_shown(value)} in {clipped(name)}")

@@ -32,7 +32,7 @@ UNSEEN_SECONDS = 60.0
 """The same for a node that was never up."""
 MAX_URL_LENGTH = 512
 """Characters."""
-LONGEST_REASON = 200
+MAX_REASON = 200
 """Characters of what a node says that are repeated."""
 
 
@@ -131,7 +131,7 @@ class Node:
         if self.seen < self._barred_until:
             return
         if self.why_down is not None:
-            logger.info("node %s is up with %s", self.url, ", ".join(models)[:LONGEST_REASON])
+            logger.info("node %s is up with %s", self.url, ", ".join(models)[:MAX_REASON])
             self._faults = 0
         self.why_down = None
 
@@ -272,6 +272,6 @@ _URL = re.compile(r"https?://[\w.:\[\]-]+(/[\w-][\w.-]*)*/?", re.ASCII)
 
 
 def clipped(text: str) -> str:
-    """``text`` on one line, at most ``LONGEST_REASON`` characters, and such that UTF-8 can hold it."""
-    printable = "".join(mark if mark.isprintable() else " " for mark in text[: LONGEST_REASON + 1])
-    return printable if len(printable) <= LONGEST_REASON else printable[: LONGEST_REASON - 1] + "…"
+    """``text`` on one line, at most ``MAX_REASON`` characters, and such that UTF-8 can hold it."""
+    printable = "".join(mark if mark.isprintable() else " " for mark in text[: MAX_REASON + 1])
+    return printable if len(printable) <= MAX_REASON else printable[: MAX_REASON - 1] + "…"

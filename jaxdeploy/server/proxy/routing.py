@@ -17,7 +17,7 @@ REMEMBERED = 32768
 """Beginnings of prompts, and sessions, whose nodes are known; what was not asked for longest goes first."""
 PIECE = 256
 """Characters: prompts begin alike if so many are the same, and more alike for each further piece."""
-LONGEST = 8192
+MAX_PREFIX = 8192
 """Characters of a prompt that are looked at."""
 BUSIER, SLACK = 2.0, 4
 """A node is much busier than another if it has more than so many times its requests, and so many more."""
@@ -115,11 +115,11 @@ def prefix_keys(fields: dict[str, Any]) -> Iterator[bytes]:
 
 
 def _beginning(value: Any) -> str:
-    """The first ``LONGEST`` characters of ``value`` as JSON; the rest is not made."""
+    """The first ``MAX_PREFIX`` characters of ``value`` as JSON; the rest is not made."""
     text = ""
     with suppress(RecursionError):  # a body may be nested as deeply as its parser allows
         for part in json.JSONEncoder().iterencode(value):
-            text += part[: LONGEST - len(text)]
-            if len(text) >= LONGEST:
+            text += part[: MAX_PREFIX - len(text)]
+            if len(text) >= MAX_PREFIX:
                 break
     return text

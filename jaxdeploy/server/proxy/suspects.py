@@ -9,7 +9,7 @@ from jaxdeploy.server.recent import Recent
 
 MEMORY_SECONDS = 60.0
 """Seconds for which a request is suspect after the last node that died with it."""
-MOST = 4096
+MAX_BODIES = 4096
 """Requests that are remembered; the oldest is forgotten first."""
 
 
@@ -20,7 +20,7 @@ class Suspects:
     """
 
     def __init__(self) -> None:
-        self._known: Recent[bytes, tuple[frozenset[str], float]] = Recent(MOST)
+        self._known: Recent[bytes, tuple[frozenset[str], float]] = Recent(MAX_BODIES)
 
     def note(self, asked: Asked, url: str) -> None:
         """Record that the node at ``url`` died while it ran ``asked``."""

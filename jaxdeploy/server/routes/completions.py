@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from jaxdeploy.generation.reply import Reply
-from jaxdeploy.messages import PromptReading, TokenLogprob
+from jaxdeploy.messages import PromptResult, TokenLogprob
 from jaxdeploy.messages import Request as Generation
 from jaxdeploy.server.context import RequestContext
 from jaxdeploy.server.dependencies import Caller, Model, ReplyId, while_connected
@@ -131,9 +131,9 @@ class _Job:
         found = None if self._asked.logprobs is None else self._logprobs(index, logprobs)
         return CompletionChoice(index=index, text=text, logprobs=found, finish_reason=reason)
 
-    def _prompt_scores(self, index: int, reading: PromptReading) -> list[TokenLogprob | int]:
+    def _prompt_scores(self, index: int, result: PromptResult) -> list[TokenLogprob | int]:
         """The first token of a prompt, of which there is nothing to say, and the others."""
-        return [self.replies.requests[index].prompt_token_ids[0], *reading.logprobs]
+        return [self.replies.requests[index].prompt_token_ids[0], *result.logprobs]
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob | int]) -> CompletionLogprobs:
         tokenizer = self._tokenizer

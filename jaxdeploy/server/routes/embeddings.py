@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 
 from jaxdeploy.api.embedding import pooled
 from jaxdeploy.generation.reply import Reply
-from jaxdeploy.messages import PromptReading
+from jaxdeploy.messages import PromptResult
 from jaxdeploy.messages import Request as Generation
 from jaxdeploy.server.context import RequestContext
 from jaxdeploy.server.dependencies import Model, ReplyId, while_connected
@@ -29,10 +29,10 @@ async def embeddings(asked: EmbeddingsRequest, request: Request, served: Model, 
     requests = await while_connected(request, _requests(served, asked, context))
     replies = Replies(served, requests, context, Reply)
     await while_connected(request, replies.whole())
-    readings = [reply.prompt for reply in replies.replies if reply.prompt is not None]
+    results = [reply.prompt for reply in replies.replies if reply.prompt is not None]
     tokens = sum(len(request.prompt_token_ids) for request in requests)
     return EmbeddingsReply(
-        data=[Embedding(index=index, embedding=_vector(asked, reading)) for index, reading in enumerate(readings)],
+        data=[Embedding(index=index, embedding=_vector(asked, result)) for index, result in enumerate(results)],
         model=replies.model,
         usage=EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens),
     )
@@ -43,8 +43,8 @@ async def _requests(served: ModelService, asked: EmbeddingsRequest, context: Req
     return [await served.embedding_request(ids, context, index) for index, ids in enumerate(prompts)]
 
 
-def _vector(asked: EmbeddingsRequest, reading: PromptReading) -> list[float] | str:
-    vector = pooled(reading, asked.pooling, normalize=asked.normalize, dimensions=asked.dimensions)
+def _vector(asked: EmbeddingsRequest, result: PromptResult) -> list[float] | str:
+    vector = pooled(result, asked.pooling, normalize=asked.normalize, dimensions=asked.dimensions)
     if asked.encoding_format != "base64":
         return vector
     return base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()

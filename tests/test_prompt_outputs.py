@@ -1,4 +1,4 @@
-"""What is told of prompts, hidden states and log-probabilities, is what the decoder without a cache computes."""
+"""Hidden states and log-probabilities of prompts equal those of the decoder without a cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from jaxdeploy.engine.device.buckets import prompt_output_shapes, step_shapes
 from jaxdeploy.engine.front.engine import Engine
 from jaxdeploy.errors import RequestError
-from jaxdeploy.messages import PromptReading, Request, StepOutput
+from jaxdeploy.messages import PromptResult, Request, StepOutput
 from jaxdeploy.models.attention import DenseContext
 from jaxdeploy.models.model import Positions
 from tests.tiny_models import (
@@ -53,23 +53,23 @@ def embedded(name: str, length: int, **sampling: Any) -> Request:
     return dataclasses.replace(request(name, prompt(length), **{"max_new_tokens": 1, **sampling}), embed=True)
 
 
-def reading_of(outputs: list[StepOutput]) -> PromptReading:
+def result_of(outputs: list[StepOutput]) -> PromptResult:
     assert [output.prompt is not None for output in outputs] == [True] + [False] * (len(outputs) - 1)
     assert outputs[0].prompt is not None
     return outputs[0].prompt
 
 
-def check(reading: PromptReading, ids: tuple[int, ...], alternatives: int | None = None) -> None:
+def check(result: PromptResult, ids: tuple[int, ...], alternatives: int | None = None) -> None:
     hidden = dense_hidden(ids)
-    np.testing.assert_allclose(reading.mean, hidden.mean(axis=0), atol=2e-5)
-    np.testing.assert_allclose(reading.last, hidden[-1], atol=2e-5)
+    np.testing.assert_allclose(result.mean, hidden.mean(axis=0), atol=2e-5)
+    np.testing.assert_allclose(result.last, hidden[-1], atol=2e-5)
     if alternatives is None:
-        assert reading.logprobs == ()
+        assert result.logprobs == ()
         return
     scores = np.asarray(jax.nn.log_softmax(dense_logits(ids), axis=-1))[:-1]
-    assert [token.token_id for token in reading.logprobs] == list(ids[1:])
-    np.testing.assert_allclose([t.logprob for t in reading.logprobs], scores[range(len(scores)), ids[1:]], atol=2e-5)
-    for token, row in zip(reading.logprobs, scores, strict=True):
+    assert [token.token_id for token in result.logprobs] == list(ids[1:])
+    np.testing.assert_allclose([t.logprob for t in result.logprobs], scores[range(len(scores)), ids[1:]], atol=2e-5)
+    for token, row in zip(result.logprobs, scores, strict=True):
         np.testing.assert_allclose([value for _, value in token.top], np.sort(row)[::-1][:alternatives], atol=2e-5)
         np.testing.assert_allclose([row[index] for index, _ in token.top], [value for _, value in token.top], atol=2e-5)
 
@@ -85,8 +85,8 @@ def test_prompts_are_read_beside_others(tp: int) -> None:
     for _ in range(2):  # the second time everything is in the cache
         outputs = outputs_of(engine, [*reads, *others])
         for length in lengths:
-            check(reading_of(outputs[f"embed {length}"]), prompt(length))
-            check(reading_of(outputs[f"score {length}"]), prompt(length), 3)
+            check(result_of(outputs[f"embed {length}"]), prompt(length))
+            check(result_of(outputs[f"score {length}"]), prompt(length), 3)
             assert all(output.prompt is None for output in outputs[f"other {length}"])
     alone = run(tiny_engine(tp=tp), others)
     assert {name: [token for output in outputs[name] for token in output.token_ids] for name in alone} == alone
@@ -99,7 +99,7 @@ def test_a_preempted_prompt_is_read_once() -> None:
     outputs = outputs_of(engine, items)
     assert engine.scheduler.preemptions
     for length in (40, 60):
-        check(reading_of(outputs[f"score {length}"]), prompt(length), 0)
+        check(result_of(outputs[f"score {length}"]), prompt(length), 0)
 
 
 def test_others_go_on_while_what_reads_prompts_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
