@@ -18,19 +18,19 @@ from jaxdeploy.server.routes import routers
 from jaxdeploy.server.service import ModelService
 
 
-def create_app(served: ModelService, config: ServerConfig) -> FastAPI:
+def create_app(service: ModelService, config: ServerConfig) -> FastAPI:
     """The server as an ASGI application; the engine is closed at its end. Raises ``ConfigError`` for wrong keys."""
     config = with_keys(config)
     app = FastAPI(
         title="jaxdeploy",
         version=version("jaxdeploy"),
-        summary=f"Replies of {served.name}",
-        lifespan=_lifespan(served, config),
+        summary=f"Replies of {service.name}",
+        lifespan=_lifespan(service, config),
         docs_url=None,  # FastAPI's own pages load scripts from another host
         redoc_url=None,
         openapi_url=None if config.disable_fastapi_docs else "/openapi.json",
     )
-    app.state.served = served
+    app.state.service = service
     app.state.needs_keys = bool(config.api_keys)
     app.state.separates_tenants = config.separate_keys
     app.state.separates_keys = config.separate_keys and len(config.api_keys or ()) > 1
@@ -43,14 +43,14 @@ def create_app(served: ModelService, config: ServerConfig) -> FastAPI:
     return app
 
 
-def _lifespan(served: ModelService, config: ServerConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(service: ModelService, config: ServerConfig) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             async with registered(config):
                 yield
         finally:
-            served.close()
-            served.engine.close()
+            service.close()
+            service.engine.close()
 
     return lifespan

@@ -1,4 +1,4 @@
-"""What routes ask for: the served model, a name for the reply, and to be stopped when the client goes."""
+"""Dependencies of routes: the model, the name of the reply, and an end when the client disconnects."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Tenant:
         return self.owner, session_id
 
 
-async def _served(request: Request) -> ModelService:
-    served: ModelService = request.app.state.served
-    return served
+async def _service(request: Request) -> ModelService:
+    service: ModelService = request.app.state.service
+    return service
 
 
 async def _tenant(request: Request) -> Tenant:
@@ -78,7 +78,7 @@ async def _reply_id() -> str:
     return uuid.uuid4().hex
 
 
-Model = Annotated[ModelService, Depends(_served)]
+Model = Annotated[ModelService, Depends(_service)]
 Caller = Annotated[Tenant, Depends(_tenant)]
 ReplyId = Annotated[str, Depends(_reply_id)]
 """A new name: the id that a client may send for the log can come twice."""

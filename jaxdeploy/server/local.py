@@ -15,13 +15,13 @@ from jaxdeploy.server.service import ModelService
 
 
 class LocalServer:
-    """Serves ``served`` on this machine's own address, at a free port, to those who have ``api_key``."""
+    """Serves ``service`` on this machine's own address, at a free port, to those who have ``api_key``."""
 
-    def __init__(self, served: ModelService, config: ServerConfig) -> None:
+    def __init__(self, service: ModelService, config: ServerConfig) -> None:
         self.api_key = secrets.token_urlsafe()
-        self._served = served
+        self._service = service
         app = create_app(
-            served, replace(config, api_keys=[self.api_key], api_keys_file=None, disable_fastapi_docs=True)
+            service, replace(config, api_keys=[self.api_key], api_keys_file=None, disable_fastapi_docs=True)
         )
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -38,11 +38,11 @@ class LocalServer:
     @property
     def healthy(self) -> bool:
         """Whether the engine can still answer."""
-        return self._served.engine.failure is None
+        return self._service.engine.failure is None
 
     def check(self) -> None:
         """Raise what ended the engine, if anything did."""
-        self._served.engine.check()
+        self._service.engine.check()
 
     def close(self) -> None:
         """End it, and the engine with it."""

@@ -37,14 +37,14 @@ def serve(
     set_up_logging(log_level, config.log_format)
     certificate(config)
     with bound(config) as sockets:
-        served = load(model, engine_config, config, chat_template=chat_template, progress=progress)
-        engine = served.engine
+        service = load(model, engine_config, config, chat_template=chat_template, progress=progress)
+        engine = service.engine
 
         def began() -> None:
-            logger.info("%s is served at %s", served.name, address(config))
+            logger.info("%s is served at %s", service.name, address(config))
 
         try:
-            listen(create_app(served, config), config, sockets, began=began, ended=lambda: engine.failure is not None)
+            listen(create_app(service, config), config, sockets, began=began, ended=lambda: engine.failure is not None)
         finally:
             engine.close()
         engine.check()

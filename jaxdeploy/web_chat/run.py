@@ -61,14 +61,14 @@ def web_chat(
         if is_url(model_or_url):
             model = RemoteModel(model_or_url, api_key)
         else:
-            served = load(
+            service = load(
                 model_or_url,
                 engine_config or EngineConfig(),
                 server_config,
                 chat_template=chat_template,
                 progress=sys.stderr.isatty(),
             )
-            local = LocalServer(served, server_config)
+            local = LocalServer(service, server_config)
             model = RemoteModel(local.url, local.api_key)
         _show(model, local, manner, server_config, sockets)
 

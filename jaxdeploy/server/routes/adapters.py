@@ -27,14 +27,14 @@ class UnloadRequest(Strict):
 
 
 @router.post("/v1/load_lora_adapter")
-async def load_lora_adapter(asked: LoadRequest, served: Model) -> dict[str, str]:
+async def load_lora_adapter(asked: LoadRequest, service: Model) -> dict[str, str]:
     """Read an adapter, while replies go on. Its name is the answer when requests may ask for it."""
-    await served.adapters.load(asked.lora_name, asked.lora_path, in_place=asked.load_inplace)
+    await service.adapters.load(asked.lora_name, asked.lora_path, in_place=asked.load_inplace)
     return {"loaded": asked.lora_name}
 
 
 @router.post("/v1/unload_lora_adapter")
-async def unload_lora_adapter(asked: UnloadRequest, served: Model) -> dict[str, str]:
+async def unload_lora_adapter(asked: UnloadRequest, service: Model) -> dict[str, str]:
     """Forget an adapter; replies that run with it go on to their end."""
-    await served.adapters.unload(asked.lora_name)
+    await service.adapters.unload(asked.lora_name)
     return {"unloaded": asked.lora_name}

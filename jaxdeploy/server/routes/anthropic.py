@@ -34,14 +34,14 @@ router = APIRouter(tags=["Anthropic"])
 
 @router.post("/v1/messages", response_model=MessagesReply, responses=STREAMS)
 async def messages(
-    asked: MessagesRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
+    asked: MessagesRequest, request: Request, service: Model, caller: Caller, reply_id: ReplyId
 ) -> MessagesReply | StreamingResponse:
     """Go on with a conversation."""
-    adapter = served.adapter_of(asked.model)
+    adapter = service.adapter_of(asked.model)
     chat = asked.chat_request()
     context = caller.context(f"msg_{reply_id}", user=chat.tenant, adapter=adapter)
-    requests = await while_connected(request, chat_requests(served, chat, context))
-    replies = chat_replies(served, chat, requests, context, stream=bool(asked.stream))
+    requests = await while_connected(request, chat_requests(service, chat, context))
+    replies = chat_replies(service, chat, requests, context, stream=bool(asked.stream))
     if asked.stream:
         replies.check_room()
         return named_event_stream(_Stream(chat, replies).events(), ping=NAMED_PING)
@@ -49,11 +49,11 @@ async def messages(
 
 
 @router.post("/v1/messages/count_tokens")
-async def count_tokens(asked: CountRequest, request: Request, served: Model) -> TokenCount:
+async def count_tokens(asked: CountRequest, request: Request, service: Model) -> TokenCount:
     """How many tokens a conversation has as the model reads it."""
-    served.check_model(asked.model)
+    service.check_model(asked.model)
     chat = ChatRequest(**asked.chat_fields())
-    (counted,) = await while_connected(request, chat_requests(served, chat, RequestContext("")))
+    (counted,) = await while_connected(request, chat_requests(service, chat, RequestContext("")))
     return TokenCount(input_tokens=len(counted.prompt_token_ids))
 
 

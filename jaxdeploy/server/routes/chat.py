@@ -35,11 +35,11 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/chat/completions", response_model=ChatReply, response_model_exclude_unset=True, responses=STREAMS)
 async def chat_completions(
-    asked: ChatRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
+    asked: ChatRequest, request: Request, service: Model, caller: Caller, reply_id: ReplyId
 ) -> ChatReply | StreamingResponse:
     """Go on with a conversation."""
-    adapter = served.adapter_of(asked.model)
-    served.check_number(asked.n or 1)
+    adapter = service.adapter_of(asked.model)
+    service.check_number(asked.n or 1)
     context = caller.context(
         f"chatcmpl-{reply_id}",
         user=asked.tenant,
@@ -47,8 +47,8 @@ async def chat_completions(
         session_id=asked.session_id,
         adapter=adapter,
     )
-    requests = await while_connected(request, chat_requests(served, asked, context))
-    job = _Job(asked, chat_replies(served, asked, requests, context, stream=bool(asked.stream)))
+    requests = await while_connected(request, chat_requests(service, asked, context))
+    job = _Job(asked, chat_replies(service, asked, requests, context, stream=bool(asked.stream)))
     if asked.stream:
         job.replies.check_room()
         return event_stream(job.chunks(), ping=job.silence)

@@ -31,27 +31,27 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/completions", response_model=CompletionReply, responses=STREAMS)
 async def completions(
-    asked: CompletionRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
+    asked: CompletionRequest, request: Request, service: Model, caller: Caller, reply_id: ReplyId
 ) -> CompletionReply | StreamingResponse:
     """Go on with a text, or with each of several."""
-    adapter = served.adapter_of(asked.model)
+    adapter = service.adapter_of(asked.model)
     context = caller.context(f"cmpl-{reply_id}", user=asked.user or "", priority=asked.priority, adapter=adapter)
-    served.check_number(len(asked.prompts) * (asked.n or 1))
-    requests = await while_connected(request, _requests(served, asked, context))
+    service.check_number(len(asked.prompts) * (asked.n or 1))
+    requests = await while_connected(request, _requests(service, asked, context))
     make_reply = partial(Reply, keeps_content=not asked.stream)
-    job = _Job(asked, Replies(served, requests, context, make_reply, asked.n or 1))
+    job = _Job(asked, Replies(service, requests, context, make_reply, asked.n or 1))
     if asked.stream:
         job.replies.check_room()
         return event_stream(job.chunks(), ping=job.silence)
     return await while_connected(request, job.whole())
 
 
-async def _requests(served: ModelService, asked: CompletionRequest, context: RequestContext) -> list[Generation]:
+async def _requests(service: ModelService, asked: CompletionRequest, context: RequestContext) -> list[Generation]:
     settings = asked.generation()
     requests: list[Generation] = []
     for given in asked.prompts:
-        ids = await served.encoder.ids_of(given)
-        requests += await served.requests(ids, settings, context, chat=False, first=len(requests))
+        ids = await service.encoder.ids_of(given)
+        requests += await service.requests(ids, settings, context, chat=False, first=len(requests))
     return requests
 
 

@@ -21,13 +21,13 @@ router = APIRouter(tags=["OpenAI"])
 
 
 @router.post("/v1/embeddings")
-async def embeddings(asked: EmbeddingsRequest, request: Request, served: Model, reply_id: ReplyId) -> EmbeddingsReply:
+async def embeddings(asked: EmbeddingsRequest, request: Request, service: Model, reply_id: ReplyId) -> EmbeddingsReply:
     """The vectors of one text or several."""
-    adapter = served.adapter_of(asked.model)
-    served.check_number(len(asked.prompts))
+    adapter = service.adapter_of(asked.model)
+    service.check_number(len(asked.prompts))
     context = RequestContext(f"embd-{reply_id}", asked.user or "", asked.priority, adapter=adapter)
-    requests = await while_connected(request, _requests(served, asked, context))
-    replies = Replies(served, requests, context, Reply)
+    requests = await while_connected(request, _requests(service, asked, context))
+    replies = Replies(service, requests, context, Reply)
     await while_connected(request, replies.whole())
     results = [reply.prompt for reply in replies.replies if reply.prompt is not None]
     tokens = sum(len(request.prompt_token_ids) for request in requests)
@@ -38,9 +38,9 @@ async def embeddings(asked: EmbeddingsRequest, request: Request, served: Model, 
     )
 
 
-async def _requests(served: ModelService, asked: EmbeddingsRequest, context: RequestContext) -> list[Generation]:
-    prompts = [await served.encoder.ids_of(given) for given in asked.prompts]
-    return [await served.embedding_request(ids, context, index) for index, ids in enumerate(prompts)]
+async def _requests(service: ModelService, asked: EmbeddingsRequest, context: RequestContext) -> list[Generation]:
+    prompts = [await service.encoder.ids_of(given) for given in asked.prompts]
+    return [await service.embedding_request(ids, context, index) for index, ids in enumerate(prompts)]
 
 
 def _vector(asked: EmbeddingsRequest, result: PromptResult) -> list[float] | str:

@@ -28,13 +28,13 @@ class Health(BaseModel):
 
 
 @router.get("/health")
-async def health(served: Model) -> Health:
+async def health(service: Model) -> Health:
     """Whether replies can be expected. Answered without an API key."""
     try:
-        stats = await asyncio.wait_for(served.engine.stats(), PATIENCE)
+        stats = await asyncio.wait_for(service.engine.stats(), PATIENCE)
     except TimeoutError:
         raise EngineStoppedError(f"the engine has not answered for {PATIENCE:g} s; restart it") from None
-    stalled = served.watchdog.stalled_for(stats)
+    stalled = service.watchdog.stalled_for(stats)
     if stats.fault:
         raise EngineStoppedError(f"the engine is being restarted: {stats.fault}; try again later")
     if stalled > STUCK:
@@ -43,7 +43,7 @@ async def health(served: Model) -> Health:
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(served: Model) -> PlainTextResponse:
+async def metrics(service: Model) -> PlainTextResponse:
     """Prometheus' text format."""
-    served.metrics.take(await served.engine.stats())
-    return PlainTextResponse(served.metrics.text(), media_type=CONTENT_TYPE)
+    service.metrics.take(await service.engine.stats())
+    return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE)

@@ -35,22 +35,22 @@ router = APIRouter(tags=["LMDeploy"])
 
 @router.post("/v1/chat/interactive", response_model=InteractiveReply, responses=LINES)
 async def interactive(
-    asked: InteractiveRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
+    asked: InteractiveRequest, request: Request, service: Model, caller: Caller, reply_id: ReplyId
 ) -> InteractiveReply | StreamingResponse:
     """Say something in a session that the server remembers."""
     session = caller.session(secrets.randbits(62) if asked.session_id == -1 else asked.session_id)
     if asked.cancel:
-        await served.abort(served.sessions.running(session) or "", caller.owner)
+        await service.abort(service.sessions.running(session) or "", caller.owner)
         return _silent("stop")
     if asked.request_output_len == 0:
-        served.sessions.forget(session)
+        service.sessions.forget(session)
         return _silent("stop")
     context = caller.context(
         f"interactive-{reply_id}",
         session_id=session[1] if asked.interactive_mode else None,
-        adapter=served.adapter_of(asked.named),
+        adapter=service.adapter_of(asked.named),
     )
-    pieces = _turn(served, asked, session, context)
+    pieces = _turn(service, asked, session, context)
     if asked.stream:
         return await while_connected(request, line_stream(pieces))
     return await while_connected(request, _joined(pieces))
@@ -58,41 +58,41 @@ async def interactive(
 
 @router.post("/generate", response_model=GenerateReply, responses=STREAMS)
 async def generate(
-    asked: GenerateRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
+    asked: GenerateRequest, request: Request, service: Model, caller: Caller, reply_id: ReplyId
 ) -> GenerateReply | StreamingResponse:
     """Go on with a text or with token ids."""
-    adapter = served.adapter_of(asked.named)
+    adapter = service.adapter_of(asked.named)
     context = caller.context(f"generate-{reply_id}", session_id=asked.session_id, adapter=adapter)
-    requests = await while_connected(request, _requests(served, asked, context))
-    replies = Replies(served, requests, context, partial(Reply, keeps_content=not asked.stream))
+    requests = await while_connected(request, _requests(service, asked, context))
+    replies = Replies(service, requests, context, partial(Reply, keeps_content=not asked.stream))
     if asked.stream:
         replies.check_room()
         return event_stream(_pieces(asked, replies))
     return await while_connected(request, _whole(asked, replies))
 
 
-async def _requests(served: ModelService, asked: GenerateRequest, context: RequestContext) -> list[Generation]:
-    ids = tuple(asked.input_ids) if asked.input_ids else await served.encoder.text_ids(asked.prompt or "")
-    return await served.requests(ids, asked.generation(), context, chat=False)
+async def _requests(service: ModelService, asked: GenerateRequest, context: RequestContext) -> list[Generation]:
+    ids = tuple(asked.input_ids) if asked.input_ids else await service.encoder.text_ids(asked.prompt or "")
+    return await service.requests(ids, asked.generation(), context, chat=False)
 
 
 async def _turn(
-    served: ModelService, asked: InteractiveRequest, session: SessionKey, context: RequestContext
+    service: ModelService, asked: InteractiveRequest, session: SessionKey, context: RequestContext
 ) -> AsyncGenerator[InteractiveReply]:
     """The reply in pieces; what was said is remembered when it is complete.
 
     A session that is full gets a reply without text that ends by its length, as LMDeploy's client expects.
     """
-    with served.sessions.turn(session, context.request_id) as conversation:
+    with service.sessions.turn(session, context.request_id) as conversation:
         messages = [*conversation.messages, *asked.messages]
         before = conversation.tokens
         try:
-            ids = await served.encoder.chat_ids(messages)
-            requests = await served.requests(ids, asked.generation(), context, chat=True)
+            ids = await service.encoder.chat_ids(messages)
+            requests = await service.requests(ids, asked.generation(), context, chat=True)
         except ContextLengthError:
             yield _silent("length", before)
             return
-        replies = Replies(served, requests, context, Reply)
+        replies = Replies(service, requests, context, Reply)
         (reply,) = replies.replies
         async with aclosing(replies.outputs()) as outputs:
             async for _, output in outputs:
@@ -106,7 +106,7 @@ async def _turn(
         conversation.messages = with_reply(messages, reply.text)
         conversation.tokens = len(ids) + reply.num_tokens
     if not asked.interactive_mode:
-        served.sessions.forget(session)
+        service.sessions.forget(session)
 
 
 def _silent(finish_reason: str, history_tokens: int = 0) -> InteractiveReply:

@@ -28,9 +28,9 @@ class AbortRequest(Strict):
 
 
 @router.post("/abort_request")
-async def abort_request(asked: AbortRequest, served: Model, caller: Caller) -> dict[str, int]:
+async def abort_request(asked: AbortRequest, service: Model, caller: Caller) -> dict[str, int]:
     """End a request or all; those who wait for it get an error. How many replies ended is the answer.
 
     Where keys are separated, it ends only requests that came with the same key.
     """
-    return {"aborted": await served.abort(asked.request_id, caller.owner)}
+    return {"aborted": await service.abort(asked.request_id, caller.owner)}

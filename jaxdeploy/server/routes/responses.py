@@ -43,16 +43,16 @@ router = APIRouter(tags=["OpenAI"])
 
 @router.post("/v1/responses", response_model=Response, responses=STREAMS)
 async def create_response(
-    asked: ResponsesRequest, request: Request, served: Model, caller: Caller, reply_id: ReplyId
+    asked: ResponsesRequest, request: Request, service: Model, caller: Caller, reply_id: ReplyId
 ) -> Response | StreamingResponse:
     """Go on with a conversation, which may be that of an earlier response."""
-    adapter = served.adapter_of(asked.model)
+    adapter = service.adapter_of(asked.model)
     previous = asked.previous_response_id
-    before = () if previous is None else served.responses.find(previous, caller.owner).items
+    before = () if previous is None else service.responses.find(previous, caller.owner).items
     chat = asked.chat_request(before)
     context = caller.context(f"resp_{reply_id}", user=chat.tenant, priority=chat.priority, adapter=adapter)
-    requests = await while_connected(request, chat_requests(served, chat, context))
-    replies = chat_replies(served, chat, requests, context, stream=bool(asked.stream))
+    requests = await while_connected(request, chat_requests(service, chat, context))
+    replies = chat_replies(service, chat, requests, context, stream=bool(asked.stream))
     job = _Job(replies, _begun(asked, replies, requests[0]), (*before, *asked.input))
     if asked.stream:
         replies.check_room()
@@ -62,16 +62,16 @@ async def create_response(
 
 @router.get("/v1/responses/{response_id}")
 async def stored_response(
-    response_id: str, how: Annotated[RetrieveQuery, Query()], served: Model, caller: Caller
+    response_id: str, how: Annotated[RetrieveQuery, Query()], service: Model, caller: Caller
 ) -> Response:
     """A response that is kept."""
-    return served.responses.find(response_id, caller.owner).response
+    return service.responses.find(response_id, caller.owner).response
 
 
 @router.delete("/v1/responses/{response_id}")
-async def delete_response(response_id: str, served: Model, caller: Caller) -> DeletedResponse:
+async def delete_response(response_id: str, service: Model, caller: Caller) -> DeletedResponse:
     """Keep a response no longer; those that went on from it stay."""
-    served.responses.forget(response_id, caller.owner)
+    service.responses.forget(response_id, caller.owner)
     return DeletedResponse(id=response_id)
 
 

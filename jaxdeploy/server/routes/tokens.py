@@ -20,29 +20,29 @@ router = APIRouter(tags=["tokens"])
 
 
 @router.post("/tokenize", response_model_exclude_none=True)
-async def tokenize(asked: TokenizeRequest, request: Request, served: Model) -> TokenizeReply:
+async def tokenize(asked: TokenizeRequest, request: Request, service: Model) -> TokenizeReply:
     """Token ids of a text, or of a conversation as the model would read it."""
-    served.check_model(asked.model)
-    ids = await while_connected(request, _tokens(served, asked))
+    service.check_model(asked.model)
+    ids = await while_connected(request, _tokens(service, asked))
     texts = None
     if asked.return_token_strs:
-        texts = await served.encoder.threads.run(lambda: list(map(served.tokenizer.id_to_token, ids)), len(ids))
-    return TokenizeReply(count=len(ids), max_model_len=served.session_len, tokens=ids, token_strs=texts)
+        texts = await service.encoder.threads.run(lambda: list(map(service.tokenizer.id_to_token, ids)), len(ids))
+    return TokenizeReply(count=len(ids), max_model_len=service.session_len, tokens=ids, token_strs=texts)
 
 
 @router.post("/detokenize")
-async def detokenize(asked: DetokenizeRequest, served: Model) -> DetokenizeReply:
+async def detokenize(asked: DetokenizeRequest, service: Model) -> DetokenizeReply:
     """The text of token ids."""
-    served.check_model(asked.model)
-    decode, ids = served.tokenizer.decode, asked.tokens
-    text = await served.encoder.threads.run(lambda: decode(ids, skip_special_tokens=False), len(ids))
+    service.check_model(asked.model)
+    decode, ids = service.tokenizer.decode, asked.tokens
+    text = await service.encoder.threads.run(lambda: decode(ids, skip_special_tokens=False), len(ids))
     return DetokenizeReply(prompt=text)
 
 
 @router.post("/v1/encode")
-async def encode(asked: EncodeRequest, request: Request, served: Model) -> EncodeReply:
+async def encode(asked: EncodeRequest, request: Request, service: Model) -> EncodeReply:
     """Token ids of a text or of several, as LMDeploy gives them."""
-    found = await while_connected(request, _encoded(served, asked))
+    found = await while_connected(request, _encoded(service, asked))
     lengths = [len(ids) for ids in found]
     if isinstance(asked.input, str):
         return EncodeReply(input_ids=found[0], length=lengths[0])
@@ -50,32 +50,32 @@ async def encode(asked: EncodeRequest, request: Request, served: Model) -> Encod
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(served: Model) -> TokenizerInfo:
+async def tokenizer_info(service: Model) -> TokenizerInfo:
     """What there is to know of the tokenizer."""
-    tokenizer = served.tokenizer
+    tokenizer = service.tokenizer
     return TokenizerInfo(
         vocab_size=tokenizer.vocab_size,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         special_tokens=dict(tokenizer.special_tokens),
         chat_template=tokenizer.chat_template,
-        max_model_len=served.session_len,
+        max_model_len=service.session_len,
     )
 
 
-async def _tokens(served: ModelService, asked: TokenizeRequest) -> list[int]:
+async def _tokens(service: ModelService, asked: TokenizeRequest) -> list[int]:
     if asked.messages is None:
-        return await served.encoder.count_text_ids(asked.prompt or "", add_bos=asked.add_special_tokens)
+        return await service.encoder.count_text_ids(asked.prompt or "", add_bos=asked.add_special_tokens)
     messages = [message.model_dump() for message in asked.messages]
     ending = {name: getattr(asked, name) for name in ("add_generation_prompt", "continue_final_message")}
-    return await served.encoder.count_chat_ids(messages, **(asked.chat_template_kwargs or {}), **ending)
+    return await service.encoder.count_chat_ids(messages, **(asked.chat_template_kwargs or {}), **ending)
 
 
-async def _encoded(served: ModelService, asked: EncodeRequest) -> list[list[int]]:
+async def _encoded(service: ModelService, asked: EncodeRequest) -> list[list[int]]:
     found = []
     for text in [asked.input] if isinstance(asked.input, str) else asked.input:
         if asked.do_preprocess:
-            found.append(await served.encoder.count_chat_ids([{"role": "user", "content": text}]))
+            found.append(await service.encoder.count_chat_ids([{"role": "user", "content": text}]))
         else:
-            found.append(await served.encoder.count_text_ids(text, add_bos=asked.add_bos))
+            found.append(await service.encoder.count_text_ids(text, add_bos=asked.add_bos))
     return found
