@@ -15,7 +15,8 @@ Answer = Iterable[bytes] | Callable[[], Iterable[bytes]]
 def whole(body: Any, status: int = 200, kind: str = "application/json", *headers: str) -> list[bytes]:
     """Return an answer with a right length. ``body``: bytes, or a value to send as JSON."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    lines = [f"HTTP/1.1 {status} X", f"Content-Type: {kind}", f"Content-Length: {len(content)}", *headers, "", ""]
+    length = f"Content-Length: {len(content)}"
+    lines = [f"HTTP/1.1 {status} X", f"Content-Type: {kind}", length, "Connection: close", *headers, "", ""]
     return ["\r\n".join(lines).encode("utf-8"), content]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,31 @@ def keyed(engine: AsyncEngine, request: pytest.FixtureRequest) -> Iterator[tuple
         for client in clients:
             client.close()
         assert until(server.idle)
+
+
+WRONG: list[list[tuple[bytes, bytes]]] = [
+    [],
+    [(b"Authorization", b"Bearer")],
+    [(b"Authorization", b"Basic SECRET")],
+    [(b"Authorization", b"Bearer " + b"SECRET" * 1500)],
+    [(b"Authorization", "Bearer SECRETé\U0001f600".encode())],
+    [(b"Authorization", b"Bearer SECRET\xff")],
+    [(b"Authorization", b"Bearer SECRET"), (b"x-api-key", b"one")],
+    [(b"x-api-key", b"\xf0\x9f\x98\x80SECRET")],
+]
+
+
+@pytest.mark.parametrize("keyed", [True], indirect=True)
+def test_every_route_refuses_every_wrong_key(keyed: tuple[Client, Client], caplog: pytest.LogCaptureFixture) -> None:
+    url = str(keyed[0]._http.base_url)
+    paths = keyed[0].get("/openapi.json").json()["paths"]
+    routes = [(method, path) for path, methods in paths.items() for method in methods if path != "/health"]
+    assert len(routes) > 20
+    with httpx2.Client(base_url=url) as http:
+        for (method, path), headers in itertools.product(routes, WRONG):
+            refused = http.request(method, path.replace("{", "").replace("}", ""), headers=headers, json={})
+            assert (refused.status_code, "SECRET" in refused.text) == (401, False), (method, path, headers)
+    assert "SECRET" not in caplog.text
 
 
 @pytest.mark.parametrize("keyed", [True], indirect=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
+import json
 import random
 import socket
 import time
@@ -13,11 +14,13 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import pytest
 from starlette.requests import Request
 
 from jaxdeploy.config import ProxyConfig, ServerConfig
 from jaxdeploy.errors import ConfigError, RequestError
+from jaxdeploy.server import listening
 from jaxdeploy.server.dependencies import _tenant
 from jaxdeploy.server.errors import NodeFailedError
 from jaxdeploy.server.proxy import framing, nodes, suspects
@@ -27,6 +30,7 @@ from jaxdeploy.server.proxy.suspects import Suspects
 from jaxdeploy.server.registering import registered
 from jaxdeploy.server.routes import routers
 from jaxdeploy.server.security import TENANT
+from tests.fake_node import named
 from tests.proxied import ASK, CHAT, STREAM, Running
 from tests.raw_node import RawNode, whole
 from tests.served import until
@@ -370,6 +374,12 @@ def dripping(head: bytes, piece: bytes) -> Iterator[bytes]:
         yield piece
 
 
+def stalling(head: bytes) -> Iterator[bytes]:
+    """``head``, and nothing for longer than a proxy waits."""
+    yield head
+    time.sleep(3)
+
+
 LIES: dict[str, tuple[Any, int, str]] = {
     "429, endless": (lambda: endless("429 X"), 429, "the node answers 429 and does not say why"),
     "429, html": (lambda: whole(b"<script>", 429, "text/html"), 429, "the node answers 429 and does not say why"),
@@ -428,6 +438,70 @@ def test_what_a_node_replies_is_checked(stack: ExitStack, monkeypatch: pytest.Mo
     for _ in range(nodes.FAULTS):
         proxy.http.post(CHAT, json={**ASK, "model": "liar-14", "seed": random.random()})
     assert "3 requests in a row failed there" in proxy.statuses()[liars["bad chunks"].url]["why_down"]
+
+
+LINES_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n\r\n"
+DELTA = named("content_block_delta", delta={"text": "x"}).encode()
+ERROR = b'data: {"error": {"type": "server_error", "message": "out of memory"}}\n\n'
+CUT: dict[str, tuple[bytes, bytes]] = {
+    "chat": (STREAM_HEAD + b"\r\n" + EVENT, EVENT),
+    "half an event": (STREAM_HEAD + b"\r\n" + EVENT + EVENT[:20], EVENT),
+    "a ping after it": (STREAM_HEAD + b"\r\n" + EVENT + b": ping\n\n", EVENT + b": ping\n\n"),
+    "whole in HTTP": (CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (len(EVENT), EVENT), EVENT),
+    "messages": (STREAM_HEAD + b"\r\n" + DELTA, DELTA + b"event: error\n"),
+    "lines": (LINES_HEAD + b'{"finish_reason": "stop"}\n{"finish_reason": null}\n', b'{"finish_reason": "stop"}\n'),
+    "half a line": (LINES_HEAD + b'{"text": "x"}\n{"te', b'{"text": "x"}\n'),
+}
+"""Streams that break off, and what the client has of them before the error."""
+ENDED = {
+    "done": STREAM_HEAD + b"\r\n" + EVENT + b"data: [DONE]\n\n",
+    "done, and a ping": STREAM_HEAD + b"\r\n" + EVENT + b"data: [DONE]\n\n: ping\n\n",
+    "done, without a blank line": STREAM_HEAD + b"\r\n" + EVENT + b"data: [DONE]",
+    "an error": STREAM_HEAD + b"\r\n" + EVENT + ERROR,
+    "messages": STREAM_HEAD + b"\r\n" + DELTA + named("message_stop").encode(),
+    "responses": STREAM_HEAD + b"\r\n" + named("response.incomplete").encode(),
+    "lines": LINES_HEAD + b'{"finish_reason": null}\n{"finish_reason": "length"}\n',
+    "lines, without a line end": LINES_HEAD + b'{"finish_reason": null}\n{"finish_reason": "stop"}',
+    "lines of others": LINES_HEAD + b'{"text": "x"}\n',
+}
+
+
+def test_a_stream_without_its_end_ends_with_an_error(stack: ExitStack) -> None:
+    answers = [answer for answer, _ in CUT.values()] + [*ENDED.values(), STREAM_HEAD + b"\r\n: ping\n\n"]
+    made = [RawNode(**{"": [a], "/v1/models": models({"id": f"cut-{at}"})}) for at, a in enumerate(answers)]
+    for node in made:
+        stack.callback(node.close)
+    proxy = Running(stack, "", heartbeat_interval=60, max_attempts=1, nodes=[node.url for node in made])
+    replies = [proxy.http.post(CHAT, json={**STREAM, "model": f"cut-{at}"}) for at in range(len(answers))]
+    for (cut, (_, before)), reply in zip(CUT.items(), replies, strict=False):
+        last = reply.text.rstrip("\n").rpartition("\n")[2].removeprefix("data: ")
+        assert reply.content.startswith(before), cut
+        assert "the node broke off" in json.loads(last)["error"]["message"], cut
+        assert reply.text.count("the node broke off") == 1, cut
+    for (ended, answer), reply in zip(ENDED.items(), replies[len(CUT) :], strict=False):
+        assert reply.content == answer.partition(b"\r\n\r\n")[2], ended
+    assert "the node broke off" in replies[-1].text
+
+
+def test_a_large_reply_that_breaks_off_is_one_line_of_the_log(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(framing, "MAX_HELD", 100)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
+    broken = RawNode(**{"": [head + b"x" * 200]})
+    silent = RawNode(**{"": lambda: stalling(head + b"x" * 200)})
+    silent.answers["/v1/models"] = models({"id": "silent"})
+    stack.callback(broken.close)
+    stack.callback(silent.close)
+    proxy = Running(stack, "", heartbeat_interval=60, read_timeout=0.2, nodes=[broken.url, silent.url])
+    for model, says in (("demo", "the node broke off"), ("silent", "nothing for too long")):
+        with caplog.at_level("WARNING"), pytest.raises(httpx2.RemoteProtocolError):
+            proxy.http.post(CHAT, json={**ASK, "model": model})
+        assert until(lambda: not any(node["in_flight"] for node in proxy.statuses().values()))
+        lines = [record for record in caplog.records if listening._is_news(record)]
+        assert [says in record.getMessage() for record in lines] == [True], model
+        assert not any(record.exc_info for record in caplog.records)
+        caplog.clear()
 
 
 def test_headers_of_a_node_are_those_of_a_list(stack: ExitStack) -> None:

@@ -23,6 +23,7 @@ from jaxdeploy.config import GenerationConfig
 from jaxdeploy.engine.front.async_engine import AsyncEngine, EngineStoppedError
 from jaxdeploy.errors import ConfigError, RequestError
 from jaxdeploy.messages import FinishReason, TextOutput
+from jaxdeploy.server.error_handlers import MAX_MESSAGE_LENGTH
 from tests.served import MAX_REPLIES, NAME, SESSION_LEN, RunningServer, running, until, with_tools
 
 ASK: Any = [{"role": "user", "content": "What is 6 times 7?"}]
@@ -151,6 +152,8 @@ def test_logprobs_of_a_chat(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "robot", "content": "x"}]}, r"messages\[0\].role='robot' is wrong"),
         ({"messages": [{"role": "user"}]}, "content=null says nothing"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "x" * 9999}]}]}, r"x \.\.\. x+' found using 'type'"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x" * 9999}}}, "names no function of tools"),
         ({"store": True}, "store=True is not there; replies are not kept"),
         ({"logit_bias": {"five": 1}}, "logit_bias.*valid integer"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
@@ -171,6 +174,7 @@ def test_wrong_requests_say_what_is_wrong(server: RunningServer, options: dict[s
     assert response.status_code == 400
     assert error["type"] == "invalid_request_error"
     assert re.search(says, error["message"]), error["message"]
+    assert len(error["message"]) <= MAX_MESSAGE_LENGTH
     assert "Traceback" not in response.text
     assert "/work" not in response.text
 
@@ -195,11 +199,12 @@ def test_other_errors_have_the_form_of_openai(client: openai.OpenAI, server: Run
     with pytest.raises(openai.BadRequestError, match=f"session_len={SESSION_LEN}") as long:
         chat(client, messages=[{"role": "user", "content": "word " * SESSION_LEN}], stream=True)
     assert long.value.code == "context_length_exceeded"
-    for headers, says in (
-        ({"Content-Type": "application/json"}, "body is not JSON ("),
-        ({}, "body is not JSON by its type"),
+    for content, headers, says in (
+        ("{", {"Content-Type": "application/json"}, "body is not JSON ("),
+        ("{", {}, "body is not JSON by its type"),
+        ('{"n": %s}' % ("9" * 5000), {"Content-Type": "application/json"}, "body cannot be read (Exceeds the limit"),
     ):
-        refused = httpx2.post(f"{server.url}/v1/completions", content="{", headers=headers)
+        refused = httpx2.post(f"{server.url}/v1/completions", content=content, headers=headers)
         assert refused.status_code == 400
         assert refused.json()["error"]["message"].startswith(says)
     assert httpx2.get(f"{server.url}/nowhere").json()["error"]["type"] == "invalid_request_error"

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
@@ -21,9 +22,11 @@ from jaxdeploy.bundled import bundled_model
 from jaxdeploy.checkpoint.source import read_hf_config
 from jaxdeploy.config import EngineConfig, ProxyConfig, ServerConfig
 from jaxdeploy.engine.front.async_engine import AsyncEngine
+from jaxdeploy.engine.front.process import EngineDiedError
 from jaxdeploy.errors import ConfigError, RequestError, UnknownAdapterError
 from jaxdeploy.messages import FinishReason, Request, TextOutput
 from jaxdeploy.models.registry import read_config
+from jaxdeploy.server.adapters import ServedAdapters
 from jaxdeploy.server.proxy.app import create_proxy_app
 from jaxdeploy.server.run import load
 from tests.served import NAME, RunningApp, RunningServer, demo_config, demo_engine, running, until
@@ -265,6 +268,18 @@ def test_an_adapter_that_goes_between_engine_and_its_process(
 
     monkeypatch.setattr(engine, "generate_all", refuse)
     assert "model='gone' is not served here" in refused(chat(http, "gone"), 404)
+
+
+@pytest.mark.parametrize(("error", "left"), [(EngineDiedError("exit code -9"), ["a"]), (UnknownAdapterError("a"), [])])
+def test_an_adapter_that_could_not_be_unloaded_is_still_served(error: Exception, left: list[str]) -> None:
+    async def unload_adapter(name: str) -> None:
+        raise error
+
+    engine: Any = SimpleNamespace(unload_adapter=unload_adapter)
+    served = ServedAdapters(engine, NAME, {"a": "folder"})
+    with pytest.raises(type(error)):
+        asyncio.run(served.unload("a"))
+    assert list(served) == left
 
 
 def test_names_that_are_taken(http: httpx2.Client, folders: dict[str, str]) -> None:

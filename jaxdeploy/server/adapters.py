@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from jaxdeploy.engine.front.async_engine import AsyncEngine
+from jaxdeploy.engine.front.process import EngineDiedError
 from jaxdeploy.errors import CheckpointError, RequestError
 
 logger = logging.getLogger("jaxdeploy.server")
@@ -69,10 +70,18 @@ class ServedAdapters(Mapping[str, ServedAdapter]):
         logger.info("adapter %r is loaded from %r", name, folder)
 
     async def unload(self, name: str) -> None:
-        """Serve it no longer; replies that run with it go on to their end. Raises ``UnknownAdapterError``."""
+        """Serve it no longer; replies that run with it go on to their end.
+
+        Raises ``UnknownAdapterError``, or ``EngineDiedError``: the adapter is still served after the restart.
+        """
         self._check_quiet(name)
-        self._served.pop(name, None)
-        await self._engine.unload_adapter(name)
+        served = self._served.pop(name, None)
+        try:
+            await self._engine.unload_adapter(name)
+        except EngineDiedError:
+            if served is not None:
+                self._served.setdefault(name, served)
+            raise
         logger.info("adapter %r is unloaded", name)
 
     def _check_quiet(self, name: str) -> None:

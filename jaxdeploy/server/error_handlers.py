@@ -34,6 +34,8 @@ CODES = {
 }
 
 MAX_FAULTS = 5
+MAX_MESSAGE_LENGTH = 4096
+"""Characters of a message. A value that the client sent may be a part of it."""
 MAX_NAME = 80
 """Characters of a field's name that are shown."""
 
@@ -75,7 +77,10 @@ def error_reply(error: Exception) -> ErrorReply:
 
 
 def reply(message: str, type_: str, param: str | None = None, code: str | None = None) -> ErrorReply:
-    """An error object."""
+    """Return an error object. The middle of a message that is too long is left out."""
+    if len(message) > MAX_MESSAGE_LENGTH:
+        half = MAX_MESSAGE_LENGTH // 2 - 3
+        message = f"{message[:half]} ... {message[-half:]}"
     return ErrorReply(error=ErrorBody(message=message, type=type_, param=param, code=code))
 
 
@@ -100,6 +105,9 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException), "the handler is for these"
     status = error.status_code
+    if isinstance(error.__cause__, ValueError):  # FastAPI read the body, and Python refused a value in it
+        reason = str(error.__cause__).partition(";")[0]
+        return answer(reply(f"body cannot be read ({reason}); correct it", _type(status)), status)
     if error.__cause__ is not None:  # the client is not told of it
         logger.warning("%s %s failed: %r", request.method, request.url.path, error.__cause__)
     body = reply(f"{request.method} {request.url.path}: {error.detail}", _type(status))

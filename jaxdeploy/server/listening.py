@@ -146,7 +146,12 @@ def _bound(family: int, place: Any) -> socket.socket:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """False for the traceback of a reply that a second Ctrl-C, or the end of the drain time, has broken off."""
+    """Return false for a reply that was broken off on purpose.
+
+    The cause is a second Ctrl-C, the end of the drain time, or a node of a proxy; the proxy has logged the latter.
+    """
+    if record.msg == "ASGI callable returned without completing response.":
+        return False
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 

@@ -103,7 +103,8 @@ class Forwarder:
         """Answer ``client``.
 
         Raises, as long as nothing was sent, ``NodeFailedError``, ``NodeSilentError``, ``NoNodeError``,
-        ``UnknownModelError``; after that the error is the end of the reply.
+        ``UnknownModelError``; after that the error is the end of the reply. A reply that cannot contain an error
+        stays incomplete, and the server closes the connection.
         """
         if self._suspects.deaths(asked) >= max(MIN_DEATHS, self._config.max_attempts):
             raise NodeFailedError("several nodes have died while they ran this request; change it, or wait a minute")
@@ -112,11 +113,12 @@ class Forwarder:
             while not await self._answered(asked, client, tries):
                 pass
         except JaxdeployError as error:
-            told = tries.framing.error(error) if client.started and tries.framing else None
-            if told is None:
+            if not client.started:
                 raise
-            await client.write(told)
-            await client.end()
+            told = tries.framing.error(error) if tries.framing else None
+            if told is not None:
+                await client.write(told)
+                await client.end()
 
     async def aborted(self, node: Node, asked: Asked) -> int:
         """How many replies ``node`` ended when it was told to; 0 if it cannot."""
@@ -144,6 +146,9 @@ class Forwarder:
             self._note_refusal(node, asked, tries, error.refusal)
         except NodeFailedError as error:
             self._note_failure(node, asked, tries, error)
+        except NodeSilentError as error:
+            _log_fault(node, asked, error)
+            raise
         else:
             self._suspects.clear(asked)
             return True
@@ -202,8 +207,9 @@ class Forwarder:
             progress.note_begun()
             await client.whole(200, headers, await whole_answer(framing.end()))
             return
+        rest = framing.end()
         await client.start(200, headers)
-        await client.write(framing.end())
+        await client.write(rest)
         await client.end()
 
     def _request(self, node: Node, asked: Asked) -> httpx2.Request:
@@ -224,7 +230,7 @@ class Forwarder:
 
     def _note_failure(self, node: Node, asked: Asked, tries: Tries, error: NodeFailedError) -> None:
         """Look at the node, and remember not to send the request there. Raises ``error`` if a part of it is out."""
-        logger.warning("node %s: %s", node.url, error, extra={"request_id": asked.request_id})
+        _log_fault(node, asked, error)
         tries.last = error
         if isinstance(error, UnreachableError):
             node.look_now.set()
@@ -256,6 +262,10 @@ class Forwarder:
         names = [repr(name) for name in self._nodes.models()]
         there_are = ", ".join([*names[:MAX_NAMED], *(["..."] if len(names) > MAX_NAMED else [])])
         return UnknownModelError(f"{named} is not served here; ask for one of {there_are}")
+
+
+def _log_fault(node: Node, asked: Asked, error: Exception) -> None:
+    logger.warning("node %s: %s", node.url, error, extra={"request_id": asked.request_id})
 
 
 def _check_unbegun(client: Client, status: int) -> None:

@@ -17,6 +17,10 @@ MAX_HELD = 8 * 1024**2
 BLOCK = 4096
 """Bytes of a reply in one piece that count as progress."""
 
+LAST_TYPES = frozenset({"message_stop", "response.completed", "response.incomplete", "response.failed"})
+"""Types of the last event of a complete stream, unless that is ``[DONE]`` or an error."""
+
+_CUT_SHORT = "the node broke off (its stream has no end); send the request again"
 _EVENT_END = re.compile(rb"\n\r?\n")
 PREAMBLE = frozenset(
     {
@@ -43,7 +47,7 @@ class Framing(Protocol):
         """
 
     def end(self) -> bytes:
-        """What is left when all has come."""
+        """Return the rest when the connection ends. Raises ``NodeFailedError`` if the reply is not complete."""
 
     def error(self, error: Exception) -> bytes | None:
         """How the reply ends when the rest cannot come; ``None``: it cannot be told."""
@@ -93,6 +97,7 @@ class Lines:
         self.opened = False
         self.units = 0
         self._rest = bytearray()
+        self._last = b""
 
     def feed(self, chunk: bytes) -> bytes:
         """Whole lines."""
@@ -103,12 +108,16 @@ class Lines:
             return b""
         whole = bytes(self._rest) + chunk[:end]
         self._rest = bytearray(chunk[end:])
+        self._last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
         self.units += 1
         self.opened = True
         return whole
 
     def end(self) -> bytes:
-        """A line without an end."""
+        """Return a line without a line end. The reply is complete unless its last line has no finish reason."""
+        last = _json_object(bytes(self._rest) or self._last)
+        if last is None or last.get("finish_reason", "") is None:
+            raise NodeFailedError(_CUT_SHORT)
         return bytes(self._rest)
 
     def error(self, error: Exception) -> bytes | None:
@@ -124,6 +133,8 @@ class Events:
         self.units = 0
         self._held = bytearray()
         self._rest = bytearray()
+        self._last = b""
+        """The last whole event that is not a comment."""
         self._named = False
 
     def feed(self, chunk: bytes) -> bytes:
@@ -143,8 +154,11 @@ class Events:
         return passed
 
     def end(self) -> bytes:
-        """What was held to the end."""
-        return bytes(self._held + self._rest)
+        """Return the events that are held."""
+        rest = bytes(self._rest)
+        if not _is_last(self._last) and not _is_last(rest):
+            raise NodeFailedError(_CUT_SHORT)
+        return bytes(self._held) + rest
 
     def error(self, error: Exception) -> bytes | None:
         """The last event."""
@@ -157,6 +171,9 @@ class Events:
         ends = [found.end() for found in _EVENT_END.finditer(self._rest, seen)]
         _check_size(self._rest[ends[-1] :] if ends else self._rest, "an event")
         self.units += len(ends)
+        for begin, end in itertools.pairwise([0, *ends]):
+            if not self._rest.startswith(b":", begin):
+                self._last = bytes(self._rest[begin:end])
         cuts = ends[-1:] if self.opened else ends
         events = [bytes(self._rest[begin:end]) for begin, end in itertools.pairwise([0, *cuts])]
         del self._rest[: cuts[-1] if cuts else 0]
@@ -177,6 +194,23 @@ def _data(event: bytes) -> Any:
         return json.loads(b"\n".join(lines))
     except (ValueError, RecursionError):
         return b"\n".join(lines)
+
+
+def _json_object(text: bytes) -> dict[str, Any] | None:
+    """Return ``text`` as a JSON object, or ``None`` if it is not one."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_last(event: bytes) -> bool:
+    """Return whether ``event`` ends a complete stream."""
+    data = _data(event)
+    if isinstance(data, dict):
+        return bool(data.get("error")) or str(data.get("type")) in {*LAST_TYPES, "error"}
+    return bool(data == b"[DONE]")
 
 
 def _is_preamble(data: Any) -> bool:
