@@ -225,6 +225,6 @@ def test_no_request_is_lost_behind_a_proxy(tmp_path: Path) -> None:
         proxy = stack.enter_context(running(tmp_path / "proxy", "proxy"))
         for name in ("one", "two"):
             stack.enter_context(running(tmp_path / name, "api_server", *SMALL, "--proxy-url", proxy))
-        nodes = httpx2.get(f"{proxy}/nodes/status").json()
-        assert len(nodes) == 2, nodes
+        # A node registers after it has begun to listen.
+        assert until(lambda: len(httpx2.get(f"{proxy}/nodes/status").json()) == 2, 60, pause=0.2)
         assert asyncio.run(ask_all(proxy, REQUESTS)) == REQUESTS
