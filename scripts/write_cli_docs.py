@@ -14,7 +14,7 @@ INTRODUCTION = """\
 
 Made by `scripts/write_cli_docs.py` from the flags themselves; do not edit. `python -m jaxdeploy` is `jaxdeploy`.
 Flags may be written with `_` for `-`. Keys of a `--config` file are the names of the flags. A bad value is one line on
-stderr and exit code 2; Ctrl-C is exit code 130.
+stderr and exit code 2; Ctrl-C is exit code 130. A running server ends with 0.
 
 """
 
