@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxdeploy.engine.device.buckets import StepShape
-from jaxdeploy.engine.device.inputs import LAST_SAMPLE, SAMPLING_FLOATS, SamplingConstraints, StepFields
+from jaxdeploy.engine.device.inputs import LAST_SAMPLE, SAMPLING_FLOATS, SETTINGS, SamplingConstraints, StepFields
 from jaxdeploy.engine.device.prompt_rows import PromptRows, prompt_rows
 from jaxdeploy.engine.device.sampler import Sampled, SamplingRows, greedy, sample
 from jaxdeploy.engine.device.step_plan import StepPlan
@@ -298,7 +298,7 @@ def _regions(fields: StepFields, shape: StepShape) -> Iterator[tuple[Rows, jax.A
 
 def _rows_of_tokens(fields: StepFields, layout: _Layout, shape: StepShape) -> StepFields:
     """Return the fields of samples after every token, as if each token were the last of its sequence."""
-    per_sequence = ("slot", "prompt_length", "top_k", "seed", *SAMPLING_FLOATS)
+    per_sequence = ("slot", *SETTINGS)
     rows = {name: getattr(fields, name)[layout.sequence] for name in per_sequence}
     if shape.adapted:
         rows["adapter"] = fields.adapter[layout.sequence]
