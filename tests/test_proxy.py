@@ -514,6 +514,8 @@ def test_events_are_held_until_one_says_something() -> None:
     [
         (named("message_start"), False),
         (named("ping"), False),
+        (named("response.failed"), False),
+        (named("response.failed") + named("error", error={"type": "invalid_request_error"}), True),
         (named("content_block_delta", delta={}), True),
         ('data: {"choices": [{"text": "", "finish_reason": null}]}\n\n', False),
         ('data: {"choices": [{"text": "", "finish_reason": "stop"}]}\n\n', True),
@@ -533,6 +535,11 @@ def test_what_says_something(event: str, opens: bool) -> None:
 def test_an_error_of_the_engine_is_a_failure_of_the_node() -> None:
     with pytest.raises(NodeFailedError, match="the node failed: gone"):
         framing.Events().feed(b'data: {"error": {"type": "server_error", "message": "gone"}}\n\n')
+    events = framing.Events()
+    with pytest.raises(NodeFailedError, match="the node failed: gone"):
+        events.feed(
+            (named("response.failed") + named("error", error={"type": "server_error", "message": "gone"})).encode()
+        )
 
 
 def test_a_large_reply_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ PREAMBLE = frozenset(
     {
         *("message_start", "content_block_start"),
         *("response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"),
+        "response.failed",  # an error event follows, or the end
     }
 )
 """Types of events that come before what was asked for."""
