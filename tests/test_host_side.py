@@ -7,9 +7,8 @@ import inspect
 import json
 import sys
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,11 +24,11 @@ from jaxdeploy.engine.front.async_engine import AsyncEngine
 from jaxdeploy.engine.front.generator import Generator
 from jaxdeploy.engine.front.remote import RemoteEngine
 from jaxdeploy.engine.front.supervisor import Supervisor
-from jaxdeploy.engine.stats import EngineStats
-from jaxdeploy.messages import FinishReason, Request, StepOutput
+from jaxdeploy.messages import FinishReason, StepOutput
 from jaxdeploy.server.app import create_app
 from jaxdeploy.server.service import ModelService
 from jaxdeploy.tokenizer import Tokenizer
+from tests.fake_engine import BurstEngine
 
 OURS = str(Path(jaxdeploy.__file__).parent)
 MAX_CALLS = 200
@@ -45,27 +44,10 @@ STREAMS: dict[str, dict[str, Any]] = {
 }
 
 
-class EchoEngine:
-    """A reply is the prompt, one token each step. It needs no model and no JAX."""
+class EchoEngine(BurstEngine):
+    """A reply is the prompt, one token each step; all replies end by length."""
 
     limits = RequestLimits(256, 2**16)
-
-    def __init__(self) -> None:
-        self._left: dict[str, deque[int]] = {}
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._left)
-
-    @property
-    def stats(self) -> EngineStats:
-        return EngineStats(running=len(self._left))
-
-    def add(self, request: Request) -> None:
-        self._left[request.request_id] = deque(request.prompt_token_ids)
-
-    def abort(self, request_id: str) -> None:
-        self._left.pop(request_id, None)
 
     def step(self) -> list[StepOutput]:
         outputs = []
@@ -75,18 +57,6 @@ class EchoEngine:
             if not tokens:
                 del self._left[name]
         return outputs
-
-    def load_adapter(self, name: str, folder: str | Path) -> Future[None]:
-        raise NotImplementedError
-
-    def unload_adapter(self, name: str) -> Future[None]:
-        raise NotImplementedError
-
-    def wake(self) -> None:
-        """It never waits."""
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 class Profile:
